@@ -1,0 +1,10 @@
+"""A vision-language model opened up: addresses, hook points, caches, running with hooks."""
+
+from hooks.address import Address
+from hooks.cache import ActivationCache
+from hooks.engine import HookContext
+from hooks.errors import FrankenlensError
+from hooks.points import HookPoint
+from hooks.vlm import HookedVLM
+
+__all__ = ["ActivationCache", "Address", "FrankenlensError", "HookContext", "HookPoint", "HookedVLM"]

@@ -1,0 +1,151 @@
+"""Addresses: one name for a component's two bodies, its activation and its weights.
+
+Grammar (ranges are inclusive)::
+
+    address := "embed" | "projector" | "ln_final" | "unembed" | "vision"
+             | ["vision."] "blocks." range [ "." part ]
+    part    := "attn" [ ".head." range | ".kv_head." range ] | "mlp" [ ".neuron." range ]
+    range   := int | int "-" int
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from hooks.errors import FrankenlensError, nearest
+
+WHOLE = ("embed", "projector", "ln_final", "unembed", "vision")
+_BLOCKS = re.compile(
+    r"(?P<vision>vision\.)?blocks\.(?P<layers>\d+(?:-\d+)?)"
+    r"(?:\.(?P<sub>attn|mlp)(?:\.(?P<unit>head|kv_head|neuron)\.(?P<units>\d+(?:-\d+)?))?)?"
+)
+_UNITS = {"attn": ("head", "kv_head"), "mlp": ("neuron",)}
+_EXAMPLES = (
+    *WHOLE,
+    "blocks.17",
+    "blocks.9-18.mlp",
+    "blocks.17.attn",
+    "blocks.17.attn.head.3",
+    "blocks.17.attn.kv_head.1",
+    "blocks.17.mlp.neuron.5",
+    "vision.blocks.5",
+    "vision.blocks.5.attn.head.0",
+    "vision.blocks.5.mlp",
+)
+
+
+@dataclass(frozen=True, order=True)
+class Address:
+    """A component (or an inclusive range of alike components) of a vision-language model.
+
+    `kind` is "blocks" or one of `WHOLE`; `layers` and `units` are inclusive (first, last) pairs.
+    """
+
+    kind: str
+    tower: str = "text"
+    layers: tuple[int, int] | None = None
+    sub: str | None = None
+    unit: str | None = None
+    units: tuple[int, int] | None = None
+
+    @classmethod
+    def parse(cls, text: "str | Address") -> "Address":
+        """Parse the grammar of this module.
+
+        Raises:
+            FrankenlensError: the text names no component; the message shows the nearest valid form.
+        """
+        if isinstance(text, Address):
+            return text
+        if text in WHOLE:
+            return cls(text, "vision" if text == "vision" else "text")
+        match = _BLOCKS.fullmatch(text)
+        if match is None:
+            raise FrankenlensError(f"{text!r} is not an address. {nearest(text, _EXAMPLES) or _examples()}")
+        sub, unit = match["sub"], match["unit"]
+        if unit is not None and unit not in _UNITS[sub]:
+            raise FrankenlensError(f"{text!r}: {sub!r} has {' / '.join(_UNITS[sub])}, no {unit!r}.")
+        return cls(
+            "blocks",
+            "vision" if match["vision"] else "text",
+            _range(match["layers"], text),
+            sub,
+            unit,
+            _range(match["units"], text) if unit else None,
+        )
+
+    def __str__(self) -> str:
+        if self.layers is None:
+            return self.kind
+        parts = ["vision"] if self.tower == "vision" else []
+        parts += ["blocks", _show(self.layers)]
+        parts += [self.sub] if self.sub else []
+        parts += [self.unit, _show(self.units)] if self.unit and self.units else []
+        return ".".join(parts)
+
+    def expand(self) -> Iterator["Address"]:
+        """Every single component that this address covers, layer by layer."""
+        if self.layers is None:
+            yield self
+            return
+        for layer in range(self.layers[0], self.layers[1] + 1):
+            if self.units is None:
+                yield replace(self, layers=(layer, layer))
+            else:
+                for unit in range(self.units[0], self.units[1] + 1):
+                    yield replace(self, layers=(layer, layer), units=(unit, unit))
+
+    @property
+    def layer(self) -> int | None:
+        """The layer of a single component; None for an embedding, projector, norm or unembedding."""
+        return None if self.layers is None else self._single(self.layers)
+
+    @property
+    def index(self) -> int | None:
+        """The head, kv head or neuron of a single component; None if the address names no such unit."""
+        return None if self.units is None else self._single(self.units)
+
+    @property
+    def hook_name(self) -> str:
+        """The hook point that carries this component's activation (for a head: its row of `hook_result`).
+
+        Raises:
+            FrankenlensError: a range, or a component whose activation is not one hook point.
+        """
+        whole = {"embed": "hook_embed", "projector": "projector.hook_out", "ln_final": "ln_final.hook_normalized"}
+        if self.kind in whole:
+            return whole[self.kind]
+        if self.kind != "blocks":
+            raise FrankenlensError(f"{self} has weights but no activation of its own; patch what it writes to instead.")
+        block = f"{'vision.' if self.tower == 'vision' else ''}blocks.{self.layer}"
+        suffix = {
+            (None, None): "hook_resid_post",
+            ("attn", None): "hook_attn_out",
+            ("attn", "head"): "attn.hook_result",
+            ("mlp", None): "hook_mlp_out",
+            ("mlp", "neuron"): "mlp.hook_post",
+        }
+        if (self.sub, self.unit) not in suffix:
+            raise FrankenlensError(f"{self} is shared keys and values: patch blocks.{self.layer}.attn.hook_k and hook_v.")
+        return f"{block}.{suffix[self.sub, self.unit]}"
+
+    def _single(self, pair: tuple[int, int]) -> int:
+        if pair[0] != pair[1]:
+            raise FrankenlensError(f"{self} is a range; expand() it into single components first.")
+        return pair[0]
+
+
+def _range(text: str, address: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    pair = (int(first), int(last or first))
+    if pair[1] < pair[0]:
+        raise FrankenlensError(f"{address!r}: the range {text} runs backwards; write {pair[1]}-{pair[0]}.")
+    return pair
+
+
+def _show(pair: tuple[int, int]) -> str:
+    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}-{pair[1]}"
+
+
+def _examples() -> str:
+    return f"Valid forms: {', '.join(_EXAMPLES)}."

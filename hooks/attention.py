@@ -1,0 +1,158 @@
+"""Attention seen from inside, through the attention interface of transformers.
+
+Only the attention modules that are hooked are sent here: each gets, for as long as the hooks are on, a copy of its
+config that names this implementation. All other layers run the user's own setting, untouched.
+Scores and pattern are computed only where something reads or writes them; otherwise the user's implementation runs.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hooks.errors import FrankenlensError
+
+_NAME = "frankenlens"
+# transformers hands a packed vision tower's windows over in one call only where the name contains "flash".
+_PACKED_NAME = "frankenlens_flash"
+_UNSUPPORTED = ("position_bias", "s_aux", "sinks", "cache")
+
+Apply = Callable[[str, Tensor], Tensor]
+
+
+class AttentionTap:
+    """What the hooks of one attention module want: the leaves in use and a function that runs them on a tensor."""
+
+    def __init__(self, leaves: frozenset[str], apply: Apply, packed: bool) -> None:
+        self.leaves, self.apply, self.packed = leaves, apply, packed
+        self.implementation = "sdpa"
+
+    @property
+    def dense(self) -> bool:
+        """Whether scores or pattern must exist."""
+        return bool(self.leaves & {"hook_attn_scores", "hook_pattern"})
+
+    def on_heads(self, leaf: str, states: Float[Tensor, "batch head pos d_head"]) -> Float[Tensor, "batch head pos d_head"]:
+        """Run the hooks of `leaf` on states laid out as [batch pos head d_head] (packed: [patch head d_head])."""
+        if leaf not in self.leaves:
+            return states
+        seen = states.transpose(1, 2)
+        new = self.apply(leaf, seen[0] if self.packed else seen)
+        return (new[None] if self.packed else new).transpose(1, 2)
+
+    def on_square(self, leaf: str, square: Float[Tensor, "batch head q k"]) -> Float[Tensor, "batch head q k"]:
+        """Run the hooks of `leaf` on scores or pattern (packed: [head query key])."""
+        if leaf not in self.leaves:
+            return square
+        new = self.apply(leaf, square[0] if self.packed else square)
+        return new[None] if self.packed else new
+
+
+@contextmanager
+def tapped(module: nn.Module, tap: AttentionTap) -> Iterator[None]:
+    """Send this one attention module through `tap` for the length of the context."""
+    original = module.config
+    shim = copy.copy(original)
+    tap.implementation = original._attn_implementation or "eager"
+    flash = tap.packed or "flash" in tap.implementation
+    shim._attn_implementation_internal = _PACKED_NAME if flash else _NAME
+    shim._frankenlens_tap = tap
+    module.config = shim
+    try:
+        yield
+    finally:
+        module.config = original
+
+
+def hooked_attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch head q d_head"],
+    key: Float[Tensor, "batch kv_head k d_head"],
+    value: Float[Tensor, "batch kv_head k d_head"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Float[Tensor, "batch q head d_head"], Tensor | None]:
+    """The attention function that transformers calls for a tapped module."""
+    tap: AttentionTap = module.config._frankenlens_tap
+    query, key = tap.on_heads("hook_rot_q", query), tap.on_heads("hook_rot_k", key)
+    if not tap.dense:
+        return _as_the_user_set_it(tap, module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise FrankenlensError(f"{type(module).__name__} uses {name!r}: its scores and pattern cannot be hooked.")
+    groups = query.shape[1] // key.shape[1]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scale
+    if kwargs.get("softcap") is not None:
+        scores = torch.tanh(scores / kwargs["softcap"]) * kwargs["softcap"]
+    scores = _mask(tap, module, scores, attention_mask, kwargs)
+    scores = tap.on_square("hook_attn_scores", scores)
+    pattern = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    # A query that may look at nothing (left padding) looks at nothing; softmax alone would make it NaN.
+    pattern = pattern.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+    pattern = tap.on_square("hook_pattern", pattern)
+    dropped = nn.functional.dropout(pattern, p=dropout, training=module.training)
+    out = dropped @ value.repeat_interleave(groups, dim=1)
+    return out.transpose(1, 2).contiguous(), pattern if tap.implementation == "eager" else None
+
+
+def _mask(tap: AttentionTap, module: nn.Module, scores: Tensor, mask: Tensor | None, kwargs: dict) -> Tensor:
+    """Apply whatever mask the user's implementation was given; what is hidden becomes -inf, as in TransformerLens."""
+    if mask is not None and mask.ndim == 4 and mask.dtype != torch.bool:
+        mask = mask[..., : scores.shape[-1]]
+        hidden = mask <= torch.finfo(mask.dtype).min / 2
+        return (scores + mask.masked_fill(hidden, 0.0).to(scores.dtype)).masked_fill(hidden, -torch.inf)
+    return scores.masked_fill(~_visible(tap, module, scores, mask, kwargs), -torch.inf)
+
+
+def _visible(
+    tap: AttentionTap, module: nn.Module, scores: Tensor, mask: Tensor | None, kwargs: dict
+) -> Bool[Tensor, "#batch #head #q k"]:
+    n_query, n_key = scores.shape[-2:]
+    query = torch.arange(n_query, device=scores.device)[:, None]
+    key = torch.arange(n_key, device=scores.device)[None, :]
+    if (starts := kwargs.get("cu_seq_lens_q")) is not None:
+        return (_window_of(starts, query) == _window_of(starts, key))[None, None]
+    if mask is not None and mask.ndim == 4:
+        return mask[..., :n_key]
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    flash = "flash" in tap.implementation
+    visible = torch.ones(n_query, n_key, dtype=torch.bool, device=scores.device)
+    if is_causal and n_query > 1 and tap.implementation != "eager":
+        # SDPA's causal mask is aligned to the first key, flash attention's to the last one.
+        offset = n_key - n_query if flash else 0
+        visible = key <= query + offset
+    if flash and kwargs.get("sliding_window"):
+        visible = visible & (key > query + n_key - n_query - kwargs["sliding_window"])
+    return visible[None, None] if mask is None else visible & mask[:, None, None, -n_key:].bool()
+
+
+def _window_of(starts: Int[Tensor, " windows+1"], index: Int[Tensor, "a b"]) -> Int[Tensor, "a b"]:
+    return torch.bucketize(index, starts.to(index.device, index.dtype), right=True)
+
+
+def _as_the_user_set_it(tap, module, query, key, value, mask, scaling, dropout, kwargs):
+    """Run the implementation that the user's config names, window by window where the tower is packed."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(tap.implementation, eager)
+    packing = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    if not tap.packed or "flash" in tap.implementation:
+        return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+    lengths = kwargs["cu_seq_lens_q"].diff().tolist()
+    kwargs = {name: given for name, given in kwargs.items() if name not in packing}
+    windows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    outs = [function(module, *states, mask, scaling=scaling, dropout=dropout, **kwargs)[0] for states in windows]
+    return torch.cat(outs, dim=1), None
+
+
+AttentionInterface.register(_NAME, hooked_attention)
+AttentionInterface.register(_PACKED_NAME, hooked_attention)

@@ -1,0 +1,172 @@
+"""Attaching hook functions to the tensors that `hooks.points` names, and taking every trace of them away again."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooks.attention import AttentionTap, tapped
+from hooks.errors import FrankenlensError
+from hooks.points import HookPoint
+
+
+@dataclass
+class HookContext:
+    """The `hook` argument of a hook function `fn(activation, hook)`, as in TransformerLens.
+
+    `ctx` is a dictionary of the user's own that lives as long as the hook.
+    """
+
+    point: HookPoint
+    ctx: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The hook point's name."""
+        return self.point.name
+
+    def layer(self) -> int | None:
+        """The block's index, None outside the blocks."""
+        return self.point.layer
+
+
+HookFunction = Callable[[Tensor, HookContext], Tensor | None]
+Attached = Sequence[tuple[HookPoint, HookFunction]]
+
+
+@dataclass(frozen=True)
+class _Hook:
+    """One hook function on one point; returns the value that takes the tensor's place, or None for no change."""
+
+    fn: HookFunction
+    context: HookContext
+
+    def __call__(self, activation: Tensor) -> Tensor | None:
+        point = self.context.point
+        version = None if activation.is_inference() else activation._version
+        new = self.fn(activation, self.context)
+        if new is None:
+            edited = version is None or activation._version != version
+            return activation if edited else None
+        if not isinstance(new, Tensor) or new.shape != activation.shape or new.device != activation.device:
+            got = f"{tuple(new.shape)} on {new.device}" if isinstance(new, Tensor) else type(new).__name__
+            raise FrankenlensError(
+                f"hook on {point.name} returned {got}; expected {tuple(activation.shape)} "
+                f"({' '.join(point.axes)}) on {activation.device}, or None to change nothing."
+            )
+        return new.to(activation.dtype)
+
+
+@contextmanager
+def attached(modules: dict[str, nn.Module], attached: Attached, packed: frozenset[str]) -> Iterator[None]:
+    """Attach the hook functions, in the order given, for the length of the context.
+
+    Args:
+        modules: every module of the model by path.
+        attached: hook points with their functions.
+        packed: paths of attention modules that see [patch, d] without a batch axis.
+    """
+    places: dict[tuple[str, str], list[_Hook]] = defaultdict(list)
+    for point, fn in attached:
+        places[point.module, point.place].append(_Hook(fn, HookContext(point)))
+    with ExitStack() as stack:
+        # "result" reads the output projection's input, so it is registered beside "output", never before "input".
+        for (path, place), hooks in places.items():
+            module = modules[path]
+            if place == "attention":
+                leaves = frozenset(hook.context.point.leaf for hook in hooks)
+                tap = AttentionTap(leaves, partial(_run_leaf, hooks), path in packed)
+                stack.enter_context(tapped(module, tap))
+            elif place == "input":
+                handle = module.register_forward_pre_hook(partial(_on_input, hooks), with_kwargs=True)
+                stack.callback(handle.remove)
+            else:
+                # First in line: transformers records hidden states with hooks of its own, and must record our value.
+                function = _on_output if place == "output" else _on_result
+                handle = module.register_forward_hook(partial(function, hooks), prepend=True)
+                stack.callback(handle.remove)
+        yield
+
+
+def _run_leaf(hooks: list[_Hook], leaf: str, value: Tensor) -> Tensor:
+    for hook in hooks:
+        if hook.context.point.leaf == leaf:
+            # softmax keeps its output for the backward pass: a function that edits in place gets its own copy.
+            new = hook(value.clone() if value.requires_grad else value)
+            value = value if new is None else new
+    return value
+
+
+def _on_input(hooks: list[_Hook], module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    for hook in hooks:
+        point = hook.context.point
+        by_keyword = point.key is not None and point.key in kwargs
+        tensor = kwargs[point.key] if by_keyword else args[0]
+        new = _new_value(hook, tensor)
+        if new is None:
+            continue
+        if point.inplace:
+            tensor.copy_(new)
+        elif by_keyword:
+            kwargs = {**kwargs, point.key: new}
+        else:
+            args = (new, *args[1:])
+    return args, kwargs
+
+
+def _on_output(hooks: list[_Hook], module: nn.Module, args: tuple, output: Any) -> Any:
+    for hook in hooks:
+        key = hook.context.point.key
+        if key is not None:
+            new = _new_value(hook, getattr(output, key))
+            if new is not None:
+                setattr(output, key, new)
+        elif isinstance(output, tuple):
+            new = _new_value(hook, output[0])
+            output = output if new is None else (new, *output[1:])
+        else:
+            new = _new_value(hook, output)
+            output = output if new is None else new
+    return output
+
+
+def _new_value(hook: _Hook, tensor: Tensor) -> Tensor | None:
+    """Show the hook its part of `tensor`; return the whole tensor with that part replaced, None for no change."""
+    point = hook.context.point
+    whole = tensor.chunk(3, dim=-1) if point.part is not None else (tensor,)
+    part = whole[point.part or 0]
+    seen = part if point.heads is None else part.unflatten(-1, (point.heads, -1))
+    new = hook(seen.clone() if point.inplace else seen)
+    if new is None:
+        return None
+    new = new if point.heads is None else new.flatten(-2)
+    if point.part is None:
+        return new
+    return torch.cat([new if i == point.part else other for i, other in enumerate(whole)], dim=-1)
+
+
+def _on_result(hooks: list[_Hook], module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """Per-head results; a change of one is added to the output, so an unchanged head changes nothing, bit for bit."""
+    for hook in hooks:
+        result = head_results(module, args[0].unflatten(-1, (hook.context.point.heads, -1)))
+        new = hook(result.clone())
+        if new is not None:
+            output = output + (new - result).sum(-2)
+    return output
+
+
+def head_results(out: nn.Module, z: Float[Tensor, "*lead head d_head"]) -> Float[Tensor, "*lead head d_model"]:
+    """What each head writes to the residual stream: z_h · W_O of head h (without the bias, which belongs to no head)."""
+    if type(out) is nn.Linear:
+        weight = out.weight.unflatten(1, (z.shape[-2], -1))
+        return torch.einsum("...hd,mhd->...hm", z, weight)
+    # A wrapped projection (LoRA, quantized): one head at a time through the module itself.
+    zero = out(torch.zeros_like(z).flatten(-2))
+    eye = torch.eye(z.shape[-2], dtype=z.dtype, device=z.device)
+    return torch.stack([out((z * row[:, None]).flatten(-2)) - zero for row in eye], dim=-2)

@@ -1,0 +1,54 @@
+"""Loading a checkpoint: safetensors only, nothing random in it, one clear error when something is missing."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from hooks.errors import FrankenlensError
+
+
+def load_model(
+    path_or_id: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device_map: str | dict | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load an image-text-to-text model in evaluation mode.
+
+    Raises:
+        FrankenlensError: no such checkpoint, a pickle checkpoint, an unknown architecture, or missing weights.
+    """
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FrankenlensError(f"{folder}: no config.json, so this is not a checkpoint written by save_pretrained.")
+        if not any(folder.glob("*.safetensors")):
+            pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+            found = f"only pickle files ({', '.join(pickles)})" if pickles else "no weights at all"
+            raise FrankenlensError(
+                f"{folder}: {found}. Only safetensors are read: load it once in a place you trust and call "
+                "model.save_pretrained(folder)."
+            )
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path_or_id,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise FrankenlensError(f"{path_or_id}: not loaded as an image-text-to-text model: {first}") from error
+    for kind, meaning in (("missing_keys", "absent from the checkpoint"), ("mismatched_keys", "of another shape")):
+        if info.get(kind):
+            names = [str(key) for key in list(info[kind])[:5]]
+            raise FrankenlensError(
+                f"{path_or_id}: {len(info[kind])} weights are {meaning} and would be random: {', '.join(names)} …"
+            )
+    return model.eval()

@@ -1,0 +1,232 @@
+"""HookedVLM: an unchanged Hugging Face vision-language model with its hook points open."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import ModelOutput
+
+from hooks.anatomy import find_anatomy
+from hooks.cache import ActivationCache
+from hooks.engine import Attached, HookFunction, attached
+from hooks.errors import FrankenlensError, nearest
+from hooks.loading import load_model
+from hooks.points import HookPoint, hook_point_table
+from hooks.processors import load_processor
+from hooks.selfcheck import check_inputs, self_check, zero_every_point
+
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+FwdHooks = Iterable[tuple[str | Callable[[str], bool], HookFunction]]
+
+
+class HookedVLM:
+    """A Hugging Face VLM with named hook points; no weight is converted, no `forward` is replaced.
+
+    At opening, a self-check with a tiny image proves for this very model that every listed point fires, that writing
+    all points' own values back changes nothing, and that the logits have a non-zero gradient at each. Points without
+    one are listed in `dead` with the reason and are not offered.
+
+    Attributes:
+        model: the user's model.
+        processor: its processor (None if not given).
+        anatomy: where its parts are.
+        hook_points: the points on offer, by name, in the order of the forward pass.
+        dead: name → reason of the points this architecture ignores.
+
+    Args:
+        model: a Hugging Face image-text-to-text model.
+        processor: its processor; the self-check needs it, unless `inputs` is given.
+        inputs: processor tensors with at least one image for the self-check.
+        check: False skips the self-check; then nothing is known about dead points.
+
+    Raises:
+        FrankenlensError: the architecture is unknown, or the self-check fails; the model is left as it was.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin | None = None,
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        check: bool = True,
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.anatomy = find_anatomy(model)
+        self._modules = dict(model.named_modules())
+        self._packed = frozenset(b.attention for b in self.anatomy.vision.blocks if self.anatomy.vision.packed)
+        self._layers_of_hooks: list[Attached] = []
+        self._installed = ExitStack()
+        self._closed = False
+        self.hook_points: dict[str, HookPoint] = hook_point_table(self.anatomy)
+        self.dead: dict[str, str] = {}
+        if check:
+            self.dead = self_check(self, self._to_device(inputs if inputs is not None else check_inputs(processor)))
+            self.hook_points = {name: p for name, p in self.hook_points.items() if name not in self.dead}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device_map: str | dict | None = None,
+        trust_remote_code: bool = False,
+        check: bool = True,
+        **kwargs: Any,
+    ) -> "HookedVLM":
+        """Load model and processor from a folder or a repository id (safetensors only) and open it.
+
+        Args:
+            path_or_id: folder of a checkpoint, or a repository id on the hub.
+            dtype: "auto" keeps the checkpoint's own.
+            device_map: as in transformers and accelerate.
+            trust_remote_code: run code that comes with the checkpoint.
+            check: see the class.
+            kwargs: passed to `AutoModelForImageTextToText.from_pretrained`.
+
+        Raises:
+            FrankenlensError: no such checkpoint, no safetensors, no processor, missing weights, unknown architecture.
+        """
+        processor = load_processor(path_or_id, trust_remote_code=trust_remote_code)
+        model = load_model(path_or_id, dtype, device_map, trust_remote_code, **kwargs)
+        return cls(model, processor, check=check)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that inputs go to."""
+        return self._modules[self.anatomy.embed].weight.device
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder blocks."""
+        return len(self.anatomy.text.blocks)
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads of a decoder block."""
+        return self.anatomy.text.blocks[0].n_heads
+
+    @property
+    def d_model(self) -> int:
+        """Width of the decoder's residual stream."""
+        return self._modules[self.anatomy.embed].weight.shape[1]
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self.hook_points)} hook points, {len(self.dead)} dead"
+        return f"HookedVLM({type(self.model).__name__}, {self.n_layers} layers x {self.n_heads} heads, {state})"
+
+    def __call__(self, inputs: Mapping[str, Any], **kwargs: Any) -> ModelOutput:
+        """Run the model on processor tensors, with whatever hooks are on. Returns Hugging Face's own output."""
+        self._require_open()
+        return self.model(**self._to_device(inputs), **kwargs)
+
+    def run_with_cache(
+        self, inputs: Mapping[str, Any], names_filter: NamesFilter = None, **kwargs: Any
+    ) -> tuple[ModelOutput, ActivationCache]:
+        """Run once and keep the named activations (detached copies).
+
+        Args:
+            inputs: processor tensors.
+            names_filter: a name, names, a predicate on names, or None for every point.
+
+        Returns:
+            Hugging Face's output, and the cache.
+        """
+        kept: dict[str, Tensor] = {}
+
+        def keep(activation: Tensor, hook: Any) -> None:
+            kept[hook.name] = activation.detach().clone()
+
+        names = self.names(names_filter)
+        with self.hooks([(name, keep) for name in names]):
+            output = self(inputs, **kwargs)
+        silent = [name for name in names if name not in kept]
+        if silent:
+            raise FrankenlensError(f"these points did not fire: {', '.join(silent[:5])}. Do the inputs hold an image?")
+        return output, ActivationCache({name: kept[name] for name in names})
+
+    def run_with_hooks(self, inputs: Mapping[str, Any], fwd_hooks: FwdHooks = (), **kwargs: Any) -> ModelOutput:
+        """Run once with hook functions `fn(activation, hook)`, which return a new value, None, or edit in place."""
+        with self.hooks(fwd_hooks):
+            return self(inputs, **kwargs)
+
+    def generate(self, inputs: Mapping[str, Any], fwd_hooks: FwdHooks = (), **kwargs: Any) -> Int[Tensor, "batch pos"]:
+        """Hugging Face's `generate` under hooks, which act on the prefill and on every decoding step (KV cache on)."""
+        self._require_open()
+        with self.hooks(fwd_hooks):
+            return self.model.generate(**self._to_device(inputs), **kwargs)
+
+    @contextmanager
+    def hooks(self, fwd_hooks: FwdHooks = ()) -> Iterator["HookedVLM"]:
+        """Keep hook functions on for the length of the context; contexts nest, outer hooks act first."""
+        self._require_open()
+        layer = [(self.hook_points[name], fn) for wanted, fn in fwd_hooks for name in self.names(wanted)]
+        self._layers_of_hooks.append(layer)
+        try:
+            self._install()
+            yield self
+        finally:
+            self._layers_of_hooks.pop()
+            self._install()
+
+    def names(self, wanted: NamesFilter = None) -> list[str]:
+        """The hook names that a filter selects.
+
+        Raises:
+            FrankenlensError: an unknown or a dead name, or a predicate that selects nothing.
+        """
+        if wanted is None:
+            return list(self.hook_points)
+        if callable(wanted):
+            selected = [name for name in self.hook_points if wanted(name)]
+            if not selected:
+                raise FrankenlensError("the names filter selects no hook point; `vlm.hook_points` lists them.")
+            return selected
+        names = [wanted] if isinstance(wanted, str) else list(wanted)
+        for name in names:
+            if name in self.dead:
+                raise FrankenlensError(f"{name} is dead in {type(self.model).__name__}: {self.dead[name]}")
+            if name not in self.hook_points:
+                raise FrankenlensError(f"{name!r} is no hook point of this model. {nearest(name, self.hook_points)}")
+        return names
+
+    def verify(self, inputs: Mapping[str, Any] | None = None) -> dict[str, float]:
+        """The long self-check: zero every point in turn.
+
+        Returns:
+            name → largest change of a logit.
+
+        Raises:
+            FrankenlensError: zeroing a point changes nothing.
+        """
+        self._require_open()
+        return zero_every_point(self, self._to_device(inputs if inputs is not None else check_inputs(self.processor)))
+
+    def module(self, path: str) -> torch.nn.Module:
+        """The module at a path of the anatomy."""
+        return self._modules[path]
+
+    def close(self) -> None:
+        """Take every hook away. The model is the user's again, exactly as it was; this object refuses further runs."""
+        self._layers_of_hooks.clear()
+        self._installed.close()
+        self._closed = True
+
+    def _install(self) -> None:
+        self._installed.close()
+        self._installed = ExitStack()
+        flat = [hook for layer in self._layers_of_hooks for hook in layer]
+        self._installed.enter_context(attached(self._modules, flat, self._packed))
+
+    def _to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise FrankenlensError("this HookedVLM is closed; open the model again with HookedVLM(model, processor).")
