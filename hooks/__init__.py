@@ -6,5 +6,16 @@ from hooks.engine import HookContext
 from hooks.errors import FrankenlensError
 from hooks.points import HookPoint
 from hooks.vlm import HookedVLM
+from hooks.weights import WeightSlice, graft, weight_slices
 
-__all__ = ["ActivationCache", "Address", "FrankenlensError", "HookContext", "HookPoint", "HookedVLM"]
+__all__ = [
+    "ActivationCache",
+    "Address",
+    "FrankenlensError",
+    "HookContext",
+    "HookPoint",
+    "HookedVLM",
+    "WeightSlice",
+    "graft",
+    "weight_slices",
+]

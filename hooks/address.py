@@ -112,11 +112,17 @@ class Address:
         Raises:
             FrankenlensError: a range, or a component whose activation is not one hook point.
         """
-        whole = {"embed": "hook_embed", "projector": "projector.hook_out", "ln_final": "ln_final.hook_normalized"}
+        whole = {
+            "embed": "hook_embed",
+            "projector": "projector.hook_out",
+            "ln_final": "ln_final.hook_normalized",
+        }
         if self.kind in whole:
             return whole[self.kind]
         if self.kind != "blocks":
-            raise FrankenlensError(f"{self} has weights but no activation of its own; patch what it writes to instead.")
+            raise FrankenlensError(
+                f"{self} has weights but no activation of its own; patch what it writes to instead."
+            )
         block = f"{'vision.' if self.tower == 'vision' else ''}blocks.{self.layer}"
         suffix = {
             (None, None): "hook_resid_post",
@@ -126,7 +132,9 @@ class Address:
             ("mlp", "neuron"): "mlp.hook_post",
         }
         if (self.sub, self.unit) not in suffix:
-            raise FrankenlensError(f"{self} is shared keys and values: patch blocks.{self.layer}.attn.hook_k and hook_v.")
+            raise FrankenlensError(
+                f"{self} is shared keys and values: patch blocks.{self.layer}.attn.hook_k and hook_v."
+            )
         return f"{block}.{suffix[self.sub, self.unit]}"
 
     def _single(self, pair: tuple[int, int]) -> int:

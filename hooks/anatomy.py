@@ -7,6 +7,7 @@ is found is proved on the very model by `hooks.selfcheck`.
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -69,7 +70,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     Raises:
         FrankenlensError: a part is not where any known architecture keeps it; the message names the part.
     """
-    names = {module: name for name, module in model.named_modules()}
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
     base = model.base_model
     decoder = model.get_decoder()
     encoder = model.get_encoder(modality="image")
@@ -81,13 +82,16 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     heads = model.config.get_text_config()
     text = _tower(model, decoder, names, heads.num_attention_heads)
     vision_config = getattr(encoder, "config", model.config)
-    n_vision = getattr(vision_config, "num_attention_heads", None) or getattr(vision_config, "num_heads", None)
+    n_vision = getattr(vision_config, "num_attention_heads", None) or getattr(
+        vision_config, "num_heads", None
+    )
     vision = _tower(model, encoder, names, n_vision)
     projector = _child(base, _PROJECTOR)
+    merger: Any = getattr(encoder, "merger", None)
     if projector is not None:
         where = (names[projector], None, names[projector])
-    elif hasattr(encoder, "merger"):
-        where = (names[encoder], "pooler_output", names[encoder.merger])
+    elif merger is not None:
+        where = (names[encoder], "pooler_output", names[merger])
     else:
         _refuse(model, f"a projector ({', '.join(_PROJECTOR)} or a merger in the vision tower)")
     norm = _child(decoder, _FINAL_NORM)
@@ -99,13 +103,19 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
         names[model.get_input_embeddings()],
         names[norm],
         names[unembed],
-        *where,
+        where[0],
+        where[1],
+        where[2],
         tuple(names[merger] for merger in getattr(encoder, "deepstack_merger_list", ())),
     )
 
 
-def _tower(model: PreTrainedModel, root: nn.Module, names: dict[nn.Module, str], n_heads: int | None) -> Tower:
-    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) and _child(m[0], _ATTENTION)]
+def _tower(
+    model: PreTrainedModel, root: nn.Module, names: dict[nn.Module, str], n_heads: int | None
+) -> Tower:
+    lists = [
+        m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) and _child(m[0], _ATTENTION)
+    ]
     if not lists:
         _refuse(model, f"transformer blocks with attention in {names[root]}")
     blocks = tuple(_block(model, block, names, n_heads) for block in max(lists, key=len))
@@ -113,7 +123,9 @@ def _tower(model: PreTrainedModel, root: nn.Module, names: dict[nn.Module, str],
     return Tower(names[root], blocks, packed)
 
 
-def _block(model: PreTrainedModel, block: nn.Module, names: dict[nn.Module, str], n_heads: int | None) -> Block:
+def _block(
+    model: PreTrainedModel, block: nn.Module, names: dict[nn.Module, str], n_heads: int | None
+) -> Block:
     attention, mlp = _child(block, _ATTENTION), _child(block, _MLP)
     if attention is None or mlp is None:
         _refuse(model, f"attention and MLP of {names[block]}")
@@ -142,13 +154,14 @@ def _block(model: PreTrainedModel, block: nn.Module, names: dict[nn.Module, str]
     )
 
 
-def _child(module: nn.Module, candidates: Iterable[str]) -> nn.Module | None:
+def _child(module: nn.Module, candidates: Iterable[str]) -> Any:
     children = dict(module.named_children())
     return next((children[name] for name in candidates if name in children), None)
 
 
-def _refuse(model: PreTrainedModel, what: str) -> None:
+def _refuse(model: PreTrainedModel, what: str) -> NoReturn:
     raise FrankenlensError(
         f"{type(model).__name__}: cannot find {what} in its module tree. Supported and tested: Qwen2-VL, Qwen2.5-VL, "
-        "Qwen3-VL, LLaVA, SmolVLM, Idefics3; other architectures open when their parts carry Hugging Face's usual names."
+        "Qwen3-VL, LLaVA, SmolVLM, Idefics3; other architectures open"
+        " when their parts carry Hugging Face's usual names."
     )

@@ -9,6 +9,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,7 +39,9 @@ class AttentionTap:
         """Whether scores or pattern must exist."""
         return bool(self.leaves & {"hook_attn_scores", "hook_pattern"})
 
-    def on_heads(self, leaf: str, states: Float[Tensor, "batch head pos d_head"]) -> Float[Tensor, "batch head pos d_head"]:
+    def on_heads(
+        self, leaf: str, states: Float[Tensor, "batch head pos d_head"]
+    ) -> Float[Tensor, "batch head pos d_head"]:
         """Run the hooks of `leaf` on states laid out as [batch pos head d_head] (packed: [patch head d_head])."""
         if leaf not in self.leaves:
             return states
@@ -46,7 +49,9 @@ class AttentionTap:
         new = self.apply(leaf, seen[0] if self.packed else seen)
         return (new[None] if self.packed else new).transpose(1, 2)
 
-    def on_square(self, leaf: str, square: Float[Tensor, "batch head q k"]) -> Float[Tensor, "batch head q k"]:
+    def on_square(
+        self, leaf: str, square: Float[Tensor, "batch head q k"]
+    ) -> Float[Tensor, "batch head q k"]:
         """Run the hooks of `leaf` on scores or pattern (packed: [head query key])."""
         if leaf not in self.leaves:
             return square
@@ -55,7 +60,7 @@ class AttentionTap:
 
 
 @contextmanager
-def tapped(module: nn.Module, tap: AttentionTap) -> Iterator[None]:
+def tapped(module: Any, tap: AttentionTap) -> Iterator[None]:
     """Send this one attention module through `tap` for the length of the context."""
     original = module.config
     shim = copy.copy(original)
@@ -71,7 +76,7 @@ def tapped(module: nn.Module, tap: AttentionTap) -> Iterator[None]:
 
 
 def hooked_attention(
-    module: nn.Module,
+    module: Any,
     query: Float[Tensor, "batch head q d_head"],
     key: Float[Tensor, "batch kv_head k d_head"],
     value: Float[Tensor, "batch kv_head k d_head"],
@@ -87,7 +92,9 @@ def hooked_attention(
         return _as_the_user_set_it(tap, module, query, key, value, attention_mask, scaling, dropout, kwargs)
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise FrankenlensError(f"{type(module).__name__} uses {name!r}: its scores and pattern cannot be hooked.")
+            raise FrankenlensError(
+                f"{type(module).__name__} uses {name!r}: its scores and pattern cannot be hooked."
+            )
     groups = query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scale
@@ -136,13 +143,13 @@ def _visible(
     return visible[None, None] if mask is None else visible & mask[:, None, None, -n_key:].bool()
 
 
-def _window_of(starts: Int[Tensor, " windows+1"], index: Int[Tensor, "a b"]) -> Int[Tensor, "a b"]:
+def _window_of(starts: Int[Tensor, " boundary"], index: Int[Tensor, "a b"]) -> Int[Tensor, "a b"]:
     return torch.bucketize(index, starts.to(index.device, index.dtype), right=True)
 
 
 def _as_the_user_set_it(tap, module, query, key, value, mask, scaling, dropout, kwargs):
     """Run the implementation that the user's config names, window by window where the tower is packed."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(tap.implementation, eager)
     packing = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
     if not tap.packed or "flash" in tap.implementation:
@@ -150,7 +157,9 @@ def _as_the_user_set_it(tap, module, query, key, value, mask, scaling, dropout, 
     lengths = kwargs["cu_seq_lens_q"].diff().tolist()
     kwargs = {name: given for name, given in kwargs.items() if name not in packing}
     windows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    outs = [function(module, *states, mask, scaling=scaling, dropout=dropout, **kwargs)[0] for states in windows]
+    outs = [
+        function(module, *states, mask, scaling=scaling, dropout=dropout, **kwargs)[0] for states in windows
+    ]
     return torch.cat(outs, dim=1), None
 
 

@@ -52,8 +52,9 @@ class _Hook:
         version = None if activation.is_inference() else activation._version
         new = self.fn(activation, self.context)
         if new is None:
-            edited = version is None or activation._version != version
-            return activation if edited else None
+            # Written back as well where gradients are on, so that what a hook read lies on the path to the logits.
+            changed = version is None or activation._version != version or activation.requires_grad
+            return activation if changed else None
         if not isinstance(new, Tensor) or new.shape != activation.shape or new.device != activation.device:
             got = f"{tuple(new.shape)} on {new.device}" if isinstance(new, Tensor) else type(new).__name__
             raise FrankenlensError(
@@ -161,8 +162,10 @@ def _on_result(hooks: list[_Hook], module: nn.Module, args: tuple, output: Tenso
     return output
 
 
-def head_results(out: nn.Module, z: Float[Tensor, "*lead head d_head"]) -> Float[Tensor, "*lead head d_model"]:
-    """What each head writes to the residual stream: z_h · W_O of head h (without the bias, which belongs to no head)."""
+def head_results(
+    out: nn.Module, z: Float[Tensor, "*lead head d_head"]
+) -> Float[Tensor, "*lead head d_model"]:
+    """What each head writes to the residual stream: z_h · W_O of head h; the bias belongs to no head."""
     if type(out) is nn.Linear:
         weight = out.weight.unflatten(1, (z.shape[-2], -1))
         return torch.einsum("...hd,mhd->...hm", z, weight)

@@ -24,7 +24,9 @@ def load_model(
     folder = Path(path_or_id)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise FrankenlensError(f"{folder}: no config.json, so this is not a checkpoint written by save_pretrained.")
+            raise FrankenlensError(
+                f"{folder}: no config.json, so this is not a checkpoint written by save_pretrained."
+            )
         if not any(folder.glob("*.safetensors")):
             pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
             found = f"only pickle files ({', '.join(pickles)})" if pickles else "no weights at all"
@@ -33,7 +35,7 @@ def load_model(
                 "model.save_pretrained(folder)."
             )
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path_or_id,
             dtype=dtype,
             device_map=device_map,
@@ -45,7 +47,11 @@ def load_model(
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise FrankenlensError(f"{path_or_id}: not loaded as an image-text-to-text model: {first}") from error
-    for kind, meaning in (("missing_keys", "absent from the checkpoint"), ("mismatched_keys", "of another shape")):
+    model, info = loaded
+    for kind, meaning in (
+        ("missing_keys", "absent from the checkpoint"),
+        ("mismatched_keys", "of another shape"),
+    ):
         if info.get(kind):
             names = [str(key) for key in list(info[kind])[:5]]
             raise FrankenlensError(

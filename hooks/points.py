@@ -19,7 +19,8 @@ class HookPoint:
     Attributes:
         name: TransformerLens's name, prefixed by `vision.` in the vision tower.
         module: path of the module that holds it.
-        place: the module's "input" or "output", inside its "attention", or the per-head "result" of an output projection.
+        place: the module's "input" or "output", inside its "attention", or the per-head "result" of an output
+            projection.
         key: keyword of the input, field of the output, or None for the first positional / the tensor itself.
         heads: number of heads that the last axis is split into (None: not split).
         part: which third of a fused q/k/v output this is (None: the whole tensor).
@@ -91,7 +92,9 @@ def _block(name: str, block: Block, lead: tuple[str, ...], tower: Tower) -> Iter
     yield HookPoint(f"{name}.attn.hook_pattern", block.attention, "attention", square)
     z = (*lead, "head", "d_head")
     yield HookPoint(f"{name}.attn.hook_z", block.out, "input", z, heads=block.n_heads)
-    yield HookPoint(f"{name}.attn.hook_result", block.out, "result", (*lead, "head", d_model), heads=block.n_heads)
+    yield HookPoint(
+        f"{name}.attn.hook_result", block.out, "result", (*lead, "head", d_model), heads=block.n_heads
+    )
     yield HookPoint(f"{name}.hook_attn_out", block.attention, "output", resid)
     yield HookPoint(f"{name}.hook_resid_mid", block.mid_norm, "input", resid, inplace=True)
     yield HookPoint(f"{name}.mlp.hook_post", block.mlp_out, "input", (*lead, "d_mlp"))

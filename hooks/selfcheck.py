@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from transformers import ProcessorMixin
 from tqdm.auto import tqdm
 
 from hooks.errors import FrankenlensError
@@ -20,18 +19,22 @@ if TYPE_CHECKING:
     from hooks.vlm import HookedVLM
 
 
-def check_inputs(processor: ProcessorMixin | None, side: int = 64) -> dict[str, Any]:
+def check_inputs(processor: Any, side: int = 64) -> dict[str, Any]:
     """One prompt with one small random image, as tensors of this processor.
 
     Raises:
         FrankenlensError: there is no processor.
     """
     if processor is None:
-        raise FrankenlensError("the self-check needs a processor (or `inputs=` with an image); check=False skips it.")
+        raise FrankenlensError(
+            "the self-check needs a processor (or `inputs=` with an image); check=False skips it."
+        )
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8))
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": "a b"}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
     else:
         text = f"{processor.image_token} a b"
     return dict(processor(text=[text], images=[image], return_tensors="pt"))
@@ -40,7 +43,9 @@ def check_inputs(processor: ProcessorMixin | None, side: int = 64) -> dict[str, 
 def tolerance(logits: Float[Tensor, "batch pos vocab"]) -> float:
     """1e-5 x max(1, largest logit) in fp32; in a half precision, sixteen of its own rounding steps."""
     scale = max(1.0, logits.abs().max().item())
-    return scale * (1e-5 if logits.dtype in (torch.float32, torch.float64) else 16 * torch.finfo(logits.dtype).eps)
+    return scale * (
+        1e-5 if logits.dtype in (torch.float32, torch.float64) else 16 * torch.finfo(logits.dtype).eps
+    )
 
 
 def self_check(vlm: HookedVLM, inputs: Mapping[str, Any]) -> dict[str, str]:
@@ -61,18 +66,21 @@ def self_check(vlm: HookedVLM, inputs: Mapping[str, Any]) -> dict[str, str]:
 
     with _undisturbed(vlm):
         with torch.no_grad():
-            bare = vlm.model(**inputs).logits
+            bare = _logits(vlm, inputs)
         with torch.enable_grad(), vlm.hooks([(name, write_back) for name in vlm.hook_points]):
-            logits = vlm.model(**inputs).logits
+            logits = _logits(vlm, inputs)
         moved = (logits.detach() - bare).abs().max().item()
         if not moved <= tolerance(bare):
             raise FrankenlensError(
                 f"self-check of {type(vlm.model).__name__}: writing every hook point's own value back moved the logits "
-                f"by {moved:.2e} (allowed {tolerance(bare):.2e}). This architecture is not opened correctly; please report."
+                f"by {moved:.2e} (allowed {tolerance(bare):.2e}). This architecture is not opened"
+                " correctly; please report it."
             )
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(logits.shape, generator=generator).to(logits.device, logits.dtype)
-        gradients = torch.autograd.grad(logits, list(taps.values()), grad_outputs=direction, allow_unused=True)
+        gradients = torch.autograd.grad(
+            logits, list(taps.values()), grad_outputs=direction, allow_unused=True
+        )
     live = {name for name, grad in zip(taps, gradients, strict=True) if grad is not None and bool(grad.any())}
     return {name: _reason(vlm, name, name in taps) for name in vlm.hook_points if name not in live}
 
@@ -81,14 +89,20 @@ def zero_every_point(vlm: HookedVLM, inputs: Mapping[str, Any]) -> dict[str, flo
     """Zero each point in turn; name → largest change of a logit. Raises if one changes nothing."""
     changes = {}
     with _undisturbed(vlm), torch.no_grad():
-        bare = vlm.model(**inputs).logits
+        bare = _logits(vlm, inputs)
         for name in tqdm(vlm.hook_points, desc="zeroing every point", leave=False, delay=2):
-            logits = vlm.run_with_hooks(inputs, [(name, lambda activation, hook: torch.zeros_like(activation))]).logits
+            with vlm.hooks([(name, lambda activation, hook: torch.zeros_like(activation))]):
+                logits = _logits(vlm, inputs)
             changes[name] = (logits - bare).abs().max().item()
     inert = [name for name, change in changes.items() if not change > 0]
     if inert:
         raise FrankenlensError(f"zeroing these points changes nothing: {', '.join(inert)}")
     return changes
+
+
+def _logits(vlm: HookedVLM, inputs: Mapping[str, Any]) -> Float[Tensor, "batch pos vocab"]:
+    run: Any = vlm.model
+    return run(**inputs, use_cache=False).logits
 
 
 def _reason(vlm: HookedVLM, name: str, fired: bool) -> str:

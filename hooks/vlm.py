@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.utils import ModelOutput
 
 from hooks.anatomy import find_anatomy
 from hooks.cache import ActivationCache
@@ -58,15 +56,19 @@ class HookedVLM:
     ) -> None:
         self.model, self.processor = model, processor
         self.anatomy = find_anatomy(model)
-        self._modules = dict(model.named_modules())
-        self._packed = frozenset(b.attention for b in self.anatomy.vision.blocks if self.anatomy.vision.packed)
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._packed = frozenset(
+            b.attention for b in self.anatomy.vision.blocks if self.anatomy.vision.packed
+        )
         self._layers_of_hooks: list[Attached] = []
         self._installed = ExitStack()
         self._closed = False
         self.hook_points: dict[str, HookPoint] = hook_point_table(self.anatomy)
         self.dead: dict[str, str] = {}
         if check:
-            self.dead = self_check(self, self._to_device(inputs if inputs is not None else check_inputs(processor)))
+            self.dead = self_check(
+                self, self._to_device(inputs if inputs is not None else check_inputs(processor))
+            )
             self.hook_points = {name: p for name, p in self.hook_points.items() if name not in self.dead}
 
     @classmethod
@@ -100,7 +102,7 @@ class HookedVLM:
     @property
     def device(self) -> torch.device:
         """The device that inputs go to."""
-        return self._modules[self.anatomy.embed].weight.device
+        return self._embedding.device
 
     @property
     def n_layers(self) -> int:
@@ -115,20 +117,27 @@ class HookedVLM:
     @property
     def d_model(self) -> int:
         """Width of the decoder's residual stream."""
-        return self._modules[self.anatomy.embed].weight.shape[1]
+        return self._embedding.shape[1]
+
+    @property
+    def _embedding(self) -> Tensor:
+        return self.model.get_parameter(f"{self.anatomy.embed}.weight")
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self.hook_points)} hook points, {len(self.dead)} dead"
-        return f"HookedVLM({type(self.model).__name__}, {self.n_layers} layers x {self.n_heads} heads, {state})"
+        return (
+            f"HookedVLM({type(self.model).__name__}, {self.n_layers} layers x {self.n_heads} heads, {state})"
+        )
 
-    def __call__(self, inputs: Mapping[str, Any], **kwargs: Any) -> ModelOutput:
+    def __call__(self, inputs: Mapping[str, Any], **kwargs: Any) -> Any:
         """Run the model on processor tensors, with whatever hooks are on. Returns Hugging Face's own output."""
         self._require_open()
-        return self.model(**self._to_device(inputs), **kwargs)
+        run: Any = self.model
+        return run(**self._to_device(inputs), **kwargs)
 
     def run_with_cache(
         self, inputs: Mapping[str, Any], names_filter: NamesFilter = None, **kwargs: Any
-    ) -> tuple[ModelOutput, ActivationCache]:
+    ) -> tuple[Any, ActivationCache]:
         """Run once and keep the named activations (detached copies).
 
         Args:
@@ -148,19 +157,25 @@ class HookedVLM:
             output = self(inputs, **kwargs)
         silent = [name for name in names if name not in kept]
         if silent:
-            raise FrankenlensError(f"these points did not fire: {', '.join(silent[:5])}. Do the inputs hold an image?")
+            raise FrankenlensError(
+                f"these points did not fire: {', '.join(silent[:5])}. Do the inputs hold an image?"
+            )
         return output, ActivationCache({name: kept[name] for name in names})
 
-    def run_with_hooks(self, inputs: Mapping[str, Any], fwd_hooks: FwdHooks = (), **kwargs: Any) -> ModelOutput:
+    def run_with_hooks(self, inputs: Mapping[str, Any], fwd_hooks: FwdHooks = (), **kwargs: Any) -> Any:
         """Run once with hook functions `fn(activation, hook)`, which return a new value, None, or edit in place."""
         with self.hooks(fwd_hooks):
             return self(inputs, **kwargs)
 
-    def generate(self, inputs: Mapping[str, Any], fwd_hooks: FwdHooks = (), **kwargs: Any) -> Int[Tensor, "batch pos"]:
-        """Hugging Face's `generate` under hooks, which act on the prefill and on every decoding step (KV cache on)."""
+    def generate(self, inputs: Mapping[str, Any], fwd_hooks: FwdHooks = (), **kwargs: Any) -> Any:
+        """Hugging Face's `generate` under hooks, which act on the prefill and on every decoding step (KV cache on).
+
+        Returns what `model.generate` returns: token ids [batch pos], or its output object if that is asked for.
+        """
         self._require_open()
         with self.hooks(fwd_hooks):
-            return self.model.generate(**self._to_device(inputs), **kwargs)
+            model: Any = self.model
+            return model.generate(**self._to_device(inputs), **kwargs)
 
     @contextmanager
     def hooks(self, fwd_hooks: FwdHooks = ()) -> Iterator["HookedVLM"]:
@@ -186,14 +201,18 @@ class HookedVLM:
         if callable(wanted):
             selected = [name for name in self.hook_points if wanted(name)]
             if not selected:
-                raise FrankenlensError("the names filter selects no hook point; `vlm.hook_points` lists them.")
+                raise FrankenlensError(
+                    "the names filter selects no hook point; `vlm.hook_points` lists them."
+                )
             return selected
         names = [wanted] if isinstance(wanted, str) else list(wanted)
         for name in names:
             if name in self.dead:
                 raise FrankenlensError(f"{name} is dead in {type(self.model).__name__}: {self.dead[name]}")
             if name not in self.hook_points:
-                raise FrankenlensError(f"{name!r} is no hook point of this model. {nearest(name, self.hook_points)}")
+                raise FrankenlensError(
+                    f"{name!r} is no hook point of this model. {nearest(name, self.hook_points)}"
+                )
         return names
 
     def verify(self, inputs: Mapping[str, Any] | None = None) -> dict[str, float]:
@@ -206,9 +225,11 @@ class HookedVLM:
             FrankenlensError: zeroing a point changes nothing.
         """
         self._require_open()
-        return zero_every_point(self, self._to_device(inputs if inputs is not None else check_inputs(self.processor)))
+        return zero_every_point(
+            self, self._to_device(inputs if inputs is not None else check_inputs(self.processor))
+        )
 
-    def module(self, path: str) -> torch.nn.Module:
+    def module(self, path: str) -> nn.Module:
         """The module at a path of the anatomy."""
         return self._modules[path]
 
@@ -229,4 +250,6 @@ class HookedVLM:
 
     def _require_open(self) -> None:
         if self._closed:
-            raise FrankenlensError("this HookedVLM is closed; open the model again with HookedVLM(model, processor).")
+            raise FrankenlensError(
+                "this HookedVLM is closed; open the model again with HookedVLM(model, processor)."
+            )

@@ -1,0 +1,145 @@
+"""Loading the processor of a vision-language checkpoint, with or without torchvision.
+
+Most processors that cannot be built without torchvision fail over their video part alone: the image part has
+a Pillow backend. For those a subclass without the video part stands in. It carries the name of the class it
+stands in for, so that what it saves loads as the ordinary processor wherever torchvision is installed.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_torchvision_available
+
+from hooks.errors import FrankenlensError
+
+_VIDEO = "video_processor"
+_DECLARING_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+
+def load_processor(
+    path_or_id: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
+    **kwargs: Any,
+) -> ProcessorMixin:
+    """The processor (images and text) of a checkpoint.
+
+    Where torchvision is installed this is `AutoProcessor`. Where it is missing and the processor wants it for
+    videos only, it is the same class without its video part (`image_only`).
+
+    Args:
+        path_or_id: folder or Hugging Face repository.
+        trust_remote_code: passed to `AutoProcessor`.
+        local_files_only: do not go to the network.
+        kwargs: further arguments of `from_pretrained` (`revision`, `subfolder`, `token`, ...).
+
+    Raises:
+        FrankenlensError: if the checkpoint has no processor of its own, or the processor cannot be built; the
+            message says what is missing and what to do.
+    """
+    hub = {"local_files_only": local_files_only, **kwargs}
+    name = str(path_or_id)
+    try:
+        declared = None if is_torchvision_available() else _declared_class(name, trust_remote_code, hub)
+        if declared is not None and _VIDEO in declared.get_attributes():
+            processor = image_only(declared).from_pretrained(name, **hub)
+        else:
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
+    except (OSError, ImportError, TypeError, ValueError) as error:
+        raise FrankenlensError(
+            f"cannot load the processor of {name!r}: {_first_line(error)}\n"
+            "Put the processor's files (processor_config.json or preprocessor_config.json, tokenizer files, "
+            "chat template) next to the weights: AutoProcessor.from_pretrained(<original model>)"
+            ".save_pretrained(<folder>)." + _torchvision_hint()
+        ) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise FrankenlensError(
+            f"{name!r} holds no processor: AutoProcessor found only a {type(processor).__name__}, which cannot "
+            "read images. Save the processor of the original model next to the weights: "
+            "AutoProcessor.from_pretrained(<original model>).save_pretrained(<folder>)."
+        )
+    return processor
+
+
+@cache
+def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """A subclass of the same name whose only parts are those that are not for videos.
+
+    Passing videos to it raises, as there is nothing to read them.
+
+    Args:
+        processor_class: a processor with a `video_processor` part, such as `Qwen2_5_VLProcessor`.
+    """
+    return type(
+        processor_class.__name__,
+        (_WithoutVideo, processor_class),
+        {"__doc__": f"{processor_class.__name__} for images and text only (torchvision is not installed)."},
+    )
+
+
+class _WithoutVideo(ProcessorMixin):
+    """First in the method resolution order of what `image_only` makes."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
+        # The class stood in for hands on all its parts by position; the base keeps those in get_attributes().
+        kwargs.pop(_VIDEO, None)
+        super().__init__(image_processor, tokenizer, None, **kwargs)
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+    @classmethod
+    def validate_init_kwargs(cls, processor_config: dict, valid_kwargs: Any) -> tuple[dict, dict]:
+        # A video section, written where torchvision was present, is not ours to read.
+        kept = {key: value for key, value in processor_config.items() if key != _VIDEO}
+        stood_in_for = cls.__mro__[2].__init__.__code__
+        names = stood_in_for.co_varnames[: stood_in_for.co_argcount][1:]
+        return ProcessorMixin.validate_init_kwargs(kept, names)
+
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
+        if videos is not None:
+            raise FrankenlensError(
+                f"this {type(self).__name__} reads images and text only: reading videos needs torchvision"
+            )
+        return super().__call__(images=images, text=text, **kwargs)
+
+
+def _declared_class(name: str, trust_remote_code: bool, hub: dict[str, Any]) -> type[ProcessorMixin] | None:
+    """The processor class that a checkpoint's files name, else the one that goes with its architecture."""
+    quiet = {
+        "_raise_exceptions_for_gated_repo": False,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    for file in _DECLARING_FILES:
+        found = cached_file(name, file, **hub, **quiet)
+        declared = (
+            json.loads(Path(found).read_text(encoding="utf-8")).get("processor_class") if found else None
+        )
+        if declared is not None:
+            return processor_class_from_name(declared)
+    if cached_file(name, "config.json", **hub, **quiet) is None:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
+    except ValueError:  # an architecture unknown to transformers; AutoProcessor then gives the verdict
+        return None
+    return PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _torchvision_hint() -> str:
+    return "" if is_torchvision_available() else " If it needs torchvision: pip install torchvision."

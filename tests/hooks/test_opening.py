@@ -1,0 +1,136 @@
+"""Opening, refusing to open, and the self-check's own claims."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hooks import FrankenlensError, HookedVLM
+from tests.families import FAMILIES, tiny
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_zeroing_every_point_changes_the_logits(family: str) -> None:
+    given = tiny(family)
+    vlm = HookedVLM(given.model, given.processor)
+    changes = vlm.verify()
+    assert set(changes) == set(vlm.hook_points)
+    assert min(changes.values()) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_opening_leaves_no_trace(family: str) -> None:
+    given = tiny(family)
+    given.model.train()
+    for parameter in given.model.parameters():
+        parameter.requires_grad_(False)
+    HookedVLM(given.model, given.processor)
+    assert given.model.training and all(module.training for module in given.model.modules())
+    assert all(not p.requires_grad and p.grad is None for p in given.model.parameters())
+
+
+def test_llava_last_vision_block_is_dead_with_the_reason() -> None:
+    given = tiny("llava")
+    vlm = HookedVLM(given.model, given.processor)
+    last = len(vlm.anatomy.vision.blocks) - 1
+    assert (
+        {name for name in vlm.dead}
+        == {n for n in vlm.dead if n.startswith(f"vision.blocks.{last}.")}
+        != set()
+    )
+    with pytest.raises(FrankenlensError, match="dead.*vision_feature_layer"):
+        vlm.run_with_cache(given.inputs(), f"vision.blocks.{last}.hook_mlp_out")
+
+
+def test_the_block_before_a_dead_one_can_be_written() -> None:
+    # transformers records hidden states with hooks of its own; ours must come first or the write is lost.
+    given = tiny("llava")
+    vlm = HookedVLM(given.model, given.processor)
+    name = f"vision.blocks.{len(vlm.anatomy.vision.blocks) - 2}.hook_resid_post"
+    with torch.no_grad():
+        bare = vlm(given.inputs()).logits
+        moved = vlm.run_with_hooks(given.inputs(), [(name, lambda a, hook: a * 2)]).logits
+    assert (moved - bare).abs().max() > 1e-2
+
+
+def test_self_check_catches_a_point_whose_value_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hooks.engine
+
+    given = tiny("qwen2_5_vl")
+    honest = hooks.engine._new_value
+    monkeypatch.setattr(
+        hooks.engine, "_new_value", lambda hook, t: None if (v := honest(hook, t)) is None else v * 1.01
+    )
+    with pytest.raises(FrankenlensError, match="own value back moved the logits"):
+        HookedVLM(given.model, given.processor)
+
+
+def test_closed_refuses_and_names_the_way_back() -> None:
+    given = tiny("qwen2_vl")
+    vlm = HookedVLM(given.model, given.processor)
+    vlm.close()
+    with pytest.raises(FrankenlensError, match="open the model again"):
+        vlm(given.inputs())
+
+
+def test_unknown_hook_names_the_nearest() -> None:
+    given = tiny("qwen2_vl")
+    vlm = HookedVLM(given.model, given.processor)
+    with pytest.raises(FrankenlensError, match=r"blocks\.1\.attn\.hook_pattern"):
+        vlm.run_with_cache(given.inputs(), "blocks.1.attn.hook_patern")
+
+
+def test_a_text_model_is_refused() -> None:
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=8,
+    )
+    with pytest.raises(FrankenlensError, match="image encoder"):
+        HookedVLM(LlamaForCausalLM(config))
+
+
+def test_from_pretrained_roundtrip(tmp_path) -> None:
+    given = tiny("qwen2_5_vl")
+    given.model.save_pretrained(tmp_path)
+    given.processor.save_pretrained(tmp_path)
+    inputs = given.inputs()
+    with torch.no_grad():
+        assert torch.equal(HookedVLM.from_pretrained(tmp_path)(inputs).logits, given.model(**inputs).logits)
+
+
+def test_bad_checkpoints_say_what_is_wrong(tmp_path) -> None:
+    given = tiny("qwen2_5_vl")
+    with pytest.raises(FrankenlensError, match=r"config\.json|processor"):
+        HookedVLM.from_pretrained(tmp_path)
+    given.model.save_pretrained(tmp_path)
+    with pytest.raises(FrankenlensError, match="processor"):
+        HookedVLM.from_pretrained(tmp_path)
+    given.processor.save_pretrained(tmp_path)
+    weights = next(tmp_path.glob("*.safetensors"))
+    weights.rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(FrankenlensError, match="safetensors"):
+        HookedVLM.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").rename(weights)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "no_such_model"}))
+    with pytest.raises(FrankenlensError, match="no_such_model"):
+        HookedVLM.from_pretrained(tmp_path)
+
+
+def test_missing_weights_are_not_made_up(tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    given = tiny("qwen2_5_vl")
+    given.model.save_pretrained(tmp_path)
+    given.processor.save_pretrained(tmp_path)
+    weights = next(tmp_path.glob("*.safetensors"))
+    tensors = load_file(weights)
+    tensors.pop(next(name for name in tensors if name.endswith("q_proj.weight")))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(FrankenlensError, match=r"q_proj\.weight"):
+        HookedVLM.from_pretrained(tmp_path)
