@@ -1,0 +1,1 @@
+"""The analyses: one module per method a paper would name."""

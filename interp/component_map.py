@@ -1,0 +1,226 @@
+"""The component map: every component patched at every role, in both directions, with two controls.
+
+`component_map` moves activations between the two models of a pair (RL into IN: sufficient? IN into RL: necessary?),
+`patch` between two prompts of one model. Both return the effects; `interp.summary.summarise` turns them into
+recoveries with intervals.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+from tqdm.auto import tqdm
+
+from hooks import FrankenlensError, HookedVLM
+from interp.metrics import Metric
+from interp.patching import (
+    BEFORE_THE_DECODER,
+    POINTS,
+    Component,
+    PatchBatch,
+    cached_names,
+    components,
+    partners,
+    patch_effects,
+)
+from interp.prompts import Prompt, collate
+from interp.rerun import CleanRun
+from interp.roles import ROLES
+
+if TYPE_CHECKING:
+    from interp.decision import DecisionSet
+    from interp.pair import Pair
+
+DIRECTIONS = {"rl_to_in": ("rl", "in"), "in_to_rl": ("in", "rl")}
+MAP_POINTS = tuple(point for point in POINTS if point != "z")
+
+
+def component_map(
+    pair: "Pair",
+    decisions: "DecisionSet",
+    directions: Sequence[str] = tuple(DIRECTIONS),
+    points: Sequence[str] = MAP_POINTS,
+    roles: Sequence[str] | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Patch every component of a pair at every role, on the prompts of `decisions`.
+
+    Args:
+        pair: IN and RL, opened.
+        decisions: what is measured, and the prompts up to each decision.
+        directions: "rl_to_in" (sufficient?), "in_to_rl" (necessary?).
+        points: see `interp.patching.components`.
+        roles: of `ROLES`, "decision" and "all"; by default those that occur.
+        batch_size: prompts a forward.
+
+    Returns:
+        Variables effect and control_other [direction component role example] (patched - recipient, in the metric's
+        units), control_self [direction component] (largest |effect| of the component from the same model, which is
+        exactly 0), recipient and donor [direction example]; coordinates point, layer, head on component.
+
+    Raises:
+        FrankenlensError: an unknown direction, point or role; no decision qualifies.
+    """
+    for direction in directions:
+        if direction not in DIRECTIONS:
+            raise FrankenlensError(f"{direction!r} is no direction; choose of {', '.join(DIRECTIONS)}.")
+    prompts = {"in": decisions.prompts, "rl": decisions.prompts}
+    models = {"in": pair.in_, "rl": pair.rl}
+    return _map(
+        models,
+        prompts,
+        decisions.metric,
+        {d: DIRECTIONS[d] for d in directions},
+        points,
+        roles,
+        batch_size,
+        progress,
+    )
+
+
+def patch(
+    vlm: HookedVLM,
+    clean: Sequence[Prompt],
+    corrupt: Sequence[Prompt],
+    metric: Metric,
+    points: Sequence[str] = MAP_POINTS,
+    roles: Sequence[str] | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Patch one model's activations on clean prompts into its runs on corrupt ones (counterfactual images, say).
+
+    Args:
+        vlm: the opened model.
+        clean: prompts the activations come from.
+        corrupt: prompts they go to, row by row with the same roles at the same positions.
+        metric: read on the corrupt run; see `interp.metrics`.
+        points, roles, batch_size: as in `component_map`.
+
+    Returns:
+        As `component_map`, with the one direction "clean_to_corrupt".
+
+    Raises:
+        FrankenlensError: a row whose clean and corrupt tokens do not line up.
+    """
+    if len(clean) != len(corrupt):
+        raise FrankenlensError(f"{len(clean)} clean and {len(corrupt)} corrupt prompts; they go in pairs.")
+    for row, (one, other) in enumerate(zip(clean, corrupt, strict=True)):
+        if one.roles != other.roles:
+            raise FrankenlensError(
+                f"row {row} ({one.example.id} / {other.example.id}): {len(one)} and {len(other)} tokens, or other roles;"
+                " the two prompts must line up token by token. Give images of equal size and the same question."
+            )
+    models, prompts = {"clean": vlm, "corrupt": vlm}, {"clean": clean, "corrupt": corrupt}
+    direction = {"clean_to_corrupt": ("clean", "corrupt")}
+    return _map(models, prompts, metric, direction, points, roles, batch_size, progress)
+
+
+def _map(
+    models: Mapping[str, HookedVLM],
+    prompts: Mapping[str, Sequence[Prompt]],
+    metric: Metric,
+    directions: Mapping[str, tuple[str, str]],
+    points: Sequence[str],
+    roles: Sequence[str] | None,
+    batch_size: int,
+    progress: bool,
+) -> xr.Dataset:
+    first = next(iter(prompts.values()))
+    if not first:
+        raise FrankenlensError(
+            "no prompt qualifies for this decision, so there is nothing to patch; see its counts."
+        )
+    roles = _roles(first, roles)
+    wanted = components(next(iter(models.values())), points)
+    shape = (len(directions), len(wanted), len(roles), len(first))
+    effect, other = np.full(shape, np.nan), np.full(shape, np.nan)
+    itself = np.zeros(shape[:2])
+    ends = np.full((2, len(directions), len(first)), np.nan)
+    total = _n_runs(wanted, roles) * len(directions) * -(-len(first) // batch_size)
+    with tqdm(total=total, desc="patching", unit="run", disable=not progress) as bar:
+        for rows in _batches(first, batch_size):
+            select = metric.select(rows)
+            batches, runs = {}, {}
+            for name, vlm in models.items():
+                batch = collate([prompts[name][i] for i in rows]).to(vlm.device)
+                batches[name] = PatchBatch(batch, select.reads(batch), partners(batch))
+                runs[name] = CleanRun(vlm, batch.inputs, cached_names(wanted))
+            for d, (donor, recipient) in enumerate(directions.values()):
+
+                def read(logits, batch=batches[recipient].batch, select=select):
+                    return select(logits, batch)
+
+                given = (runs[donor], runs[recipient], batches[recipient], read, wanted)
+                effect[d][..., rows] = patch_effects(*given, roles, progress=bar)
+                other[d][..., rows] = patch_effects(*given, roles, other_example=True, progress=bar)
+                itself[d] = np.fmax(
+                    itself[d], _self_effect(runs[recipient], batches[recipient], read, wanted, bar)
+                )
+                ends[0, d, rows] = read(runs[recipient].logits).double().cpu().numpy()
+                ends[1, d, rows] = read(runs[donor].logits).double().cpu().numpy()
+        bar.total = bar.n  # roles that no row of a batch has are not run
+        bar.refresh()
+    return _dataset(
+        effect, other, itself, ends, list(directions), wanted, roles, [p.example.id for p in first], metric
+    )
+
+
+def _self_effect(run: CleanRun, rows: PatchBatch, read, wanted: Sequence[Component], bar: tqdm) -> np.ndarray:
+    """Largest |effect| of each component taken from the same model on the same prompt."""
+    sizes = []
+    for component in wanted:
+        role = "image" if component.point in BEFORE_THE_DECODER else "all"
+        own = patch_effects(run, run, rows, read, [component], [role], progress=bar)
+        sizes.append(np.nanmax(np.abs(own)))
+    return np.array(sizes)
+
+
+def _roles(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str]:
+    if roles is None:
+        present = {role for prompt in prompts for role in prompt.roles}
+        return [*(role for role in ROLES if role in present), "decision", "all"]
+    valid = (*ROLES, "decision", "all")
+    for role in roles:
+        if role not in valid:
+            raise FrankenlensError(f"{role!r} is no role; choose of {', '.join(valid)}.")
+    return list(roles)
+
+
+def _batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
+    """Row numbers by batch; rows with the same roles stand together, so that they can be each other's control."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].roles, i))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _n_runs(wanted: Sequence[Component], roles: Sequence[str]) -> int:
+    early = sum(component.point in BEFORE_THE_DECODER for component in wanted)
+    cells = (len(wanted) - early) * len(roles) + early * ("image" in roles)
+    return 2 * cells + len(wanted)
+
+
+def _dataset(effect, other, itself, ends, directions, wanted, roles, examples, metric) -> xr.Dataset:
+    dims = ("direction", "component", "role", "example")
+    units = {"units": metric.units}
+    return xr.Dataset(
+        {
+            "effect": (dims, effect, units),
+            "control_other": (dims, other, units),
+            "control_self": (dims[:2], itself, units),
+            "recipient": (("direction", "example"), ends[0], units),
+            "donor": (("direction", "example"), ends[1], units),
+        },
+        coords={
+            "direction": directions,
+            "component": [c.name for c in wanted],
+            "role": roles,
+            "example": examples,
+            "point": ("component", [c.point for c in wanted]),
+            "layer": ("component", [-1 if c.layer is None else c.layer for c in wanted]),
+            "head": ("component", [-1 if c.head is None else c.head for c in wanted]),
+        },
+        attrs={"metric": metric.name, "units": metric.units},
+    )

@@ -1,0 +1,207 @@
+"""Find, once per prompt and on RL's own greedy trace, the decision that RL changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooks import HookedVLM
+from hooks.errors import FrankenlensError
+from interp.decision.result import Decision, DecisionSet
+from interp.decision.traces import Divergence, diverging, next_tokens, trace_logits
+from interp.examples import Example
+from interp.generation import greedy
+from interp.metrics import LogitDifference, Metric, SoftDifference, evaluate
+from interp.pair import Pair
+from interp.prompts import Prompt
+from interp.roles import count_faults
+from interp.tasks import grade
+
+Choice = Literal["first", "decisive", "soft"]
+Grader = Callable[[str | None, Example], bool]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Both models on the same prompts: greedy traces and how they end."""
+
+    rl_traces: tuple[Prompt, ...]
+    in_traces: tuple[Prompt, ...]
+    rl_correct: np.ndarray
+    in_correct: np.ndarray
+
+
+@torch.no_grad()
+def find_decisions(
+    pair: Pair,
+    examples: Sequence[Example],
+    choice: Choice = "decisive",
+    *,
+    grader: Grader = grade,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> DecisionSet:
+    """The decision RL changed, on each prompt that has one.
+
+    Arguments:
+        choice: `first`: the first position of RL's greedy trace where the arg max of the two models differs on the
+            same prefix. `decisive`: on prompts that RL gets right and IN wrong, the first such position where forcing
+            RL's token makes IN's own greedy continuation end right. `soft`: all positions of the trace, weighted by
+            how much the two models' probabilities differ.
+        grader: (answer as the trace format reads it, or None; example) -> right or wrong.
+        max_new_tokens: longest trace.
+        progress: show bars.
+
+    Raises:
+        FrankenlensError: an unknown choice, or no examples.
+    """
+    if choice not in get_args(Choice) or not examples:
+        raise FrankenlensError(
+            f"find_decisions takes at least one example and a choice of {', '.join(get_args(Choice))}; "
+            f"got {len(examples)} examples and {choice!r}"
+        )
+    prompts = [pair.builder.build(example) for example in examples]
+    run = _run(pair, prompts, grader, max_new_tokens, batch_size, progress)
+    divergences, unstable = [], 0
+    for trace, in_logits, rl_logits in _both(pair, run.rl_traces, batch_size, progress):
+        found, ties = diverging(trace, next_tokens(trace, rl_logits), next_tokens(trace, in_logits))
+        divergences.append(found)
+        unstable += ties
+    if choice == "soft":
+        decisions, metric = _soft(pair, run.rl_traces, batch_size, progress)
+        excluded: Counter[str] = Counter()
+    else:
+        if choice == "first":
+            chosen = {row: found[0] for row, found in enumerate(divergences) if found}
+            excluded = Counter({"no divergence": len(prompts) - len(chosen)})
+        else:
+            chosen, excluded = _decisive(pair, run, divergences, grader, max_new_tokens, batch_size, progress)
+        decisions = tuple(_decision(run.rl_traces[row], row, at) for row, at in sorted(chosen.items()))
+        metric = _difference(decisions)
+    cut = [decision.prompt for decision in decisions]
+    in_values, rl_values = (evaluate(vlm, cut, metric, batch_size) for vlm in (pair.in_, pair.rl))
+    traces = {"in": run.in_traces, "rl": run.rl_traces}
+    return DecisionSet(
+        choice,
+        decisions,
+        metric,
+        in_values,
+        rl_values,
+        run.rl_traces,
+        run.in_traces,
+        run.rl_correct,
+        run.in_correct,
+        n_diverge=sum(map(bool, divergences)),
+        excluded={reason: n for reason, n in excluded.items() if n},
+        unparsed={name: count_faults(p.trace for p in rows) for name, rows in traces.items()},
+        n_unstable=unstable,
+    )
+
+
+def _run(
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    grader: Grader,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: bool,
+) -> _Run:
+    traces, correct = {}, {}
+    for name, vlm in (("rl", pair.rl), ("in", pair.in_)):
+        written = greedy(vlm, prompts, max_new_tokens, batch_size, progress)
+        traces[name] = tuple(p.with_tokens(ids) for p, ids in zip(prompts, written, strict=True))
+        correct[name] = np.array([grader(p.trace.answer, p.example) for p in traces[name]], dtype=bool)
+    return _Run(traces["rl"], traces["in"], correct["rl"], correct["in"])
+
+
+def _both(
+    pair: Pair, traces: Sequence[Prompt], batch_size: int, progress: bool
+) -> Iterator[tuple[Prompt, Float[Tensor, "step vocab"], Float[Tensor, "step vocab"]]]:
+    """Each trace with IN's and RL's logits for its tokens."""
+    runs = [trace_logits(vlm, traces, batch_size, progress) for vlm in (pair.in_, pair.rl)]
+    for (trace, of_in), (_, of_rl) in zip(*runs, strict=True):
+        yield trace, of_in, of_rl
+
+
+def _decisive(
+    pair: Pair,
+    run: _Run,
+    divergences: Sequence[Sequence[Divergence]],
+    grader: Grader,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: bool,
+) -> tuple[dict[int, Divergence], Counter[str]]:
+    """Scan the divergences in order, the k-th of all open prompts in one batch."""
+    wanted = run.rl_correct & ~run.in_correct
+    excluded = Counter(
+        {
+            "RL is wrong": int((~run.rl_correct).sum()),
+            "IN is right already": int((run.rl_correct & run.in_correct).sum()),
+        }
+    )
+    chosen: dict[int, Divergence] = {}
+    waiting = np.flatnonzero(wanted).tolist()
+    for k in range(max((len(divergences[row]) for row in waiting), default=0)):
+        waiting = [row for row in waiting if row not in chosen and len(divergences[row]) > k]
+        forced = [_forced(run.rl_traces[row], divergences[row][k].index) for row in waiting]
+        right = _ends_right(pair.in_, forced, grader, max_new_tokens, batch_size, progress)
+        chosen.update({row: divergences[row][k] for row, good in zip(waiting, right, strict=True) if good})
+    excluded["no single token of RL's makes IN end right"] = int(wanted.sum()) - len(chosen)
+    return chosen, excluded
+
+
+def _forced(trace: Prompt, index: int) -> Prompt:
+    """RL's trace up to and including its token at a divergence."""
+    return trace.truncated(trace.n_prompt_tokens + index + 1)
+
+
+def _ends_right(
+    vlm: HookedVLM,
+    forced: Sequence[Prompt],
+    grader: Grader,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: bool,
+) -> Iterable[bool]:
+    open_rows = [i for i, p in enumerate(forced) if p.trace_ids[-1] not in p.builder.end_ids]
+    room = {i: max_new_tokens - len(forced[i].trace_ids) for i in open_rows}
+    open_rows = [i for i in open_rows if room[i] > 0]
+    ended = list(forced)
+    if open_rows:
+        longest = max(room[i] for i in open_rows)
+        written = greedy(vlm, [forced[i] for i in open_rows], longest, batch_size, progress)
+        for i, ids in zip(open_rows, written, strict=True):
+            ended[i] = forced[i].with_tokens(ids[: room[i]])
+    return [grader(prompt.trace.answer, prompt.example) for prompt in ended]
+
+
+def _decision(trace: Prompt, row: int, at: Divergence) -> Decision:
+    place = trace.n_prompt_tokens + at.index
+    return Decision(
+        row, trace.truncated(place), at.index, trace.ids[place], at.other_token, trace.roles[place]
+    )
+
+
+def _difference(decisions: Sequence[Decision]) -> LogitDifference:
+    tokens = [[getattr(d, name) for d in decisions] for name in ("rl_token", "in_token")]
+    return LogitDifference(*(torch.tensor(ids, dtype=torch.long) for ids in tokens))
+
+
+def _soft(
+    pair: Pair, traces: Sequence[Prompt], batch_size: int, progress: bool
+) -> tuple[tuple[Decision, ...], Metric]:
+    """All prompts; the weights take one float per prompt, trace token and word of the vocabulary."""
+    weights = tuple(
+        rl.softmax(-1) - in_.softmax(-1) for _, in_, rl in _both(pair, traces, batch_size, progress)
+    )
+    start = torch.tensor([trace.n_prompt_tokens - 1 for trace in traces])
+    return tuple(Decision(row, trace) for row, trace in enumerate(traces)), SoftDifference(weights, start)

@@ -1,0 +1,138 @@
+"""What `find_decisions` returns: the decisions, and everything that has to be printed beside a recovery."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from interp.examples import Example
+from interp.metrics import Metric
+from interp.prompts import Prompt
+from interp.statistics import Interval, bootstrap_mean
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One place where RL and IN part.
+
+    Attributes:
+        row: the prompt, as a row of the `DecisionSet`'s traces.
+        prompt: ends at the decision: the position whose next token is decided. For `soft` it holds RL's whole trace.
+        index: which token of RL's trace is decided, from 0; None for `soft`.
+        rl_token, in_token: what each model chooses there; None for `soft`.
+        role: role of RL's token; "" for `soft`.
+    """
+
+    row: int
+    prompt: Prompt
+    index: int | None = None
+    rl_token: int | None = None
+    in_token: int | None = None
+    role: str = ""
+
+    @property
+    def example(self) -> Example:
+        """The example asked about."""
+        return self.prompt.example
+
+
+@dataclass(frozen=True, eq=False)
+class DecisionSet:
+    """Decisions of a pair on a set of prompts, the same for both directions of patching.
+
+    Attributes:
+        choice: `first`, `decisive` or `soft`.
+        decisions: one per prompt that qualifies.
+        metric: scores a batch of `prompts`, high where the model does as RL does.
+        in_values, rl_values: the metric of the two clean models, one per decision.
+        rl_traces, in_traces: every prompt with the greedy trace of each model.
+        rl_correct, in_correct: whether those end in the right answer.
+        n_diverge: prompts on which the two next tokens differ anywhere along RL's trace.
+        excluded: reason -> number of prompts without a decision.
+        unparsed: model -> reason -> number of traces that do not parse.
+        n_unstable: trace positions left out since RL, run over its own trace at once, would choose another token
+            than it did step by step (a tie to rounding).
+    """
+
+    choice: str
+    decisions: tuple[Decision, ...]
+    metric: Metric
+    in_values: Float[np.ndarray, " decision"] = field(repr=False)
+    rl_values: Float[np.ndarray, " decision"] = field(repr=False)
+    rl_traces: tuple[Prompt, ...] = field(repr=False)
+    in_traces: tuple[Prompt, ...] = field(repr=False)
+    rl_correct: Bool[np.ndarray, " prompt"] = field(repr=False)
+    in_correct: Bool[np.ndarray, " prompt"] = field(repr=False)
+    n_diverge: int
+    excluded: Mapping[str, int]
+    unparsed: Mapping[str, Mapping[str, int]]
+    n_unstable: int
+
+    def __len__(self) -> int:
+        return len(self.decisions)
+
+    @property
+    def n_prompts(self) -> int:
+        """Prompts that were looked at."""
+        return len(self.rl_traces)
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """The prompts of the decisions, to be collated and patched."""
+        return tuple(decision.prompt for decision in self.decisions)
+
+    def denominator(self, **settings: Any) -> Interval:
+        """Mean of RL's metric minus IN's over the decisions, in the metric's units, with its bootstrap interval.
+
+        `settings` as in `interp.statistics.bootstrap_mean`.
+        """
+        return bootstrap_mean(self.rl_values - self.in_values, **settings)
+
+    def token_pairs(self, n: int | None = 5) -> list[tuple[str, str, int]]:
+        """The commonest pairs (RL's token, IN's token, number of decisions)."""
+        pairs = Counter(
+            (self._text(d.rl_token), self._text(d.in_token)) for d in self.decisions if d.rl_token is not None
+        )
+        return [(rl, in_, count) for (rl, in_), count in pairs.most_common(n)]
+
+    def _text(self, token: int | None) -> str:
+        return "" if token is None else self.rl_traces[0].builder.decode([token])
+
+    def summary(self, **settings: Any) -> dict[str, Any]:
+        """What has to stand beside any recovery, ready for JSON. `settings` as in `denominator`."""
+        interval = self.denominator(**settings)
+        indices = [d.index for d in self.decisions if d.index is not None]
+        return {
+            "choice": self.choice,
+            "n_prompts": self.n_prompts,
+            "n_diverge": self.n_diverge,
+            "n_qualify": len(self),
+            "excluded": dict(self.excluded),
+            "n_in_correct": int(self.in_correct.sum()),
+            "n_rl_correct": int(self.rl_correct.sum()),
+            "unparsed": {model: dict(reasons) for model, reasons in self.unparsed.items()},
+            "n_unstable_positions": self.n_unstable,
+            "denominator": {key: _number(getattr(interval, key)) for key in ("value", "low", "high", "n")},
+            "units": self.metric.units,
+            "trace_index": _quartiles(indices),
+            "roles": dict(Counter(d.role for d in self.decisions if d.role).most_common()),
+            "token_pairs": [{"rl": rl, "in": in_, "n": count} for rl, in_, count in self.token_pairs()],
+        }
+
+
+def _number(value: Any) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _quartiles(indices: Sequence[int]) -> dict[str, float] | None:
+    if not indices:
+        return None
+    names = ("min", "quarter", "median", "three_quarters", "max")
+    return {
+        name: float(q) for name, q in zip(names, np.percentile(indices, [0, 25, 50, 75, 100]), strict=True)
+    }

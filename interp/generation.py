@@ -1,0 +1,67 @@
+"""Greedy generation in batches: the arg max at every step, whatever a checkpoint's own generation settings say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+from hooks import HookedVLM
+from interp.prompts import Prompt, collate
+
+
+@torch.no_grad()
+def greedy(
+    vlm: HookedVLM,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[list[int]]:
+    """The tokens that the model writes after each prompt (and after its trace, if it has one).
+
+    Special tokens that no answer holds (`PromptBuilder.suppressed_ids`) are never chosen.
+
+    Returns:
+        Token ids per prompt, in the order of `prompts`. The last one ends the turn unless `max_new_tokens` ran out.
+    """
+    written: list[list[int]] = [[] for _ in prompts]
+    if not prompts:
+        return written
+    builder = prompts[0].builder
+    settings = {"max_new_tokens": max_new_tokens, "suppress_tokens": list(builder.suppressed_ids) or None}
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    with (
+        plain_greedy(vlm.model, builder.end_ids, builder.pad_id),
+        tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress) as bar,
+    ):
+        for first in range(0, len(prompts), batch_size):
+            rows = by_length[first : first + batch_size]
+            batch = collate([prompts[row] for row in rows], "left").to(vlm.model.device)
+            output = vlm.model.generate(**batch.inputs, **settings)  # type: ignore[operator]
+            for row, ids in zip(rows, output[:, batch.roles.shape[1] :].tolist(), strict=True):
+                written[row] = through_end(ids, builder.end_ids)
+            bar.update(len(rows))
+    return written
+
+
+def through_end(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+    """`ids` up to and including the first that ends the turn."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in end_ids), len(ids))
+    return list(ids[:end])
+
+
+@contextmanager
+def plain_greedy(model: PreTrainedModel, end_ids: Sequence[int], pad_id: int) -> Iterator[None]:
+    """Put aside a checkpoint's generation settings (temperature, repetition penalty, ...), which bend the arg max."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, num_beams=1, eos_token_id=list(end_ids) or None, pad_token_id=pad_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,147 @@
+"""Prompts of different lengths as one padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int, Int8
+from torch import Tensor
+
+from hooks.errors import FrankenlensError
+from interp.prompts.prompt import TOKEN_TENSORS, Prompt
+from interp.roles import PADDING_CODE, ROLE_CODES, ROLES
+
+PaddingSide = Literal["left", "right"]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """Padded prompts, ready for `model(**batch.inputs)`.
+
+    Attributes:
+        prompts: the rows.
+        inputs: processor tensors; tokens are padded, images follow one another.
+        roles: `ROLE_CODES` of every token, `PADDING_CODE` on padding.
+        lengths: real tokens of each row.
+        padding_side: where the padding is.
+        pad_token_id: what it is made of.
+    """
+
+    prompts: tuple[Prompt, ...]
+    inputs: dict[str, Tensor] = field(repr=False)
+    roles: Int8[Tensor, "batch pos"] = field(repr=False)
+    lengths: Int[Tensor, " batch"]
+    padding_side: PaddingSide
+    pad_token_id: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def mask(self, role: str) -> Bool[Tensor, "batch pos"]:
+        """Where a role is; `all` is every real token, `decision` each row's last one.
+
+        Raises:
+            FrankenlensError: no such role.
+        """
+        if role == "all":
+            return self.roles != PADDING_CODE
+        if role == "decision":
+            columns = torch.arange(self.roles.shape[1], device=self.roles.device)
+            return columns[None] == self.last[:, None]
+        if role not in ROLE_CODES:
+            raise FrankenlensError(
+                f"no role {role!r}; choose one of {', '.join((*ROLES, 'decision', 'all'))}"
+            )
+        return self.roles == ROLE_CODES[role]
+
+    @property
+    def last(self) -> Int[Tensor, " batch"]:
+        """Column of each row's last real token: the position whose next token is decided."""
+        return self.columns(self.lengths - 1)
+
+    decision = last
+
+    def columns(self, tokens: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+        """Columns of the batch in which a token of each row stands, counted from the row's first real token."""
+        return tokens + (self.roles.shape[1] - self.lengths if self.padding_side == "left" else 0)
+
+    def select(self, rows: Sequence[int] | Int[Tensor, " n"]) -> PromptBatch:
+        """The batch of some rows, padded anew."""
+        chosen = [self.prompts[int(row)] for row in rows]
+        return collate(chosen, self.padding_side, self.pad_token_id).to(self.roles.device)
+
+    def to(self, device: torch.device | str) -> PromptBatch:
+        """The same batch on a device."""
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, roles=self.roles.to(device), lengths=self.lengths.to(device))
+
+
+def collate(
+    prompts: Sequence[Prompt], padding_side: PaddingSide = "right", pad_token_id: int | None = None
+) -> PromptBatch:
+    """Pad prompts to one length.
+
+    With left padding, models that count positions from the first column are given `position_ids`; those with
+    multimodal positions work them out themselves from the attention mask.
+
+    Arguments:
+        prompts: at least one.
+        pad_token_id: by default the tokenizer's.
+
+    Raises:
+        FrankenlensError: no prompts, an unknown side, or images of shapes that cannot be joined.
+    """
+    if not prompts or padding_side not in ("left", "right"):
+        raise FrankenlensError(
+            f"collate takes at least one prompt and padding_side 'left' or 'right', not {len(prompts)} prompts and "
+            f"{padding_side!r}"
+        )
+    pad = prompts[0].builder.pad_id if pad_token_id is None else pad_token_id
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.inputs)
+    inputs: dict[str, Tensor] = {}
+    for name in names:
+        if name in TOKEN_TENSORS:
+            rows = [p.inputs.get(name, torch.zeros_like(p.inputs["input_ids"]))[0] for p in prompts]
+            inputs[name] = _padded(rows, padding_side, pad if name == "input_ids" else 0)
+        else:
+            inputs[name] = _joined(name, [p.inputs[name] for p in prompts if name in p.inputs])
+    if padding_side == "left" and "image_grid_thw" not in inputs:
+        inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+    codes = [torch.tensor([ROLE_CODES[role] for role in p.roles], dtype=torch.int8) for p in prompts]
+    return PromptBatch(
+        tuple(prompts), inputs, _padded(codes, padding_side, PADDING_CODE), lengths, padding_side, pad
+    )
+
+
+def _padded(rows: Sequence[Tensor], side: PaddingSide, value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(
+        list(rows), batch_first=True, padding_value=value, padding_side=side
+    )
+
+
+def _joined(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    """Image tensors one after another; where rows hold different numbers of images (axis 1), padded with zeros."""
+    if tensors[0].ndim >= 4:
+        most = max(tensor.shape[1] for tensor in tensors)
+        tensors = [_grown(tensor, most) for tensor in tensors]
+    try:
+        return torch.cat(list(tensors))
+    except RuntimeError as error:
+        shapes = ", ".join(dict.fromkeys(str(tuple(t.shape)) for t in tensors))
+        raise FrankenlensError(
+            f"{name} of these prompts cannot be joined into a batch, shapes {shapes}; give prompts of images that the "
+            "processor brings to one size, or run them one at a time"
+        ) from error
+
+
+def _grown(tensor: Tensor, n: int) -> Tensor:
+    missing = n - tensor.shape[1]
+    return (
+        torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], dim=1)
+        if missing
+        else tensor
+    )

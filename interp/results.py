@@ -1,0 +1,110 @@
+"""Results on disk: where they come from, written all or nothing, loaded again.
+
+A result is an `xarray.Dataset` whose attribute `provenance` holds, as JSON, what `provenance()` returns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from hooks.errors import FrankenlensError
+
+_VERSIONS = ("frankenlens", "torch", "transformers", "numpy", "scipy", "xarray")
+
+
+def provenance(
+    models: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    counts: Mapping[str, int],
+    dropped: Mapping[str, int],
+) -> dict[str, Any]:
+    """What a reader needs to make a result again, as plain JSON data.
+
+    Args:
+        models: what `Pair.provenance` returns: name, class, dtype and hash of the weights of each model.
+        settings: every setting that the result depends on, the seed included.
+        counts: how many examples remained at each step, in order.
+        dropped: reason to number of examples left out for it.
+    """
+    return {
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "checkpoints": dict(models),
+        "settings": json.loads(json.dumps(settings, default=str)),
+        "counts": dict(counts),
+        "dropped": dict(dropped),
+        "versions": {name: version(name) for name in _VERSIONS} | {"python": platform.python_version()},
+    }
+
+
+@contextmanager
+def publishing(folder: Path | str) -> Iterator[Path]:
+    """A staging folder whose files appear in `folder` together, each by one rename, once the block has ended well.
+
+    If the block raises, `folder` is left as it was: no reader ever sees half a file, nor a new figure beside
+    an old table because the page failed.
+
+    Raises:
+        FrankenlensError: `folder` cannot be made or written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
+    except OSError as error:
+        raise FrankenlensError(
+            f"Cannot write to {folder}: {error.strerror}. Choose another --out."
+        ) from error
+    try:
+        yield staging
+        for path in sorted(staging.iterdir()):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(staging)
+
+
+def save_dataset(dataset: xr.Dataset, path: Path) -> None:
+    """Write NetCDF 4, floats compressed; use inside `publishing`."""
+    packed = {str(name): {"zlib": True} for name, data in dataset.data_vars.items() if data.dtype.kind == "f"}
+    dataset.to_netcdf(path, engine="h5netcdf", encoding=packed)
+
+
+def load_dataset(path: Path | str) -> xr.Dataset:
+    """Read a result into memory.
+
+    Raises:
+        FrankenlensError: there is no such file, or it is not a result.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FrankenlensError(f"There is no file {path}; `frankenlens map --out DIR` writes DIR/map.nc.")
+    try:
+        dataset = xr.load_dataset(path, engine="h5netcdf")
+    except OSError as error:
+        raise FrankenlensError(f"{path} is not a NetCDF 4 file: {error}") from error
+    if "provenance" not in dataset.attrs:
+        raise FrankenlensError(f"{path} has no provenance, so it is not a result of frankenlens.")
+    return dataset
+
+
+def save_table(dataset: xr.Dataset, path: Path) -> None:
+    """Tidy CSV of a component map: one row per direction, component and role, every number with its interval.
+
+    Per-example values stay in the NetCDF file. Rows without examples are kept, with n = 0 and empty values.
+    """
+    cells = ("direction", "component", "role")
+    columns = [name for name, data in dataset.data_vars.items() if data.dims and set(data.dims) <= set(cells)]
+    table = dataset[columns].to_dataframe(dim_order=cells).reset_index()
+    front = [*cells[:2], *(c for c in ("point", "layer", "head") if c in table), "role", "n"]
+    table[front + [c for c in columns if c not in front]].to_csv(path, index=False)

@@ -1,0 +1,26 @@
+"""Synthetic questions about small scenes, with exact answers, seeded splits and counterfactual pairs."""
+
+from interp.tasks.questions import PERCEPTION, REASONING, TASKS, Solution, Task
+from interp.tasks.sampling import chain, counterfactual_pairs, grade, sample
+from interp.tasks.scenes import CELLS, COLOURS, SHAPES, SPLITS, Scene, SceneObject, Split, render, split_of
+
+__all__ = [
+    "CELLS",
+    "COLOURS",
+    "PERCEPTION",
+    "REASONING",
+    "SHAPES",
+    "SPLITS",
+    "TASKS",
+    "Scene",
+    "SceneObject",
+    "Solution",
+    "Split",
+    "Task",
+    "chain",
+    "counterfactual_pairs",
+    "grade",
+    "render",
+    "sample",
+    "split_of",
+]
