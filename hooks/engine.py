@@ -154,12 +154,12 @@ def _new_value(hook: _Hook, tensor: Tensor) -> Tensor | None:
 
 def _on_result(hooks: list[_Hook], module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """Per-head results; a change of one is added to the output, so an unchanged head changes nothing, bit for bit."""
+    own = head_results(module, args[0].unflatten(-1, (hooks[0].context.point.heads, -1)))
+    result = own
     for hook in hooks:
-        result = head_results(module, args[0].unflatten(-1, (hook.context.point.heads, -1)))
         new = hook(result.clone())
-        if new is not None:
-            output = output + (new - result).sum(-2)
-    return output
+        result = result if new is None else new
+    return output if result is own else output + (result - own).sum(-2)
 
 
 def head_results(

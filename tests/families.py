@@ -29,13 +29,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
     Qwen2VLProcessor,
-    Qwen3VLProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -43,7 +43,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
-from transformers.utils.import_utils import is_torchvision_available
 
 from hooks.processors import image_only
 
@@ -94,7 +93,7 @@ def tiny_processor(family: str) -> Any:
             patch_size=4, merge_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 64 * 64}
         )
         kind = CLASSES_OF_PROCESSOR[family]
-        return (kind if is_torchvision_available() else image_only(kind))(images, tokenizer, chat_template=template)
+        return image_only(kind)(images, tokenizer, chat_template=template)
     template = CHAT_TEMPLATE % "<image>"
     if family == "llava":
         images = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
@@ -114,7 +113,7 @@ def tiny_processor(family: str) -> Any:
 
 def _config(family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     """The smallest configuration that keeps what is peculiar to the family."""
-    token = tokenizer.convert_tokens_to_ids
+    token: Any = tokenizer.convert_tokens_to_ids
     text: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
         hidden_size=32,
