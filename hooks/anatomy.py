@@ -133,7 +133,7 @@ def _block(
     separate = [_child(attention, kind) for kind in (_QUERY, _KEY, _VALUE)]
     fused = _child(attention, _FUSED)
     qkv = [fused] if fused is not None else separate
-    linears = [m for m in mlp.modules() if isinstance(m, nn.Linear)]
+    linears = [m for m in mlp.children() if hasattr(m, "in_features")]
     norms = [m for m in block.children() if "norm" in type(m).__name__.lower()]
     if out is None or None in qkv or not linears or len(norms) != 2 or not n_heads:
         _refuse(model, f"q/k/v/output projections, MLP and two pre-norms of {names[block]}")

@@ -63,6 +63,10 @@ class AttentionTap:
 def tapped(module: Any, tap: AttentionTap) -> Iterator[None]:
     """Send this one attention module through `tap` for the length of the context."""
     original = module.config
+    if hasattr(original, "_frankenlens_tap"):
+        raise FrankenlensError(
+            "this attention module is hooked through another HookedVLM; use one per model."
+        )
     shim = copy.copy(original)
     tap.implementation = original._attn_implementation or "eager"
     flash = tap.packed or "flash" in tap.implementation

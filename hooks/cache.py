@@ -7,6 +7,14 @@ from torch import Tensor
 
 from hooks.errors import FrankenlensError, nearest
 
+
+class NotCached(FrankenlensError, KeyError):
+    """No such activation in the cache."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 _SHORT = {
     "q": "attn.hook_q",
     "k": "attn.hook_k",
@@ -19,22 +27,35 @@ _SHORT = {
     "result": "attn.hook_result",
     "post": "mlp.hook_post",
 }
+_WHOLE = {"embed": "hook_embed", "ln_final": "ln_final.hook_normalized", "projector": "projector.hook_out"}
 
 
 class ActivationCache(Mapping[str, Tensor]):
-    """Activations by hook name; `cache["blocks.3.attn.hook_z"]` or, as in TransformerLens, `cache["z", 3]`."""
+    """Activations by hook name; `cache["blocks.3.attn.hook_z"]`, or TransformerLens's short `cache["z", 3]`.
+
+    A negative layer counts from the last one that was cached.
+    """
 
     def __init__(self, activations: dict[str, Tensor]) -> None:
         self._activations = activations
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
-        name = key if isinstance(key, str) else f"blocks.{key[1]}.{_SHORT.get(key[0], f'hook_{key[0]}')}"
+        name = self._name(key)
         if name not in self._activations:
-            raise FrankenlensError(f"{name!r} was not cached. {nearest(name, self._activations)}")
+            raise NotCached(f"{name!r} was not cached. {nearest(name, self._activations)}")
         return self._activations[name]
 
     def __contains__(self, key: object) -> bool:
-        return key in self._activations
+        return isinstance(key, str | tuple) and self._name(key) in self._activations
+
+    def _name(self, key: str | tuple) -> str:
+        if isinstance(key, str):
+            return key if key in self._activations or key.startswith("hook_") else _WHOLE.get(key, key)
+        short, layer = key
+        if layer < 0:
+            found = [int(name.split(".")[1]) for name in self._activations if name.startswith("blocks.")]
+            layer += max(found, default=0) + 1
+        return f"blocks.{layer}.{_SHORT.get(short, f'hook_{short}')}"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._activations)

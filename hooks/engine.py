@@ -20,11 +20,12 @@ from hooks.points import HookPoint
 class HookContext:
     """The `hook` argument of a hook function `fn(activation, hook)`, as in TransformerLens.
 
-    `ctx` is a dictionary of the user's own that lives as long as the hook.
+    `ctx` is a dictionary of the user's own that lives as long as the hook; `calls` counts how often it has fired.
     """
 
     point: HookPoint
     ctx: dict[str, Any] = field(default_factory=dict)
+    calls: int = 0
 
     @property
     def name(self) -> str:
@@ -37,11 +38,10 @@ class HookContext:
 
 
 HookFunction = Callable[[Tensor, HookContext], Tensor | None]
-Attached = Sequence[tuple[HookPoint, HookFunction]]
 
 
 @dataclass(frozen=True)
-class _Hook:
+class Hook:
     """One hook function on one point; returns the value that takes the tensor's place, or None for no change."""
 
     fn: HookFunction
@@ -49,6 +49,7 @@ class _Hook:
 
     def __call__(self, activation: Tensor) -> Tensor | None:
         point = self.context.point
+        self.context.calls += 1
         version = None if activation.is_inference() else activation._version
         new = self.fn(activation, self.context)
         if new is None:
@@ -65,21 +66,20 @@ class _Hook:
 
 
 @contextmanager
-def attached(modules: dict[str, nn.Module], attached: Attached, packed: frozenset[str]) -> Iterator[None]:
-    """Attach the hook functions, in the order given, for the length of the context.
+def attached(model: nn.Module, wanted: Sequence[Hook], packed: frozenset[str]) -> Iterator[None]:
+    """Attach hooks, in the order given, for the length of the context.
 
     Args:
-        modules: every module of the model by path.
-        attached: hook points with their functions.
+        model: the model; modules are looked up now, so what was put in their place since opening is hooked.
+        wanted: the hooks.
         packed: paths of attention modules that see [patch, d] without a batch axis.
     """
-    places: dict[tuple[str, str], list[_Hook]] = defaultdict(list)
-    for point, fn in attached:
-        places[point.module, point.place].append(_Hook(fn, HookContext(point)))
+    places: dict[tuple[str, str], list[Hook]] = defaultdict(list)
+    for hook in wanted:
+        places[hook.context.point.module, hook.context.point.place].append(hook)
     with ExitStack() as stack:
-        # "result" reads the output projection's input, so it is registered beside "output", never before "input".
         for (path, place), hooks in places.items():
-            module = modules[path]
+            module = model.get_submodule(path)
             if place == "attention":
                 leaves = frozenset(hook.context.point.leaf for hook in hooks)
                 tap = AttentionTap(leaves, partial(_run_leaf, hooks), path in packed)
@@ -95,7 +95,7 @@ def attached(modules: dict[str, nn.Module], attached: Attached, packed: frozense
         yield
 
 
-def _run_leaf(hooks: list[_Hook], leaf: str, value: Tensor) -> Tensor:
+def _run_leaf(hooks: list[Hook], leaf: str, value: Tensor) -> Tensor:
     for hook in hooks:
         if hook.context.point.leaf == leaf:
             # softmax keeps its output for the backward pass: a function that edits in place gets its own copy.
@@ -104,7 +104,7 @@ def _run_leaf(hooks: list[_Hook], leaf: str, value: Tensor) -> Tensor:
     return value
 
 
-def _on_input(hooks: list[_Hook], module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _on_input(hooks: list[Hook], module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     for hook in hooks:
         point = hook.context.point
         by_keyword = point.key is not None and point.key in kwargs
@@ -121,7 +121,7 @@ def _on_input(hooks: list[_Hook], module: nn.Module, args: tuple, kwargs: dict) 
     return args, kwargs
 
 
-def _on_output(hooks: list[_Hook], module: nn.Module, args: tuple, output: Any) -> Any:
+def _on_output(hooks: list[Hook], module: nn.Module, args: tuple, output: Any) -> Any:
     for hook in hooks:
         key = hook.context.point.key
         if key is not None:
@@ -137,13 +137,14 @@ def _on_output(hooks: list[_Hook], module: nn.Module, args: tuple, output: Any) 
     return output
 
 
-def _new_value(hook: _Hook, tensor: Tensor) -> Tensor | None:
+def _new_value(hook: Hook, tensor: Tensor) -> Tensor | None:
     """Show the hook its part of `tensor`; return the whole tensor with that part replaced, None for no change."""
     point = hook.context.point
     whole = tensor.chunk(3, dim=-1) if point.part is not None else (tensor,)
     part = whole[point.part or 0]
     seen = part if point.heads is None else part.unflatten(-1, (point.heads, -1))
-    new = hook(seen.clone() if point.inplace else seen)
+    # A copy where an edit in place would reach the wrong tensor, or one that autograd has views of.
+    new = hook(seen.clone() if point.inplace or point.part is not None or seen.requires_grad else seen)
     if new is None:
         return None
     new = new if point.heads is None else new.flatten(-2)
@@ -152,24 +153,28 @@ def _new_value(hook: _Hook, tensor: Tensor) -> Tensor | None:
     return torch.cat([new if i == point.part else other for i, other in enumerate(whole)], dim=-1)
 
 
-def _on_result(hooks: list[_Hook], module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def _on_result(hooks: list[Hook], module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """Per-head results; a change of one is added to the output, so an unchanged head changes nothing, bit for bit."""
     own = head_results(module, args[0].unflatten(-1, (hooks[0].context.point.heads, -1)))
     result = own
     for hook in hooks:
         new = hook(result.clone())
         result = result if new is None else new
-    return output if result is own else output + (result - own).sum(-2)
+    return output if result is own else output + (result - own).sum(-2).to(output.dtype)
 
 
 def head_results(
     out: nn.Module, z: Float[Tensor, "*lead head d_head"]
 ) -> Float[Tensor, "*lead head d_model"]:
-    """What each head writes to the residual stream: z_h · W_O of head h; the bias belongs to no head."""
-    if type(out) is nn.Linear:
+    """What each head writes to the residual stream: z_h · W_O of head h; the bias belongs to no head.
+
+    In float32 for half-precision models too: the difference between two models' heads is far below their rounding.
+    """
+    if type(out) is nn.Linear and not out.weight.is_meta:
         weight = out.weight.unflatten(1, (z.shape[-2], -1))
-        return torch.einsum("...hd,mhd->...hm", z, weight)
-    # A wrapped projection (LoRA, quantized): one head at a time through the module itself.
-    zero = out(torch.zeros_like(z).flatten(-2))
+        wide = torch.promote_types(z.dtype, torch.float32)
+        return torch.einsum("...hd,mhd->...hm", z.to(wide), weight.to(wide))
+    # A wrapped projection (LoRA, quantized, offloaded): one head at a time through its own forward, past the hooks.
+    zero = out.forward(torch.zeros_like(z).flatten(-2))
     eye = torch.eye(z.shape[-2], dtype=z.dtype, device=z.device)
-    return torch.stack([out((z * row[:, None]).flatten(-2)) - zero for row in eye], dim=-2)
+    return torch.stack([out.forward((z * row[:, None]).flatten(-2)) - zero for row in eye], dim=-2)

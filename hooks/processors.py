@@ -134,7 +134,8 @@ def _declared_class(name: str, trust_remote_code: bool, hub: dict[str, Any]) -> 
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
     except ValueError:  # an architecture unknown to transformers; AutoProcessor then gives the verdict
         return None
-    return PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else None
+    found: Any = PROCESSOR_MAPPING.get(type(config), None)
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from hooks.vlm import HookedVLM
 
 
+_EQUATIONS = (
+    "hook_resid_pre",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "mlp.hook_post",
+    "hook_mlp_out",
+    "hook_resid_post",
+)
+
+
 def check_inputs(processor: Any, side: int = 64) -> dict[str, Any]:
     """One prompt with one small random image, as tensors of this processor.
 
@@ -40,7 +50,7 @@ def check_inputs(processor: Any, side: int = 64) -> dict[str, Any]:
     return dict(processor(text=[text], images=[image], return_tensors="pt"))
 
 
-def tolerance(logits: Float[Tensor, "batch pos vocab"]) -> float:
+def tolerance(logits: Float[Tensor, "..."]) -> float:
     """1e-5 x max(1, largest logit) in fp32; in a half precision, sixteen of its own rounding steps."""
     scale = max(1.0, logits.abs().max().item())
     return scale * (
@@ -81,8 +91,34 @@ def self_check(vlm: HookedVLM, inputs: Mapping[str, Any]) -> dict[str, str]:
         gradients = torch.autograd.grad(
             logits, list(taps.values()), grad_outputs=direction, allow_unused=True
         )
+        _check_equations(vlm, taps)
     live = {name for name, grad in zip(taps, gradients, strict=True) if grad is not None and bool(grad.any())}
     return {name: _reason(vlm, name, name in taps) for name in vlm.hook_points if name not in live}
+
+
+@torch.no_grad()
+def _check_equations(vlm: HookedVLM, taps: Mapping[str, Tensor]) -> None:
+    """The residual stream adds up, and `hook_post` is what the MLP's last layer reads; a wrong place cannot do that."""
+    towers = (("blocks", vlm.anatomy.text), ("vision.blocks", vlm.anatomy.vision))
+    for prefix, tower in towers:
+        for layer, block in enumerate(tower.blocks):
+            name = f"{prefix}.{layer}"
+            if f"{name}.hook_resid_post" not in taps:
+                continue
+            at = {leaf: taps[f"{name}.{leaf}"] for leaf in _EQUATIONS}
+            last: Any = vlm.module(block.mlp_out)
+            sums = {
+                "hook_resid_mid": at["hook_resid_pre"] + at["hook_attn_out"],
+                "hook_resid_post": at["hook_resid_mid"] + at["hook_mlp_out"],
+                "hook_mlp_out": last.forward(at["mlp.hook_post"]),
+            }
+            for leaf, expected in sums.items():
+                error = (at[leaf] - expected).abs().max().item()
+                if not error <= tolerance(expected):
+                    raise FrankenlensError(
+                        f"self-check of {type(vlm.model).__name__}: {name}.{leaf} is not the sum that its name says "
+                        f"(off by {error:.2e}); this architecture has another kind of block and is not supported yet."
+                    )
 
 
 def zero_every_point(vlm: HookedVLM, inputs: Mapping[str, Any]) -> dict[str, float]:

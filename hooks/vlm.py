@@ -1,7 +1,7 @@
 """HookedVLM: an unchanged Hugging Face vision-language model with its hook points open."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from hooks.anatomy import find_anatomy
 from hooks.cache import ActivationCache
-from hooks.engine import Attached, HookFunction, attached
+from hooks.engine import Hook, HookContext, HookFunction, attached
 from hooks.errors import FrankenlensError, nearest
 from hooks.loading import load_model
 from hooks.points import HookPoint, hook_point_table
@@ -19,7 +19,7 @@ from hooks.processors import load_processor
 from hooks.selfcheck import check_inputs, self_check, zero_every_point
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
-FwdHooks = Iterable[tuple[str | Callable[[str], bool], HookFunction]]
+FwdHooks = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
 
 
 class HookedVLM:
@@ -56,11 +56,10 @@ class HookedVLM:
     ) -> None:
         self.model, self.processor = model, processor
         self.anatomy = find_anatomy(model)
-        self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._packed = frozenset(
             b.attention for b in self.anatomy.vision.blocks if self.anatomy.vision.packed
         )
-        self._layers_of_hooks: list[Attached] = []
+        self._layers_of_hooks: list[list[Hook]] = []
         self._installed = ExitStack()
         self._closed = False
         self.hook_points: dict[str, HookPoint] = hook_point_table(self.anatomy)
@@ -102,7 +101,9 @@ class HookedVLM:
     @property
     def device(self) -> torch.device:
         """The device that inputs go to."""
-        return self._embedding.device
+        offloading = getattr(self.module(self.anatomy.embed), "_hf_hook", None)
+        execution = getattr(offloading, "execution_device", None)
+        return self._embedding.device if execution is None else torch.device(execution)
 
     @property
     def n_layers(self) -> int:
@@ -147,25 +148,38 @@ class HookedVLM:
         Returns:
             Hugging Face's output, and the cache.
         """
+        _refuse_foreign(kwargs)
         kept: dict[str, Tensor] = {}
 
-        def keep(activation: Tensor, hook: Any) -> None:
+        def keep(activation: Tensor, hook: HookContext) -> None:
             kept[hook.name] = activation.detach().clone()
 
         names = self.names(names_filter)
-        with self.hooks([(name, keep) for name in names]):
+        layer = self._hooks_of([(name, keep) for name in names])
+        with self._attached(layer):
             output = self(inputs, **kwargs)
-        silent = [name for name in names if name not in kept]
-        if silent:
-            raise FrankenlensError(
-                f"these points did not fire: {', '.join(silent[:5])}. Do the inputs hold an image?"
-            )
+        _require_fired(layer)
         return output, ActivationCache({name: kept[name] for name in names})
 
     def run_with_hooks(self, inputs: Mapping[str, Any], fwd_hooks: FwdHooks = (), **kwargs: Any) -> Any:
-        """Run once with hook functions `fn(activation, hook)`, which return a new value, None, or edit in place."""
-        with self.hooks(fwd_hooks):
-            return self(inputs, **kwargs)
+        """Run once with hook functions `fn(activation, hook)`, which return a new value, None, or edit in place.
+
+        Raises:
+            FrankenlensError: a hook did not fire, or gradient checkpointing would run the backward pass without it.
+        """
+        _refuse_foreign(kwargs)
+        modules = self.model.modules() if self.model.training else ()
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in modules)
+        if fwd_hooks and checkpointing and torch.is_grad_enabled():
+            raise FrankenlensError(
+                "gradient checkpointing repeats the forward pass during backward, when these hooks are gone: call "
+                "backward inside `with vlm.hooks(...)`, or model.gradient_checkpointing_disable()."
+            )
+        layer = self._hooks_of(fwd_hooks)
+        with self._attached(layer):
+            output = self(inputs, **kwargs)
+        _require_fired(layer)
+        return output
 
     def generate(self, inputs: Mapping[str, Any], fwd_hooks: FwdHooks = (), **kwargs: Any) -> Any:
         """Hugging Face's `generate` under hooks, which act on the prefill and on every decoding step (KV cache on).
@@ -173,22 +187,19 @@ class HookedVLM:
         Returns what `model.generate` returns: token ids [batch pos], or its output object if that is asked for.
         """
         self._require_open()
-        with self.hooks(fwd_hooks):
+        layer = self._hooks_of(fwd_hooks)
+        with self._attached(layer):
             model: Any = self.model
-            return model.generate(**self._to_device(inputs), **kwargs)
+            output = model.generate(**self._to_device(inputs), **kwargs)
+        _require_fired(layer)
+        return output
 
     @contextmanager
     def hooks(self, fwd_hooks: FwdHooks = ()) -> Iterator["HookedVLM"]:
         """Keep hook functions on for the length of the context; contexts nest, outer hooks act first."""
         self._require_open()
-        layer = [(self.hook_points[name], fn) for wanted, fn in fwd_hooks for name in self.names(wanted)]
-        self._layers_of_hooks.append(layer)
-        try:
-            self._install()
+        with self._attached(self._hooks_of(fwd_hooks)):
             yield self
-        finally:
-            self._layers_of_hooks.pop()
-            self._install()
 
     def names(self, wanted: NamesFilter = None) -> list[str]:
         """The hook names that a filter selects.
@@ -231,7 +242,7 @@ class HookedVLM:
 
     def module(self, path: str) -> nn.Module:
         """The module at a path of the anatomy."""
-        return self._modules[path]
+        return self.model.get_submodule(path)
 
     def close(self) -> None:
         """Take every hook away. The model is the user's again, exactly as it was; this object refuses further runs."""
@@ -239,11 +250,31 @@ class HookedVLM:
         self._installed.close()
         self._closed = True
 
+    def _hooks_of(self, fwd_hooks: FwdHooks) -> list[Hook]:
+        return [
+            Hook(fn, HookContext(self.hook_points[name]))
+            for wanted, fn in fwd_hooks
+            for name in self.names(wanted)
+        ]
+
+    @contextmanager
+    def _attached(self, layer: list[Hook]) -> Iterator[None]:
+        self._layers_of_hooks.append(layer)
+        try:
+            self._install()
+            # A compiled forward does not look at hooks that were attached after it was compiled.
+            compiled = any(module._compiled_call_impl is not None for module in self.model.modules())
+            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+                yield
+        finally:
+            self._layers_of_hooks = [other for other in self._layers_of_hooks if other is not layer]
+            self._install()
+
     def _install(self) -> None:
         self._installed.close()
         self._installed = ExitStack()
         flat = [hook for layer in self._layers_of_hooks for hook in layer]
-        self._installed.enter_context(attached(self._modules, flat, self._packed))
+        self._installed.enter_context(attached(self.model, flat, self._packed))
 
     def _to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
@@ -253,3 +284,33 @@ class HookedVLM:
             raise FrankenlensError(
                 "this HookedVLM is closed; open the model again with HookedVLM(model, processor)."
             )
+
+
+# Keywords of TransformerLens that Hugging Face's **kwargs would swallow without a word.
+_FOREIGN = {
+    "stop_at_layer": "a hook that raises, or names_filter",
+    "start_at_layer": "interp.rerun.CleanRun",
+    "remove_batch_dim": "cache[name][0]",
+    "incl_bwd": "retain_grad() inside a hook",
+    "bwd_hooks": "retain_grad() inside a hook",
+    "device": "cache.to(device)",
+    "return_type": "the output's .logits",
+    "return_cache_object": "dict(cache)",
+    "reset_hooks_end": "nothing: hooks end with their context",
+    "clear_contexts": "nothing: contexts end with their hook",
+    "pos_slice": "slicing the cache",
+}
+
+
+def _refuse_foreign(kwargs: Mapping[str, Any]) -> None:
+    for name in kwargs:
+        if name in _FOREIGN:
+            raise FrankenlensError(f"{name!r} of TransformerLens does not exist here; use {_FOREIGN[name]}.")
+
+
+def _require_fired(layer: Sequence[Hook]) -> None:
+    silent = [hook.context.name for hook in layer if not hook.context.calls]
+    if silent:
+        raise FrankenlensError(
+            f"these hooks did not fire: {', '.join(silent[:5])}. Do the inputs hold an image?"
+        )

@@ -30,7 +30,8 @@ def weight_slices(model: nn.Module, anatomy: Anatomy, address: Address | str) ->
     """The weights that an address (a range too) names.
 
     A head owns its rows of W_Q (and b_Q) and its columns of W_O; the output bias belongs to no head. Keys and values
-    that grouped query heads share are `kv_head`. `vision` is the vision tower without the projector inside it.
+    that grouped query heads share are `kv_head`.
+    `embed` is the unembedding too where the two are tied; `vision` leaves out the projector inside the tower.
 
     Raises:
         FrankenlensError: the model has no such layer, head or part.
@@ -40,7 +41,7 @@ def weight_slices(model: nn.Module, anatomy: Anatomy, address: Address | str) ->
     if address.kind == "blocks":
         found = [s for single in address.expand() for s in _in_block(model, anatomy, single, parameters)]
     else:
-        found = [WeightSlice(name) for name in _whole(anatomy, address, parameters)]
+        found = [WeightSlice(name) for name in _whole(model, anatomy, address, parameters)]
     if not found:
         raise FrankenlensError(f"{address} names no weights of {type(model).__name__}.")
     return found
@@ -54,7 +55,7 @@ def graft(recipient: nn.Module, donor: nn.Module, slices: list[WeightSlice]) -> 
         piece.of(target[piece.parameter]).copy_(piece.of(source[piece.parameter]))
 
 
-def _whole(anatomy: Anatomy, address: Address, parameters: list[str]) -> Iterator[str]:
+def _whole(model: nn.Module, anatomy: Anatomy, address: Address, parameters: list[str]) -> Iterator[str]:
     path = {
         "projector": anatomy.projector_weights,
         "embed": anatomy.embed,
@@ -62,6 +63,11 @@ def _whole(anatomy: Anatomy, address: Address, parameters: list[str]) -> Iterato
         "unembed": anatomy.unembed,
         "vision": anatomy.vision.path,
     }[address.kind]
+    tied = model.get_parameter(f"{anatomy.unembed}.weight") is model.get_parameter(f"{anatomy.embed}.weight")
+    if address.kind == "unembed" and tied:
+        raise FrankenlensError(
+            "the unembedding is tied to the embedding, one tensor: name `embed`, which is both."
+        )
     projectors = (anatomy.projector_weights, *anatomy.deepstack)
     for name in parameters:
         of_projector = any(_under(name, module) for module in projectors)
@@ -88,6 +94,10 @@ def _in_block(
     if unit is None or unit >= limit:
         raise FrankenlensError(f"{address}: block {layer} has {address.unit}s 0-{limit - 1}.")
     for path, dim, start, length in _slices_of_unit(model, block, address.unit, unit):
+        if f"{path}.weight" not in parameters:
+            raise FrankenlensError(
+                f"{path} is wrapped (an adapter?), so {address} has no rows of its own; merge it first."
+            )
         for name in (f"{path}.weight", f"{path}.bias") if dim == 0 else (f"{path}.weight",):
             if name in parameters:
                 yield WeightSlice(name, dim, start, length)
@@ -97,8 +107,9 @@ def _slices_of_unit(model: nn.Module, block: Block, unit: str, i: int) -> Iterat
     d = block.d_head
     fused = len(block.qkv) == 1
     if unit == "neuron":
-        for name, module in model.get_submodule(block.mlp).named_modules(prefix=block.mlp):
-            if isinstance(module, nn.Linear):
+        for child, module in model.get_submodule(block.mlp).named_children():
+            name = f"{block.mlp}.{child}"
+            if hasattr(module, "in_features"):
                 yield (name, 1, i, 1) if name == block.mlp_out else (name, 0, i, 1)
     elif unit == "head":
         yield block.qkv[0], 0, i * d, d

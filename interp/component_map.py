@@ -21,6 +21,7 @@ from interp.patching import (
     PatchBatch,
     cached_names,
     components,
+    image_shapes,
     partners,
     patch_effects,
 )
@@ -58,7 +59,8 @@ def component_map(
     Returns:
         Variables effect and control_other [direction component role example] (patched - recipient, in the metric's
         units), control_self [direction component] (largest |effect| of the component from the same model, which is
-        exactly 0), recipient and donor [direction example]; coordinates point, layer, head on component.
+        exactly 0; NaN where no prompt has it), recipient and donor [direction example]; coordinates point, layer,
+        head on component.
 
     Raises:
         FrankenlensError: an unknown direction, point or role; no decision qualifies.
@@ -108,9 +110,10 @@ def patch(
     if len(clean) != len(corrupt):
         raise FrankenlensError(f"{len(clean)} clean and {len(corrupt)} corrupt prompts; they go in pairs.")
     for row, (one, other) in enumerate(zip(clean, corrupt, strict=True)):
-        if one.roles != other.roles:
+        if one.roles != other.roles or image_shapes(one) != image_shapes(other):
             raise FrankenlensError(
-                f"row {row} ({one.example.id} / {other.example.id}): {len(one)} and {len(other)} tokens, or other roles;"
+                f"row {row} ({one.example.id} / {other.example.id}): {len(one)} and {len(other)} tokens,"
+                " other roles, or images of other sizes;"
                 " the two prompts must line up token by token. Give images of equal size and the same question."
             )
     models, prompts = {"clean": vlm, "corrupt": vlm}, {"clean": clean, "corrupt": corrupt}
@@ -137,7 +140,7 @@ def _map(
     wanted = components(next(iter(models.values())), points)
     shape = (len(directions), len(wanted), len(roles), len(first))
     effect, other = np.full(shape, np.nan), np.full(shape, np.nan)
-    itself = np.zeros(shape[:2])
+    itself = np.full(shape[:2], np.nan)
     ends = np.full((2, len(directions), len(first)), np.nan)
     total = _n_runs(wanted, roles) * len(directions) * -(-len(first) // batch_size)
     with tqdm(total=total, desc="patching", unit="run", disable=not progress) as bar:
@@ -174,7 +177,7 @@ def _self_effect(run: CleanRun, rows: PatchBatch, read, wanted: Sequence[Compone
     for component in wanted:
         role = "image" if component.point in BEFORE_THE_DECODER else "all"
         own = patch_effects(run, run, rows, read, [component], [role], progress=bar)
-        sizes.append(np.nanmax(np.abs(own)))
+        sizes.append(np.fmax.reduce(np.abs(own), axis=None))
     return np.array(sizes)
 
 
@@ -191,7 +194,9 @@ def _roles(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str]:
 
 def _batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
     """Row numbers by batch; rows with the same roles stand together, so that they can be each other's control."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].roles, i))
+    order = sorted(
+        range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].roles, image_shapes(prompts[i]), i)
+    )
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 

@@ -65,6 +65,7 @@ class LogitDifference:
     def of_next(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
         """The metric where the logits of the position are already picked."""
         rows = torch.arange(len(logits), device=logits.device)
+        logits = logits.float()
         return logits[rows, self.a.to(logits.device)] - logits[rows, self.b.to(logits.device)]
 
     def reads(self, batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
@@ -104,7 +105,9 @@ class SoftDifference:
             logits[row, column : column + len(w)]
             for row, (column, w) in enumerate(zip(first, self.weights, strict=True))
         ]
-        return torch.stack([(s * w.to(s)).sum() for s, w in zip(steps, self.weights, strict=True)])
+        return torch.stack(
+            [(s.float() * w.to(s.device)).sum() for s, w in zip(steps, self.weights, strict=True)]
+        )
 
     def reads(self, batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
         """The positions whose next token the metric looks at."""
@@ -184,13 +187,13 @@ class KLToReference:
         position: Int[Tensor, " batch"] | None = None,
     ) -> KLToReference:
         """The reference is the distribution of these logits."""
-        return cls(_at(logits, batch, position).detach().log_softmax(dim=-1), position)
+        return cls(_at(logits, batch, position).detach().float().log_softmax(dim=-1), position)
 
     def __call__(
         self, logits: Float[Tensor, "batch pos vocab"], batch: PromptBatch
     ) -> Float[Tensor, " batch"]:
         _require_rows(self.name, len(self.reference), batch)
-        model = _at(logits, batch, self.position).log_softmax(dim=-1)
+        model = _at(logits, batch, self.position).float().log_softmax(dim=-1)
         return torch.nn.functional.kl_div(
             model, self.reference.to(model), reduction="none", log_target=True
         ).sum(dim=-1)
@@ -240,7 +243,7 @@ def _log_probability(
 ) -> Float[Tensor, " batch"]:
     """Sum of the log-probabilities of the wanted tokens, each given those before it."""
     ids = batch.inputs["input_ids"].to(logits.device)
-    before, token = logits[:, :-1], ids[:, 1:, None]
+    before, token = logits[:, :-1].float(), ids[:, 1:, None]
     log_p = before.gather(-1, token).squeeze(-1) - before.logsumexp(dim=-1)
     return log_p.masked_fill(~wanted[:, 1:].to(logits.device), 0.0).sum(dim=1)
 

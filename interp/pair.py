@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ class Pair:
         for name, other in self.models.items():
             if name != "in":
                 _require_pair(in_, other, name.upper() if name == "rl" else "Base")
-        self.builder = PromptBuilder(_processor(in_, "IN"), trace_format, template, system)
+        processor = _processor(in_, "IN")
+        trace_format = _with_ends(trace_format or TraceFormat(), self.models, processor.tokenizer)
+        self.builder = PromptBuilder(processor, trace_format, template, system)
 
     @classmethod
     def from_pretrained(
@@ -144,6 +147,16 @@ def _processor(vlm: HookedVLM, name: str) -> Any:
             "HookedVLM(model, processor), with the processor of the model it was made from."
         )
     return vlm.processor
+
+
+def _with_ends(trace_format: TraceFormat, models: Mapping[str, HookedVLM], tokenizer: Any) -> TraceFormat:
+    """The format with every end of turn that a model's generation settings name."""
+    ends = list(trace_format.end_of_turn)
+    for vlm in models.values():
+        ids = getattr(vlm.model.generation_config, "eos_token_id", None)
+        known = [ids] if isinstance(ids, int) else list(ids or ())
+        ends += [token for token in tokenizer.convert_ids_to_tokens(known) if token is not None]
+    return replace(trace_format, end_of_turn=tuple(dict.fromkeys(ends)))
 
 
 def _require_pair(in_: HookedVLM, other: HookedVLM, name: str) -> None:

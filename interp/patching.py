@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from hooks import FrankenlensError, HookedVLM
 from hooks.engine import HookContext, head_results
 from hooks.errors import nearest
-from interp.prompts import PromptBatch
+from interp.prompts import Prompt, PromptBatch
 from interp.rerun import CleanRun
 
 POINTS = ("resid_pre", "attn_out", "mlp_out", "head", "z", "vision", "projector")
@@ -27,13 +27,21 @@ Reader = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
 
 @dataclass(frozen=True)
 class Component:
-    """What one patch moves: the address (or hook) that names it, the hook point that carries it, and the head."""
+    """What one patch moves: the address (or hook) that names it, the hook points that carry it, and the head.
+
+    Only the projector of a DeepStack model has several: what it adds in the decoder is as much its output.
+    """
 
     name: str
     point: str
-    hook: str
+    hooks: tuple[str, ...]
     layer: int | None = None
     head: int | None = None
+
+    @property
+    def hook(self) -> str:
+        """The hook point of a component that has one."""
+        return self.hooks[0]
 
 
 def components(vlm: HookedVLM, points: Sequence[str] = POINTS) -> list[Component]:
@@ -60,55 +68,62 @@ def components(vlm: HookedVLM, points: Sequence[str] = POINTS) -> list[Component
 
 def _components_at(vlm: HookedVLM, point: str) -> Iterator[Component]:
     if point == "projector":
-        yield Component("projector", point, "projector.hook_out")
+        deepstack = (name for name in vlm.hook_points if name.endswith("hook_deepstack"))
+        yield Component("projector", point, ("projector.hook_out", *deepstack))
         return
     if point == "vision":
         for layer in range(len(vlm.anatomy.vision.blocks)):
-            yield Component(f"vision.blocks.{layer}", point, f"vision.blocks.{layer}.hook_resid_post", layer)
+            yield Component(
+                f"vision.blocks.{layer}", point, (f"vision.blocks.{layer}.hook_resid_post",), layer
+            )
         return
     for layer, block in enumerate(vlm.anatomy.text.blocks):
         name = f"blocks.{layer}"
         if point == "resid_pre":
-            yield Component(f"{name}.hook_resid_pre", point, f"{name}.hook_resid_pre", layer)
+            yield Component(f"{name}.hook_resid_pre", point, (f"{name}.hook_resid_pre",), layer)
         elif point in ("attn_out", "mlp_out"):
-            yield Component(f"{name}.{point[:-4]}", point, f"{name}.hook_{point}", layer)
+            yield Component(f"{name}.{point[:-4]}", point, (f"{name}.hook_{point}",), layer)
         else:
             hook = f"{name}.attn.hook_result" if point == "head" else f"{name}.attn.hook_z"
             for head in range(block.n_heads):
                 label = f"{name}.attn.head.{head}" if point == "head" else f"{hook}.{head}"
-                yield Component(label, point, hook, layer, head)
+                yield Component(label, point, (hook,), layer, head)
 
 
 def cached_names(wanted: Sequence[Component]) -> list[str]:
     """The hook points a donor run must keep; per-head results are made again from z, which is smaller."""
-    return list(dict.fromkeys(c.hook.replace("hook_result", "hook_z") for c in wanted))
+    return list(dict.fromkeys(name.replace("hook_result", "hook_z") for c in wanted for name in c.hooks))
 
 
-def donor_value(run: CleanRun, component: Component) -> Float[Tensor, "..."]:
-    """The activation that a patch of `component` takes from `run`; a head's result goes through the run's own W_O."""
-    value = run.cache[component.hook.replace("hook_result", "hook_z")]
+def donor_values(run: CleanRun, component: Component) -> list[Float[Tensor, "..."]]:
+    """What a patch of `component` takes from `run`, one per hook; a head's result goes through the run's own W_O."""
     if component.head is None:
-        return value
+        return [run.cache[name] for name in component.hooks]
+    z = run.cache[component.hook.replace("hook_result", "hook_z")]
     if component.point == "z":
-        return value[:, :, component.head]
+        return [z[:, :, component.head]]
     block = run.vlm.anatomy.text.blocks[component.layer or 0]
-    return head_results(run.vlm.module(block.out), value)[:, :, component.head]
+    return [head_results(run.vlm.module(block.out), z)[:, :, component.head]]
 
 
-def replace_hook(
-    component: Component, value: Float[Tensor, "..."], where: Bool[Tensor, "batch pos"] | None
-) -> tuple[str, Callable[[Tensor, HookContext], Tensor]]:
-    """A forward hook that writes `value` at the tokens `where` (None: everywhere) and leaves all else as it is."""
+def replace_hooks(
+    component: Component, values: Sequence[Float[Tensor, "..."]], where: Bool[Tensor, "batch pos"] | None
+) -> list[tuple[str, Callable[[Tensor, HookContext], Tensor]]]:
+    """Forward hooks that write `values` at the tokens `where` (None: everywhere) and leave all else as it is."""
 
-    def write(activation: Tensor, hook: HookContext) -> Tensor:
-        if component.head is None:
-            return value if where is None else torch.where(where[..., None], value, activation)
-        new = activation.clone()
-        own = activation[:, :, component.head]
-        new[:, :, component.head] = value if where is None else torch.where(where[..., None], value, own)
-        return new
+    def writer(value: Tensor) -> Callable[[Tensor, HookContext], Tensor]:
+        def write(activation: Tensor, hook: HookContext) -> Tensor:
+            new = value.to(activation)
+            here = None if where is None else where[..., None].to(activation.device)
+            if component.head is None:
+                return new if here is None else torch.where(here, new, activation)
+            whole, own = activation.clone(), activation[:, :, component.head]
+            whole[:, :, component.head] = new if here is None else torch.where(here, new, own)
+            return whole
 
-    return component.hook, write
+        return write
+
+    return [(name, writer(value)) for name, value in zip(component.hooks, values, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -121,11 +136,7 @@ class PatchBatch:
 
     def where(self, role: str) -> Bool[Tensor, "batch pos"]:
         """The tokens of a role; "decision" are the positions whose next token is decided, "all" every real token."""
-        if role == "decision":
-            return self.reads
-        if role == "all":
-            return self.batch.roles >= 0
-        return self.batch.mask(role)
+        return self.reads if role == "decision" else self.batch.mask(role)
 
 
 def patch_effects(
@@ -140,62 +151,71 @@ def patch_effects(
 ) -> Float[np.ndarray, "component role batch"]:
     """metric(recipient with the donor's activation) - metric(recipient), per component, role and example.
 
-    A role that an example does not have is NaN there, never 0. With `other_example` the activation comes from the
-    donor on another example with the same role lengths (NaN where the batch holds none): the control that tells
-    "the donor's value for this image" from "any value of the donor".
+    A role that an example does not have is NaN there, never 0; so is the vision side of a prompt without an image.
+    With `other_example` the activation comes from the donor on another example with the same roles and images of the
+    same size (NaN where the batch holds none): the control that tells "the donor's value for this image" from "any
+    value of the donor".
     """
     clean = read(recipient.logits)
     effects = np.full((len(wanted), len(roles), len(clean)), np.nan)
+    usable = rows.partner >= 0 if other_example else torch.ones_like(rows.partner, dtype=torch.bool)
     for i, component in enumerate(wanted):
         early = component.point in BEFORE_THE_DECODER
-        value = donor_value(donor, component)
-        usable = torch.ones_like(clean, dtype=torch.bool)
-        if other_example:
-            value, usable = _borrowed(value, component, rows.partner, donor)
+        values: list[Tensor] | None = None
         for j, role in enumerate(roles):
-            where = None if early else rows.where(role)
-            present = usable if early else usable & rows.where(role).any(-1)
+            present = usable & rows.where(role).any(-1)
             if (early and role != "image") or not present.any():
                 continue
-            logits = recipient.rerun(
-                [replace_hook(component, value, where)], None if early else component.layer
-            )
-            effect = torch.where(present, read(logits) - clean, torch.nan)
-            effects[i, j] = effect.double().cpu().numpy()
+            if values is None:
+                values = donor_values(donor, component)
+                values = [_borrowed(value, early, rows) for value in values] if other_example else values
+            where = None if early else rows.where(role)
+            logits = recipient.rerun(replace_hooks(component, values, where))
+            effect = (read(logits) - clean).double().cpu()
+            effects[i, j] = effect.masked_fill(~present.cpu(), torch.nan).numpy()
             if progress is not None:
                 progress.update()
     return effects
 
 
-def _borrowed(
-    value: Tensor, component: Component, partner: Int[Tensor, " batch"], donor: CleanRun
-) -> tuple[Tensor, Bool[Tensor, " batch"]]:
-    """The donor's value with every row replaced by its partner's; rows without a partner are not usable."""
-    usable = partner >= 0
-    source = torch.where(usable, partner, torch.arange(len(partner), device=partner.device))
-    if component.point not in BEFORE_THE_DECODER:
-        return value[source], usable
-    if value.shape[0] % len(partner):
-        return value, torch.zeros_like(usable)
-    rows = value.unflatten(0, (len(partner), -1))
-    return rows[source].flatten(0, 1), usable & _equal_images(donor, len(partner))
+def _borrowed(value: Float[Tensor, "..."], early: bool, rows: PatchBatch) -> Float[Tensor, "..."]:
+    """The donor's value with every row's part replaced by its partner's; rows without one keep their own."""
+    source = [own if other < 0 else other for own, other in enumerate(rows.partner.tolist())]
+    if not early:
+        return value[source]
+    # Images of all rows follow one another along the first axis: patches, image tokens, or whole images.
+    sizes = [image_size(prompt) for prompt in rows.batch.prompts]
+    if any(size * value.shape[0] % sum(sizes) for size in sizes):
+        raise FrankenlensError(
+            f"{value.shape[0]} rows of the vision side do not divide over images of sizes {sizes}."
+        )
+    pieces = value.split([size * value.shape[0] // sum(sizes) for size in sizes])
+    return torch.cat([pieces[row] for row in source])
 
 
-def _equal_images(run: CleanRun, n: int) -> Bool[Tensor, ""]:
-    """Whether every row of the batch holds images of one and the same grid."""
-    grid = run.inputs.get("image_grid_thw")
-    if grid is None:
-        return torch.tensor(True, device=run.logits.device)
-    per_row = grid.reshape(n, -1) if grid.numel() % n == 0 else grid[:0]
-    return (torch.tensor(len(per_row) == n) & (per_row == per_row[:1]).all()).to(run.logits.device)
+def image_size(prompt: Prompt) -> int:
+    """How much of the vision side's first axis a prompt takes: its patches where they are packed, else its images."""
+    if "image_grid_thw" in prompt.inputs:
+        return int(prompt.inputs["image_grid_thw"].prod(-1).sum())
+    pixels = prompt.inputs.get("pixel_values")
+    return 0 if pixels is None else pixels.flatten(0, -4).shape[0]
+
+
+def image_shapes(prompt: Prompt) -> tuple[int, ...]:
+    """What must be equal for two prompts' images to correspond patch by patch."""
+    for name in ("image_grid_thw", "pixel_values"):
+        if name in prompt.inputs:
+            tensor = prompt.inputs[name]
+            return tuple(tensor.flatten().tolist()) if name == "image_grid_thw" else tuple(tensor.shape)
+    return ()
 
 
 def partners(batch: PromptBatch) -> Int[Tensor, " batch"]:
-    """For each row the next row (cyclic) with the same role at every position; -1 where there is none."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, roles in enumerate(batch.roles.tolist()):
-        groups.setdefault(tuple(roles), []).append(row)
-    found = torch.full((len(batch.roles),), -1)
+    """For each row the next row (cyclic) with the same role at every position and images of the same size; else -1."""
+    groups: dict[tuple, list[int]] = {}
+    for row, prompt in enumerate(batch.prompts):
+        groups.setdefault((prompt.roles, image_shapes(prompt)), []).append(row)
+    found = torch.full((len(batch),), -1)
     for members in groups.values():
         for here, there in zip(members, members[1:] + members[:1], strict=True):
             found[here] = there if len(members) > 1 else -1

@@ -70,10 +70,12 @@ def plot_map(summary: xr.Dataset) -> Figure:
     widths = [1.1 + 0.21 * len(panel.columns) for panel in panels[directions[0]]]
     tallest = max(len(panel.rows) for panel in panels[directions[0]])
     height = 1.45 + min(0.24 * tallest, 5.5)
-    figure = Figure(figsize=(sum(widths) + 1.2, height * len(directions) + 0.75), layout="constrained")
-    head, *lines, legend = _stacked(figure, [0.4, *[height] * len(directions), 0.35])
-    lines_of_text = textwrap.wrap(denominator_text(summary), int(16 * sum(widths)))
-    head.text(0.01, 0.5, "\n".join(lines_of_text), va="center", fontsize=9)
+    text = textwrap.wrap(denominator_text(summary), int(16 * sum(widths)))
+    notes = 3 if sum(widths) > 6.5 else 1  # of the legend, side by side
+    heights = [0.15 + 0.17 * len(text), *[height] * len(directions), 0.2 + 0.5 / notes]
+    figure = Figure(figsize=(sum(widths) + 1.2, sum(heights)), layout="constrained")
+    head, *lines, legend = _stacked(figure, heights)
+    head.text(0.01, 0.5, "\n".join(text), va="center", fontsize=9)
     norm = _scale(summary)
     for line, name in zip(lines, directions, strict=True):
         line.suptitle(_direction_title(summary, name), x=0.01, ha="left", fontsize=9, fontweight="bold")
@@ -81,7 +83,7 @@ def plot_map(summary: xr.Dataset) -> Figure:
         for axes, panel in zip(grid, panels[name], strict=True):
             _draw_panel(axes, panel, norm)
         _draw_bar(line, grid, norm)
-    _draw_legend(legend, summary)
+    _draw_legend(legend, summary, notes)
     return figure
 
 
@@ -122,13 +124,13 @@ def plot_strongest(summary: xr.Dataset, direction: str, k: int = 10) -> Figure:
 
 
 def denominator_text(summary: xr.Dataset) -> str:
-    """What a recovery of 1 is worth, with its interval, beside the pairs without a change."""
+    """What a recovery of 1 is worth, with its interval, beside pairs that learnt nothing."""
     what, found = headline(summary)
     text = f"{what} = {interval_text(found.value, found.low, found.high)} {summary.attrs['units']}"
     if "null" in summary.dims:
         ends = (summary["null_denominator" + suffix].to_numpy() for suffix in ("", "_low", "_high"))
         nulls = zip(summary["null"].to_numpy(), *ends, strict=True)
-        text += ". Pairs without a change: "
+        text += ". Pairs that learnt nothing: "
         text += "; ".join(f"{name} {interval_text(*interval)}" for name, *interval in nulls)
     return text
 
@@ -140,9 +142,11 @@ def _direction_title(summary: xr.Dataset, direction: str) -> str:
 
 def _refusal(summary: xr.Dataset) -> Figure:
     figure = Figure(figsize=(9, 1.3), layout="constrained")
+    axes = figure.add_subplot()  # notebooks show no figure that is without axes
+    axes.set_axis_off()
     text = f"No recovery is given: {summary.attrs['refused']}."
-    figure.text(0.02, 0.65, "\n".join(textwrap.wrap(text, 95)), fontsize=10, va="center", fontweight="bold")
-    figure.text(0.02, 0.2, denominator_text(summary), fontsize=8, va="center")
+    axes.text(0, 0.65, "\n".join(textwrap.wrap(text, 95)), fontsize=10, va="center", fontweight="bold")
+    axes.text(0, 0.1, "\n".join(textwrap.wrap(denominator_text(summary), 130)), fontsize=8, va="center")
     return figure
 
 
@@ -269,7 +273,7 @@ def _draw_panel(axes: Axes, panel: _Panel, norm: Normalize) -> None:
     axes.tick_params(length=2)
 
 
-def _draw_legend(legend: SubFigure, summary: xr.Dataset) -> None:
+def _draw_legend(legend: SubFigure, summary: xr.Dataset, columns: int) -> None:
     level = f"{100 * summary.attrs['confidence']:.0f} %"
     matched = "the donor on another example does as much"
     legend.legend(
@@ -279,7 +283,7 @@ def _draw_legend(legend: SubFigure, summary: xr.Dataset) -> None:
             Patch(facecolor=_MISSING, label="no example has such tokens"),
         ],
         loc="center left",
-        ncols=3,
+        ncols=columns,
         fontsize=7,
         frameon=False,
     )

@@ -54,7 +54,7 @@ def _content(summary: xr.Dataset, k: int) -> dict[str, Any]:
         "level": f"{100 * summary.attrs['confidence']:.0f} %",
         "refused": summary.attrs["refused"],
         "decisions": decisions,
-        "provenance": provenance,
+        "provenance": provenance | {"settings": _settings(provenance["settings"])},
         "denominator": {"what": what, "text": _interval(denominator)},
         "nulls": [
             {"name": str(name), "text": _text(summary.sel(null=name), "null_denominator")}
@@ -152,6 +152,15 @@ def _dropped(provenance: Mapping[str, Any], decisions: Mapping[str, Any] | None)
 
 def _text(source: Mapping[Any, Any], name: str) -> str:
     return interval_text(source[name], source[name + "_low"], source[name + "_high"])
+
+
+def _settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as a command line would show them; what was not set is left out."""
+    return {
+        name.rstrip("_"): " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in settings.items()
+        if value is not None
+    }
 
 
 def _interval(found: Interval) -> str:

@@ -1,42 +1,50 @@
 """One clean forward, from which the decoder can be rerun at any layer: what lies below is not computed again."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks import HookedVLM
+
+Hooks = Sequence[tuple[str, Any]]
 
 
 class CleanRun:
     """A forward of one model on one batch, with the activations asked for.
 
-    `rerun(layer, fwd_hooks)` starts at the stored residual of that layer, with the very arguments that the blocks
-    got, so its logits are bit for bit those of a full forward. That is checked once, at construction; where an
+    `rerun` starts at the stored residual of the first layer that its hooks act in, with the very arguments that the
+    blocks got, so its logits are bit for bit those of a full forward. That is checked once, at construction; where an
     architecture does something between blocks that is not known here, every rerun is a full forward, with a warning.
 
     Attributes:
         logits: [batch pos vocab].
-        cache: the activations named by `names`.
+        cache: the activations named by `names`; those of the vision side only where the batch holds an image.
+        has_image: whether it does.
     """
 
     def __init__(self, vlm: HookedVLM, inputs: Mapping[str, Any], names: Iterable[str] = ()) -> None:
         self.vlm, self.inputs = vlm, inputs
         self._calls: list[tuple[tuple, dict[str, Any]]] = []
         self._blocks = [vlm.module(block.path) for block in vlm.anatomy.text.blocks]
+        self.has_image = bool(self._image_mask.any())
         deepstack = [name for name in vlm.hook_points if name.endswith("hook_deepstack")]
+        wanted = dict.fromkeys([*names, *deepstack])
+        kept = [name for name in wanted if self.has_image or not before_the_decoder(name)]
         handles = [block.register_forward_pre_hook(self._record, with_kwargs=True) for block in self._blocks]
         try:
             with torch.no_grad():
-                output, self.cache = vlm.run_with_cache(inputs, [*names, *deepstack], use_cache=False)
+                output, self.cache = vlm.run_with_cache(inputs, kept, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
         self.logits: Float[Tensor, "batch pos vocab"] = output.logits
-        self._deepstack = {int(name.split(".")[1]): self.cache[name] for name in deepstack}
+        self._deepstack = {
+            int(name.split(".")[1]): self.cache[name] for name in deepstack if name in self.cache
+        }
         self._resumable = torch.equal(self._decode(0), self.logits)
         if not self._resumable:
             warnings.warn(
@@ -44,14 +52,20 @@ class CleanRun:
                 stacklevel=2,
             )
 
-    def rerun(
-        self, fwd_hooks: Iterable[tuple[str, Any]], layer: int | None = None
-    ) -> Float[Tensor, "batch pos vocab"]:
-        """Logits with hooks on; `layer` is the first decoder block the hooks act in (None: before the decoder)."""
+    def rerun(self, fwd_hooks: Hooks) -> Float[Tensor, "batch pos vocab"]:
+        """Logits [batch pos vocab] with hooks on."""
+        first = self._first_layer([name for name, _ in fwd_hooks])
         with torch.no_grad(), self.vlm.hooks(fwd_hooks):
-            if layer is None or not self._resumable:
+            if first is None or not self._resumable:
                 return self.vlm(self.inputs, use_cache=False).logits
-            return self._decode(layer)
+            return self._decode(first)
+
+    def _first_layer(self, names: Sequence[str]) -> int | None:
+        """The first decoder block that hooks act in; None where they act before the decoder."""
+        if any(before_the_decoder(name) for name in names):
+            return None
+        layers = [self.vlm.hook_points[name].layer for name in self.vlm.names(names)]
+        return min((layer for layer in layers if layer is not None), default=len(self._blocks) - 1)
 
     def _record(self, block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._calls.append((args, kwargs))
@@ -59,7 +73,8 @@ class CleanRun:
     @torch.no_grad()
     def _decode(self, first: int) -> Float[Tensor, "batch pos vocab"]:
         args, kwargs = self._calls[first]
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        # A copy: a hook may edit in place, and the stored residual serves every later rerun.
+        hidden = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).clone()
         for layer in range(first, len(self._blocks)):
             args, kwargs = self._calls[layer]
             if "hidden_states" in kwargs:
@@ -69,10 +84,16 @@ class CleanRun:
             hidden = out[0] if isinstance(out, tuple) else out
             if layer in self._deepstack:
                 hidden = hidden.clone()
-                hidden[self._image_mask] = hidden[self._image_mask] + self._deepstack[layer].to(hidden.dtype)
+                mask = self._image_mask.to(hidden.device)
+                hidden[mask] = hidden[mask] + self._deepstack[layer].to(hidden)
         normalized = self.vlm.module(self.vlm.anatomy.final_norm)(hidden)
         return self.vlm.module(self.vlm.anatomy.unembed)(normalized)
 
     @property
-    def _image_mask(self) -> Tensor:
+    def _image_mask(self) -> Bool[Tensor, "batch pos"]:
         return self.inputs["input_ids"].to(self.vlm.device) == self.vlm.model.config.image_token_id
+
+
+def before_the_decoder(name: str) -> bool:
+    """Whether a hook point acts on something that is computed before the first decoder block."""
+    return name.startswith(("vision.", "projector.")) or name.endswith(("hook_embed", "hook_deepstack"))

@@ -16,7 +16,7 @@ Role = Literal["image", "question", "reasoning", "answer", "template"]
 ROLES: tuple[Role, ...] = ("image", "question", "reasoning", "answer", "template")
 ROLE_CODES: dict[str, int] = {role: code for code, role in enumerate(ROLES)}
 PADDING_CODE = -1
-END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<end_of_utterance>", "<|eot_id|>", "</s>")
+END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<end_of_utterance>", "<end_of_turn>", "<|eot_id|>", "</s>")
 
 _State = Literal["outside", "reasoning", "answer", "ended"]
 

@@ -8,10 +8,11 @@ direction, component and role unless said otherwise:
     control_other_recovery  the same with the donor's activation on another example
     excess                  recovery - control_other_recovery, over the examples that have both
     denominator             donor - recipient, in nats, mean over examples, per direction
-    null_denominator        RL - IN of pairs without a change, in nats, per null pair, where they were run
+    null_denominator        RL - IN of pairs that learnt nothing, in nats, per null pair, where they were run
 
 each with `_low` and `_high`, the ends of its bootstrap interval over examples; and the attribute `refused`, which
-says why the recoveries and their controls are NaN throughout, and is "" where they are not.
+says why the recoveries and their controls are NaN throughout, and is "" where they are not. A single cell is NaN too
+where the denominator of its own examples cannot be told from 0. `n` and `control_other_n` count a cell's examples.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 import xarray as xr
+from jaxtyping import Bool
 
 from hooks.errors import FrankenlensError, nearest
 from interp.statistics import Interval, Method, bootstrap_mean, bootstrap_ratio
@@ -46,7 +48,7 @@ def summarise(
     Args:
         effects: variables effect and control_other [direction component role example], recipient and donor
             [direction example].
-        nulls: denominators of pairs without a change (`interp.decision.null_pair_denominator`).
+        nulls: denominators of pairs that learnt nothing (`interp.decision.null_pair_denominator`).
         refused: why no recovery may be given (`interp.decision.recovery_refused`); "" where it may.
         confidence, resamples, seed, method: as in `interp.statistics.bootstrap_ratio`.
     """
@@ -65,8 +67,13 @@ def summarise(
         ("control_other_recovery", control),
         ("excess", effect - control),
     ):
-        _add(out, name, CELLS, bootstrap_ratio(top, shared, **settings), "1", refused)
+        # A cell is a share of the denominator of its own examples: a role that few of them have may leave none.
+        own = bootstrap_mean(np.where(np.isnan(top), np.nan, shared), **settings)
+        ratio = bootstrap_ratio(top, shared, **settings)
+        hidden = own.includes(0.0) | bool(refused)
+        _add(out, name, CELLS, ratio, "1", hidden)
     out["n"] = (CELLS, (~np.isnan(effect)).sum(-1))
+    out["control_other_n"] = (CELLS, (~np.isnan(control)).sum(-1))
     if nulls:
         out = out.assign_coords(null=list(nulls))
         for suffix, end in (("", "value"), ("_low", "low"), ("_high", "high")):
@@ -81,12 +88,12 @@ def _add(
     dims: tuple[str, ...],
     interval: Interval,
     units: str,
-    refused: str = "",
+    hidden: Bool[np.ndarray, "*cells"] | None = None,
 ) -> None:
     for suffix, values in (("", interval.value), ("_low", interval.low), ("_high", interval.high)):
         out[name + suffix] = (
             dims,
-            np.full_like(values, np.nan) if refused else values,
+            values if hidden is None else np.where(hidden, np.nan, values),
             {"units": units},
         )
 
@@ -94,10 +101,10 @@ def _add(
 def strongest(
     summary: xr.Dataset, direction: str, k: int = 10, points: Sequence[str] = RANKED_POINTS
 ) -> pd.DataFrame:
-    """The `k` components with the largest |effect|, each at the role where it acts most.
+    """The `k` components with the largest |recovery|, each at the role where it acts most.
 
-    Ranked by the effect in nats, which orders as the recovery does where there is one. The role "all" counts only
-    for a component that has no other. The ranking looks at many cells, so the strongest of them are biased upward.
+    Where recovery is refused, the effect takes its place. The role "all" counts only for a component that has no
+    other. The ranking looks at many cells, so the strongest of them are biased upward.
 
     Returns:
         One row per component, strongest first: component, point, role, n, and value, `_low` and `_high` of
@@ -120,8 +127,9 @@ def strongest(
     one = summary.sel(direction=direction)
     one = one.isel(component=np.isin(one["point"].to_numpy(), list(points)))
     columns = [*names, "n", *(["control_self"] if "control_self" in one and one["control_self"].ndim else [])]
-    table = one[columns].to_dataframe().reset_index().dropna(subset=["effect_mean"])
-    table["size"] = table["effect_mean"].abs()
+    ranked = "effect_mean" if summary.attrs["refused"] else "recovery"
+    table = one[columns].to_dataframe().reset_index().dropna(subset=[ranked])
+    table["size"] = table[ranked].abs()
     table["whole"] = table["role"] == "all"
     best = (
         table.sort_values(["whole", "size"], ascending=[True, False], kind="stable")

@@ -42,7 +42,7 @@ class _Run:
 def find_decisions(
     pair: Pair,
     examples: Sequence[Example],
-    choice: Choice = "decisive",
+    choice: Choice | str = "decisive",
     *,
     grader: Grader = grade,
     max_new_tokens: int = 128,

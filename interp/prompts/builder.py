@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class PromptBuilder:
             trace_format = replace(trace_format, end_of_turn=(*trace_format.end_of_turn, eos))
         self.trace_format = trace_format
 
-    @property
+    @cached_property
     def end_ids(self) -> tuple[int, ...]:
         """Tokens that end the assistant's turn."""
         vocabulary = self.tokenizer.get_vocab()
@@ -62,7 +63,7 @@ class PromptBuilder:
             sorted({vocabulary[text] for text in self.trace_format.end_of_turn if text in vocabulary})
         )
 
-    @property
+    @cached_property
     def suppressed_ids(self) -> tuple[int, ...]:
         """Special tokens that no answer holds: image placeholders, chat delimiters, padding.
 

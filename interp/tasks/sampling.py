@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 
+from hooks.errors import FrankenlensError, nearest
 from interp.examples import Example
 from interp.tasks.questions import TASKS, Arguments, Task
 from interp.tasks.scenes import COLOURS, SHAPES, Scene, Split, decode, encode, render, sample_scene, split_of
@@ -17,7 +18,7 @@ def sample(task: str, n: int, seed: int, split: Split) -> list[Example]:
     `meta` of each holds `scene` (the `Scene`), `objects` (its `SceneObject`s), `arguments` and `split`.
 
     Raises:
-        ValueError: if the task or the split is unknown.
+        FrankenlensError: if the task or the split is unknown.
     """
     rng = _rng(task, seed, split)
     return [
@@ -30,7 +31,7 @@ def draw(task: str, rng: np.random.Generator, split: Split) -> tuple[Scene, Argu
     """One scene and the arguments of one question of it: what `sample` turns into an `Example`.
 
     Raises:
-        ValueError: if the task or the split is unknown.
+        FrankenlensError: if the task or the split is unknown.
     """
     while True:
         scene = sample_scene(rng, split)
@@ -39,16 +40,14 @@ def draw(task: str, rng: np.random.Generator, split: Split) -> tuple[Scene, Argu
             return scene, arguments
 
 
-def counterfactual_pairs(
-    task: str, n: int, seed: int, split: Split = "map"
-) -> list[tuple[Example, Example]]:
+def counterfactual_pairs(task: str, n: int, seed: int, split: Split = "map") -> list[tuple[Example, Example]]:
     """n pairs of one question about two images that differ in exactly one attribute of one object.
 
     The answers differ, both scenes lie in `split`, and jitter, shade and noise are the same. `meta` of both
     also holds `changed`: `{"cell", "attribute" ("colour" | "shape"), "from", "to"}`, seen from that example.
 
     Raises:
-        ValueError: if the task or the split is unknown.
+        FrankenlensError: if the task or the split is unknown.
     """
     rng = _rng(task, seed, split, salt=1)
     pairs: list[tuple[Example, Example]] = []
@@ -82,10 +81,10 @@ def chain(example: Example) -> str:
     """The gold chain of thought of a synthetic example, without delimiters.
 
     Raises:
-        ValueError: if the example has none, which is so for users' own data.
+        FrankenlensError: if the example has none, which is so for users' own data.
     """
     if example.reasoning is None:
-        raise ValueError(
+        raise FrankenlensError(
             f"example {example.id!r} has no reference chain; only examples of interp.tasks.sample have"
         )
     return example.reasoning
@@ -93,7 +92,9 @@ def chain(example: Example) -> str:
 
 def _task(name: str) -> Task:
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
+        raise FrankenlensError(
+            f"there is no task {name!r}, only {', '.join(TASKS)}. {nearest(name, TASKS)}".strip()
+        )
     return TASKS[name]
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from hooks.errors import FrankenlensError
+
 Split = Literal["train", "validation", "test", "map"]
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -95,10 +97,10 @@ def sample_scene(rng: np.random.Generator, split: Split) -> Scene:
     """Draws scenes until one falls into `split`: 5 to 10 objects, colours and shapes unevenly frequent.
 
     Raises:
-        ValueError: if `split` is unknown.
+        FrankenlensError: if `split` is unknown.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+        raise FrankenlensError(f"there is no split {split!r}, only {', '.join(SPLITS)}")
     while True:
         n = int(rng.integers(5, 11))
         cells = rng.permutation(GRID * GRID)[:n]

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
+from hooks.errors import FrankenlensError
 from hooks.processors import image_only, load_processor
 
 QWEN = [Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor]
@@ -118,14 +119,18 @@ def test_checkpoints_saved_where_torchvision_was_present_load(tmp_path: Path, la
 @pytest.mark.skipif(is_torchvision_available(), reason="videos can be read")
 def test_videos_are_refused_by_name(tmp_path: Path):
     tiny_qwen(Qwen2_5_VLProcessor).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="needs torchvision"):
+    with pytest.raises(FrankenlensError, match="needs torchvision"):
         load_processor(tmp_path)(text=["what ?"], videos=[np.zeros((2, 3, 56, 56), dtype=np.uint8)])
 
 
 def test_llava_processor_loads(tmp_path: Path, image: Image.Image):
     clip = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     LlavaProcessor(
-        clip, tiny_tokenizer(), patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        clip,
+        tiny_tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
     ).save_pretrained(tmp_path)
     out = load_processor(tmp_path)(images=[image], text=["<image> what ?"], return_tensors="pt")
     assert out["pixel_values"].shape == (1, 3, 28, 28)
@@ -141,17 +146,17 @@ def test_idefics3_processor_loads(tmp_path: Path, image: Image.Image):
 def test_checkpoint_without_a_processor_is_one_clear_error(tmp_path: Path):
     tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    with pytest.raises(ValueError, match="holds no processor.*save_pretrained"):
+    with pytest.raises(FrankenlensError, match=r"holds no processor.*save_pretrained"):
         load_processor(tmp_path, local_files_only=True)
 
 
 def test_processor_without_its_image_part_is_one_clear_error(tmp_path: Path):
     tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
-    with pytest.raises(ValueError, match="cannot load the processor"):
+    with pytest.raises(FrankenlensError, match="cannot load the processor"):
         load_processor(tmp_path, local_files_only=True)
 
 
 def test_missing_folder_is_one_clear_error(tmp_path: Path):
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(FrankenlensError, match="nowhere"):
         load_processor(tmp_path / "nowhere", local_files_only=True)

@@ -89,7 +89,8 @@ NULLS = {
     "random, own decisions": bootstrap_mean(np.linspace(0.1, 0.3, 12)),
 }
 REFUSED = (
-    "the denominator, 0.05 [0.04, 0.06], overlaps that of a pair without a change (random), 0.02 [0.01, 0.04]"
+    "the denominator, 0.05 [0.04, 0.06], is not above that of a pair that learnt nothing "
+    "(random), 0.02 [0.01, 0.04]"
 )
 
 

@@ -11,7 +11,7 @@ from hooks import FrankenlensError, HookedVLM, graft, weight_slices
 from interp.component_map import DIRECTIONS, _map, patch
 from interp.examples import Example
 from interp.metrics import LogitDifference, SoftDifference
-from interp.patching import POINTS, components, donor_value, replace_hook
+from interp.patching import POINTS, cached_names, components, donor_values, replace_hooks
 from interp.prompts import PromptBuilder, collate
 from interp.rerun import CleanRun
 from interp.roles import TraceFormat
@@ -39,9 +39,11 @@ def duo(request: pytest.FixtureRequest):
 def test_embed_attn_and_mlp_of_the_donor_make_its_residual_bit_for_bit(duo) -> None:
     given, recipient, donor = duo
     inputs = given.inputs(batch=2)
-    writes = lambda n: (
-        n == "hook_embed" or (not n.startswith("vision") and n.endswith(("attn_out", "mlp_out", "deepstack")))
-    )  # noqa: E731
+
+    def writes(name: str) -> bool:
+        ends = ("attn_out", "mlp_out", "deepstack")
+        return name == "hook_embed" or (not name.startswith("vision") and name.endswith(ends))
+
     residuals = [
         f"blocks.{i}.hook_resid_{place}" for i in range(donor.n_layers) for place in ("pre", "mid", "post")
     ]
@@ -51,7 +53,8 @@ def test_embed_attn_and_mlp_of_the_donor_make_its_residual_bit_for_bit(duo) -> N
         with recipient.hooks(moved):
             _, got = recipient.run_with_cache(inputs, residuals)
         assert all(torch.equal(got[name], cache[name]) for name in residuals)
-        for address in ("ln_final", "unembed"):
+        tied = recipient.model.get_output_embeddings().weight is recipient.model.get_input_embeddings().weight
+        for address in ("ln_final", "embed" if tied else "unembed"):
             graft(recipient.model, donor.model, weight_slices(recipient.model, recipient.anatomy, address))
         assert torch.equal(recipient.run_with_hooks(inputs, moved).logits, output.logits)
 
@@ -63,17 +66,25 @@ def test_rerun_is_a_full_forward_bit_for_bit(duo) -> None:
         assert torch.equal(run.logits, vlm.model(**given.inputs(batch=2)).logits)
     for layer in range(vlm.n_layers):
         hook = [(f"blocks.{layer}.hook_mlp_out", lambda a, hook: a * 0.5)]
-        assert torch.equal(run.rerun(hook, layer), run.rerun(hook))
-        assert (run.rerun(hook, layer) - run.logits).abs().max() > 1e-2
+        got = run.rerun(hook)
+        with torch.no_grad():
+            assert torch.equal(got, vlm.run_with_hooks(given.inputs(batch=2), hook).logits)
+        assert (got - run.logits).abs().max() > 1e-2
+    # an edit in place must not reach the stored residual
+    def erase(activation, hook):
+        activation[:, 3] = 0
+
+    run.rerun([("blocks.1.hook_resid_pre", erase)])
+    assert torch.equal(run.rerun([]), run.logits)
 
 
 def test_a_component_from_the_same_model_changes_nothing_at_all(duo) -> None:
     given, vlm, _ = duo
     wanted = components(vlm, POINTS)
-    run = CleanRun(vlm, given.inputs(batch=2), [c.hook.replace("hook_result", "hook_z") for c in wanted])
+    run = CleanRun(vlm, given.inputs(batch=2), cached_names(wanted))
     for component in wanted:
-        hook = [replace_hook(component, donor_value(run, component), None)]
-        assert torch.equal(run.rerun(hook), run.logits), component
+        hooks = replace_hooks(component, donor_values(run, component), None)
+        assert torch.equal(run.rerun(hooks), run.logits), component
 
 
 def test_head_result_patch_equals_plain_hooks(duo) -> None:
@@ -161,7 +172,7 @@ def test_patch_refuses_prompts_that_do_not_line_up() -> None:
     builder = PromptBuilder(given.processor)
     one, two = (builder.build(Example(q, (given.images(1)[0],), q, "")) for q in ("how many", "how many red"))
     metric = LogitDifference(torch.tensor([1]), torch.tensor([2]))
-    with pytest.raises(FrankenlensError, match="row 0.*line up"):
+    with pytest.raises(FrankenlensError, match=r"row 0.*line up"):
         patch(vlm, [one], [two], metric)
     with pytest.raises(FrankenlensError, match="no patching point"):
         patch(vlm, [one], [one], metric, points=["hed"])
@@ -212,3 +223,52 @@ def test_planted_head_is_found_on_a_random_model() -> None:
     assert z < 0.95
     heads = effect.sel(component=ds.point == "head")
     assert heads.argmax("component") == list(heads.component.values).index(f"blocks.{layer}.attn.head.{head}")
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
+def test_vision_controls_with_other_numbers_of_images_and_with_none(family: str) -> None:
+    """Rows with 0, 0, 1, 1 images: the first two have no vision side; the others borrow each other's images."""
+    given = tiny(family)
+    other = copy.deepcopy(given.model)
+    redraw(other, seed=7)
+    in_, rl = HookedVLM(given.model, given.processor), HookedVLM(other, inputs=given.inputs())
+    builder = PromptBuilder(given.processor, TraceFormat())
+    size = [given.images(1)[0].size[::-1]]
+    images = [(), (), *((image,) for image in given.images(2, sizes=size))]
+    prompts = [
+        builder.build(Example(f"e{i}", rows, "how many red", "5"), TRACE) for i, rows in enumerate(images)
+    ]
+    metric = LogitDifference(torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 7, 8]))
+    both = {"in": prompts, "rl": prompts}
+    direction = {"rl_to_in": ("rl", "in")}
+    ds = _map({"in": in_, "rl": rl}, both, metric, direction, ("projector",), ["image"], 4, False)
+    effect, control = (ds[name].values.squeeze() for name in ("effect", "control_other"))
+    assert np.isnan(effect[:2]).all() and np.isnan(control[:2]).all()
+    # by hand: the donor's run on the two prompts with their images exchanged
+    swapped = [builder.build(Example("x", images[5 - i], "how many red", "5"), TRACE) for i in (2, 3)]
+    with_image = prompts[2:]
+    names = [name for name in in_.hook_points if name == "projector.hook_out" or name.endswith("deepstack")]
+    with torch.no_grad():
+        _, cache = rl.run_with_cache(collate(swapped).inputs, names)
+        batch = collate(with_image)
+        moved = in_.run_with_hooks(
+            batch.inputs, [(name, lambda a, hook: cache[hook.name]) for name in names]
+        ).logits
+        expected = metric.select([2, 3])(moved, batch) - metric.select([2, 3])(
+            in_(batch.inputs).logits, batch
+        )
+    np.testing.assert_allclose(control[2:], expected.numpy(), atol=1e-4)
+    assert np.abs(control[2:] - effect[2:]).max() > 1e-3
+
+
+def test_patch_refuses_equal_token_counts_of_other_grids() -> None:
+    given = tiny("qwen2_5_vl")
+    vlm = HookedVLM(given.model, given.processor)
+    builder = PromptBuilder(given.processor)
+    wide, high = (
+        builder.build(Example("e", tuple(given.images(1, sizes=[size])), "how many", ""))
+        for size in ((16, 32), (32, 16))
+    )
+    assert wide.roles == high.roles
+    with pytest.raises(FrankenlensError, match="images of other sizes"):
+        patch(vlm, [wide], [high], LogitDifference(torch.tensor([1]), torch.tensor([2])))

@@ -185,19 +185,10 @@ def byte_level_processor(family: str = "llava"):
     "question", ["Wie groß ist 漢?", "user", " what \n is it? ", "assistant", "{{ x }}", "é"]
 )
 @pytest.mark.parametrize("fast", [True, False])
-def test_the_question_is_found_among_pieces_of_words_and_characters(question, fast):
+def test_the_question_is_found_among_pieces_of_words_and_characters(question, fast, monkeypatch):
     processor = byte_level_processor()
-    if not fast:
-        type(processor.tokenizer).is_fast, kept = (
-            property(lambda self: False),
-            PreTrainedTokenizerFast.is_fast,
-        )
-    try:
-        example = Example("0", tuple(vlm("llava").images(1)), question, "5")
-        prompt = PromptBuilder(processor).build(example)
-    finally:
-        if not fast:
-            PreTrainedTokenizerFast.is_fast = kept
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", property(lambda self: fast))  # without offsets
+    prompt = PromptBuilder(processor).build(Example("0", tuple(vlm("llava").images(1)), question, "5"))
     places = prompt.positions("question").tolist()
     assert places == list(range(places[0], places[-1] + 1))
     assert question.strip() in processor.tokenizer.decode(prompt.inputs["input_ids"][0][places])

@@ -49,12 +49,12 @@ def test_the_page_loads_nothing_from_elsewhere(page):
     assert [load.split(",")[0] for load in page.loads] == ["data:image/png;base64"]
 
 
-def test_the_headline_stands_beside_the_pairs_without_a_change(page):
+def test_the_headline_stands_beside_pairs_that_learnt_nothing(page):
     result = synthetic_result()
     value = float(result["denominator"].sel(direction="rl_to_in"))
     assert f"{value:.2f} [" in page.text
-    assert "no change (bf16): 0.000 [" in page.text
-    assert "no change (random, own decisions): 0.20 [" in page.text
+    assert "learnt nothing (bf16): 0.000 [" in page.text
+    assert "learnt nothing (random, own decisions): 0.20 [" in page.text
     assert "48 of 600 qualify" in page.text
     assert "differ somewhere on 311" in page.text
     assert "median: no. 9" in page.text
@@ -92,7 +92,7 @@ def test_what_was_left_out_and_where_it_comes_from(page):
 def test_a_refused_map_prints_no_recovery_and_says_why(tmp_path):
     page = _page(synthetic_result(refused=REFUSED, size=0.05), tmp_path)
     assert "No recovery is given" in page.text
-    assert "overlaps that of a pair without a change (random)" in page.text
+    assert "is not above that of a pair that learnt nothing (random)" in page.text
     assert "effect, nats" in page.text
     assert not page.loads
     assert "other example 0" not in page.text

@@ -6,6 +6,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats
 
 from interp.statistics import (
+    MIN_EXAMPLES,
     bootstrap_difference,
     bootstrap_mean,
     bootstrap_ratio,
@@ -87,10 +88,11 @@ def test_no_examples_is_nan_and_never_zero():
         assert not found.includes(0.0).any()
 
 
-def test_one_example_has_a_value_and_no_interval():
-    found = bootstrap_ratio(np.array([2.0]), np.array([4.0]))
+@pytest.mark.parametrize("n", [1, MIN_EXAMPLES - 1])
+def test_few_examples_have_a_value_and_no_interval(n):
+    found = bootstrap_ratio(np.arange(1.0, n + 1), 2 * np.arange(1.0, n + 1))
     assert found.value == 0.5
-    assert found.n == 1
+    assert found.n == n
     assert np.isnan(found.low)
     assert np.isnan(found.high)
 
@@ -106,7 +108,7 @@ def test_missing_denominators_leave_the_example_out():
 
 
 @given(
-    top=arrays(np.float64, st.integers(2, 12), elements=FINITE),
+    top=arrays(np.float64, st.integers(MIN_EXAMPLES, 14), elements=FINITE),
     scale=st.floats(0.01, 100),
     seed=st.integers(0, 5),
 )
@@ -124,7 +126,7 @@ def test_interval_scales_and_does_not_depend_on_the_order_of_signs(top, scale, s
     np.testing.assert_allclose([-mirrored.high, -mirrored.low], [plain.low, plain.high], rtol=1e-6, atol=1e-9)
 
 
-@given(constant=FINITE, n=st.integers(2, 20))
+@given(constant=FINITE, n=st.integers(MIN_EXAMPLES, 20))
 @settings(max_examples=20, deadline=None)
 def test_proportional_data_has_an_interval_of_no_width(constant, n):
     bottom = np.linspace(1, 3, n)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import ImageChops
 
+from hooks.errors import FrankenlensError
 from interp import tasks
 from interp.examples import Example
 from interp.tasks.scenes import TILE, render_batch
@@ -128,7 +129,7 @@ def test_grading_is_exact():
 
 
 def test_unknown_names_list_the_valid_ones():
-    with pytest.raises(ValueError, match="colour_at, shape_at"):
+    with pytest.raises(FrankenlensError, match="colour_at, shape_at"):
         tasks.sample("colour", 1, 0, "train")
-    with pytest.raises(ValueError, match="no reference chain"):
+    with pytest.raises(FrankenlensError, match="no reference chain"):
         tasks.chain(Example("mine", (), "?", "1"))

@@ -1,0 +1,51 @@
+"""One head of the embedded IN is replaced by a perturbed copy of equal norm: does the map point at it?"""
+
+import copy
+import random
+
+import pytest
+import torch
+
+from experiments import embedded
+from hooks import HookedVLM, weight_slices
+from interp.component_map import component_map
+from interp.decision import find_decisions
+from interp.pair import Pair
+from interp.summary import strongest, summarise
+from interp.tasks import REASONING, sample
+
+N_PLANTS, N_PROMPTS, TOP, BAR = 24, 8, 3, 23
+
+
+def planted(vlm: HookedVLM, layer: int, head: int, seed: int) -> HookedVLM:
+    """A copy in which W_Q (with b_Q) and W_O of one head are rotated away from their own, at their own norm."""
+    model = copy.deepcopy(vlm.model)
+    parameters = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for piece in weight_slices(model, vlm.anatomy, f"blocks.{layer}.attn.head.{head}"):
+            view = piece.of(parameters[piece.parameter])
+            new = view + view.std(correction=0) * torch.randn(view.shape, generator=generator)
+            view.copy_(new * (view.norm() / new.norm()))
+    return HookedVLM(model, vlm.processor, check=False)
+
+
+@pytest.fixture(scope="module")
+def in_() -> HookedVLM:
+    return HookedVLM.from_pretrained(embedded.path("in"))
+
+
+def test_the_planted_head_is_among_the_top_three(in_: HookedVLM) -> None:
+    examples = [e for task in REASONING for e in sample(task, N_PROMPTS // len(REASONING), 0, "map")]
+    everywhere = [(layer, head) for layer in range(in_.n_layers) for head in range(in_.n_heads)]
+    plants = random.Random(0).sample(everywhere, N_PLANTS)
+    missed = []
+    for seed, (layer, head) in enumerate(plants):
+        pair = Pair(in_, planted(in_, layer, head, seed))
+        decisions = find_decisions(pair, examples, "soft", max_new_tokens=24)
+        points = ("attn_out", "mlp_out", "head")
+        effects = component_map(pair, decisions, ["rl_to_in"], points, ["all"], progress=False)
+        top = strongest(summarise(effects, resamples=20, method="percentile"), "rl_to_in", TOP)
+        if f"blocks.{layer}.attn.head.{head}" not in set(top["component"]):
+            missed.append(((layer, head), top["component"].tolist()))
+    assert len(plants) - len(missed) >= BAR, missed
