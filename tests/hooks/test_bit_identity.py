@@ -161,7 +161,8 @@ def test_bfloat16_logits_are_bit_identical_and_patterns_can_be_read(family):
     with torch.no_grad():
         assert torch.equal(opened(inputs).logits, bare)
         output, cache = opened.run_with_cache(inputs)
-    assert {value.dtype for value in cache.values()} == {torch.bfloat16}
+    wide = {name for name, value in cache.items() if value.dtype != torch.bfloat16}
+    assert all(name.endswith("hook_result") and cache[name].dtype == torch.float32 for name in wide)
     real = inputs["attention_mask"].bool()
     assert (output.logits - bare)[real].abs().max() <= 0.1 * bare.abs().max()
 

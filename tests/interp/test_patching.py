@@ -70,6 +70,7 @@ def test_rerun_is_a_full_forward_bit_for_bit(duo) -> None:
         with torch.no_grad():
             assert torch.equal(got, vlm.run_with_hooks(given.inputs(batch=2), hook).logits)
         assert (got - run.logits).abs().max() > 1e-2
+
     # an edit in place must not reach the stored residual
     def erase(activation, hook):
         activation[:, 3] = 0

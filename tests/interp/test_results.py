@@ -8,13 +8,12 @@ import xarray as xr
 
 from hooks.errors import FrankenlensError
 from interp.results import load_dataset, provenance, publishing, save_dataset, save_table
-from interp.summary import summarise
-from tests.interp.synthetic import synthetic_map
+from tests.interp.synthetic import synthetic_result
 
 
 @pytest.fixture(scope="module")
 def summary():
-    return summarise(synthetic_map(layers=3, heads=2, examples=10), resamples=50)
+    return synthetic_result(layers=3, heads=2, examples=12, resamples=50)
 
 
 def test_a_dataset_comes_back_as_it_was(summary, tmp_path):

@@ -1,0 +1,7 @@
+"""One runnable experiment per question asked of a pair, the recipe of the embedded triple, the command line."""
+
+import os
+
+# Read when torch is first imported. OpenMP threads that wait by spinning stall a small model on cores that other
+# work shares; threads that sleep cost it nothing measurable on idle ones.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,144 @@
+"""The RL stage of the triple: GRPO by TRL, rewarded for the exact answer and for nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.processing_utils import ProcessorMixin
+from transformers.trainer_utils import get_last_checkpoint
+
+from experiments.triple.clock import CpuClock
+from experiments.triple.replies import MAX_REPLY, read, suppressed
+from interp.tasks import REASONING, TASKS, render
+from interp.tasks.sampling import draw
+
+PERCEPTION_MIX = ("colour_at", "shape_at", "count", "count", "exists")
+"""Perception tasks among the prompts; counting, the first to suffer, comes twice."""
+
+
+@dataclass(frozen=True)
+class RL:
+    """Settings of the RL stage.
+
+    Attributes:
+        steps: optimiser steps.
+        prompts: different prompts per step.
+        samples: completions per prompt, the group over which the reward is normalised.
+        lr: peak learning rate; a short warm-up, then a line down to 0.
+        perception: share of prompts drawn from the perception tasks, which keeps what Base learnt.
+        beta: weight of the KL to IN; above 0 costs a reference forward per step.
+        save_every: steps between checkpoints.
+    """
+
+    steps: int = 100
+    prompts: int = 32
+    samples: int = 16
+    lr: float = 1e-4
+    perception: float = 0.25
+    beta: float = 0.0
+    save_every: int = 25
+
+
+def exact_answer(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    """1 where the reply has the declared form and its answer is the reference, else 0."""
+    return [
+        float(read(completion[0]["content"]).answer == expected)
+        for completion, expected in zip(completions, answer, strict=True)
+    ]
+
+
+def build_prompts(settings: RL, seed: int) -> Dataset:
+    """The prompts of a whole run in order: columns prompt, image, answer, task; training scenes only."""
+    rng = np.random.default_rng([seed, 3])
+    rows = []
+    for _ in range(settings.steps * settings.prompts):
+        names = PERCEPTION_MIX if rng.random() < settings.perception else REASONING
+        task = TASKS[names[int(rng.integers(len(names)))]]
+        scene, arguments = draw(task.name, rng, "train")
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": task.question(arguments)}],
+                "image": render(scene),
+                "answer": task.solve(arguments, scene).answer,
+                "task": task.name,
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    settings: RL,
+    seed: int,
+    folder: Path,
+    callbacks: list[TrainerCallback] | None = None,
+):
+    """A `GRPOTrainer` on the CPU, ready to train the model in place."""
+    from trl import GRPOConfig  # heavy, and only needed here
+
+    from experiments.triple.shared_prefix import SharedPrefixGRPOTrainer
+
+    arguments = GRPOConfig(
+        output_dir=str(folder),
+        seed=seed,
+        use_cpu=True,
+        bf16=False,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.prompts * settings.samples,
+        num_generations=settings.samples,
+        max_completion_length=MAX_REPLY,
+        learning_rate=settings.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=5,
+        max_grad_norm=1.0,
+        beta=settings.beta,
+        scale_rewards="none",
+        temperature=1.0,
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+        generation_kwargs={"suppress_tokens": suppressed(processor)},
+        logging_steps=5,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        report_to=[],
+        dataloader_pin_memory=False,
+    )
+    return SharedPrefixGRPOTrainer(
+        model=model,
+        reward_funcs=exact_answer,
+        args=arguments,
+        train_dataset=build_prompts(settings, seed),
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+
+
+class _Tick(TrainerCallback):
+    """Lets a clock run along."""
+
+    def __init__(self, clock: CpuClock) -> None:
+        self.clock = clock
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.clock.tick()
+
+
+def train_rl(
+    model: PreTrainedModel, processor: ProcessorMixin, settings: RL, seed: int, folder: Path, clock: CpuClock
+) -> list[dict[str, float]]:
+    """Trains the model in place, from the last checkpoint in `folder` where there is one.
+
+    Returns:
+        TRL's log: one row per five steps.
+    """
+    trainer = build_trainer(model, processor, settings, seed, folder, [_Tick(clock)])
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    model.eval()
+    return trainer.state.log_history

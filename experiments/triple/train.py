@@ -1,0 +1,188 @@
+"""Makes the triple: Base, IN and RL, stage by stage, then measures it.
+
+Every finished stage is a checkpoint folder in `out`, every unfinished one a file that training goes on from, so
+an interrupted run is continued by starting it again. `frankenlens train-triple` is the command.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from experiments.triple import checkpoints, evaluate
+from experiments.triple.clock import CpuClock
+from experiments.triple.model import ModelSize, build_model, build_tokenizer
+from experiments.triple.packing import Packer
+from experiments.triple.rl import RL, train_rl
+from experiments.triple.supervised import (
+    Schedule,
+    align_loss,
+    fresh_rows,
+    mixed_rows,
+    pool_rows,
+    train,
+    turns_loss,
+)
+from hooks.errors import FrankenlensError
+from interp.tasks import PERCEPTION
+
+BASE_MIX = ("colour_at", "shape_at", "count", "count", "exists")
+"""Perception tasks as Base meets them; counting is the hardest and comes twice."""
+QUESTIONS = 4  # per image, in one row
+REASONING_SHARE, WIDE_REASONING_SHARE = 0.15, 0.2  # of the cold start's rows, and of its end's
+
+
+@dataclass(frozen=True)
+class TrainTriple:
+    """Settings of the recipe; the defaults made the shipped triple.
+
+    Attributes:
+        out: folder for `base`, `in`, `rl-<seed>`, `control`, `results.json`, `table.md` and what is unfinished.
+        seeds: RL runs from the same IN, with seeds 0, 1, ...; `rl-0` is the one that ships.
+        control: also go on with supervised training from IN, for the CPU time that `rl-0` took.
+        seed: seed of initialisation and of the supervised data.
+        size: architecture.
+        align: vision tokens to word embeddings.
+        perception: Base, with direct answers; the vision tower rests, as what no question needs yet is forgotten.
+        cold_start: IN, with chains of thought; perception questions always new, reasoning ones from a pool.
+        pool: number of reasoning images in the cold start; few, so that most of it teaches perception.
+        widen: the end of the cold start, with new reasoning questions: what is right in general becomes likelier
+            than what the pool had, but not sure, which leaves RL room. It stops half-way down its learning rate.
+        control_schedule: the control; ends with its steps or with the CPU time of `rl-0`, whichever is first.
+        rl: GRPO.
+        n: test questions per task.
+        threads: CPU threads of torch.
+    """
+
+    out: Path
+    seeds: int = 1
+    control: bool = False
+    seed: int = 0
+    size: ModelSize = field(default_factory=ModelSize)
+    align: Schedule = field(default_factory=lambda: Schedule(steps=400, batch=64, lr=2e-3))
+    perception: Schedule = field(
+        default_factory=lambda: Schedule(steps=1200, batch=20, lr=1e-3, save_every=100)
+    )
+    cold_start: Schedule = field(default_factory=lambda: Schedule(320, batch=20, lr=5e-4, warmup=20))
+    pool: int = 60
+    widen: Schedule = field(default_factory=lambda: Schedule(50, 20, lr=3e-4, warmup=10, horizon=100))
+    control_schedule: Schedule = field(default_factory=lambda: Schedule(2000, batch=20, lr=3e-4, warmup=10))
+    rl: RL = field(default_factory=RL)
+    n: int = 1000
+    threads: int = 2
+
+
+def run(config: TrainTriple) -> dict[str, Any]:
+    """Trains what is not there yet and measures all of it; returns what `results.json` holds.
+
+    Raises:
+        FrankenlensError: if `seeds` is below 1, or `out` holds a run with other settings.
+    """
+    if config.seeds < 1:
+        raise FrankenlensError(f"seeds is {config.seeds}; at least one RL run is needed")
+    torch.set_num_threads(config.threads)
+    config.out.mkdir(parents=True, exist_ok=True)
+    _check_settings(config)
+    folders = {"base": _stage(config, "base", _make_base), "in": _stage(config, "in", _make_in)}
+    for seed in range(config.seeds):
+        folders[f"rl-{seed}"] = _stage(config, f"rl-{seed}", lambda *a, seed=seed: _make_rl(*a, seed=seed))
+    if config.control:
+        folders["control"] = _stage(config, "control", _make_control)
+    results = evaluate.evaluate(folders, config.n, config.out / "measured")
+    results["training"] = {"settings": _settings(config), "cpu_seconds": _cpu_seconds(config.out)}
+    evaluate.write_json(results, config.out / "results.json")
+    (config.out / "table.md").write_text(evaluate.table(results), encoding="utf-8")
+    return results
+
+
+Model = Qwen2_5_VLForConditionalGeneration
+Make = Callable[[TrainTriple, Path, CpuClock], Model]
+
+
+def _stage(config: TrainTriple, name: str, make: Make) -> Path:
+    """The folder of a stage, made first if it is not there."""
+    folder, unfinished = config.out / name, config.out / "unfinished" / name
+    if not folder.exists():
+        unfinished.mkdir(parents=True, exist_ok=True)
+        clock = CpuClock(unfinished / "cpu.json")
+        checkpoints.save(make(config, unfinished, clock), folder)
+        clock.write()
+    return folder
+
+
+def _make_base(config: TrainTriple, folder: Path, clock: CpuClock) -> Model:
+    tokenizer = build_tokenizer()
+    model, packer = build_model(tokenizer, config.size, config.seed), Packer(tokenizer, config.size.patch)
+    seen = align_loss(packer, config.align.batch)
+    train(model, seen, config.align, (config.seed, 1), folder / "align.safetensors", "align", clock.tick)
+    rows = fresh_rows(BASE_MIX, config.perception.batch, QUESTIONS, chains=False, descriptions=2)
+    file = folder / "perception.safetensors"
+    asked = turns_loss(packer, rows)
+    model.model.visual.requires_grad_(False)
+    train(model, asked, config.perception, (config.seed, 2), file, "perception", clock.tick)
+    model.model.visual.requires_grad_(True)
+    return model
+
+
+def _make_in(config: TrainTriple, folder: Path, clock: CpuClock) -> Model:
+    model, processor = checkpoints.load(config.out / "base")
+    packer = Packer(processor.tokenizer, config.size.patch)  # type: ignore[attr-defined]
+    rows = pool_rows(
+        config.pool, config.seed, REASONING_SHARE, PERCEPTION, config.cold_start.batch, QUESTIONS
+    )
+    file = folder / "cold_start.safetensors"
+    taught = turns_loss(packer, rows)
+    train(model, taught, config.cold_start, (config.seed, 3), file, "cold start", clock.tick)
+    wide = turns_loss(packer, mixed_rows(WIDE_REASONING_SHARE, config.widen.batch, QUESTIONS))
+    train(model, wide, config.widen, (config.seed, 6), folder / "widen.safetensors", "widen", clock.tick)
+    return model
+
+
+def _make_rl(config: TrainTriple, folder: Path, clock: CpuClock, *, seed: int) -> Model:
+    model, processor = checkpoints.load(config.out / "in")
+    log = train_rl(model, processor, config.rl, seed, folder, clock)
+    evaluate.write_json(log, folder / "log.json")
+    return model
+
+
+def _make_control(config: TrainTriple, folder: Path, clock: CpuClock) -> Model:
+    """IN, trained on with gold chains to new questions of RL's mix, until rl-0's CPU time is spent."""
+    model, processor = checkpoints.load(config.out / "in")
+    packer = Packer(processor.tokenizer, config.size.patch)  # type: ignore[attr-defined]
+    spent = json.loads((config.out / "unfinished" / "rl-0" / "cpu.json").read_text())
+    clock.limit = spent["cpu_seconds"]
+    schedule = config.control_schedule
+    taught = turns_loss(packer, mixed_rows(1 - config.rl.perception, schedule.batch, QUESTIONS))
+    train(model, taught, schedule, (config.seed, 4), folder / "control.safetensors", "control", clock.tick)
+    return model
+
+
+def _check_settings(config: TrainTriple) -> None:
+    """Refuses to go on with a run that was begun with other settings."""
+    path, settings = config.out / "settings.json", _settings(config)
+    if path.exists():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        other = sorted(name for name in settings if begun.get(name) != settings[name])
+        if other:
+            raise FrankenlensError(
+                f"{config.out} holds a run with other settings ({', '.join(other)}); choose another folder, "
+                "or delete it"
+            )
+    evaluate.write_json(settings, path)
+
+
+def _settings(config: TrainTriple) -> dict[str, Any]:
+    """What decides the weights: everything but where, how many and how fast."""
+    settings = asdict(config)
+    return {k: v for k, v in settings.items() if k not in ("out", "seeds", "control", "n", "threads")}
+
+
+def _cpu_seconds(out: Path) -> dict[str, float]:
+    files = sorted((out / "unfinished").glob("*/cpu.json"))
+    return {file.parent.name: json.loads(file.read_text())["cpu_seconds"] for file in files}
