@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     PreTrainedTokenizerFast,
@@ -47,7 +48,8 @@ def save(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
         shutil.rmtree(temporary)
     model.config.use_cache = True  # trainers switch it off
     model.save_pretrained(temporary)
-    build_processor(build_tokenizer(), model.config.vision_config.patch_size).save_pretrained(temporary)
+    vision: Any = model.config.vision_config
+    build_processor(build_tokenizer(), vision.patch_size).save_pretrained(temporary)
     path = temporary / "processor_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     # With torchvision the ordinary class is used, which wants a video part.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Shaped
 
 from experiments.triple.checkpoints import load
 from experiments.triple.model import THINK
@@ -24,6 +24,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {"perception": PERCEPTION, "reasoning": 
 TEST_SEED = 2024
 MADE_TO_THINK = "in, made to think"
 Hits = Bool[np.ndarray, "task example"]
+MeanHits = Shaped[np.ndarray, "task example"]  # Hits, or their mean over seeds
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def score(replies: Sequence[Reply], examples: Sequence[Example]) -> tuple[Score,
 
 
 def difference(
-    after: Float[np.ndarray, "task example"],
-    before: Float[np.ndarray, "task example"],
+    after: MeanHits,
+    before: MeanHits,
     draws: int = 4000,
     seed: int = 0,
 ) -> Difference:
@@ -115,7 +116,7 @@ def difference(
     return Difference(*(round(100 * float(value), 2) for value in (paired.mean(), low, high)))
 
 
-def differences(after: Hits, before: Hits) -> dict[str, Any]:
+def differences(after: MeanHits, before: MeanHits) -> dict[str, Any]:
     """`difference` for perception, reasoning and each task."""
     rows = {name: [TASK_NAMES.index(task) for task in tasks] for name, tasks in GROUPS.items()}
     rows |= {task: [index] for index, task in enumerate(TASK_NAMES)}
@@ -191,7 +192,7 @@ def table(results: Mapping[str, Any]) -> str:
         ("chain_rate", "replies with a chain"),
     ):
         lines.append(_row(title, [model[key] for model in models.values()]))
-    lines += ["", "Differences in points with paired 95 % bootstrap intervals.", ""]
+    lines += ["", "Differences in points with 95 % bootstrap intervals over the questions, paired.", ""]
     lines += ["| | reasoning | perception |", "|---|---:|---:|"]
     for name, groups in results["differences"].items():
         cells = [

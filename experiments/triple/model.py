@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -81,7 +82,7 @@ def build_model(
     tokenizer: PreTrainedTokenizerFast, size: ModelSize, seed: int
 ) -> Qwen2_5_VLForConditionalGeneration:
     """A freshly initialised fp32 model with the generation settings it is later saved with."""
-    token = tokenizer.convert_tokens_to_ids
+    token: Any = tokenizer.convert_tokens_to_ids
     half = size.hidden // size.heads // 2
     config = Qwen2_5_VLConfig(
         text_config={
@@ -134,8 +135,8 @@ def build_model(
 def _rescale(model: Qwen2_5_VLForConditionalGeneration) -> None:
     # Embeddings must stand out against what untrained layers write to the residual stream, or nothing that a
     # token says of itself can be looked up by later layers (GPT-2's scaling of the output projections).
-    layers = model.model.language_model.layers
-    model.get_input_embeddings().weight.mul_(EMBEDDING_STD / INIT_STD)
+    layers: Any = model.model.language_model.layers
+    model.get_parameter("model.language_model.embed_tokens.weight").mul_(EMBEDDING_STD / INIT_STD)
     for layer in layers:
         layer.self_attn.o_proj.weight.mul_((2 * len(layers)) ** -0.5)
         layer.mlp.down_proj.weight.mul_((2 * len(layers)) ** -0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -74,7 +75,8 @@ def greedy_replies(
     forced = torch.tensor(tokenizer.convert_tokens_to_ids(start.split()), dtype=torch.long)
     for first in tqdm(range(0, len(examples), batch), desc=label, disable=label is None, mininterval=5):
         chunk = examples[first : first + batch]
-        inputs = dict(prompts(processor, chunk).to(model.device))
+        encoded: Any = prompts(processor, chunk)
+        inputs: dict[str, Any] = dict(encoded.to(model.device))
         for name, value in (("input_ids", forced), ("attention_mask", 1), ("mm_token_type_ids", 0)):
             extra = torch.zeros(len(chunk), len(forced), dtype=torch.long, device=model.device) + value
             inputs[name] = torch.cat([inputs[name], extra.to(inputs[name].dtype)], dim=1)

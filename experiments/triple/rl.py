@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
@@ -111,7 +111,7 @@ def build_trainer(
     )
     return SharedPrefixGRPOTrainer(
         model=model,
-        reward_funcs=exact_answer,
+        reward_funcs=cast(Any, exact_answer),
         args=arguments,
         train_dataset=build_prompts(settings, seed),
         processing_class=processor,

@@ -70,7 +70,7 @@ def align_loss(packer: Packer, batch: int) -> Loss:
         scenes = [sample_scene(rng, "train") for _ in range(batch)]
         pixels = patches(render_batch(scenes), packer.patch)
         seen = model.model.visual(pixels, grid_thw=grids(batch, packer.patch)).pooler_output
-        words = model.get_input_embeddings().weight.detach()
+        words = model.get_parameter("model.language_model.embed_tokens.weight").detach()
         target = words[scene_words(packer, scenes)].sum(1)
         return (seen - target).pow(2).mean() / words.var()
 

@@ -32,7 +32,7 @@ CELLS = tuple(f"{column}{row}" for row in range(1, GRID + 1) for column in "abcd
 """Cell names in reading order: a1 b1 c1 d1 a2 ... d4."""
 TILE = 14  # pixels
 IMAGE_SIZE = GRID * TILE
-SPLITS: dict[str, tuple[int, int]] = {
+SPLITS: dict[Split, tuple[int, int]] = {
     "train": (0, 70),
     "validation": (70, 80),
     "test": (80, 90),
@@ -90,7 +90,7 @@ def decode(code: int) -> tuple[str, str]:
 def split_of(layout: tuple[int, ...]) -> Split:
     """The one split that a layout belongs to, decided by a checksum of the layout alone."""
     percentile = zlib.crc32(bytes(layout)) % 100
-    return next(name for name, (low, high) in SPLITS.items() if low <= percentile < high)  # type: ignore[return-value]
+    return next(name for name, (low, high) in SPLITS.items() if low <= percentile < high)
 
 
 def sample_scene(rng: np.random.Generator, split: Split) -> Scene:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_every_gold_text_is_in_the_vocabulary(tokenizer):
 def test_packer_gives_what_the_processor_gives(tokenizer, processor):
     examples = sample("sum", 3, seed=0, split="train")
     packer = Packer(tokenizer, TINY.patch)
-    inputs = prompts(processor, examples)
+    inputs: Any = prompts(processor, examples)
     pixels = patches(render_batch([example.meta["scene"] for example in examples]), TINY.patch)
     assert torch.equal(inputs["pixel_values"], pixels)
     for example, ids in zip(examples, inputs["input_ids"], strict=True):

@@ -1,5 +1,7 @@
 """Contexts, adapters, gradients and other people's keywords: what must not go wrong in silence."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -105,7 +107,8 @@ def test_an_adapter_put_in_after_opening_is_hooked_as_one_with_its_layer(opened,
         _, old = vlm.run_with_cache(given.inputs(), names)
         _, new = fresh.run_with_cache(given.inputs(), names)
     assert all(torch.equal(old[name], new[name]) for name in names)
-    bias = 0 if (b := fresh.module(fresh.anatomy.text.blocks[1].out).bias) is None else b
+    out: Any = fresh.module(fresh.anatomy.text.blocks[1].out)
+    bias = 0 if out.bias is None else out.bias
     torch.testing.assert_close(
         new["result", 1].sum(-2) + bias, new["blocks.1.hook_attn_out"], atol=2e-5, rtol=1e-5
     )
@@ -145,7 +148,8 @@ def test_bf16_head_results_keep_small_differences() -> None:
     vlm = HookedVLM(given.model, given.processor)
     _, cache = vlm.run_with_cache(given.inputs(), ["blocks.0.attn.hook_result", "blocks.0.attn.hook_z"])
     assert cache["result", 0].dtype == torch.float32
-    out = vlm.module(vlm.anatomy.text.blocks[0].out).weight.double().unflatten(1, (4, -1))
+    out: Any = vlm.module(vlm.anatomy.text.blocks[0].out)
+    out = out.weight.double().unflatten(1, (4, -1))
     exact = torch.einsum("bphd,mhd->bphm", cache["z", 0].double(), out)
     torch.testing.assert_close(cache["result", 0].double(), exact, atol=1e-5, rtol=1e-5)
 

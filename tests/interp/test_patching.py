@@ -2,6 +2,7 @@
 
 import copy
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,9 +118,7 @@ def test_head_result_patch_equals_plain_hooks(duo) -> None:
         run = CleanRun(donor, inputs, ["blocks.1.attn.hook_z"])
         where = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
         where[:, -2:] = True
-        got = CleanRun(recipient, inputs).rerun(
-            [replace_hook(component, donor_value(run, component), where)], 1
-        )
+        got = CleanRun(recipient, inputs).rerun(replace_hooks(component, donor_values(run, component), where))
     scale = max(1.0, expected.abs().max().item())
     assert (got - expected).abs().max() <= 1e-5 * scale
     assert (expected - recipient(inputs).logits).abs().max() >= 1e-3 * scale
@@ -234,7 +233,7 @@ def test_vision_controls_with_other_numbers_of_images_and_with_none(family: str)
     redraw(other, seed=7)
     in_, rl = HookedVLM(given.model, given.processor), HookedVLM(other, inputs=given.inputs())
     builder = PromptBuilder(given.processor, TraceFormat())
-    size = [given.images(1)[0].size[::-1]]
+    size: Any = [given.images(1)[0].size[::-1]]
     images = [(), (), *((image,) for image in given.images(2, sizes=size))]
     prompts = [
         builder.build(Example(f"e{i}", rows, "how many red", "5"), TRACE) for i, rows in enumerate(images)
