@@ -111,7 +111,7 @@ def difference(
     paired = after.astype(float) - before.astype(float)
     rng = np.random.default_rng(seed)
     n = paired.shape[1]
-    means = [np.mean([row[rng.integers(n, size=n)].mean() for row in paired]) for _ in range(draws)]
+    means = np.mean([row[rng.integers(n, size=(draws, n))].mean(1) for row in paired], axis=0)
     low, high = np.percentile(means, [2.5, 97.5])
     return Difference(*(round(100 * float(value), 2) for value in (paired.mean(), low, high)))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -44,6 +45,13 @@ def made_pair(family: str, size: float = 0.15) -> Pair:
 
 
 @cache
+def many(family: str) -> tuple[Example, ...]:
+    """Enough of them for an interval (`interp.statistics.MIN_EXAMPLES`)."""
+    return tuple(
+        replace(e, id=f"{e.id}-{i}", question=f"{e.question} {i}") for i in range(3) for e in examples(family)
+    )
+
+
 def examples(family: str) -> tuple[Example, ...]:
     questions = (
         "what color is the star ?",
@@ -180,12 +188,12 @@ def test_soft_needs_no_divergence_and_weighs_the_difference_of_probabilities(fam
 
 def test_what_stands_beside_a_recovery():
     pair = made_pair("qwen2_5_vl")
-    found = find_decisions(pair, examples("qwen2_5_vl"), "first", **SETTINGS)
+    found = find_decisions(pair, many("qwen2_5_vl"), "first", **SETTINGS)
     told = json.loads(json.dumps(found.summary(seed=1)))
     difference = found.rl_values - found.in_values
     assert told["denominator"]["value"] == pytest.approx(difference.mean())
     assert told["denominator"]["low"] <= difference.mean() <= told["denominator"]["high"]
-    assert told["n_prompts"] == 5 and told["n_qualify"] == told["denominator"]["n"] == len(found)
+    assert told["n_prompts"] == 15 and told["n_qualify"] == told["denominator"]["n"] == len(found)
     assert sum(entry["n"] for entry in told["token_pairs"]) == len(found)
     assert told["units"] == "nats" and told["trace_index"]["max"] == max(
         d.index or 0 for d in found.decisions
@@ -253,7 +261,7 @@ def test_a_pair_that_learnt_noise_is_refused():
     pair = made_pair("qwen2_5_vl")
     hashes = [weights_sha256(vlm.model) for vlm in (pair.in_, pair.rl)]
     for choice in ("first", "soft"):
-        found = find_decisions(pair, examples("qwen2_5_vl"), choice, **SETTINGS)
+        found = find_decisions(pair, many("qwen2_5_vl"), choice, **SETTINGS)
         nulls = null_pair_denominator(pair, found, batch_size=2)
         assert list(nulls) == ["bf16", "bf16, own decisions", "random", "random, own decisions"]
         assert "pair that learnt nothing" in recovery_refused(found, nulls)
