@@ -89,7 +89,8 @@ class Pair:
         loading = {"dtype": dtype, "device_map": device_map, **kwargs}
         in_ = HookedVLM.from_pretrained(in_path, **loading)
         if (Path(rl_path) / "adapter_config.json").is_file():
-            rl = _with_adapter(HookedVLM.from_pretrained(in_path, **loading), Path(rl_path))
+            opened = HookedVLM.from_pretrained(in_path, **{**loading, "check": False})
+            rl = _with_adapter(opened, Path(rl_path), kwargs.get("check", True))
         else:
             rl = HookedVLM.from_pretrained(rl_path, **loading)
         opened_base = None if base is None else HookedVLM.from_pretrained(base, **loading)
@@ -176,7 +177,7 @@ def _refuse(name: str, differences: list[str]) -> None:
     )
 
 
-def _with_adapter(vlm: HookedVLM, folder: Path) -> HookedVLM:
+def _with_adapter(vlm: HookedVLM, folder: Path, check: bool) -> HookedVLM:
     """`vlm` with the adapter's update merged into its weights; opened anew."""
     from peft import PeftModel
     from safetensors.torch import load_file
@@ -198,7 +199,7 @@ def _with_adapter(vlm: HookedVLM, folder: Path) -> HookedVLM:
             )
     merged = adapted.merge_and_unload()
     merged.name_or_path = str(folder)
-    return HookedVLM(merged.eval(), vlm.processor)
+    return HookedVLM(merged.eval(), vlm.processor, check=check)
 
 
 def _adapter_tensors(adapted: Any) -> Mapping[str, torch.Tensor]:
