@@ -57,7 +57,7 @@ def plot_map(summary: xr.Dataset) -> Figure:
 
     Layer by role for the residual stream, attention and MLP; layer by head at the decision; vision blocks and
     projector. One diverging colour scale (square root, so that single heads show beside whole layers). Pale and
-    struck through: the interval includes 0. Dot: the donor's activation on another example does as much. Grey: no
+    struck through: the interval includes 0. Dot: not told apart from the donor on another example. Grey: no
     example has such tokens. Where recovery is refused, the figure holds the reason and no map.
 
     Args:
@@ -215,7 +215,7 @@ def _vision(one: xr.Dataset) -> _Panel:
 
 
 def _cells(part: xr.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Recovery; whether its interval includes 0 (or there is none); whether the control does as much."""
+    """Recovery; whether its interval includes 0 (or there is none); whether the control cannot be told from it."""
     recovery = part["recovery"].to_numpy()
     seen = ~np.isnan(recovery)
     above, below = part["recovery_low"] > 0, part["recovery_high"] < 0
@@ -275,7 +275,7 @@ def _draw_panel(axes: Axes, panel: _Panel, norm: Normalize) -> None:
 
 def _draw_legend(legend: SubFigure, summary: xr.Dataset, columns: int) -> None:
     level = f"{100 * summary.attrs['confidence']:.0f} %"
-    matched = "the donor on another example does as much"
+    matched = "not told apart from the donor on another example"
     legend.legend(
         handles=[
             Patch(facecolor="#f7f7f7", edgecolor="0.75", hatch="//", label=f"{level} interval includes 0"),

@@ -100,7 +100,7 @@ def _table(summary: xr.Dataset, direction: str, k: int) -> dict[str, Any]:
                 "component": record["component"],
                 "role": record["role"],
                 "value": _text(record, name),
-                "control": _text(record, "control_other_recovery"),
+                "control": f"{_text(record, 'control_other_recovery')} (n {int(record['control_other_n'])})",
                 "control_self": f"{record['control_self']:.2g}" if "control_self" in record else "–",
                 "n": int(record["n"]),
                 "marks": [mark for mark in marks if mark],

@@ -1,6 +1,6 @@
 """From per-example effects of patching to recoveries with intervals and controls, and the strongest components.
 
-What goes in is the dataset of `interp.patching.component_map`; what comes out has its variables and these, per
+What goes in is the dataset of `interp.component_map.component_map`; what comes out has its variables and these, per
 direction, component and role unless said otherwise:
 
     effect_mean             patched - recipient, in nats, mean over examples
@@ -126,7 +126,12 @@ def strongest(
     ]
     one = summary.sel(direction=direction)
     one = one.isel(component=np.isin(one["point"].to_numpy(), list(points)))
-    columns = [*names, "n", *(["control_self"] if "control_self" in one and one["control_self"].ndim else [])]
+    columns = [
+        *names,
+        "n",
+        "control_other_n",
+        *(["control_self"] if "control_self" in one and one["control_self"].ndim else []),
+    ]
     ranked = "effect_mean" if summary.attrs["refused"] else "recovery"
     table = one[columns].to_dataframe().reset_index().dropna(subset=[ranked])
     table["size"] = table[ranked].abs()

@@ -1,4 +1,4 @@
-"""Component maps with known contents, in the form that `interp.patching.component_map` returns."""
+"""Component maps with known contents, in the form that `interp.component_map.component_map` returns."""
 
 import json
 
