@@ -168,7 +168,7 @@ def patch_effects(
                 continue
             if values is None:
                 values = donor_values(donor, component)
-                values = [_borrowed(value, early, rows) for value in values] if other_example else values
+                values = [borrowed(value, early, rows) for value in values] if other_example else values
             where = None if early else rows.where(role)
             logits = recipient.rerun(replace_hooks(component, values, where))
             effect = (read(logits) - clean).double().cpu()
@@ -178,7 +178,7 @@ def patch_effects(
     return effects
 
 
-def _borrowed(value: Float[Tensor, "..."], early: bool, rows: PatchBatch) -> Float[Tensor, "..."]:
+def borrowed(value: Float[Tensor, "..."], early: bool, rows: PatchBatch) -> Float[Tensor, "..."]:
     """The donor's value with every row's part replaced by its partner's; rows without one keep their own."""
     source = [own if other < 0 else other for own, other in enumerate(rows.partner.tolist())]
     if not early:

@@ -29,6 +29,7 @@ from experiments.triple.model import (
     VISION_END,
     VISION_START,
 )
+from experiments.triple.teacher import explain
 from interp.tasks import CELLS, COLOURS, SHAPES, TASKS, Split
 from interp.tasks.questions import ATTRIBUTES, counts
 from interp.tasks.sampling import draw
@@ -150,9 +151,17 @@ def branch_mask(branch: Int[Tensor, "row pos"]) -> Bool[Tensor, "row 1 query key
 
 
 def draw_turns(
-    rng: np.random.Generator, tasks: tuple[str, ...], n: int, split: Split, chains: bool
+    rng: np.random.Generator,
+    tasks: tuple[str, ...],
+    n: int,
+    split: Split,
+    chains: bool,
+    misses: float = 0.0,
 ) -> tuple[Scene, list[Turn]]:
-    """A scene of the split and n questions about it, their tasks drawn from `tasks` (repeats weigh)."""
+    """A scene of the split and n questions about it, their tasks drawn from `tasks` (repeats weigh).
+
+    `chains` gives replies a chain of thought; `misses` is how often the teacher overlooks an object in it.
+    """
     scene, _ = draw(tasks[0], rng, split)
     turns: list[Turn] = []
     while len(turns) < n:
@@ -160,7 +169,7 @@ def draw_turns(
         arguments = task.propose(rng, scene)
         if arguments is None:
             continue
-        solution = task.solve(arguments, scene)
+        solution = explain(task, arguments, scene, rng, misses)
         chain = solution.chain if chains else None
         turns.append(Turn(task.question(arguments), reply_text(solution.answer, chain)))
     return scene, turns

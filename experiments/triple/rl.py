@@ -35,11 +35,11 @@ class RL:
         save_every: steps between checkpoints.
     """
 
-    steps: int = 100
+    steps: int = 150
     prompts: int = 32
     samples: int = 16
     lr: float = 1e-4
-    perception: float = 0.25
+    perception: float = 0.3
     beta: float = 0.0
     save_every: int = 25
 

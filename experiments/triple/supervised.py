@@ -40,7 +40,6 @@ class Schedule:
         steps: optimiser steps.
         batch: images per step.
         lr: peak learning rate; linear warm-up over `warmup` steps, then a cosine down to `floor` of it.
-        horizon: step at which the cosine ends, `steps` if None; later ones stop the stage before it has settled.
         save_every: steps between checkpoints.
     """
 
@@ -50,13 +49,12 @@ class Schedule:
     warmup: int = 50
     floor: float = 0.05
     save_every: int = 200
-    horizon: int | None = None
 
     def rate(self, step: int, spent: float = 0.0) -> float:
         """Learning rate of a step (0-based); `spent` is the fraction of another budget that is used up."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, (self.horizon or self.steps) - self.warmup)
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * max(done, spent))))
 
 
@@ -115,40 +113,12 @@ def fresh_rows(
     return draw_rows
 
 
-def pool_rows(
-    pool: int, seed: int, share: float, tasks: tuple[str, ...], batch: int, questions: int
-) -> Callable[[np.random.Generator], Rows]:
-    """Rows with chains of thought: reasoning from a pool of fixed size, perception always new.
-
-    Args:
-        pool: number of images with reasoning questions; they are drawn again and again.
-        seed: of the pool.
-        share: of the rows that come from the pool.
-        tasks: of the perception rows (repeats weigh).
-        batch: rows per step.
-        questions: per row.
-    """
-    rng = np.random.default_rng([seed, 5])
-    fixed = [draw_turns(rng, REASONING, questions, "train", chains=True) for _ in range(pool)]
-
-    def draw_rows(rng: np.random.Generator) -> Rows:
-        rows = [
-            fixed[int(rng.integers(pool))]
-            if rng.random() < share
-            else draw_turns(rng, tasks, questions, "train", chains=True)
-            for _ in range(batch)
-        ]
-        return [scene for scene, _ in rows], [turns for _, turns in rows]
-
-    return draw_rows
-
-
-def mixed_rows(share: float, batch: int, questions: int) -> Callable[[np.random.Generator], Rows]:
-    """Rows with chains of thought on new scenes, `share` of them reasoning, the rest perception."""
+def traces(share: float, misses: float, batch: int, questions: int) -> Callable[[np.random.Generator], Rows]:
+    """Rows with the teacher's chains of thought on new scenes, `share` of them reasoning, the rest perception."""
 
     def draw_rows(rng: np.random.Generator) -> Rows:
         kinds = [REASONING if rng.random() < share else PERCEPTION for _ in range(batch)]
-        rows = [draw_turns(rng, kind, questions, "train", chains=True) for kind in kinds]
+        rows = [draw_turns(rng, kind, questions, "train", True, misses) for kind in kinds]
         return [scene for scene, _ in rows], [turns for _, turns in rows]
 
     return draw_rows

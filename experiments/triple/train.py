@@ -24,18 +24,16 @@ from experiments.triple.supervised import (
     Schedule,
     align_loss,
     fresh_rows,
-    mixed_rows,
-    pool_rows,
+    traces,
     train,
     turns_loss,
 )
 from hooks.errors import FrankenlensError
-from interp.tasks import PERCEPTION
 
 BASE_MIX = ("colour_at", "shape_at", "count", "count", "exists")
 """Perception tasks as Base meets them; counting is the hardest and comes twice."""
 QUESTIONS = 4  # per image, in one row
-REASONING_SHARE, WIDE_REASONING_SHARE = 0.15, 0.2  # of the cold start's rows, and of its end's
+REASONING_SHARE = 0.4  # of the cold start's rows
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,10 @@ class TrainTriple:
         size: architecture.
         align: vision tokens to word embeddings.
         perception: Base, with direct answers; the vision tower rests, as what no question needs yet is forgotten.
-        cold_start: IN, with chains of thought; perception questions always new, reasoning ones from a pool.
-        pool: number of reasoning images in the cold start; few, so that most of it teaches perception.
-        widen: the end of the cold start, with new reasoning questions: what is right in general becomes likelier
-            than what the pool had, but not sure, which leaves RL room. It stops half-way down its learning rate.
-        control_schedule: the control; ends with its steps or with the CPU time of `rl-0`, whichever is first.
+        cold_start: IN, with the teacher's chains of thought.
+        misses: how often the teacher, reasoning, overlooks an object of what it counts (`experiments.triple.teacher`).
+        control_schedule: the control, with more traces of the same teacher; ends with its steps or with the CPU time
+            of `rl-0`, whichever is first.
         rl: GRPO.
         n: test questions per task.
         threads: CPU threads of torch.
@@ -69,9 +66,8 @@ class TrainTriple:
     perception: Schedule = field(
         default_factory=lambda: Schedule(steps=1200, batch=20, lr=1e-3, save_every=100)
     )
-    cold_start: Schedule = field(default_factory=lambda: Schedule(320, batch=20, lr=5e-4, warmup=20))
-    pool: int = 60
-    widen: Schedule = field(default_factory=lambda: Schedule(50, 20, lr=3e-4, warmup=10, horizon=100))
+    cold_start: Schedule = field(default_factory=lambda: Schedule(600, batch=20, lr=5e-4, warmup=20))
+    misses: float = 0.5
     control_schedule: Schedule = field(default_factory=lambda: Schedule(2000, batch=20, lr=3e-4, warmup=10))
     rl: RL = field(default_factory=RL)
     n: int = 1000
@@ -133,14 +129,11 @@ def _make_base(config: TrainTriple, folder: Path, clock: CpuClock) -> Model:
 def _make_in(config: TrainTriple, folder: Path, clock: CpuClock) -> Model:
     model, processor = checkpoints.load(config.out / "base")
     packer = Packer(processor.tokenizer, config.size.patch)  # type: ignore[attr-defined]
-    rows = pool_rows(
-        config.pool, config.seed, REASONING_SHARE, PERCEPTION, config.cold_start.batch, QUESTIONS
-    )
+    rows = traces(REASONING_SHARE, config.misses, config.cold_start.batch, QUESTIONS)
     file = folder / "cold_start.safetensors"
-    taught = turns_loss(packer, rows)
-    train(model, taught, config.cold_start, (config.seed, 3), file, "cold start", clock.tick)
-    wide = turns_loss(packer, mixed_rows(WIDE_REASONING_SHARE, config.widen.batch, QUESTIONS))
-    train(model, wide, config.widen, (config.seed, 6), folder / "widen.safetensors", "widen", clock.tick)
+    train(
+        model, turns_loss(packer, rows), config.cold_start, (config.seed, 3), file, "cold start", clock.tick
+    )
     return model
 
 
@@ -152,13 +145,14 @@ def _make_rl(config: TrainTriple, folder: Path, clock: CpuClock, *, seed: int) -
 
 
 def _make_control(config: TrainTriple, folder: Path, clock: CpuClock) -> Model:
-    """IN, trained on with gold chains to new questions of RL's mix, until rl-0's CPU time is spent."""
+    """IN, trained on with the teacher's chains to new questions of RL's mix, until rl-0's CPU time is spent."""
     model, processor = checkpoints.load(config.out / "in")
     packer = Packer(processor.tokenizer, config.size.patch)  # type: ignore[attr-defined]
     spent = json.loads((config.out / "unfinished" / "rl-0" / "cpu.json").read_text())
     clock.limit = spent["cpu_seconds"]
     schedule = config.control_schedule
-    taught = turns_loss(packer, mixed_rows(1 - config.rl.perception, schedule.batch, QUESTIONS))
+    rows = traces(1 - config.rl.perception, config.misses, schedule.batch, QUESTIONS)
+    taught = turns_loss(packer, rows)
     train(model, taught, schedule, (config.seed, 4), folder / "control.safetensors", "control", clock.tick)
     return model
 

@@ -28,6 +28,7 @@ class PromptBatch:
         lengths: real tokens of each row.
         padding_side: where the padding is.
         pad_token_id: what it is made of.
+        cut: columns that were cut off at the left; see `interp.sweep`.
     """
 
     prompts: tuple[Prompt, ...]
@@ -36,6 +37,7 @@ class PromptBatch:
     lengths: Int[Tensor, " batch"]
     padding_side: PaddingSide
     pad_token_id: int
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -66,7 +68,8 @@ class PromptBatch:
 
     def columns(self, tokens: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
         """Columns of the batch in which a token of each row stands, counted from the row's first real token."""
-        return tokens + (self.roles.shape[1] - self.lengths if self.padding_side == "left" else 0)
+        width = self.roles.shape[1] + self.cut
+        return tokens + (width - self.lengths if self.padding_side == "left" else 0) - self.cut
 
     def select(self, rows: Sequence[int] | Int[Tensor, " n"]) -> PromptBatch:
         """The batch of some rows, padded anew."""

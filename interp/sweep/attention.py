@@ -1,0 +1,153 @@
+"""Attention of a segment of tokens whose earlier keys and values are those of a clean run.
+
+Lanes, copies of the batch under different interventions, share the prefix: short segments attend to it without
+copying it, long ones through SDPA.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+_NAME = "frankenlens_segment"
+_SHORT = 16
+"""Segments up to this many tokens attend densely to the shared prefix; longer ones copy it and use SDPA."""
+
+Tap = Callable[[str, Tensor], Tensor]
+
+
+@dataclass
+class SegmentContext:
+    """What the attention of one layer needs beyond its own segment.
+
+    Attributes:
+        keys, values: of the clean run before the segment, rotary embedding applied.
+        visible: which keys (prefix, then segment) each query may look at; the first axis may be 1.
+        causal: whether `visible` is the plain lower triangle of a segment without a prefix, which SDPA is faster at.
+        tap: shows and edits `hook_rot_q`, `hook_rot_k` [lane pos head d_head], `hook_attn_scores` and `hook_pattern`
+            [lane head query key]; None where nothing inside is touched.
+        dense: whether scores and pattern must exist.
+        wanted: the queries whose output is used, all if None; the others' is 0.
+    """
+
+    keys: Float[Tensor, "batch kv_head prefix d_head"]
+    values: Float[Tensor, "batch kv_head prefix d_head"]
+    visible: Bool[Tensor, "#batch 1 query key"]
+    causal: bool = False
+    tap: Tap | None = None
+    dense: bool = False
+    wanted: Int[Tensor, " wanted"] | None = None
+
+
+@contextmanager
+def segment_attention_on(modules: Sequence[Any]) -> Iterator[None]:
+    """Send these attention modules here, as `module.config._frankenlens_segment` says, until the context ends."""
+    originals = [module.config for module in modules]
+    try:
+        for module, original in zip(modules, originals, strict=True):
+            shim = copy.copy(original)
+            shim._attn_implementation_internal = _NAME
+            shim._frankenlens_segment = None
+            module.config = shim
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.config = original
+
+
+def segment_attention(
+    module: Any,
+    query: Float[Tensor, "lane head query d_head"],
+    key: Float[Tensor, "lane kv_head query d_head"],
+    value: Float[Tensor, "lane kv_head query d_head"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Float[Tensor, "lane query head d_head"], None]:
+    """The attention function that transformers calls for a segment; the mask is the context's own."""
+    context: SegmentContext = module.config._frankenlens_segment
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if context.tap is not None:
+        query = context.tap("hook_rot_q", query.transpose(1, 2)).transpose(1, 2)
+        key = context.tap("hook_rot_k", key.transpose(1, 2)).transpose(1, 2)
+    if context.dense:
+        out = _with_copies(context, query, key, value, scale, dense=True)
+        return out.transpose(1, 2).contiguous(), None
+    some, visible = query, context.visible
+    if context.wanted is not None:
+        some, visible = query[:, :, context.wanted], visible[:, :, context.wanted]
+    if some.shape[2] <= _SHORT:
+        out = _shared_prefix(context, some, key, value, visible, scale)
+    else:
+        out = _with_copies(replace(context, visible=visible), some, key, value, scale, dense=False)
+    if context.wanted is not None:
+        whole = torch.zeros_like(query)
+        whole[:, :, context.wanted] = out
+        out = whole
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _with_copies(
+    context: SegmentContext, query: Tensor, key: Tensor, value: Tensor, scale: float, dense: bool
+) -> Float[Tensor, "lane head query d_head"]:
+    rows, lanes = context.keys.shape[0], query.shape[0]
+    if context.keys.shape[2]:
+        key = torch.cat([context.keys.repeat(lanes // rows, 1, 1, 1), key], dim=2)
+        value = torch.cat([context.values.repeat(lanes // rows, 1, 1, 1), value], dim=2)
+    visible = context.visible
+    if visible.shape[0] > 1:
+        visible = visible.repeat(lanes // rows, 1, 1, 1)
+    groups = query.shape[1] // key.shape[1]
+    if not dense:
+        causal = context.causal and query.shape[2] == key.shape[2]
+        mask = None if causal else visible
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups > 1
+        )
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~visible, -torch.inf)
+    if context.tap is not None:
+        scores = context.tap("hook_attn_scores", scores)
+    pattern = _softmax(scores).to(query.dtype)
+    if context.tap is not None:
+        pattern = context.tap("hook_pattern", pattern)
+    return pattern @ value
+
+
+def _shared_prefix(
+    context: SegmentContext, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float
+) -> Float[Tensor, "lane head query d_head"]:
+    """The lanes of one row are further queries to the one prefix; each sees, besides, only its own segment."""
+    (rows, kv_heads, prefix, d_head), (lanes, heads, n) = context.keys.shape, query.shape[:3]
+    copies, groups, own = lanes // rows, heads // kv_heads, key.shape[2]
+    q = query.reshape(copies, rows, kv_heads, groups * n, d_head).permute(1, 2, 0, 3, 4)
+    k = key.reshape(copies, rows, kv_heads, own, d_head).permute(1, 2, 0, 3, 4)
+    v = value.reshape(copies, rows, kv_heads, own, d_head).permute(1, 2, 0, 3, 4)
+    far = q.reshape(rows, kv_heads, copies * groups * n, d_head) @ context.keys.transpose(2, 3)
+    far = far.reshape(rows, kv_heads, copies, groups, n, prefix)
+    near = (q @ k.transpose(-2, -1)).reshape(rows, kv_heads, copies, groups, n, own)
+    scores = (torch.cat([far, near], dim=-1) * scale).masked_fill(~visible[:, :, None, None], -torch.inf)
+    pattern = _softmax(scores).to(query.dtype)
+    out = pattern[..., :prefix].reshape(rows, kv_heads, copies * groups * n, prefix) @ context.values
+    out = out.reshape(rows, kv_heads, copies, groups * n, d_head)
+    out = out + pattern[..., prefix:].reshape(rows, kv_heads, copies, groups * n, own) @ v
+    out = out.reshape(rows, kv_heads, copies, groups, n, d_head)
+    return out.permute(2, 0, 1, 3, 4, 5).reshape(lanes, heads, n, d_head)
+
+
+def _softmax(scores: Float[Tensor, "*lead query key"]) -> Float[Tensor, "*lead query key"]:
+    """In fp32 at least; a query that may look at nothing (left padding) looks at nothing."""
+    pattern = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return pattern.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+
+
+AttentionInterface.register(_NAME, segment_attention)

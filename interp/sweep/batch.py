@@ -1,0 +1,211 @@
+"""All interventions on one batch: planned by reach, run in lanes that fit a memory budget, read by metrics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooks import FrankenlensError, HookedVLM
+from interp.prompts import PromptBatch
+from interp.rerun import CleanRun
+from interp.sweep.brigade import run_lanes
+from interp.sweep.edits import Edit, Span, needed_names
+from interp.sweep.stored import StoredRun, Unsupported
+
+Read = Callable[[Float[Tensor, "batch pos vocab"], PromptBatch], Float[Tensor, "metric batch"]]
+LANE_TOKENS = 8192
+"""Tokens (lanes x rows x columns) that one pass moves up the layers together, memory permitting."""
+
+
+class BatchSweep:
+    """One model on one batch, and every intervention asked for.
+
+    Attributes:
+        clean: the metrics of the clean run [metric batch].
+        shortcuts: what the model allowed: "tokens and layers", "layers" or "none".
+    """
+
+    def __init__(
+        self,
+        vlm: HookedVLM,
+        batch: PromptBatch,
+        reads: Bool[Tensor, "batch pos"],
+        read: Read,
+        interventions: Sequence[Sequence[Edit]],
+        names: Sequence[str] = (),
+        max_memory: int | None = None,
+        check: bool = True,
+    ) -> None:
+        """Runs the batch clean and keeps what the interventions start from.
+
+        Args:
+            vlm: the opened model.
+            batch: prompts on its device.
+            reads: tokens whose next-token logits the metrics look at.
+            read: metrics of logits [batch pos vocab] and the (possibly cropped) batch that they belong to.
+            interventions: each a set of edits; one edit alone takes the short way, several together a longer one.
+            names: further activations of the clean run to keep, for `activation`.
+            max_memory: bytes for what is stored and for what runs at once.
+            check: compare the shortcuts with the clean run first; once per model and kind of batch is enough.
+
+        Raises:
+            FrankenlensError: nothing is read, or the budget is too small for one row.
+        """
+        self.vlm, self.batch, self._read = vlm, batch, read
+        self.interventions = interventions
+        self._max_memory, self._names = max_memory, names
+        self._whole: CleanRun | None = None
+        fast = [edits[0] for edits in interventions if self._is_fast(edits)]
+        self._run: StoredRun | None = None
+        if fast:
+            try:
+                self._run = StoredRun(vlm, batch, reads, [*names, *needed_names(fast, vlm)], self._storage())
+                if check:
+                    self._run.check()
+            except Unsupported as reason:
+                self._run = None
+                warnings.warn(
+                    f"{type(vlm.model).__name__} cannot be taken up at a stored token: {reason}. "
+                    "Every intervention reruns all tokens from its layer on.",
+                    stacklevel=3,
+                )
+        self.shortcuts = "tokens and layers" if self._run is not None else "layers"
+        if self._run is not None:
+            self._offset = int(self._run.columns[0])
+            self._cropped = cropped(batch, self._offset)
+            self.clean = self._metrics(self._run.logits)
+        else:
+            self._offset, self._cropped = 0, batch
+            self.clean = read(self._clean_run().logits, batch)
+
+    def activation(self, name: str) -> Float[Tensor, "..."]:
+        """An activation of the clean run that was asked for by name."""
+        return self._run.read(name) if self._run is not None else self._clean_run().cache[name]
+
+    def order(self) -> list[int]:
+        """Numbers of the interventions in the order they are best run: by first token, then by layer."""
+        return sorted(range(len(self.interventions)), key=lambda n: (*self._key(n), n))
+
+    def run(self, numbers: Sequence[int]) -> Iterator[tuple[int, Float[Tensor, "metric batch"]]]:
+        """The metrics under each of these interventions, in the order they become known."""
+        groups: dict[int, list[tuple[int, Edit]]] = {}
+        for number in numbers:
+            edits, first = self.interventions[number], self._first_column(number)
+            if first is None:
+                yield number, self.clean
+            elif self._run is None or not self._is_fast(edits):
+                logits = self._clean_run().rerun([edit.hook() for edit in edits])
+                yield number, self._read(logits, self.batch)
+            elif first >= self._run.end:
+                yield number, self.clean  # after all that is read
+            else:
+                groups.setdefault(first, []).append((number, edits[0]))
+        for first, lanes in sorted(groups.items()):
+            assert self._run is not None
+            span = Span(first, self._run.end)
+            lanes.sort(key=lambda lane: lane[1].start)
+            size = self._lanes_at_once(span)
+            for at in range(0, len(lanes), size):
+                for number, logits in run_lanes(self._run, lanes[at : at + size], span):
+                    yield number, self.clean if logits is None else self._metrics(logits)
+
+    def _is_fast(self, edits: Sequence[Edit]) -> bool:
+        return len(edits) == 1 and edits[0].stage is not None
+
+    def _first_column(self, number: int) -> int | None:
+        firsts = []
+        for edit in self.interventions[number]:
+            if edit.point.leaf == "hook_out" and self._run is not None:
+                columns = self._run.image_mask.any(0).nonzero()
+                firsts.append(int(columns[0]) if len(columns) else None)
+            else:
+                firsts.append(edit.first_column())
+        known = [first for first in firsts if first is not None]
+        return min(known) if known else None
+
+    def _key(self, number: int) -> tuple[int, int, int]:
+        first = self._first_column(number)
+        return (-1 if first is None else first, *self.interventions[number][0].start)
+
+    def _clean_run(self) -> CleanRun:
+        if self._whole is None:
+            self._whole = CleanRun(self.vlm, self.batch.inputs, self._names)
+        return self._whole
+
+    def _metrics(self, logits: Float[Tensor, "batch column vocab"]) -> Float[Tensor, "metric batch"]:
+        assert self._run is not None
+        columns, width = self._run.columns - self._offset, self._cropped.roles.shape[1]
+        if len(columns) < width:  # what is not read is not a number: a metric that looked at it would show it
+            whole = logits.new_full((len(logits), width, logits.shape[-1]), torch.nan)
+            whole[:, columns] = logits
+            logits = whole
+        return self._read(logits, self._cropped)
+
+    def _lanes_at_once(self, span: Span) -> int:
+        rows = len(self.batch)
+        lanes = max(1, LANE_TOKENS // (rows * len(span)))
+        if self._max_memory is None:
+            return lanes
+        fits = int((self._max_memory - self.stored_bytes) // self.lane_bytes(span))
+        return min(lanes, fits)
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the clean run keeps on the model's device."""
+        return 0 if self._storage() is not None else self._storage_estimate()
+
+    def _storage_estimate(self) -> int:
+        rows, width = self.batch.roles.shape
+        block = self.vlm.anatomy.text.blocks[0]
+        floats = 2 * self.vlm.d_model + 2 * block.n_kv_heads * block.d_head
+        return rows * width * floats * len(self.vlm.anatomy.text.blocks) * self._item
+
+    def _storage(self) -> torch.device | None:
+        """Main memory if what is kept would take more than half of the budget."""
+        too_big = self._max_memory is not None and self._storage_estimate() > self._max_memory // 2
+        return torch.device("cpu") if too_big and self.vlm.device.type != "cpu" else None
+
+    @property
+    def _item(self) -> int:
+        return next(self.vlm.model.parameters()).element_size()
+
+    def lane_bytes(self, span: Span) -> int:
+        """An upper estimate of what one lane takes at its widest: stream, attention and MLP of one block, logits."""
+        rows, n = len(self.batch), len(span)
+        block = self.vlm.anatomy.text.blocks[0]
+        down = self.vlm.module(block.mlp_out)
+        d_mlp = int(getattr(down, "in_features", 4 * self.vlm.d_model))
+        stream = n * (8 * self.vlm.d_model + 4 * d_mlp + 6 * block.n_heads * block.d_head)
+        attention = 2 * block.n_heads * n * span.stop + 2 * block.n_heads * block.d_head * span.stop
+        vocabulary = int(self.vlm.model.config.get_text_config().vocab_size)
+        return rows * ((stream + attention) * self._item + 2 * 4 * vocabulary)
+
+
+def cropped(batch: PromptBatch, first: int) -> PromptBatch:
+    """The batch from a column on, for metrics: the same prompts, positions still counted from a row's first token."""
+    names = [name for name, tensor in batch.inputs.items() if tensor.shape[:2] == batch.roles.shape]
+    inputs = batch.inputs | {name: batch.inputs[name][:, first:] for name in names}
+    return replace(batch, inputs=inputs, roles=batch.roles[:, first:], cut=batch.cut + first)
+
+
+def require_budget(sweep: BatchSweep, max_memory: int | None) -> None:
+    """Refuses a budget that not even one lane fits in.
+
+    Raises:
+        FrankenlensError: with the least that would do.
+    """
+    if max_memory is None:
+        return
+    widest = sweep.lane_bytes(Span(0, sweep.batch.roles.shape[1]))
+    least = sweep.stored_bytes + widest
+    if least > max_memory:
+        raise FrankenlensError(
+            f"max_memory of {max_memory / 2**20:.0f} MiB is too small for one intervention on {len(sweep.batch)} "
+            f"prompts of {sweep.batch.roles.shape[1]} tokens, which takes about {least / 2**20:.0f} MiB; give more, "
+            "or a smaller batch_size"
+        )

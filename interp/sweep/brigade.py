@@ -1,0 +1,216 @@
+"""Many interventions on one batch, each continued from where it begins and all moved up the layers together.
+
+A lane is a copy of the batch under one intervention. It joins at the layer, and starts at the token, where its
+intervention begins: below and before that everything is the clean run's. Lanes with the same first token share every
+matrix product from there on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooks.engine import head_results
+from interp.sweep.attention import segment_attention_on
+from interp.sweep.edits import STAGES, Edit, Span
+from interp.sweep.stored import StoredRun
+
+Lane = tuple[int, Edit]
+"""An intervention's number and its edit."""
+Value = tuple[int, Float[Tensor, "batch column vocab"] | None]
+"""An intervention's number and the logits under it at the run's columns; None where nothing has changed."""
+
+
+def run_lanes(run: StoredRun, lanes: Sequence[Lane], span: Span) -> Iterator[Value]:
+    """Run lanes that all begin in the first column of `span`, all at once.
+
+    Args:
+        run: the clean run.
+        lanes: interventions; none may lie in the vision tower.
+        span: from the first column that any of them touches to the last one that is read.
+    """
+    waiting = sorted(lanes, key=lambda lane: lane[1].start)
+    riding: list[int] = []
+    stream: Tensor | None = None
+    n_layers = len(run.blocks)
+    with torch.no_grad(), segment_attention_on(run.attentions):
+        for layer in range(waiting[0][1].start[0] if waiting else 0, n_layers):
+            joined: list[Tensor] = []
+            here: dict[str, list[Lane]] = {stage: [] for stage in STAGES}
+            while waiting and waiting[0][1].start[0] == layer:
+                number, edit = waiting.pop(0)
+                here[edit.stage or ""].append((number, edit))
+            for number, edit in here["pre"]:
+                own = run.pre(layer, span)
+                stream, ok = _join(stream, _begin_pre(run, edit, own, span), own)
+                if ok:
+                    riding.append(number)
+                else:
+                    yield number, None
+            after: list[int] = []
+            if stream is not None:
+                joined.append(run.run_block(layer, stream, span))
+            if here["inside"]:
+                after += [number for number, _ in here["inside"]]
+                joined.append(_run_inside(run, layer, [edit for _, edit in here["inside"]], span))
+            mids: Tensor | None = None
+            for number, edit in here["mid"]:
+                own = run.mid(layer, span)
+                mids, ok = _join(mids, _begin_mid(run, layer, edit, own, span), own)
+                if ok:
+                    after.append(number)
+                else:
+                    yield number, None
+            if mids is not None:
+                joined.append(_run_mlp(run, layer, mids, span))
+            for number, edit in here["post"]:
+                own = run.post(layer, span)
+                new = _begin_post(run, layer, edit, own, span)
+                if torch.equal(new, own):
+                    yield number, None
+                else:
+                    after.append(number)
+                    joined.append(new)
+            riding += after
+            stream = torch.cat(joined) if joined else None
+            if stream is not None and layer in run.added:
+                extra = run.added[layer][:, span.columns]
+                stream = stream + extra.to(stream).repeat(len(stream) // len(extra), 1, 1)
+        yield from _read(run, riding, stream, waiting, span)
+
+
+def _join(stream: Tensor | None, new: Tensor, own: Tensor) -> tuple[Tensor | None, bool]:
+    """The lanes with one more; an intervention that changes nothing does not ride."""
+    if torch.equal(new, own):
+        return stream, False
+    return (new if stream is None else torch.cat([stream, new])), True
+
+
+def _begin_pre(run: StoredRun, edit: Edit, own: Tensor, span: Span) -> Tensor:
+    if edit.point.leaf != "hook_out":
+        return edit.apply(own, span)
+    whole = run.pre(0, Span(0, run.batch.roles.shape[1])).clone()
+    features = run.read(edit.point.name)
+    new = edit.apply(features, Span(0, features.shape[0]))
+    whole[run.image_mask] = new.reshape(-1, new.shape[-1]).to(whole)
+    return whole[:, span.columns]
+
+
+def _begin_mid(run: StoredRun, layer: int, edit: Edit, own: Tensor, span: Span) -> Tensor:
+    leaf, block = edit.point.leaf, run.vlm.anatomy.text.blocks[layer]
+    if leaf == "hook_resid_mid":
+        return edit.apply(own, span)
+    attn_out = run.read(f"blocks.{layer}.hook_attn_out", span)
+    if leaf == "hook_attn_out":
+        return run.pre(layer, span) + edit.apply(attn_out, span)
+    out = run.vlm.module(block.out)
+    z = run.read(f"blocks.{layer}.attn.hook_z", span)
+    if leaf == "hook_z":
+        return run.pre(layer, span) + out.forward(edit.apply(z, span).flatten(-2))
+    if edit.index is not None and type(out) is nn.Linear:
+        weight = out.weight.unflatten(1, (block.n_heads, -1))[:, edit.index]
+        wide = torch.promote_types(z.dtype, torch.float32)
+        mine = z[:, :, edit.index].to(wide) @ weight.T.to(wide)
+        changed = _one_head(edit, mine, span)
+        return run.pre(layer, span) + (attn_out + (changed - mine).to(attn_out.dtype))
+    result = head_results(out, z)
+    return run.pre(layer, span) + (attn_out + (edit.apply(result, span) - result).sum(-2).to(attn_out.dtype))
+
+
+def _one_head(edit: Edit, mine: Tensor, span: Span) -> Tensor:
+    """`edit.apply` without the other heads' results, which need not be computed."""
+    assert edit.where is not None
+    here = edit.where[:, span.columns, None].to(mine.device)
+    return torch.where(here, edit.new(mine, span).to(mine), mine)
+
+
+def _begin_post(run: StoredRun, layer: int, edit: Edit, own: Tensor, span: Span) -> Tensor:
+    leaf, block = edit.point.leaf, run.vlm.anatomy.text.blocks[layer]
+    if leaf == "hook_resid_post":
+        return edit.apply(own, span)
+    mlp_out = run.read(f"blocks.{layer}.hook_mlp_out", span)
+    if leaf == "hook_mlp_out":
+        return run.mid(layer, span) + edit.apply(mlp_out, span)
+    down = run.vlm.module(block.mlp_out)
+    post = run.read(f"blocks.{layer}.mlp.hook_post", span)
+    if edit.index is not None and type(down) is nn.Linear:
+        mine = post[:, :, edit.index]
+        assert edit.where is not None
+        here = edit.where[:, span.columns].to(mine.device)
+        change = torch.where(here, edit.new(mine, span).to(mine) - mine, 0)
+        return run.mid(layer, span) + (mlp_out + change[..., None] * down.weight[:, edit.index])
+    return run.mid(layer, span) + down.forward(edit.apply(post, span))
+
+
+def _run_mlp(run: StoredRun, layer: int, mids: Tensor, span: Span) -> Tensor:
+    if layer < len(run.blocks) - 1:
+        return run.run_mlp(layer, mids)
+    wanted = run.reads_within(span)
+    after = mids.clone()
+    after[:, wanted] = run.run_mlp(layer, mids[:, wanted])
+    return after
+
+
+def _run_inside(run: StoredRun, layer: int, edits: Sequence[Edit], span: Span) -> Tensor:
+    """Lanes whose intervention lies inside attention: the block from its beginning, with the edits in it."""
+    rows = len(run.batch)
+    stream = run.pre(layer, span).repeat(len(edits), 1, 1)
+
+    def tap(leaf: str, value: Tensor) -> Tensor:
+        if not any(edit.point.leaf == leaf for edit in edits):
+            return value
+        parts = value.split(rows)
+        return torch.cat(
+            [e.apply(p, span) if e.point.leaf == leaf else p for e, p in zip(edits, parts, strict=True)]
+        )
+
+    leaves = {edit.point.leaf for edit in edits}
+    dense = bool(leaves & {"hook_attn_scores", "hook_pattern"})
+    with ExitStack() as stack:
+        for point in {e.point for e in edits if e.point.place == "output"}:
+            module = run.vlm.module(point.module)
+            handle = module.register_forward_hook(_projection(point, tap))
+            stack.callback(handle.remove)
+        return run.run_block(layer, stream, span, tap, dense)
+
+
+def _projection(point: Any, tap: Callable[[str, Tensor], Tensor]) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        whole = list(output.chunk(3, dim=-1)) if point.part is not None else [output]
+        part = point.part or 0
+        whole[part] = tap(point.leaf, whole[part].unflatten(-1, (point.heads, -1))).flatten(-2)
+        return torch.cat(whole, dim=-1) if len(whole) > 1 else whole[0]
+
+    return hook
+
+
+def _read(
+    run: StoredRun, riding: Sequence[int], stream: Tensor | None, final: Sequence[Lane], span: Span
+) -> Iterator[Value]:
+    """Logits at the columns that are read, those before the span being the clean run's."""
+    within, columns = run.columns >= span.start, run.reads_within(span)
+    rows = len(run.batch)
+    norm = run.vlm.module(run.vlm.anatomy.final_norm)
+    unembed = run.vlm.module(run.vlm.anatomy.unembed)
+    for first in range(len(riding)):
+        assert stream is not None
+        lane = stream[first * rows : (first + 1) * rows, columns]
+        yield riding[first], _with_clean(run, unembed(norm(lane)), within)
+    for number, edit in final:
+        own = norm(run.post(len(run.blocks) - 1, span))
+        new = edit.apply(own, span)
+        same = torch.equal(new, own)
+        yield number, None if same else _with_clean(run, unembed(new[:, columns]), within)
+
+
+def _with_clean(run: StoredRun, logits: Tensor, within: Tensor) -> Float[Tensor, "batch column vocab"]:
+    if bool(within.all()):
+        return logits
+    whole = run.logits.clone()
+    whole[:, within] = logits
+    return whole

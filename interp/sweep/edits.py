@@ -1,0 +1,156 @@
+"""An intervention bound to one batch: which activation, where, and what takes its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooks import HookedVLM
+from hooks.engine import HookContext
+from hooks.points import HookPoint
+
+Stage = Literal["pre", "inside", "mid", "post", "final"]
+"""Where in its block an edit acts: before it, inside its attention, on the stream between attention and MLP, after
+the MLP, or (after all blocks) on the normalized stream."""
+STAGES: tuple[Stage, ...] = ("pre", "inside", "mid", "post", "final")
+
+_STAGE_OF: dict[str, Stage] = {
+    "hook_embed": "pre",
+    "hook_out": "pre",
+    "hook_resid_pre": "pre",
+    "hook_q": "inside",
+    "hook_k": "inside",
+    "hook_v": "inside",
+    "hook_rot_q": "inside",
+    "hook_rot_k": "inside",
+    "hook_attn_scores": "inside",
+    "hook_pattern": "inside",
+    "hook_z": "mid",
+    "hook_result": "mid",
+    "hook_attn_out": "mid",
+    "hook_resid_mid": "mid",
+    "hook_post": "post",
+    "hook_mlp_out": "post",
+    "hook_resid_post": "post",
+    "hook_normalized": "final",
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """The columns [start, stop) of a batch."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def columns(self) -> slice:
+        """For indexing the position axis."""
+        return slice(self.start, self.stop)
+
+
+New = Callable[[Float[Tensor, "..."], Span], Float[Tensor, "..."]]
+"""From the activation (of the head or neuron, where one is meant) at the columns of a span to its replacement."""
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One activation, at some tokens, replaced.
+
+    Attributes:
+        point: the hook point.
+        new: what takes the activation's place; see `New`.
+        where: the tokens (for scores and pattern: the queries); None for points without a token axis, whole.
+        index: head (of `kv_head`s for k and v) or neuron; None for the whole activation.
+    """
+
+    point: HookPoint
+    new: New
+    where: Bool[Tensor, "batch pos"] | None
+    index: int | None = None
+
+    @property
+    def stage(self) -> Stage | None:
+        """None for what lies in the vision tower."""
+        return None if self.point.name.startswith("vision.") else _STAGE_OF.get(self.point.leaf)
+
+    @property
+    def start(self) -> tuple[int, int]:
+        """Layer and stage that an edit begins to act at, as numbers that sort; (-1, 0) before the decoder."""
+        if self.stage is None:
+            return (-1, 0)
+        layer = self.point.layer
+        layer = (10**6 if self.stage == "final" else 0) if layer is None else layer
+        return (layer, STAGES.index(self.stage))
+
+    def first_column(self) -> int | None:
+        """The first column that changes; None if no token is touched."""
+        if self.where is None:
+            return 0
+        columns = self.where.any(0).nonzero()
+        return int(columns[0]) if len(columns) else None
+
+    def apply(self, activation: Float[Tensor, "..."], span: Span) -> Float[Tensor, "..."]:
+        """The activation [row, its columns of the span, ...] with this edit in it; the input is left as it is."""
+        axis = self._index_axis
+        own = activation if axis is None else activation.select(axis, self._index)
+        new = self.new(own, span).to(own)
+        if self.where is not None:
+            here = self.where[:, span.columns].to(own.device)
+            here = here[:, None] if self.point.axes[-2:] == ("query", "key") and axis is None else here
+            new = torch.where(here.reshape(*here.shape, *[1] * (own.ndim - here.ndim)), new, own)
+        if axis is None:
+            return new
+        whole = activation.clone()
+        whole.select(axis, self._index).copy_(new)
+        return whole
+
+    def hook(self) -> tuple[str, Callable[[Tensor, HookContext], Tensor]]:
+        """The same as a forward hook of a whole forward pass."""
+        width = None if self.where is None else self.where.shape[1]
+
+        def write(activation: Tensor, hook: HookContext) -> Tensor:
+            return self.apply(activation, Span(0, activation.shape[1] if width is None else width))
+
+        return self.point.name, write
+
+    @property
+    def _index(self) -> int:
+        assert self.index is not None
+        return self.index
+
+    @property
+    def _index_axis(self) -> int | None:
+        if self.index is None:
+            return None
+        axes = self.point.axes
+        for name in ("head", "kv_head", "d_mlp"):
+            if name in axes:
+                return axes.index(name)
+        raise AssertionError(f"{self.point.name} has neither heads nor neurons")
+
+
+def needed_names(edits: list[Edit], vlm: HookedVLM) -> list[str]:
+    """Activations of the clean run that these edits are built from."""
+    names: dict[str, None] = {}
+    for edit in edits:
+        if edit.point.leaf in ("hook_embed", "hook_out"):
+            names[edit.point.name] = None
+        if edit.stage not in ("mid", "post"):
+            continue
+        block, leaf = f"blocks.{edit.point.layer}", edit.point.leaf
+        if leaf in ("hook_z", "hook_result"):
+            names |= {f"{block}.attn.hook_z": None, f"{block}.hook_attn_out": None}
+        elif leaf == "hook_post":
+            names |= {f"{block}.mlp.hook_post": None, f"{block}.hook_mlp_out": None}
+        elif leaf in ("hook_attn_out", "hook_mlp_out"):
+            names[f"{block}.{leaf}"] = None
+    return [name for name in names if name in vlm.hook_points]

@@ -1,0 +1,371 @@
+"""`sweep`: any interventions x prompts x metrics, as one labelled array."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooks import FrankenlensError, HookedVLM
+from interp.metrics import Metric
+from interp.patching import image_shapes
+from interp.prompts import Prompt, collate
+from interp.sweep.activations import activation_of
+from interp.sweep.batch import BatchSweep, require_budget
+from interp.sweep.intervention import (
+    Bound,
+    Intervention,
+    bind,
+    validate,
+    where_label,
+    where_mask,
+)
+from interp.sweep.shards import ShardStore
+
+SHARD = 512  # interventions
+
+
+def sweep(
+    recipient: HookedVLM,
+    prompts: Sequence[Prompt],
+    interventions: Sequence[Intervention],
+    metrics: Metric | Mapping[str, Metric],
+    *,
+    donor: HookedVLM | None = None,
+    donor_prompts: Sequence[Prompt] | None = None,
+    batch_size: int = 16,
+    max_memory: int | str | None = None,
+    out: Path | str | None = None,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Every intervention on every prompt, measured.
+
+    An intervention is computed from the layer and the token on that it can change, many at once. Where a model does
+    not allow that, a warning says what is done instead; the numbers are the same.
+
+    Args:
+        recipient: the opened model that is acted on.
+        prompts: what it reads.
+        interventions: see `Intervention`.
+        metrics: one, or several by name.
+        donor: where `replace` without a value takes activations from; by default the recipient.
+        donor_prompts: what the donor reads, row by row with the same roles and image sizes; by default `prompts`.
+        batch_size: prompts that run together.
+        max_memory: bytes, or such as "2GiB", for stored activations and for what runs at once.
+        out: folder that finished parts are kept in; the same call goes on where it was killed.
+        progress: show a bar with rate and time left.
+
+    Returns:
+        Variables value [metric intervention example], the metric under the intervention, NaN where it touches no token
+        of the example, and clean [metric example]; coordinates label, hook, kind, layer, index, where.
+
+    Raises:
+        FrankenlensError: an intervention that cannot act where it is asked to, a metric that reads a token that is
+            not there, prompts that do not line up, a budget too small for one row; before anything runs.
+    """
+    named = dict(metrics) if isinstance(metrics, Mapping) else {metrics.name: metrics}
+    given = donor_prompts if donor_prompts is not None else prompts
+    _require(recipient, prompts, given, interventions, named, donor is not None or donor_prompts is not None)
+    budget = parse_bytes(max_memory)
+    parts = _parts(prompts, batch_size)
+    source = donor if donor is not None else recipient
+    store = None if out is None else ShardStore(out, _about(recipient, source, interventions, named))
+    values = np.full((len(named), len(interventions), len(prompts)), np.nan)
+    clean = np.full((len(named), len(prompts)), np.nan)
+    means = _means(recipient, prompts, interventions, parts, progress)
+    with tqdm(
+        total=len(parts) * len(interventions), desc="sweep", unit="run", disable=not progress, delay=1
+    ) as bar:
+        for number, rows in enumerate(parts):
+            part = _Part(
+                recipient, source, [prompts[r] for r in rows], [given[r] for r in rows], interventions,
+                [metric.select(rows) for metric in named.values()], means, budget, number == 0,
+            )  # fmt: skip
+            for name, chosen, found in part.shards(store, f"{number:05d}", bar):
+                if name == "clean":
+                    clean[:, rows] = found
+                else:
+                    values[:, np.array(chosen)[:, None], np.array(rows)] = found
+    return _dataset(values, clean, named, interventions, [p.example.id for p in prompts], recipient)
+
+
+class _Part:
+    """One batch of a sweep; models run only if a shard is missing."""
+
+    def __init__(
+        self,
+        recipient: HookedVLM,
+        donor: HookedVLM,
+        prompts: Sequence[Prompt],
+        given: Sequence[Prompt],
+        interventions: Sequence[Intervention],
+        metrics: Sequence[Metric],
+        means: dict[tuple[str, str], Tensor],
+        max_memory: int | None,
+        check: bool,
+    ) -> None:
+        self.recipient, self.donor, self.given, self.metrics = recipient, donor, given, metrics
+        self.interventions, self.max_memory, self.check = interventions, max_memory, check
+        self.batch = collate(prompts).to(recipient.device)
+        self.reads = torch.stack([metric.reads(self.batch) for metric in metrics]).any(0)
+        self._cache: Mapping[str, Tensor] = {}
+        self._sweep: BatchSweep | None = None
+        self.bound: list[Bound] = [
+            bind(i, recipient, self.batch, self._donated, self._own, means) for i in interventions
+        ]
+
+    def shards(
+        self, store: ShardStore | None, name: str, bar: tqdm
+    ) -> Iterator[tuple[str, list[int], Float[np.ndarray, "..."]]]:
+        """(\"clean\" or the shard's name, the interventions, values) for all of the batch."""
+        of = self._fingerprint() if store is not None else ""
+        todo: list[tuple[str, list[int], Callable[[], np.ndarray]]] = [("clean", [], self._clean)]
+        order = self._order()
+        for first in range(0, len(order), SHARD):
+            chosen = order[first : first + SHARD]
+            todo.append((f"{first // SHARD:04d}", chosen, lambda chosen=chosen: self._values(chosen, bar)))
+        for part, chosen, compute in todo:
+            found = None if store is None else store.load(f"{name}-{part}", of)
+            if found is None:
+                found = compute()
+                if store is not None:
+                    store.save(f"{name}-{part}", of, found)
+            else:
+                bar.update(len(chosen))
+            yield part, chosen, found
+
+    def _order(self) -> list[int]:
+        """By reach, as far as it is known without running anything: the same in every run of a sweep."""
+
+        def key(number: int) -> tuple[int, int, int, int]:
+            edit = self.bound[number].edits[0]
+            first = edit.first_column()
+            return (-1 if first is None else first, *edit.start, number)
+
+        return sorted(range(len(self.bound)), key=key)
+
+    @property
+    def sweep(self) -> BatchSweep:
+        """Made when it is first needed."""
+        if self._sweep is None:
+            self._cache = self._donor_run()
+            self._sweep = BatchSweep(
+                self.recipient,
+                self.batch,
+                self.reads,
+                lambda logits, batch: torch.stack([metric(logits, batch) for metric in self.metrics]),
+                [bound.edits for bound in self.bound],
+                _cached(self.interventions, ("resample", "skip")),
+                self.max_memory,
+                self.check,
+            )
+            require_budget(self._sweep, self.max_memory)
+        return self._sweep
+
+    def _clean(self) -> np.ndarray:
+        return self.sweep.clean.double().cpu().numpy()
+
+    def _values(self, chosen: list[int], bar: tqdm) -> np.ndarray:
+        place = {number: i for i, number in enumerate(chosen)}
+        values = np.full((len(self.metrics), len(chosen), len(self.batch)), np.nan)
+        for number, found in self.sweep.run(chosen):
+            touched = self.bound[number].rows.cpu().numpy()
+            values[:, place[number], touched] = found.double().cpu().numpy()[:, touched]
+            bar.update()
+        return values
+
+    def _donor_run(self) -> Mapping[str, Tensor]:
+        names = _cached([i for i in self.interventions if i.value is None], ("replace",))
+        if not names:
+            return {}
+        batch = collate(self.given).to(self.donor.device)
+        with torch.no_grad():
+            return self.donor.run_with_cache(batch.inputs, names, use_cache=False)[1]
+
+    def _donated(self, hook: str, index: int | None) -> Tensor:
+        return activation_of(self.donor, lambda name: self._cache[name], hook, index)
+
+    def _own(self, hook: str, index: int | None) -> Tensor:
+        return activation_of(self.recipient, self.sweep.activation, hook, index)
+
+    def _fingerprint(self) -> str:
+        """Of everything that the batch's numbers depend on and the sweep's manifest does not name."""
+        digest = sha256()
+        for prompt in [*self.batch.prompts, *self.given]:
+            digest.update(prompt.example.id.encode())
+            for name, tensor in sorted(prompt.inputs.items()):
+                digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        seen: set[tuple[int, int]] = set()
+        for intervention in self.interventions:
+            for where in (intervention.where, intervention.source):
+                if where is not None and callable(where) and id(where) not in seen:
+                    seen.add((id(where), 0))
+                    digest.update(where_mask(where, self.batch).cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _cached(interventions: Sequence[Intervention], kinds: Sequence[str]) -> list[str]:
+    names: dict[str, None] = {}
+    for intervention in interventions:
+        if intervention.kind in kinds:
+            name = intervention.hook.replace("hook_result", "hook_z")
+            names[name.replace("resid_post", "resid_pre") if intervention.kind == "skip" else name] = None
+    return list(names)
+
+
+def _means(
+    vlm: HookedVLM,
+    prompts: Sequence[Prompt],
+    interventions: Sequence[Intervention],
+    parts: Sequence[Sequence[int]],
+    progress: bool,
+) -> dict[tuple[str, str], Tensor]:
+    """The mean activation of every `mean` intervention's point, over its tokens in all prompts."""
+    wanted = {(i.hook, where_label(i.where)): i.where for i in interventions if i.kind == "mean"}
+    if not wanted:
+        return {}
+    sums: dict[tuple[str, str], Tensor] = {}
+    counts: dict[tuple[str, str], int] = dict.fromkeys(wanted, 0)
+    hooks = list(dict.fromkeys(hook for hook, _ in wanted))
+    for rows in tqdm(parts, desc="means", disable=not progress, delay=1):
+        batch = collate([prompts[row] for row in rows]).to(vlm.device)
+        with torch.no_grad():
+            _, cache = vlm.run_with_cache(batch.inputs, hooks, use_cache=False)
+        for key, where in wanted.items():
+            mask = where_mask(where, batch)
+            chosen = cache[key[0]][mask.to(vlm.device)].double().sum(0)
+            sums[key] = sums[key] + chosen if key in sums else chosen
+            counts[key] += int(mask.sum())
+    return {key: total / max(1, counts[key]) for key, total in sums.items()}
+
+
+def _require(
+    vlm: HookedVLM,
+    prompts: Sequence[Prompt],
+    given: Sequence[Prompt],
+    interventions: Sequence[Intervention],
+    metrics: Mapping[str, Metric],
+    has_donor: bool,
+) -> None:
+    if not prompts or not interventions or not metrics:
+        raise FrankenlensError("a sweep needs at least one prompt, one intervention and one metric.")
+    for intervention in interventions:
+        validate(intervention, vlm, has_donor)
+    if len(given) != len(prompts):
+        raise FrankenlensError(f"{len(given)} donor prompts for {len(prompts)} prompts; they go row by row.")
+    for row, (one, other) in enumerate(zip(prompts, given, strict=True)):
+        if one.roles != other.roles or image_shapes(one) != image_shapes(other):
+            raise FrankenlensError(
+                f"row {row} ({one.example.id} / {other.example.id}): donor and recipient prompt must have the same "
+                "roles at the same positions and images of the same size."
+            )
+    batch_of_all = [(row, prompt) for row, prompt in enumerate(prompts)]
+    for name, metric in metrics.items():
+        for row, prompt in batch_of_all:
+            one = collate([prompt])
+            if not bool(metric.select([row]).reads(one).any()):
+                raise FrankenlensError(
+                    f"metric {name!r} reads no token of prompt {row} ({prompt.example.id}, {len(prompt)} tokens)."
+                )
+
+
+def _parts(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
+    """Row numbers by batch; equal lengths and roles stand together."""
+    if batch_size < 1:
+        raise FrankenlensError(f"batch_size is {batch_size}; it must be at least 1")
+    order = sorted(
+        range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].roles, image_shapes(prompts[i]), i)
+    )
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+
+
+def parse_bytes(size: int | str | None) -> int | None:
+    """Bytes of 123, "500MB", "2GiB".
+
+    Raises:
+        FrankenlensError: it is neither.
+    """
+    if size is None or isinstance(size, int):
+        return size
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", size, re.IGNORECASE)
+    if match is None:
+        raise FrankenlensError(f'{size!r} is no size; give bytes, or such as "500MB" or "2GiB"')
+    number, letter, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(letter.upper() or " "))
+
+
+def _about(
+    recipient: HookedVLM,
+    donor: HookedVLM,
+    interventions: Sequence[Intervention],
+    metrics: Mapping[str, Metric],
+) -> dict[str, Any]:
+    from interp.pair import weights_sha256
+
+    first = weights_sha256(recipient.model)
+    return {
+        "recipient": first,
+        "donor": first if donor is recipient else weights_sha256(donor.model),
+        "interventions": [
+            [
+                i.hook,
+                i.kind,
+                i.index,
+                where_label(i.where),
+                _digest(i.value),
+                i.source and where_label(i.source),
+            ]
+            for i in interventions
+        ],
+        "metrics": {
+            name: [type(m).__name__, *(_digest(getattr(m, f.name)) for f in fields(m))]  # type: ignore[arg-type]
+            for name, m in metrics.items()
+        },
+    }
+
+
+def _digest(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return sha256(value.detach().cpu().contiguous().float().numpy().tobytes()).hexdigest()
+    if isinstance(value, tuple):
+        return [_digest(part) for part in value]
+    return value if value is None or isinstance(value, (int, float, str, bool)) else repr(value)
+
+
+def _dataset(
+    values: Float[np.ndarray, "metric intervention example"],
+    clean: Float[np.ndarray, "metric example"],
+    metrics: Mapping[str, Metric],
+    interventions: Sequence[Intervention],
+    examples: list[str],
+    vlm: HookedVLM,
+) -> xr.Dataset:
+    layers = [vlm.hook_points[i.hook].layer for i in interventions]
+    return xr.Dataset(
+        {
+            "value": (("metric", "intervention", "example"), values),
+            "clean": (("metric", "example"), clean),
+        },
+        coords={
+            "metric": list(metrics),
+            "units": ("metric", [metric.units for metric in metrics.values()]),
+            "intervention": np.arange(len(interventions)),
+            "label": ("intervention", [i.name for i in interventions]),
+            "hook": ("intervention", [i.hook for i in interventions]),
+            "kind": ("intervention", [i.kind for i in interventions]),
+            "layer": ("intervention", [-1 if layer is None else layer for layer in layers]),
+            "index": ("intervention", [-1 if i.index is None else i.index for i in interventions]),
+            "where": ("intervention", [where_label(i.where) for i in interventions]),
+            "example": examples,
+        },
+    )

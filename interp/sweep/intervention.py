@@ -1,0 +1,242 @@
+"""Interventions as a user states them, and how they are bound to one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooks import FrankenlensError, HookedVLM
+from hooks.points import HookPoint
+from interp.patching import partners
+from interp.prompts import PromptBatch
+from interp.sweep.activations import of_index
+from interp.sweep.edits import Edit, New, Span
+
+Where = str | int | Callable[[PromptBatch], Bool[Tensor, "batch pos"]]
+"""A role, "decision" (each row's last token) or "all"; a token counted from the row's first (negative: from the row's
+end); or a function of the batch."""
+Kind = Literal["replace", "add", "scale", "zero", "mean", "resample", "skip", "knockout"]
+Means = Mapping[tuple[str, str], Float[Tensor, "..."]]
+"""Hook and label of `where` to the mean activation."""
+Activations = Callable[[str, int | None], Float[Tensor, "..."]]
+"""Hook point and head or neuron to its activation in a clean run."""
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """One thing done to one activation.
+
+    Attributes:
+        hook: hook point, e.g. `blocks.3.attn.hook_result`.
+        kind: `replace` by `value` or, without one, by the donor's activation at the same place; `add` `value`;
+            `scale` by `value`; `zero`; `mean`: the activation's mean over the tokens `where` of all prompts;
+            `resample`: that of another prompt with the same roles; `skip`: `hook_attn_out`, `hook_mlp_out` or, with
+            `hook_resid_post`, the whole block adds nothing; `knockout`: on `attn.hook_attn_scores`, the edges from
+            the keys `source` to the queries `where` are cut before the softmax.
+        where: tokens that are acted on; points of the vision side have none and are taken whole.
+        index: head, or neuron of `mlp.hook_post`; None for the whole activation.
+        value: broadcastable to the activation (of the head or neuron).
+        source: for `knockout`, the keys.
+        label: name in the result; by default made of the rest.
+    """
+
+    hook: str
+    kind: Kind
+    where: Where = "all"
+    index: int | None = None
+    value: Tensor | float | None = None
+    source: Where | None = None
+    label: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The label."""
+        if self.label is not None:
+            return self.label
+        index = "" if self.index is None else f".{self.index}"
+        edges = f"{where_label(self.source)} -> " if self.source is not None else ""
+        return f"{self.kind} {self.hook}{index} @ {edges}{where_label(self.where)}"
+
+
+def where_label(where: Where) -> str:
+    """How a place is called in a result."""
+    return getattr(where, "__name__", repr(where)) if callable(where) else str(where)
+
+
+def where_mask(where: Where, batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
+    """The tokens of a batch that are meant.
+
+    Raises:
+        FrankenlensError: no such role, or a function that returns something else than a mask of the batch.
+    """
+    if callable(where):
+        mask = where(batch)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != batch.roles.shape:
+            raise FrankenlensError(
+                f"where={where_label(where)} must return a bool mask of shape {tuple(batch.roles.shape)}"
+            )
+        return mask
+    if isinstance(where, str):
+        return batch.mask(where)
+    tokens = torch.full_like(batch.lengths, where) if where >= 0 else batch.lengths + where
+    columns = torch.arange(batch.roles.shape[1], device=batch.roles.device)
+    there = (tokens >= 0) & (tokens < batch.lengths)
+    return (columns[None] == batch.columns(tokens)[:, None]) & there[:, None]
+
+
+def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> None:
+    """Refuses what cannot act where it is asked to.
+
+    Raises:
+        FrankenlensError: see the message.
+    """
+    (name,) = vlm.names(intervention.hook)
+    point, kind = vlm.hook_points[name], intervention.kind
+
+    def refuse(why: str) -> None:
+        raise FrankenlensError(f"intervention {intervention.name!r}: {why}")
+
+    if kind not in get_args(Kind):
+        refuse(f"kind {kind!r} is none of {', '.join(get_args(Kind))}")
+    if kind == "replace" and intervention.value is None and not has_donor:
+        refuse("replace needs a value, or a donor (donor= or donor_prompts=)")
+    if kind in ("add", "scale") and intervention.value is None:
+        refuse(f"{kind} needs a value")
+    if kind in ("zero", "mean", "resample", "skip", "knockout") and intervention.value is not None:
+        refuse(f"{kind} takes no value")
+    if kind == "skip" and point.leaf not in ("hook_attn_out", "hook_mlp_out", "hook_resid_post"):
+        refuse("skip acts on hook_attn_out, hook_mlp_out or hook_resid_post")
+    if kind == "skip" and intervention.index is not None:
+        refuse("skip takes no index; zero the head's hook_result instead")
+    if (kind == "knockout") != (intervention.source is not None):
+        refuse("knockout needs source=, and only knockout takes it")
+    if kind == "knockout" and point.leaf != "hook_attn_scores":
+        refuse("knockout acts on attn.hook_attn_scores; to lose the edge's mass instead, scale hook_pattern")
+    if not has_tokens(point) and kind in ("mean", "resample", "skip", "knockout"):
+        refuse(f"{kind} needs a point with a token axis; {name} has {' '.join(point.axes)}")
+    if not has_tokens(point) and intervention.where not in ("all", "image"):
+        refuse(f'{name} has no text tokens ({" ".join(point.axes)}); leave where="all"')
+    size = index_size(point, vlm)
+    if intervention.index is not None and not 0 <= intervention.index < size:
+        refuse(
+            f"index {intervention.index} is out of range; {name} has {size or 'no'} heads or neurons to choose from"
+        )
+
+
+def index_size(point: HookPoint, vlm: HookedVLM) -> int:
+    """How many heads or neurons a point has; 0 where it is not split."""
+    if not has_tokens(point) or point.layer is None:
+        return 0
+    block = vlm.anatomy.text.blocks[point.layer]
+    if "kv_head" in point.axes:
+        return block.n_kv_heads
+    if "head" in point.axes:
+        return block.n_heads
+    return int(getattr(vlm.module(block.mlp_out), "in_features", 0)) if "d_mlp" in point.axes else 0
+
+
+def has_tokens(point: HookPoint) -> bool:
+    """Whether the point has a batch and a token axis of the decoder."""
+    return point.axes[0] == "batch"
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """An intervention on one batch: its edits, and the rows that it touches."""
+
+    edits: tuple[Edit, ...]
+    rows: Bool[Tensor, " batch"]
+
+
+def bind(
+    intervention: Intervention,
+    vlm: HookedVLM,
+    batch: PromptBatch,
+    donor: Activations | None,
+    own: Activations,
+    means: Means,
+) -> Bound:
+    """The intervention on a batch.
+
+    Args:
+        intervention: valid (see `validate`).
+        vlm: the recipient.
+        batch: on its device.
+        donor: the donor's activations on this batch; asked when an edit is applied.
+        own: the recipient's, clean; likewise.
+        means: of the `mean` interventions.
+    """
+    point = vlm.hook_points[intervention.hook]
+    if not has_tokens(point):
+        new = _new(intervention, point, donor, own, means, batch)
+        return Bound((Edit(point, new, None, intervention.index),), batch.mask("image").any(1))
+    where = where_mask(intervention.where, batch)
+    if intervention.kind == "resample":
+        other = partners(batch)
+        where = where & (other >= 0)[:, None]
+    if intervention.kind == "knockout":
+        assert intervention.source is not None
+        source = where_mask(intervention.source, batch)
+        edges = (where[:, :, None] & source[:, None, :]).tril()
+        return Bound((Edit(point, _cut(source), where, intervention.index),), edges.flatten(1).any(1))
+    new = _new(intervention, point, donor, own, means, batch)
+    return Bound((Edit(point, new, where, intervention.index),), where.any(1))
+
+
+def _cut(source: Bool[Tensor, "batch pos"]) -> New:
+    def new(scores: Tensor, span: Span) -> Tensor:
+        keys = source[:, : scores.shape[-1]].to(scores.device)
+        keys = keys[:, None, :] if scores.ndim == 3 else keys[:, None, None, :]
+        return scores.masked_fill(keys, -torch.inf)
+
+    return new
+
+
+def _new(
+    intervention: Intervention,
+    point: HookPoint,
+    donor: Activations | None,
+    own: Activations,
+    means: Means,
+    batch: PromptBatch,
+) -> New:
+    kind, index, value = intervention.kind, intervention.index, intervention.value
+    if kind == "add":
+        return lambda activation, span: activation + _as(value, activation)
+    if kind == "scale":
+        return lambda activation, span: activation * _as(value, activation)
+    if kind == "zero" or (kind == "skip" and point.leaf != "hook_resid_post"):
+        return lambda activation, span: torch.zeros_like(activation)
+    if kind == "mean":
+        mean = means[intervention.hook, where_label(intervention.where)]
+        mean = mean if index is None else of_index(mean[None, None], point, index)[0, 0]
+        return lambda activation, span: mean.to(activation).expand_as(activation)
+    if kind == "replace" and value is not None:
+        return lambda activation, span: _as(value, activation).expand_as(activation)
+    if kind == "skip":
+        pre = point.name.replace("resid_post", "resid_pre")
+        return lambda activation, span: _segment(own(pre, None), point, activation, span)
+    if kind == "resample":
+        other = partners(batch)
+        rows = torch.where(other >= 0, other, torch.arange(len(batch), device=other.device))
+        return lambda activation, span: _segment(own(point.name, index)[rows], point, activation, span)
+    assert donor is not None
+    return lambda activation, span: _segment(donor(point.name, index), point, activation, span)
+
+
+def _segment(source: Tensor, point: HookPoint, activation: Tensor, span: Span) -> Tensor:
+    """The part of a whole batch's activation that stands for this segment of it."""
+    if not has_tokens(point):
+        return source.to(activation)
+    if point.axes[-2:] == ("query", "key"):
+        return source[..., span.columns, : activation.shape[-1]].to(activation)
+    return source[:, span.columns].to(activation)
+
+
+def _as(value: Tensor | float | None, activation: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=activation.dtype, device=activation.device)

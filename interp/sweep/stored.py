@@ -1,0 +1,288 @@
+"""A clean run with everything kept that lets it be taken up again at any layer and any token."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from hooks import FrankenlensError, HookedVLM
+from hooks.engine import HookContext
+from hooks.selfcheck import tolerance
+from interp.prompts import PromptBatch
+from interp.sweep.attention import SegmentContext, Tap, segment_attention_on
+from interp.sweep.edits import Span
+
+
+class Unsupported(Exception):
+    """Why a model or a batch cannot be taken up at a token; the sweep then goes the longer way and says so."""
+
+
+class StoredRun:
+    """One forward of one model on one batch, and how to continue it from a changed residual stream.
+
+    Attributes:
+        logits: of the columns that are read, [batch column vocab]; `columns` says which.
+        cache: the activations asked for.
+        end: one past the last column that is read; nothing later is ever computed again.
+    """
+
+    def __init__(
+        self,
+        vlm: HookedVLM,
+        batch: PromptBatch,
+        reads: Bool[Tensor, "batch pos"],
+        names: Iterable[str] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        """Run once.
+
+        Args:
+            vlm: the opened model.
+            batch: on its device.
+            reads: tokens whose next-token logits are wanted.
+            names: further activations to keep.
+            device: where to keep all of it; by default where it is made.
+
+        Raises:
+            FrankenlensError: nothing is read.
+            Unsupported: the architecture does something that is not known here.
+        """
+        self._device = device
+        self.vlm, self.batch = vlm, batch
+        self.columns = reads.any(0).nonzero()[:, 0].to(vlm.device)
+        if not len(self.columns):
+            raise FrankenlensError("the metric reads no token of this batch.")
+        self.end = int(self.columns[-1]) + 1
+        self.blocks = [vlm.module(block.path) for block in vlm.anatomy.text.blocks]
+        self._calls: list[tuple[tuple, dict[str, Any]]] = []
+        self.cache: dict[str, Tensor] = {}
+        self._own = {
+            leaf: [f"blocks.{layer}.{leaf}" for layer in range(len(self.blocks))]
+            for leaf in ("hook_resid_pre", "hook_resid_mid", "attn.hook_rot_k", "attn.hook_v")
+        }
+        last = f"blocks.{len(self.blocks) - 1}.hook_resid_post"
+        self.has_image = bool(self.image_mask.any())
+        self._deepstack = {
+            int(name.split(".")[1]): name for name in vlm.hook_points if name.endswith("hook_deepstack")
+        }
+        before = [f"blocks.{layer}.hook_resid_post" for layer in self._deepstack]
+        kept = dict.fromkeys([*names, *(n for own in self._own.values() for n in own), last, *before])
+        kept |= dict.fromkeys(self._deepstack.values())
+        self._run([name for name in kept if self.has_image or not _of_vision(name)])
+
+    def _run(self, names: list[str]) -> None:
+        missing = [name for name in names if name not in self.vlm.hook_points]
+        if missing:
+            raise Unsupported(f"it has no hook point {missing[0]}")
+        handles = [block.register_forward_pre_hook(self._record, with_kwargs=True) for block in self.blocks]
+        some = "logits_to_keep" in inspect.signature(self.vlm.model.forward).parameters
+        extra = {"logits_to_keep": self.columns} if some else {}
+        try:
+            with torch.no_grad():
+                output = self.vlm.run_with_hooks(
+                    self.batch.inputs, [(name, self._keep) for name in names], use_cache=False, **extra
+                )
+        finally:
+            for handle in handles:
+                handle.remove()
+        logits = output.logits if some else output.logits[:, self.columns]
+        self.logits: Float[Tensor, "batch column vocab"] = logits.clone()
+        if len(self._calls) != len(self.blocks):
+            raise Unsupported("its decoder blocks do not run once each, in order")
+        self._keys = [self._heads_first(name) for name in self._own["attn.hook_rot_k"]]
+        self._values = [self._heads_first(name) for name in self._own["attn.hook_v"]]
+        self._visible = [self._visibility(layer) for layer in range(len(self.blocks))]
+        self.added = {layer: self._scattered(self.read(name)) for layer, name in self._deepstack.items()}
+
+    def _keep(self, activation: Tensor, hook: HookContext) -> None:
+        kept = activation.detach()
+        self.cache[hook.name] = kept.clone() if self._device is None else kept.to(self._device, copy=True)
+
+    def read(self, name: str, span: Span | None = None) -> Float[Tensor, "..."]:
+        """A stored activation, its columns in the span if one is given, on the model's device."""
+        kept = self.cache[name]
+        return (kept if span is None else kept[:, span.columns]).to(self.vlm.device)
+
+    def _record(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        for value in [*args[1:], *kwargs.values()]:
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise Unsupported("its blocks are handed tensors that need gradients")
+        self._calls.append((args, {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+
+    def _heads_first(self, name: str) -> Float[Tensor, "batch kv_head pos d_head"]:
+        return self.cache[name][:, : self.end].transpose(1, 2).contiguous()
+
+    def _scattered(
+        self, features: Float[Tensor, "image_token d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        added = features.new_zeros(*self.image_mask.shape, features.shape[-1])
+        added[self.image_mask] = features
+        return added
+
+    @property
+    def image_mask(self) -> Bool[Tensor, "batch pos"]:
+        """The tokens that stand for images."""
+        return self.batch.inputs["input_ids"].to(self.vlm.device) == self.vlm.model.config.image_token_id
+
+    def pre(self, layer: int, span: Span) -> Float[Tensor, "batch column d_model"]:
+        """The residual stream before a block."""
+        return self.read(f"blocks.{layer}.hook_resid_pre", span)
+
+    def mid(self, layer: int, span: Span) -> Float[Tensor, "batch column d_model"]:
+        """The residual stream between attention and MLP."""
+        return self.read(f"blocks.{layer}.hook_resid_mid", span)
+
+    def post(self, layer: int, span: Span) -> Float[Tensor, "batch column d_model"]:
+        """The residual stream after a block, before any DeepStack addition."""
+        name = f"blocks.{layer}.hook_resid_post"
+        if name not in self.cache:
+            name = f"blocks.{layer + 1}.hook_resid_pre"
+        return self.read(name, span)
+
+    def run_block(
+        self,
+        layer: int,
+        stream: Float[Tensor, "lane column d_model"],
+        span: Span,
+        tap: Tap | None = None,
+        dense: bool = False,
+    ) -> Float[Tensor, "lane column d_model"]:
+        """One block on a segment of every lane; inside `segment_attention_on(self.attentions)`.
+
+        After the last block only the columns that are read hold anything meant, unless something inside is tapped.
+        """
+        block = self.vlm.anatomy.text.blocks[layer]
+        wanted = self.reads_within(span) if layer == len(self.blocks) - 1 and tap is None else None
+        wanted = None if wanted is None or len(wanted) == len(span) else wanted
+        attention: Any = self.vlm.module(block.attention)
+        attention.config._frankenlens_segment = SegmentContext(
+            self._keys[layer][:, :, : span.start].to(stream.device),
+            self._values[layer][:, :, : span.start].to(stream.device),
+            self._visible[layer][:, :, span.columns, : span.stop],
+            span.start == 0 and self._calls[layer][1].get("attention_mask") is None,
+            tap,
+            dense,
+            wanted,
+        )
+        args, kwargs = self._calls[layer]
+        if len(args) > 1:
+            raise Unsupported("its blocks are called with positional arguments")
+        given = {
+            name: self._cut(name, value, span, len(stream) // len(self.batch))
+            for name, value in kwargs.items()
+        }
+        with ExitStack() as stack:
+            if wanted is not None:
+                norm, mlp = self.vlm.module(block.mid_norm), self.vlm.module(block.mlp)
+                taken = norm.register_forward_pre_hook(lambda _, args: (args[0][:, wanted], *args[1:]))
+                spread = mlp.register_forward_hook(lambda *io: _spread(io[-1], wanted, len(span)))
+                stack.callback(taken.remove)
+                stack.callback(spread.remove)
+            out = self.blocks[layer](stream, **given)
+        return out[0] if isinstance(out, tuple) else out
+
+    def reads_within(self, span: Span) -> Int[Tensor, " column"]:
+        """The columns that are read, counted from the span's first."""
+        return self.columns[self.columns >= span.start] - span.start
+
+    def run_mlp(
+        self, layer: int, mid: Float[Tensor, "lane column d_model"]
+    ) -> Float[Tensor, "lane column d_model"]:
+        """The second half of a block."""
+        block = self.vlm.anatomy.text.blocks[layer]
+        out = self.vlm.module(block.mlp)(self.vlm.module(block.mid_norm)(mid))
+        return mid + (out[0] if isinstance(out, tuple) else out)
+
+    @property
+    def attentions(self) -> list[nn.Module]:
+        """The decoder's attention modules."""
+        return [self.vlm.module(block.attention) for block in self.vlm.anatomy.text.blocks]
+
+    def _cut(self, name: str, value: Any, span: Span, copies: int) -> Any:
+        """One argument of a block for the columns of a span and that many copies of the batch."""
+        if name in ("attention_mask", "past_key_values", "past_key_value"):
+            return None
+        if name in ("use_cache", "output_attentions"):
+            return False
+        if isinstance(value, tuple):
+            return tuple(self._cut(name, part, span, copies) for part in value)
+        if not isinstance(value, Tensor):
+            return value
+        axis = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}.get(name)
+        if axis is None:
+            raise Unsupported(f"its blocks take a tensor {name!r} whose axes are not known")
+        value = value.narrow(axis, span.start, len(span))
+        if value.ndim + axis >= 1 and value.shape[axis - 1] == len(self.batch) > 1:
+            repeats = [1] * value.ndim
+            repeats[axis - 1] = copies
+            return value.repeat(repeats)
+        return value
+
+    def _visibility(self, layer: int) -> Bool[Tensor, "#batch 1 query key"]:
+        _, kwargs = self._calls[layer]
+        mask, n = kwargs.get("attention_mask"), self.batch.roles.shape[1]
+        device = self.vlm.device
+        if mask is None:
+            return torch.ones(self.end, self.end, dtype=torch.bool, device=device).tril()[None, None]
+        if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != n:
+            raise Unsupported("its attention mask has an unknown form")
+        mask = mask[:, :, : self.end, : self.end]
+        if mask.dtype == torch.bool:
+            return mask
+        hidden = mask <= torch.finfo(mask.dtype).min / 2
+        if mask.masked_fill(hidden, 0).any():
+            raise Unsupported("its attention mask adds a bias")
+        return ~hidden
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """The clean run, continued from the middle of every block and from the middle of the tokens, is the clean run.
+
+        Raises:
+            Unsupported: it is not, within 1e-5 of the largest value of the stream (sixteen rounding steps of a half
+                precision).
+        """
+        implementation = self.vlm.model.config.get_text_config()._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise Unsupported(f"its attention implementation is {implementation!r}")
+        if "hook_embed" in self.cache and not torch.equal(
+            self.cache["hook_embed"], self.cache["blocks.0.hook_resid_pre"]
+        ):
+            raise Unsupported("it changes the embeddings before the first block")
+        real = (self.batch.mask("all").to(self.vlm.device))[..., None]
+        for start in {0, self.end // 2, self.end - 1}:
+            span = Span(start, self.end)
+            keep = real[:, span.columns]
+            with segment_attention_on(self.attentions):
+                for layer in range(len(self.blocks)):
+                    expected = self.post(layer, span)
+                    whole = self.run_block(layer, self.pre(layer, span), span)
+                    half = self.run_mlp(layer, self.mid(layer, span))
+                    if layer == len(self.blocks) - 1:
+                        keep = torch.zeros_like(keep).index_fill(1, self.reads_within(span), True) & keep
+                    for way, got in (("at a token", whole), ("between attention and MLP", half)):
+                        error = ((got - expected) * keep).abs().max().item()
+                        if not error <= tolerance(expected):
+                            raise Unsupported(
+                                f"block {layer} taken up {way} is off by {error:.1e} "
+                                f"(allowed {tolerance(expected):.1e})"
+                            )
+
+
+def _spread(few: Any, wanted: Int[Tensor, " column"], width: int) -> Any:
+    """An MLP's output for some columns, set among zeros for the others."""
+    if isinstance(few, tuple):
+        return (_spread(few[0], wanted, width), *few[1:])
+    whole = few.new_zeros(len(few), width, few.shape[-1])
+    whole[:, wanted] = few
+    return whole
+
+
+def _of_vision(name: str) -> bool:
+    return name.startswith(("vision.", "projector.")) or name.endswith("hook_deepstack")
