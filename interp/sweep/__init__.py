@@ -2,5 +2,6 @@
 
 from interp.sweep.engine import sweep
 from interp.sweep.intervention import Intervention, Where
+from interp.sweep.maps import head_map, residual_map
 
-__all__ = ["Intervention", "Where", "sweep"]
+__all__ = ["Intervention", "Where", "head_map", "residual_map", "sweep"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,7 +19,7 @@ from interp.sweep.edits import Edit, New, Span
 Where = str | int | Callable[[PromptBatch], Bool[Tensor, "batch pos"]]
 """A role, "decision" (each row's last token) or "all"; a token counted from the row's first (negative: from the row's
 end); or a function of the batch."""
-Kind = Literal["replace", "add", "scale", "zero", "mean", "resample", "skip", "knockout"]
+KINDS = ("replace", "add", "scale", "zero", "mean", "resample", "skip", "knockout")
 Means = Mapping[tuple[str, str], Float[Tensor, "..."]]
 """Hook and label of `where` to the mean activation."""
 Activations = Callable[[str, int | None], Float[Tensor, "..."]]
@@ -33,8 +32,8 @@ class Intervention:
 
     Attributes:
         hook: hook point, e.g. `blocks.3.attn.hook_result`.
-        kind: `replace` by `value` or, without one, by the donor's activation at the same place; `add` `value`;
-            `scale` by `value`; `zero`; `mean`: the activation's mean over the tokens `where` of all prompts;
+        kind: one of `KINDS`. `replace` by `value` or, without one, by the donor's activation at the same place; `add`
+            `value`; `scale` by `value`; `zero`; `mean`: the activation's mean over the tokens `where` of all prompts;
             `resample`: that of another prompt with the same roles; `skip`: `hook_attn_out`, `hook_mlp_out` or, with
             `hook_resid_post`, the whole block adds nothing; `knockout`: on `attn.hook_attn_scores`, the edges from
             the keys `source` to the queries `where` are cut before the softmax.
@@ -46,7 +45,7 @@ class Intervention:
     """
 
     hook: str
-    kind: Kind
+    kind: str
     where: Where = "all"
     index: int | None = None
     value: Tensor | float | None = None
@@ -101,8 +100,8 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
     def refuse(why: str) -> None:
         raise FrankenlensError(f"intervention {intervention.name!r}: {why}")
 
-    if kind not in get_args(Kind):
-        refuse(f"kind {kind!r} is none of {', '.join(get_args(Kind))}")
+    if kind not in KINDS:
+        refuse(f"kind {kind!r} is none of {', '.join(KINDS)}")
     if kind == "replace" and intervention.value is None and not has_donor:
         refuse("replace needs a value, or a donor (donor= or donor_prompts=)")
     if kind in ("add", "scale") and intervention.value is None:

@@ -69,7 +69,8 @@ class ShardStore:
             return None
         try:
             values = load(data)["values"]
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            header = json.loads(metadata["shard"])
             sound = header["sha256"] == sha256(values.tobytes()).hexdigest()
         except (SafetensorError, KeyError, ValueError) as error:
             sound, header = False, {"error": str(error)}
@@ -88,7 +89,8 @@ class ShardStore:
         """Writes a shard, all or nothing."""
         values = np.ascontiguousarray(values)
         header = {"sha256": sha256(values.tobytes()).hexdigest(), "of": self._of(fingerprint)}
-        _write(self._path(name), save({"values": values}, metadata=header))
+        # One entry: safetensors writes several in no fixed order.
+        _write(self._path(name), save({"values": values}, metadata={"shard": json.dumps(header)}))
 
     def _of(self, fingerprint: str) -> str:
         return sha256((self.key + fingerprint).encode()).hexdigest()

@@ -11,16 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.engine import head_results
 from interp.examples import Example
 from interp.metrics import AnswerLogProbability, LogitDifference, TraceLogLikelihood
 from interp.prompts import PromptBuilder, collate
 from interp.roles import TraceFormat
-from interp.sweep import Intervention, sweep
+from interp.sweep import Intervention, head_map, residual_map, sweep
 from interp.sweep.batch import BatchSweep
 from interp.sweep.engine import parse_bytes
 from interp.sweep.intervention import bind, where_mask
-from tests.families import FAMILIES, QWEN, redraw, tiny
+from tests.families import FAMILIES, redraw, tiny
 
 QUESTIONS = ("how many red", "what shape in row 2 is there", "what color is the star")
 TRACES = (
@@ -202,3 +201,223 @@ def test_drawn_sites(family: str, data: st.DataObject) -> None:
         np.testing.assert_allclose(
             found.value.values[:, number], expected, rtol=0, atol=pair.tolerance(), err_msg=intervention.name
         )
+
+
+@pytest.mark.parametrize("family", ("qwen2_5_vl", "qwen3_vl", "llava"))
+def test_left_padding_gives_what_right_padding_gives(family: str) -> None:
+    pair = duo(family)
+    metric = pair.metrics["trace"]
+    wanted = [
+        Intervention("blocks.1.hook_resid_pre", "scale", "question", value=0.5),
+        Intervention("blocks.0.attn.hook_q", "zero", -3, 1),
+        Intervention("blocks.2.attn.hook_attn_scores", "knockout", "reasoning", source="image"),
+        Intervention("blocks.1.attn.hook_result", "zero", "image", 2),
+        Intervention("blocks.1.mlp.hook_post", "scale", "decision", 3, 4.0),
+    ]
+    found = {}
+    for side in ("left", "right"):
+        batch = collate(pair.prompts, side)
+
+        def never(hook: str, index: int | None) -> torch.Tensor:
+            raise AssertionError
+
+        bound = [bind(i, pair.recipient, batch, None, never, {}) for i in wanted]
+        sweeper = BatchSweep(
+            pair.recipient,
+            batch,
+            metric.reads(batch),
+            lambda logits, batch: metric(logits, batch)[None],
+            [b.edits for b in bound],
+        )
+        assert sweeper.shortcuts == "tokens and layers"
+        found[side] = torch.stack([value for _, value in sorted(sweeper.run(range(len(wanted))))])
+    assert (found["left"] - found["right"]).abs().max() <= pair.tolerance()
+    for number, intervention in enumerate(wanted):
+        expected = pair.expected(intervention)[1]
+        np.testing.assert_allclose(found["left"][number, 0], expected, rtol=0, atol=pair.tolerance())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mean_and_resample(family: str) -> None:
+    pair = duo(family)
+    same = [pair.prompts[0], pair.prompts[0].builder.build(
+        Example("other", tuple(pair.given.images(3)[2:3]), QUESTIONS[0], "5"), TRACES[0]
+    )]  # fmt: skip
+    if same[0].roles != same[1].roles:
+        pytest.skip("images of another size")
+    hook = "blocks.1.hook_mlp_out"
+    wanted = [Intervention(hook, kind, "question") for kind in ("mean", "resample")]
+    metric = LogitDifference(torch.tensor([30, 31]), torch.tensor([40, 41]))
+    found = sweep(pair.recipient, same, wanted, metric, progress=False)
+    batch = collate(same)
+    where = batch.mask("question")
+    with torch.no_grad():
+        _, cache = pair.recipient.run_with_cache(batch.inputs, hook)
+        mean = cache[hook][where].mean(0)
+        for number, value in enumerate((mean, cache[hook].flip(0))):
+            logits = pair.recipient.run_with_hooks(
+                batch.inputs, [(hook, lambda a, hook, v=value: torch.where(where[..., None], v, a))]
+            ).logits
+            np.testing.assert_allclose(
+                found.value.values[0, number], metric(logits, batch), rtol=0, atol=pair.tolerance()
+            )
+
+
+def test_what_changes_nothing_is_exactly_the_clean_run() -> None:
+    pair = duo("qwen2_5_vl")
+    hooks = [
+        "blocks.0.hook_resid_pre",
+        "blocks.1.hook_attn_out",
+        "blocks.2.mlp.hook_post",
+        "projector.hook_out",
+    ]
+    wanted = [Intervention(hook, "scale", value=1.0) for hook in hooks]
+    late = Intervention("blocks.0.hook_resid_pre", "zero", "decision")
+    found = sweep(pair.recipient, pair.prompts, [*wanted, late], AnswerLogProbability(), progress=False)
+    assert (
+        found.value.values[0] == found.clean.values[0]
+    ).all()  # the last token predicts nothing that is read
+
+
+def test_bf16_is_as_far_off_as_bf16_itself() -> None:
+    pair = duo("qwen2_5_vl")
+    model = copy.deepcopy(pair.given.model).to(torch.bfloat16)
+    half = HookedVLM(model, inputs=pair.given.inputs())
+    metric = {"last": pair.metrics["last"]}
+    wanted = [
+        Intervention("blocks.0.attn.hook_result", "zero", "image", 1),
+        Intervention("blocks.1.hook_mlp_out", "scale", "question", value=0.5),
+        Intervention("blocks.2.attn.hook_z", "zero", "decision", 2),
+    ]
+    exact = sweep(pair.recipient, pair.prompts, wanted, metric, progress=False).value.values[0]
+    got = sweep(half, pair.prompts, wanted, metric, progress=False).value.values[0]
+    plain = np.full_like(got, np.nan)
+    whole = np.full_like(got, np.nan)
+    for row, prompt in enumerate(pair.prompts):
+        batch = collate([prompt])
+        for number, i in enumerate(wanted):
+            hook = (i.hook, pair._hook(i, batch, where_mask(i.where, batch)))
+            with torch.no_grad():
+                logits = half.run_with_hooks(batch.inputs, [hook]).logits
+            plain[number, row] = float(metric["last"].select([row])(logits, batch)[0])
+    whole = np.abs(plain - exact)
+    assert np.abs(got - exact).max() <= 2 * whole.max()
+    assert whole.max() > 0
+
+
+def test_an_unknown_attention_goes_the_longer_way_and_says_so() -> None:
+    pair = Duo("llava")
+    pair.given.model.set_attn_implementation("eager")
+    wanted = [Intervention("blocks.1.hook_mlp_out", "scale", "question", value=0.5)]
+    eager = sweep(pair.recipient, pair.prompts, wanted, pair.metrics, progress=False)
+    text = pair.given.model.model.language_model
+    for layer in text.layers:  # something between the blocks that no module tree shows
+        layer.register_forward_hook(lambda m, args, out: out if out.shape[1] > 20 else out * 1.5)
+    with pytest.warns(UserWarning, match="cannot be taken up at a stored token"):
+        found = sweep(pair.recipient, pair.prompts, wanted, pair.metrics, progress=False)
+    np.testing.assert_allclose(found.value, eager.value, rtol=0, atol=pair.tolerance())
+
+
+def test_a_budget_makes_lanes_fewer_and_numbers_no_other() -> None:
+    pair = duo("qwen2_5_vl")
+    wanted = [Intervention(f"blocks.{i}.attn.hook_z", "zero", "all", h) for i in range(3) for h in range(4)]
+    free = sweep(pair.recipient, pair.prompts, wanted, pair.metrics, progress=False)
+    tight = sweep(pair.recipient, pair.prompts, wanted, pair.metrics, max_memory="2MB", progress=False)
+    np.testing.assert_allclose(tight.value, free.value, rtol=0, atol=pair.tolerance())
+    with pytest.raises(FrankenlensError, match=r"max_memory of 0 MiB is too small .* takes about \d+ MiB"):
+        sweep(pair.recipient, pair.prompts, wanted, pair.metrics, max_memory=1000, progress=False)
+    assert parse_bytes("2GiB") == 2 * 2**30
+    assert parse_bytes("1.5 kB") == 1500
+    with pytest.raises(FrankenlensError, match="is no size"):
+        parse_bytes("much")
+
+
+@pytest.mark.parametrize(
+    ("intervention", "message"),
+    [
+        (Intervention("blocks.1.hook_mlp", "zero"), "is no hook point"),
+        (Intervention("blocks.1.attn.hook_z", "zero", "all", 4), "index 4 is out of range"),
+        (Intervention("blocks.1.hook_mlp_out", "zero", "all", 0), "no heads or neurons"),
+        (Intervention("blocks.1.hook_mlp_out", "replace"), "needs a value, or a donor"),
+        (Intervention("blocks.1.hook_mlp_out", "add"), "add needs a value"),
+        (Intervention("blocks.1.hook_mlp_out", "zero", value=1.0), "takes no value"),
+        (Intervention("blocks.1.hook_resid_pre", "skip"), "skip acts on"),
+        (Intervention("blocks.1.hook_mlp_out", "knockout", source="image"), "knockout acts on"),
+        (Intervention("blocks.1.attn.hook_attn_scores", "knockout"), "knockout needs source="),
+        (Intervention("projector.hook_out", "zero", "question"), "has no text tokens"),
+        (Intervention("blocks.1.hook_mlp_out", "zero", "questions"), "no role 'questions'"),
+        (Intervention("blocks.1.hook_mlp_out", "erase"), "kind 'erase' is none of"),
+    ],
+)
+def test_what_cannot_act_is_refused_before_anything_runs(intervention: Intervention, message: str) -> None:
+    pair = duo("qwen2_5_vl")
+    with pytest.raises(FrankenlensError, match=message):
+        sweep(pair.recipient, pair.prompts, [intervention], pair.metrics, progress=False)
+
+
+def test_a_metric_that_reads_no_token_is_refused() -> None:
+    pair = duo("qwen2_5_vl")
+    short = pair.prompts[0].truncated(pair.prompts[0].n_prompt_tokens)
+    wanted = [Intervention("blocks.1.hook_mlp_out", "zero")]
+    with pytest.raises(FrankenlensError, match="reads no token of prompt 0"):
+        sweep(pair.recipient, [short], wanted, AnswerLogProbability(), progress=False)
+    with pytest.raises(FrankenlensError, match="go row by row"):
+        sweep(
+            pair.recipient, [short], wanted, pair.metrics["trace"], donor_prompts=pair.prompts, progress=False
+        )
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    pair = duo("qwen2_5_vl")
+    model = pair.given.model
+    configs = {name: id(m.config) for name, m in model.named_modules() if hasattr(m, "config")}
+    inputs = pair.given.inputs()
+    with torch.no_grad():
+        before = model(**inputs).logits
+
+    def breaks(batch):
+        raise RuntimeError("broken")
+
+    wanted = [Intervention("blocks.1.hook_mlp_out", "zero"), Intervention("blocks.1.attn.hook_k", "zero")]
+    sweep(pair.recipient, pair.prompts, wanted, pair.metrics, progress=False)
+    with pytest.raises(RuntimeError, match="broken"):
+        sweep(
+            pair.recipient,
+            pair.prompts,
+            [Intervention("hook_embed", "zero", breaks)],
+            pair.metrics,
+            progress=False,
+        )
+    assert {name: id(m.config) for name, m in model.named_modules() if hasattr(m, "config")} == configs
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, before)
+
+
+def test_maps_are_sweeps_with_named_axes() -> None:
+    pair = duo("qwen3_vl")
+    metric = pair.metrics["last"]
+    found = residual_map(
+        pair.recipient,
+        pair.prompts,
+        metric,
+        donor=pair.donor,
+        layers=[0, 2],
+        positions=[0, 5, 48],
+        progress=False,
+    )
+    assert found.value.dims == ("layer", "position", "example")
+    for layer, position in ((2, 5), (0, 48)):
+        wanted = Intervention(f"blocks.{layer}.hook_resid_pre", "replace", position)
+        got = found.value.sel(layer=layer, position=position)
+        np.testing.assert_allclose(got, pair.expected(wanted)[0], rtol=0, atol=pair.tolerance())
+    assert np.isnan(found.value.sel(position=48)).any()  # the shortest prompt ends before
+    heads = head_map(
+        pair.recipient, pair.prompts, metric, roles=("image", "decision"), kind="zero", progress=False
+    )
+    assert heads.value.shape == (3, 4, 2, 3)
+    wanted = Intervention("blocks.1.attn.hook_result", "zero", "image", 3)
+    got = heads.value.sel(layer=1, head=3, role="image")
+    np.testing.assert_allclose(got, pair.expected(wanted)[0], rtol=0, atol=pair.tolerance())
+    with pytest.raises(FrankenlensError, match="at least one role"):
+        head_map(pair.recipient, pair.prompts, metric, roles=(), kind="zero")
