@@ -1,5 +1,6 @@
 """HookedVLM: an unchanged Hugging Face vision-language model with its hook points open."""
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -139,7 +140,8 @@ class HookedVLM:
     def run_with_cache(
         self, inputs: Mapping[str, Any], names_filter: NamesFilter = None, **kwargs: Any
     ) -> tuple[Any, ActivationCache]:
-        """Run once and keep the named activations (detached copies).
+        """Run once and keep the named activations (detached copies; one copy where two names are of the same tensor,
+        as `hook_resid_post` of a block and `hook_resid_pre` of the next).
 
         Args:
             inputs: processor tensors.
@@ -149,17 +151,12 @@ class HookedVLM:
             Hugging Face's output, and the cache.
         """
         _refuse_foreign(kwargs)
-        kept: dict[str, Tensor] = {}
-
-        def keep(activation: Tensor, hook: HookContext) -> None:
-            kept[hook.name] = activation.detach().clone()
-
-        names = self.names(names_filter)
+        names, keep = self.names(names_filter), _Keeper()
         layer = self._hooks_of([(name, keep) for name in names])
         with self._attached(layer):
             output = self(inputs, **kwargs)
         _require_fired(layer)
-        return output, ActivationCache({name: kept[name] for name in names})
+        return output, ActivationCache({name: keep.kept[name] for name in names})
 
     def run_with_hooks(self, inputs: Mapping[str, Any], fwd_hooks: FwdHooks = (), **kwargs: Any) -> Any:
         """Run once with hook functions `fn(activation, hook)`, which return a new value, None, or edit in place.
@@ -284,6 +281,23 @@ class HookedVLM:
             raise FrankenlensError(
                 "this HookedVLM is closed; open the model again with HookedVLM(model, processor)."
             )
+
+
+class _Keeper:
+    """A hook function that keeps copies; a tensor that it has just seen, unchanged since, is not copied again."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+        self._last: tuple[Any, int, Tensor] | None = None
+
+    def __call__(self, activation: Tensor, hook: HookContext) -> None:
+        version = -1 if activation.is_inference() else activation._version
+        if self._last is not None and self._last[0]() is activation and self._last[1] == version >= 0:
+            copy = self._last[2]
+        else:
+            copy = activation.detach().clone()
+        self._last = weakref.ref(activation), version, copy
+        self.kept[hook.name] = copy
 
 
 # Keywords of TransformerLens that Hugging Face's **kwargs would swallow without a word.
