@@ -6,35 +6,27 @@ recoveries with intervals.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import xarray as xr
-from jaxtyping import Bool, Float
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from interp.cells import Donor, cells_of, run_cells
 from interp.metrics import Metric
 from interp.patching import (
     BEFORE_THE_DECODER,
     POINTS,
     Component,
     PatchBatch,
-    borrowed,
     cached_names,
     components,
     image_shapes,
     partners,
 )
-from interp.prompts import Prompt, PromptBatch, collate
-from interp.rerun import before_the_decoder
+from interp.prompts import Prompt, collate
 from interp.roles import ROLES
-from interp.sweep.activations import activation_of
-from interp.sweep.batch import BatchSweep
-from interp.sweep.edits import Edit, New, Span
 
 if TYPE_CHECKING:
     from interp.decision import DecisionSet
@@ -157,10 +149,10 @@ def _map(
             for name, vlm in models.items():
                 batch = collate([prompts[name][i] for i in rows]).to(vlm.device)
                 ready[name] = PatchBatch(batch, select.reads(batch), partners(batch))
-                donors[name] = _Donor(vlm, batch, cached_names(wanted), select)
+                donors[name] = Donor(vlm, batch, cached_names(wanted), select)
             for d, (donor, recipient) in enumerate(directions.values()):
-                cells = _cells(donors[donor], donors[recipient], ready[recipient], wanted, roles)
-                found = _run(models[recipient], ready[recipient], select, cells, number == 0, bar)
+                cells = cells_of(donors[donor], donors[recipient], ready[recipient], wanted, roles)
+                found = run_cells(models[recipient], ready[recipient], select, cells, number == 0, bar)
                 for cell, values in zip(cells, found, strict=True):
                     if cell.kind == "self":
                         itself[d, cell.component] = np.fmax(
@@ -175,91 +167,6 @@ def _map(
     return _dataset(
         effect, other, itself, ends, list(directions), wanted, roles, [p.example.id for p in first], metric
     )
-
-
-class _Donor:
-    """A model's clean activations and metric on a batch."""
-
-    def __init__(self, vlm: HookedVLM, batch: PromptBatch, names: Sequence[str], metric: Metric) -> None:
-        image = bool(batch.mask("image").any())
-        kept = [name for name in names if image or not before_the_decoder(name)]
-        with torch.no_grad():
-            output, self._cache = vlm.run_with_cache(batch.inputs, kept, use_cache=False)
-        self._vlm = vlm
-        self.metric = metric(output.logits, batch).double().cpu().numpy()
-
-    def activation(self, hook: str, head: int | None) -> Float[Tensor, "..."]:
-        """An activation; a head's result goes through this model's own W_O."""
-        return activation_of(self._vlm, self._cache.__getitem__, hook, head)
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """One patch: a component at a role, from the donor, from the donor on another example, or from itself."""
-
-    kind: str
-    component: int
-    role: int
-    edits: tuple[Edit, ...]
-    rows: Bool[Tensor, " batch"]
-
-
-def _cells(
-    donor: _Donor, own: _Donor, ready: PatchBatch, wanted: Sequence[Component], roles: Sequence[str]
-) -> list[_Cell]:
-    cells = []
-    whole = torch.ones_like(ready.partner, dtype=torch.bool)
-    for kind in ("donor", "other", "self"):
-        usable = ready.partner >= 0 if kind == "other" else whole
-        for c, component in enumerate(wanted):
-            early = component.point in BEFORE_THE_DECODER
-            for r, role in enumerate(roles if kind != "self" else [None]):
-                where = ready.where(role or ("image" if early else "all"))
-                present = usable & where.any(-1)
-                if (early and role not in ("image", None)) or not present.any():
-                    continue
-                source = own if kind == "self" else donor
-                borrow = ready if kind == "other" else None
-                edits = _edits(own, source, component, None if early else where, early, borrow)
-                cells.append(_Cell(kind, c, r, edits, present))
-    return cells
-
-
-def _edits(
-    own: _Donor,
-    source: _Donor,
-    component: Component,
-    where: Bool[Tensor, "batch pos"] | None,
-    early: bool,
-    borrow: PatchBatch | None,
-) -> tuple[Edit, ...]:
-    def new(name: str) -> New:
-        def replacement(activation: Tensor, span: Span) -> Tensor:
-            value = source.activation(name, component.head)
-            value = value if borrow is None else borrowed(value, early, borrow)
-            return (value if early else value[:, span.columns]).to(activation)
-
-        return replacement
-
-    points = own._vlm.hook_points
-    return tuple(Edit(points[name], new(name), where, component.head) for name in component.hooks)
-
-
-def _run(
-    vlm: HookedVLM, ready: PatchBatch, metric: Metric, cells: Sequence[_Cell], check: bool, bar: tqdm
-) -> list[Float[np.ndarray, " batch"]]:
-    """metric(patched) - metric(clean) of each cell, NaN for the examples that it does not touch."""
-
-    def read(logits: Tensor, batch: PromptBatch) -> Tensor:
-        return metric(logits, batch)[None]
-
-    sweep = BatchSweep(vlm, ready.batch, ready.reads, read, [cell.edits for cell in cells], check=check)
-    found = [np.full(len(ready.batch), np.nan) for _ in cells]
-    for number, values in sweep.run(range(len(cells))):
-        rows = cells[number].rows.cpu().numpy()
-        found[number][rows] = (values - sweep.clean)[0].double().cpu().numpy()[rows]
-        bar.update()
-    return found
 
 
 def _roles(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str]:

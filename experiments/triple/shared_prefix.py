@@ -15,6 +15,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from experiments.triple.packing import branch_mask
+from hooks.errors import FrankenlensError
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):
@@ -33,7 +34,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         **_: Any,
     ) -> tuple[Float[Tensor, "sample completion"], Float[Tensor, "sample completion"] | None, None]:
         if pixel_values is None or image_grid_thw is None or mm_token_type_ids is None:
-            raise ValueError("every prompt needs one image, and the processor must mark image tokens")
+            raise FrankenlensError("every prompt needs one image, and the processor must mark image tokens")
         rows = pixel_values.reshape(len(input_ids), -1, pixel_values.shape[-1])
         prompt = input_ids.shape[1] - logits_to_keep
         groups: dict[bytes, list[int]] = defaultdict(list)

@@ -1,0 +1,106 @@
+"""The cells of a component map on one batch: one component at one role, patched, by the sweep engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooks import HookedVLM
+from interp.metrics import Metric
+from interp.patching import BEFORE_THE_DECODER, Component, PatchBatch, borrowed
+from interp.prompts import PromptBatch
+from interp.rerun import before_the_decoder
+from interp.sweep.activations import activation_of
+from interp.sweep.batch import BatchSweep
+from interp.sweep.edits import Edit, New, Span
+
+
+class Donor:
+    """A model's clean activations and metric on a batch."""
+
+    def __init__(self, vlm: HookedVLM, batch: PromptBatch, names: Sequence[str], metric: Metric) -> None:
+        image = bool(batch.mask("image").any())
+        kept = [name for name in names if image or not before_the_decoder(name)]
+        with torch.no_grad():
+            output, self._cache = vlm.run_with_cache(batch.inputs, kept, use_cache=False)
+        self.vlm = vlm
+        self.metric = metric(output.logits, batch).double().cpu().numpy()
+
+    def activation(self, hook: str, head: int | None) -> Float[Tensor, "..."]:
+        """An activation; a head's result goes through this model's own W_O."""
+        return activation_of(self.vlm, self._cache.__getitem__, hook, head)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One patch: a component at a role, from the donor, from the donor on another example, or from itself."""
+
+    kind: str
+    component: int
+    role: int
+    edits: tuple[Edit, ...]
+    rows: Bool[Tensor, " batch"]
+
+
+def cells_of(
+    donor: Donor, own: Donor, ready: PatchBatch, wanted: Sequence[Component], roles: Sequence[str]
+) -> list[Cell]:
+    cells = []
+    whole = torch.ones_like(ready.partner, dtype=torch.bool)
+    for kind in ("donor", "other", "self"):
+        usable = ready.partner >= 0 if kind == "other" else whole
+        for c, component in enumerate(wanted):
+            early = component.point in BEFORE_THE_DECODER
+            for r, role in enumerate(roles if kind != "self" else [None]):
+                where = ready.where(role or ("image" if early else "all"))
+                present = usable & where.any(-1)
+                if (early and role not in ("image", None)) or not present.any():
+                    continue
+                source = own if kind == "self" else donor
+                borrow = ready if kind == "other" else None
+                edits = _edits(own, source, component, None if early else where, early, borrow)
+                cells.append(Cell(kind, c, r, edits, present))
+    return cells
+
+
+def _edits(
+    own: Donor,
+    source: Donor,
+    component: Component,
+    where: Bool[Tensor, "batch pos"] | None,
+    early: bool,
+    borrow: PatchBatch | None,
+) -> tuple[Edit, ...]:
+    def new(name: str) -> New:
+        def replacement(activation: Tensor, span: Span) -> Tensor:
+            value = source.activation(name, component.head)
+            value = value if borrow is None else borrowed(value, early, borrow)
+            return (value if early else value[:, span.columns]).to(activation)
+
+        return replacement
+
+    points = own.vlm.hook_points
+    return tuple(Edit(points[name], new(name), where, component.head) for name in component.hooks)
+
+
+def run_cells(
+    vlm: HookedVLM, ready: PatchBatch, metric: Metric, cells: Sequence[Cell], check: bool, bar: tqdm
+) -> list[Float[np.ndarray, " batch"]]:
+    """metric(patched) - metric(clean) of each cell, NaN for the examples that it does not touch."""
+
+    def read(logits: Tensor, batch: PromptBatch) -> Tensor:
+        return metric(logits, batch)[None]
+
+    sweep = BatchSweep(vlm, ready.batch, ready.reads, read, [cell.edits for cell in cells], check=check)
+    found = [np.full(len(ready.batch), np.nan) for _ in cells]
+    for number, values in sweep.run(range(len(cells))):
+        rows = cells[number].rows.cpu().numpy()
+        found[number][rows] = (values - sweep.clean)[0].double().cpu().numpy()[rows]
+        bar.update()
+    return found
