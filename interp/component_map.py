@@ -135,7 +135,7 @@ def _map(
         raise FrankenlensError(
             "no prompt qualifies for this decision, so there is nothing to patch; see its counts."
         )
-    roles = _roles(first, roles)
+    roles = roles_of(first, roles)
     wanted = components(next(iter(models.values())), points)
     shape = (len(directions), len(wanted), len(roles), len(first))
     effect, other = np.full(shape, np.nan), np.full(shape, np.nan)
@@ -143,7 +143,7 @@ def _map(
     ends = np.full((2, len(directions), len(first)), np.nan)
     total = _n_runs(wanted, roles) * len(directions) * -(-len(first) // batch_size)
     with tqdm(total=total, desc="patching", unit="run", disable=not progress) as bar:
-        for number, rows in enumerate(_batches(first, batch_size)):
+        for number, rows in enumerate(batches_of(first, batch_size)):
             select = metric.select(rows)
             ready, donors = {}, {}
             for name, vlm in models.items():
@@ -169,7 +169,7 @@ def _map(
     )
 
 
-def _roles(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str]:
+def roles_of(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str]:
     if roles is None:
         present = {role for prompt in prompts for role in prompt.roles}
         return [*(role for role in ROLES if role in present), "decision", "all"]
@@ -180,7 +180,7 @@ def _roles(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str]:
     return list(roles)
 
 
-def _batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
+def batches_of(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
     """Row numbers by batch; rows with the same roles stand together, so that they can be each other's control."""
     order = sorted(
         range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].roles, image_shapes(prompts[i]), i)
