@@ -1,5 +1,8 @@
 """The hook-point table: every named tensor of a forward pass, where it lives, and how it is shaped.
 
+Patches of a vision block stand in the order in which the tower itself has them: Qwen2.5-VL keeps them sorted by window
+inside its blocks; `projector.hook_out` is in the order of the image tokens again.
+
 This one table drives our own engine (`hooks.engine`) and whatever else must find the same tensors.
 """
 

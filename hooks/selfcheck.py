@@ -80,10 +80,13 @@ def self_check(vlm: HookedVLM, inputs: Mapping[str, Any]) -> dict[str, str]:
         with torch.enable_grad(), vlm.hooks([(name, write_back) for name in vlm.hook_points]):
             logits = _logits(vlm, inputs)
         moved = (logits.detach() - bare).abs().max().item()
-        if not moved <= tolerance(bare):
+        allowed = tolerance(bare)
+        if moved > allowed:  # some models magnify rounding; dense attention rounds otherwise than SDPA
+            allowed = max(allowed, 4 * rounding_spread(vlm, inputs, bare))
+        if not moved <= allowed:
             raise FrankenlensError(
                 f"self-check of {type(vlm.model).__name__}: writing every hook point's own value back moved the logits "
-                f"by {moved:.2e} (allowed {tolerance(bare):.2e}). This architecture is not opened"
+                f"by {moved:.2e} (allowed {allowed:.2e}). This architecture is not opened"
                 " correctly; please report it."
             )
         generator = torch.Generator().manual_seed(0)
@@ -94,6 +97,22 @@ def self_check(vlm: HookedVLM, inputs: Mapping[str, Any]) -> dict[str, str]:
         _check_equations(vlm, taps)
     live = {name for name, grad in zip(taps, gradients, strict=True) if grad is not None and bool(grad.any())}
     return {name: _reason(vlm, name, name in taps) for name in vlm.hook_points if name not in live}
+
+
+@torch.no_grad()
+def rounding_spread(
+    vlm: HookedVLM, inputs: Mapping[str, Any], bare: Float[Tensor, "batch pos vocab"]
+) -> float:
+    """How far the logits move when every residual stream before a block is off by one step of its own rounding."""
+    generator = torch.Generator().manual_seed(0)
+
+    def off_by_one_step(activation: Tensor, hook: Any) -> Tensor:
+        signs = torch.randint(0, 2, activation.shape, generator=generator).to(activation) * 2 - 1
+        return activation * (1 + signs * torch.finfo(activation.dtype).eps)
+
+    names = [name for name in vlm.hook_points if name.endswith("hook_resid_pre")]
+    with vlm.hooks([(name, off_by_one_step) for name in names]):
+        return (_logits(vlm, inputs) - bare).abs().max().item()
 
 
 @torch.no_grad()

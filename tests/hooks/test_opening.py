@@ -63,6 +63,39 @@ def test_self_check_catches_a_point_whose_value_is_changed(monkeypatch: pytest.M
         HookedVLM(given.model, given.processor)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_where_a_model_magnifies_rounding_its_own_spread_is_the_bound(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hooks.engine
+    from hooks import selfcheck
+
+    given = tiny(family)
+    given.model.to(dtype)
+    monkeypatch.setattr(selfcheck, "_check_equations", lambda *_: None)
+    monkeypatch.setattr(selfcheck, "tolerance", lambda logits: 0.0)  # as if the first bound were too tight
+    inputs = {name: v.to(dtype) if v.is_floating_point() else v for name, v in given.inputs().items()}
+    vlm = HookedVLM(given.model, inputs=inputs)
+    with torch.no_grad():
+        spread = selfcheck.rounding_spread(vlm, inputs, vlm(inputs).logits)
+        largest = vlm(inputs).logits.abs().max().item()
+    assert 0 < spread < 100 * torch.finfo(dtype).eps * largest
+    honest = hooks.engine._new_value
+
+    def wrong(hook, tensor):
+        value = honest(hook, tensor)
+        return (
+            value if value is None or not hook.context.name.endswith("1.hook_mlp_out") else value.roll(1, -1)
+        )
+
+    monkeypatch.setattr(hooks.engine, "_new_value", wrong)
+    with pytest.raises(FrankenlensError, match=r"moved the logits by [0-9.]+e[+-]\d+") as caught:
+        HookedVLM(given.model, inputs=inputs)
+    moved = float(str(caught.value).split("logits by ")[1].split(" ")[0])
+    assert moved > (25 if dtype == torch.float32 else 1) * 4 * spread
+
+
 def test_closed_refuses_and_names_the_way_back() -> None:
     given = tiny("qwen2_vl")
     vlm = HookedVLM(given.model, given.processor)
