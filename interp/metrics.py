@@ -84,8 +84,8 @@ class LogitDifference:
 class SoftDifference:
     """sum_t sum_v weights(t, v) * logit(t, v), with weights p_donor - p_recipient fixed from the clean runs.
 
-    The weights of a position sum to 0, so adding a constant to its logits changes nothing. They take 4 bytes x prompts x
-    steps x vocabulary: 120 MB for 10 prompts of 20 tokens each with 150,000 tokens to choose from.
+    The weights of a position sum to 0, so adding a constant to its logits changes nothing. They take 4 bytes x prompts
+    x steps x vocabulary: 120 MB for 10 prompts of 20 tokens each with 150,000 tokens to choose from.
 
     Attributes:
         weights: one [step, vocab] tensor per prompt.
