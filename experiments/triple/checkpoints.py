@@ -47,7 +47,8 @@ def save(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
     if temporary.exists():
         shutil.rmtree(temporary)
     model.config.use_cache = True  # trainers switch it off
-    for config in (model.config, model.config.get_text_config(), model.config.vision_config):
+    configs: list[Any] = [model.config, model.config.get_text_config(), model.config.vision_config]
+    for config in configs:
         config.dtype = model.dtype  # as of a model that was loaded: all stages say the same
     model.save_pretrained(temporary)
     vision: Any = model.config.vision_config

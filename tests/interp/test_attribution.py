@@ -126,11 +126,12 @@ def test_bad_arguments_are_named() -> None:
     given = tiny("llava")
     vlm = HookedVLM(given.model, inputs=given.inputs())
     prompts = _prompts(given, 2)
-    for settings, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"points": ("vision",)}, "'vision' cannot be attributed"),
         ({"roles": ["answers"]}, "'answers' is no role"),
         ({"steps": -1}, "steps is -1"),
-    ):
+    ]
+    for settings, message in cases:
         with pytest.raises(FrankenlensError, match=message):
             attribute_within(vlm, prompts, prompts, METRIC, progress=False, **settings)
     with pytest.raises(FrankenlensError, match="same roles"):
@@ -139,10 +140,10 @@ def test_bad_arguments_are_named() -> None:
 
 def test_on_the_embedded_pair_the_strongest_are_among_those_attributed() -> None:
     pair = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
-    decisions = find_decisions(pair, sample("sum", 60, seed=3, split="map"), "decisive", progress=False)
+    decisions = find_decisions(pair, sample("sum", 48, seed=3, split="map"), "decisive", progress=False)
     points, roles = ("mlp_out", "head"), ["question", "reasoning", "decision"]
     exact = component_map(pair, decisions, points=points, roles=roles, progress=False)
-    for steps in (0, 8):
+    for steps in (0, 4):
         found = attribute(pair, decisions, points=points, roles=roles, steps=steps, progress=False)
         checked = verify(found, pair, decisions, top_k=30, progress=False)
         for direction in ("rl_to_in", "in_to_rl"):
