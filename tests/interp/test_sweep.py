@@ -180,7 +180,9 @@ def test_every_kind_at_every_point_is_one_full_forward_each(family: str) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 @given(data=st.data())
 def test_drawn_sites(family: str, data: st.DataObject) -> None:
     pair = duo(family)
