@@ -1,0 +1,62 @@
+"""How much arithmetic a scan cannot avoid, in closed form.
+
+Counted as `torch.utils.flop_counter` counts under the MATH backend: two operations per multiply-add of every matrix
+product, attention's products over all keys (hidden ones included); nothing for norms, softmax and activations.
+
+Unavoidable, for an intervention on a batch: from its layer up, every token from its first on, because what it changes
+there reaches them all; in the last layer keys and values of those tokens, but queries, MLP and unembedding only of the
+one token that is read. A head's z passes through its own rows of W_O only. On top, once per scan: the clean run of the
+recipient, without which neither the keys before the first token nor the streams below the layer are known. The donor's
+activations are given to every engine, and counted for none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tests.benchmarks.arms import D_HEAD, Site
+from tests.benchmarks.models import BATCH, HEADS, LAYERS, TOKENS, WIDTH
+
+D_MLP = 4 * WIDTH
+MLP = 2 * 3 * WIDTH * D_MLP  # per token: gate, up, down
+PROJECTION = 2 * WIDTH * WIDTH  # per token: q, k, v or the output
+
+
+def attention(queries: int, keys: int) -> int:
+    """Scores and mixing of one row."""
+    return 2 * 2 * queries * keys * HEADS * D_HEAD
+
+
+def block(tokens: int, keys: int) -> int:
+    """A whole block on the last `tokens` of `keys` tokens of one row."""
+    return tokens * (4 * PROJECTION + MLP) + attention(tokens, keys)
+
+
+def last_block(tokens: int, keys: int) -> int:
+    """The last block, of which only the last token is read."""
+    return tokens * 2 * PROJECTION + 2 * PROJECTION + MLP + attention(1, keys)
+
+
+def decoder(vocabulary: int) -> int:
+    """A full forward of the decoder on one row, logits at every token."""
+    return LAYERS * block(TOKENS, TOKENS) + TOKENS * 2 * WIDTH * vocabulary
+
+
+def of_site(site: Site, vocabulary: int) -> int:
+    """What one intervention cannot avoid, on one row."""
+    first = 0 if site.token is None else site.token
+    tokens = TOKENS - first
+    total = 2 * WIDTH * vocabulary  # one token is unembedded
+    begin = site.layer
+    if site.head is not None:  # its rows of W_O, then the MLP of its own block
+        read = site.layer == LAYERS - 1
+        total += 2 * D_HEAD * WIDTH * (1 if read else tokens) + MLP * (1 if read else tokens)
+        begin += 1
+    whole = max(0, LAYERS - 1 - begin)
+    total += whole * block(tokens, TOKENS)
+    return total + (last_block(tokens, TOKENS) if begin < LAYERS else 0)
+
+
+def of_scan(sites: Sequence[Site], vocabulary: int, clean: int) -> int:
+    """What a scan cannot avoid: every site on the whole batch, and one clean run that costs `clean`."""
+    return clean + BATCH * sum(of_site(site, vocabulary) for site in sites)

@@ -1,0 +1,205 @@
+"""Runs the benchmark: `python -m tests.benchmarks.run --out DIR`. Writes table.md, figure.png and results.json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from interp.prompts import collate
+from tests.benchmarks.arms import ARMS, SCANS, Arm, Site, donated
+from tests.benchmarks.floor import of_scan
+from tests.benchmarks.models import FAMILIES, Setting, build
+
+SAMPLE = 12  # sites that the slow arms are timed on
+REPEATS = 3
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--scans", default=",".join(SCANS))
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results = {
+        family: family_results(build(family), arguments.scans.split(","), arguments.repeats)
+        for family in arguments.families.split(",")
+    }
+    (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (arguments.out / "table.md").write_text(table(results), encoding="utf-8")
+    figure(results, arguments.out / "figure.png")
+    print(table(results))
+
+
+def sample(sites: list[Site], n: int = SAMPLE) -> list[int]:
+    """Numbers of sites that are spread evenly over layers and tokens alike (a golden-ratio walk over the layers)."""
+    by_layer: dict[int, list[int]] = {}
+    for number, site in enumerate(sites):
+        by_layer.setdefault(site.layer, []).append(number)
+    layers = sorted(by_layer)
+    picked = []
+    for i in range(n):
+        numbers = by_layer[layers[i % len(layers)]]
+        picked.append(numbers[int((i * 0.6180339887) % 1 * len(numbers))])
+    return picked
+
+
+@torch.no_grad()
+def family_results(setting: Setting, scans: list[str], repeats: int) -> dict[str, Any]:
+    """Times, differences, memory and arithmetic of every scan and arm."""
+    given = donated(setting)
+    arms: dict[str, Arm] = {}
+    missing: dict[str, str] = {}
+    for name, make in ARMS.items():
+        try:
+            arms[name] = make(setting, given)
+        except ImportError as error:
+            missing[name] = str(error).split(". ")[0]
+    found: dict[str, Any] = {"missing": missing, "scans": {}}
+    for scan in scans:
+        found["scans"][scan] = scan_results(setting, scan, arms, repeats)
+    return found
+
+
+def scan_results(setting: Setting, scan: str, arms: dict[str, Arm], repeats: int) -> dict[str, Any]:
+    """One scan: ours whole, the others on a sample of its sites, scaled."""
+    sites = SCANS[scan]
+    chosen = sample(sites)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    memory: dict[str, float] = {}
+    values: dict[str, torch.Tensor] = {}
+    for _ in tqdm(range(repeats), desc=f"{setting.family}: {scan}"):
+        for name, arm in arms.items():
+            whole = name == "ours"
+            asked = sites if whole else [sites[i] for i in chosen]
+            with Peak() as peak:
+                start = time.perf_counter()
+                result = arm(asked)
+                took = time.perf_counter() - start
+            times[name].append(took * (1 if whole else len(sites) / len(asked)))
+            memory[name] = max(memory.get(name, 0.0), peak.mebibytes)
+            values[name] = result[chosen] if whole else result
+    clean = setting.metric(setting.vlm(collate(setting.prompts).inputs).logits, collate(setting.prompts))
+    ran, unavoidable = arithmetic(setting, sites, arms["ours"])
+    return {
+        "sites": len(sites),
+        "seconds": {name: statistics.median(t) for name, t in times.items()},
+        "faster": {
+            name: statistics.median([theirs / mine for theirs, mine in zip(t, times["ours"], strict=True)])
+            for name, t in times.items()
+        },
+        "difference": {name: float((v - values["ours"]).abs().max()) for name, v in values.items()},
+        "median_effect": float((values["plain hooks"] - clean).abs().median()),
+        "peak_mebibytes": memory,
+        "flops_run_over_unavoidable": ran / unavoidable,
+    }
+
+
+def arithmetic(setting: Setting, sites: list[Site], arm: Arm) -> tuple[int, int]:
+    """Operations that our scan runs, and those it cannot avoid."""
+    inputs = collate(setting.prompts).inputs
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            setting.vlm(inputs, use_cache=False)
+        clean = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            arm(sites)
+    vocabulary = int(setting.vlm.model.config.get_text_config().vocab_size)
+    return counter.get_total_flops(), of_scan(sites, vocabulary, clean)
+
+
+class Peak:
+    """The most memory that the process gained while the context was open, sampled every 2 ms."""
+
+    def __enter__(self) -> Peak:
+        self._done, self._before, self._most = threading.Event(), _resident(), 0
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self._most = max(self._most, _resident())
+
+    @property
+    def mebibytes(self) -> float:
+        """Gained at most."""
+        return max(0, self._most - self._before) / 2**20
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| model | scan | ours, s | plain hooks | TransformerLens | nnsight | largest difference | FLOPs run / "
+        "unavoidable | peak memory, MiB (ours / plain) |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for family, found in results.items():
+        for scan, row in found["scans"].items():
+            ratios = [
+                f"{row['faster'][name]:.1f}x" if name in row["faster"] else "not run"
+                for name in ARMS
+                if name != "ours"
+            ]
+            memory = row["peak_mebibytes"]
+            lines.append(
+                f"| {family} | {scan} ({row['sites']}) | {row['seconds']['ours']:.2f} | {' | '.join(ratios)} | "
+                f"{max(row['difference'].values()):.0e} | {row['flops_run_over_unavoidable']:.2f} | "
+                f"{memory['ours']:.0f} / {memory['plain hooks']:.0f} |"
+            )
+    notes = [
+        f"Not run: {name} on {family} ({reason})."
+        for family, found in results.items()
+        for name, reason in found["missing"].items()
+    ]
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def figure(results: dict[str, Any], path: Path) -> None:
+    """How many times faster, by scan and peer."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 3.4), sharey=True, squeeze=False)
+    for axis, (family, found) in zip(axes[0], results.items(), strict=True):
+        scans = list(found["scans"])
+        peers = [name for name in ARMS if name != "ours" and name not in found["missing"]]
+        for k, peer in enumerate(peers):
+            heights = [found["scans"][scan]["faster"][peer] for scan in scans]
+            bars = axis.bar(np.arange(len(scans)) + 0.27 * (k - 1), heights, 0.25, label=peer)
+            axis.bar_label(bars, fmt="%.0f", fontsize=7)
+        axis.set_xticks(range(len(scans)), [scan.replace(", ", ",\n") for scan in scans], fontsize=7)
+        axis.set_yscale("log")
+        axis.set_title(family)
+        axis.axhline(1, color="grey", lw=0.8)
+    axes[0][0].set_ylabel("times faster than")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
