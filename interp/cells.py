@@ -64,19 +64,30 @@ def cells_of(
                     continue
                 source = own if kind == "self" else donor
                 borrow = ready if kind == "other" else None
-                edits = _edits(own, source, component, None if early else where, early, borrow)
+                edits = edits_of(own, source, component, None if early else where, early, borrow)
                 cells.append(Cell(kind, c, r, edits, present))
     return cells
 
 
-def _edits(
+def edits_of(
     own: Donor,
     source: Donor,
     component: Component,
     where: Bool[Tensor, "batch pos"] | None,
     early: bool,
-    borrow: PatchBatch | None,
+    borrow: PatchBatch | None = None,
 ) -> tuple[Edit, ...]:
+    """The edits that put a component's activation from one run into another.
+
+    Args:
+        own: the recipient.
+        source: the donor.
+        component: what is moved; edits of several hook points where it has several.
+        where: tokens; None for the vision side.
+        early: whether it lies before the decoder.
+        borrow: take every row's activation from its partner of this batch instead.
+    """
+
     def new(name: str) -> New:
         def replacement(activation: Tensor, span: Span) -> Tensor:
             value = source.activation(name, component.head)

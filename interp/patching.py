@@ -4,25 +4,19 @@ One mechanism for two models on the same tokens (cross-model activation patching
 and for one model on two prompts that differ in their images (Meng et al. 2202.05262; Zhang & Nanda 2309.16042).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.engine import HookContext, head_results
 from hooks.errors import nearest
 from interp.prompts import Prompt, PromptBatch
-from interp.rerun import CleanRun
 
 POINTS = ("resid_pre", "attn_out", "mlp_out", "head", "z", "vision", "projector")
 BEFORE_THE_DECODER = ("vision", "projector")
-
-Reader = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
 
 
 @dataclass(frozen=True)
@@ -95,37 +89,6 @@ def cached_names(wanted: Sequence[Component]) -> list[str]:
     return list(dict.fromkeys(name.replace("hook_result", "hook_z") for c in wanted for name in c.hooks))
 
 
-def donor_values(run: CleanRun, component: Component) -> list[Float[Tensor, "..."]]:
-    """What a patch of `component` takes from `run`, one per hook; a head's result goes through the run's own W_O."""
-    if component.head is None:
-        return [run.cache[name] for name in component.hooks]
-    z = run.cache[component.hook.replace("hook_result", "hook_z")]
-    if component.point == "z":
-        return [z[:, :, component.head]]
-    block = run.vlm.anatomy.text.blocks[component.layer or 0]
-    return [head_results(run.vlm.module(block.out), z)[:, :, component.head]]
-
-
-def replace_hooks(
-    component: Component, values: Sequence[Float[Tensor, "..."]], where: Bool[Tensor, "batch pos"] | None
-) -> list[tuple[str, Callable[[Tensor, HookContext], Tensor]]]:
-    """Forward hooks that write `values` at the tokens `where` (None: everywhere) and leave all else as it is."""
-
-    def writer(value: Tensor) -> Callable[[Tensor, HookContext], Tensor]:
-        def write(activation: Tensor, hook: HookContext) -> Tensor:
-            new = value.to(activation)
-            here = None if where is None else where[..., None].to(activation.device)
-            if component.head is None:
-                return new if here is None else torch.where(here, new, activation)
-            whole, own = activation.clone(), activation[:, :, component.head]
-            whole[:, :, component.head] = new if here is None else torch.where(here, new, own)
-            return whole
-
-        return write
-
-    return [(name, writer(value)) for name, value in zip(component.hooks, values, strict=True)]
-
-
 @dataclass(frozen=True)
 class PatchBatch:
     """One batch ready for patching: where each role stands, and which other example each row may borrow from."""
@@ -139,47 +102,8 @@ class PatchBatch:
         return self.reads if role == "decision" else self.batch.mask(role)
 
 
-def patch_effects(
-    donor: CleanRun,
-    recipient: CleanRun,
-    rows: PatchBatch,
-    read: Reader,
-    wanted: Sequence[Component],
-    roles: Sequence[str],
-    other_example: bool = False,
-    progress: tqdm | None = None,
-) -> Float[np.ndarray, "component role batch"]:
-    """metric(recipient with the donor's activation) - metric(recipient), per component, role and example.
-
-    A role that an example does not have is NaN there, never 0; so is the vision side of a prompt without an image.
-    With `other_example` the activation comes from the donor on another example with the same roles and images of the
-    same size (NaN where the batch holds none): the control that tells "the donor's value for this image" from "any
-    value of the donor".
-    """
-    clean = read(recipient.logits)
-    effects = np.full((len(wanted), len(roles), len(clean)), np.nan)
-    usable = rows.partner >= 0 if other_example else torch.ones_like(rows.partner, dtype=torch.bool)
-    for i, component in enumerate(wanted):
-        early = component.point in BEFORE_THE_DECODER
-        values: list[Tensor] | None = None
-        for j, role in enumerate(roles):
-            present = usable & rows.where(role).any(-1)
-            if (early and role != "image") or not present.any():
-                continue
-            if values is None:
-                values = donor_values(donor, component)
-                values = [borrowed(value, early, rows) for value in values] if other_example else values
-            where = None if early else rows.where(role)
-            logits = recipient.rerun(replace_hooks(component, values, where))
-            effect = (read(logits) - clean).double().cpu()
-            effects[i, j] = effect.masked_fill(~present.cpu(), torch.nan).numpy()
-            if progress is not None:
-                progress.update()
-    return effects
-
-
 def borrowed(value: Float[Tensor, "..."], early: bool, rows: PatchBatch) -> Float[Tensor, "..."]:
-    """The donor's value with every row's part replaced by its partner's; rows without one keep their own."""
+    """A donor's value with every row's part replaced by its partner's; rows without one keep their own."""
     source = [own if other < 0 else other for own, other in enumerate(rows.partner.tolist())]
     if not early:
         return value[source]

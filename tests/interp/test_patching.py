@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from hooks import FrankenlensError, HookedVLM, graft, weight_slices
+from interp.cells import Donor, edits_of
 from interp.component_map import DIRECTIONS, _map, patch
 from interp.examples import Example
 from interp.metrics import LogitDifference, SoftDifference
-from interp.patching import POINTS, cached_names, components, donor_values, replace_hooks
+from interp.patching import BEFORE_THE_DECODER, POINTS, cached_names, components
 from interp.prompts import PromptBuilder, collate
 from interp.rerun import CleanRun
 from interp.roles import TraceFormat
@@ -83,16 +84,20 @@ def test_rerun_is_a_full_forward_bit_for_bit(duo) -> None:
 def test_a_component_from_the_same_model_changes_nothing_at_all(duo) -> None:
     given, vlm, _ = duo
     wanted = components(vlm, POINTS)
-    run = CleanRun(vlm, given.inputs(batch=2), cached_names(wanted))
+    batch = collate(_prompts(given, 2))
+    run = CleanRun(vlm, batch.inputs)
+    own = Donor(vlm, batch, cached_names(wanted), LogitDifference(torch.tensor([1, 2]), torch.tensor([5, 6])))
     for component in wanted:
-        hooks = replace_hooks(component, donor_values(run, component), None)
-        assert torch.equal(run.rerun(hooks), run.logits), component
+        early = component.point in BEFORE_THE_DECODER
+        edits = edits_of(own, own, component, None if early else batch.mask("all"), early)
+        assert torch.equal(run.rerun([edit.hook() for edit in edits]), run.logits), component
 
 
 def test_head_result_patch_equals_plain_hooks(duo) -> None:
     """Head 1 of layer 1, the last two tokens, the donor's own W_O; by a plain hook on the output projection."""
     given, recipient, donor = duo
-    inputs = given.inputs()
+    batch = collate(_prompts(given, 1))
+    inputs = batch.inputs
     block = recipient.anatomy.text.blocks[1]
     head = slice(block.d_head, 2 * block.d_head)
     outs = {name: vlm.model.get_submodule(block.out) for name, vlm in (("r", recipient), ("d", donor))}
@@ -115,10 +120,12 @@ def test_head_result_patch_equals_plain_hooks(duo) -> None:
         expected = recipient.model(**inputs).logits
         handle.remove()
         component = next(c for c in components(recipient, ["head"]) if (c.layer, c.head) == (1, 1))
-        run = CleanRun(donor, inputs, ["blocks.1.attn.hook_z"])
+        metric = LogitDifference(torch.tensor([1]), torch.tensor([5]))
+        source, own = (Donor(vlm, batch, ["blocks.1.attn.hook_z"], metric) for vlm in (donor, recipient))
         where = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
         where[:, -2:] = True
-        got = CleanRun(recipient, inputs).rerun(replace_hooks(component, donor_values(run, component), where))
+        (edit,) = edits_of(own, source, component, where, early=False)
+        got = CleanRun(recipient, inputs).rerun([edit.hook()])
     scale = max(1.0, expected.abs().max().item())
     assert (got - expected).abs().max() <= 1e-5 * scale
     assert (expected - recipient(inputs).logits).abs().max() >= 1e-3 * scale
