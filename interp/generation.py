@@ -9,8 +9,9 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from hooks import HookedVLM
-from interp.prompts import Prompt, collate
+from hooks import FrankenlensError, HookedVLM
+from hooks.vlm import FwdHooks
+from interp.prompts import Prompt, PromptBatch, collate
 
 
 @torch.no_grad()
@@ -31,21 +32,39 @@ def greedy(
     written: list[list[int]] = [[] for _ in prompts]
     if not prompts:
         return written
-    builder = prompts[0].builder
-    settings = {"max_new_tokens": max_new_tokens, "suppress_tokens": list(builder.suppressed_ids) or None}
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    with (
-        plain_greedy(vlm.model, builder.end_ids, builder.pad_id),
-        tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress) as bar,
-    ):
+    with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress) as bar:
         for first in range(0, len(prompts), batch_size):
             rows = by_length[first : first + batch_size]
-            batch = collate([prompts[row] for row in rows], "left").to(vlm.model.device)
-            output = vlm.model.generate(**batch.inputs, **settings)  # type: ignore[operator]
-            for row, ids in zip(rows, output[:, batch.roles.shape[1] :].tolist(), strict=True):
-                written[row] = through_end(ids, builder.end_ids)
+            batch = collate([prompts[row] for row in rows], "left").to(vlm.device)
+            for row, ids in zip(rows, greedy_batch(vlm, batch, max_new_tokens), strict=True):
+                written[row] = ids
             bar.update(len(rows))
     return written
+
+
+@torch.no_grad()
+def greedy_batch(
+    vlm: HookedVLM, batch: PromptBatch, max_new_tokens: int = 128, fwd_hooks: FwdHooks = ()
+) -> list[list[int]]:
+    """What the model writes after each row of a batch, with hooks on during prefill and every step.
+
+    Args:
+        vlm: the opened model.
+        batch: padded on the left, on its device.
+        max_new_tokens: the most that is written.
+        fwd_hooks: as in `HookedVLM.generate`.
+
+    Raises:
+        FrankenlensError: the batch is padded on the right.
+    """
+    if batch.padding_side != "left" and len(set(batch.lengths.tolist())) > 1:
+        raise FrankenlensError('generation needs left padding: collate(prompts, "left")')
+    builder = batch.prompts[0].builder
+    settings = {"max_new_tokens": max_new_tokens, "suppress_tokens": list(builder.suppressed_ids) or None}
+    with plain_greedy(vlm.model, builder.end_ids, builder.pad_id):
+        output = vlm.generate(batch.inputs, fwd_hooks, **settings)
+    return [through_end(ids, builder.end_ids) for ids in output[:, batch.roles.shape[1] :].tolist()]
 
 
 def through_end(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:

@@ -30,15 +30,15 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--families", default=",".join(FAMILIES))
-    parser.add_argument("--scans", default=",".join(SCANS))
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument("--scans", nargs="+", default=list(SCANS), choices=list(SCANS))
     parser.add_argument("--repeats", type=int, default=REPEATS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = {
-        family: family_results(build(family), arguments.scans.split(","), arguments.repeats)
-        for family in arguments.families.split(",")
+        family: family_results(build(family), arguments.scans, arguments.repeats)
+        for family in arguments.families
     }
     (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (arguments.out / "table.md").write_text(table(results), encoding="utf-8")

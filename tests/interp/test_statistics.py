@@ -74,7 +74,7 @@ def test_many_cells_equal_single_cells_whatever_is_missing():
 def test_blocks_of_cells_do_not_change_the_result(monkeypatch):
     top, bottom = np.random.default_rng(0).normal(size=(50, 20)), np.ones(20)
     whole = bootstrap_ratio(top, bottom)
-    monkeypatch.setattr("interp.statistics._CHUNK", 3 * 2000)
+    monkeypatch.setattr("interp.statistics.intervals._CHUNK", 3 * 2000)
     parts = bootstrap_ratio(top, bottom)
     np.testing.assert_allclose(parts.low, whole.low, rtol=1e-12)
     np.testing.assert_allclose(parts.high, whole.high, rtol=1e-12)

@@ -1,0 +1,211 @@
+"""Grafts: weights of some addresses taken from a donor, whole or in part, for a while or saved as a checkpoint.
+
+With w the recipient's weights and d = donor - recipient, a graft writes w + c f(d) at its addresses: f is d itself
+(c = 1: the donor's weights bit for bit; 0 < c < 1: linear interpolation; other c: the update scaled), its best
+approximation of low rank, or a random update of the same norm in every tensor (the control).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooks import FrankenlensError, HookedVLM, WeightSlice, weight_slices
+
+FORMS = ("delta", "low_rank", "random")
+_EXACT = 2048  # up to this many rows or columns, the low-rank form is an exact SVD
+
+
+@dataclass(frozen=True)
+class Graft:
+    """What is taken from the donor.
+
+    Attributes:
+        addresses: components (ranges too), e.g. `("blocks.0-9", "projector")`.
+        coefficient: c above.
+        form: f above: "delta", "low_rank" or "random".
+        rank: of "low_rank"; vectors (biases, norms) are taken whole.
+        seed: of "random".
+
+    Raises:
+        FrankenlensError: no addresses, an unknown form, or a rank where none is meant or none where one is.
+    """
+
+    addresses: tuple[str, ...]
+    coefficient: float = 1.0
+    form: str = "delta"
+    rank: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.addresses or isinstance(self.addresses, str):
+            raise FrankenlensError("a graft needs a tuple of addresses, such as ('blocks.0-9', 'projector')")
+        if self.form not in FORMS:
+            raise FrankenlensError(f"there is no form {self.form!r} of a graft; choose {', '.join(FORMS)}")
+        if (self.form == "low_rank") != (self.rank is not None) or (self.rank or 1) < 1:
+            raise FrankenlensError("rank= (at least 1) goes with form='low_rank', and only with it")
+
+    @property
+    def name(self) -> str:
+        """E.g. `blocks.0-9, projector`, `0.5 x blocks.3`, `rank 4 of blocks.3`, `random like blocks.3`."""
+        forms = {"delta": "", "low_rank": f"rank {self.rank} of ", "random": "random like "}
+        factor = "" if self.coefficient == 1 else f"{self.coefficient:g} x "
+        return factor + forms[self.form] + ", ".join(self.addresses)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the donor's weights are taken as they are."""
+        return self.form == "delta" and self.coefficient == 1
+
+
+def everything(vlm: HookedVLM) -> tuple[str, ...]:
+    """Addresses that together name every weight of a model exactly once.
+
+    The unembedding is left out where it is tied to the embedding.
+    """
+    tied = vlm.model.get_parameter(f"{vlm.anatomy.unembed}.weight") is vlm.model.get_parameter(
+        f"{vlm.anatomy.embed}.weight"
+    )
+    last = vlm.n_layers - 1
+    rest = ("embed", "ln_final", *(() if tied else ("unembed",)))
+    return ("vision", "projector", f"blocks.0-{last}", *rest)
+
+
+def slices_of(vlm: HookedVLM, grafts: Sequence[Graft]) -> list[tuple[Graft, list[WeightSlice]]]:
+    """The weights that each graft writes.
+
+    Raises:
+        FrankenlensError: an address names nothing, or two name the same weights.
+    """
+    seen: dict[str, list[tuple[str, WeightSlice]]] = {}
+    found = []
+    for one in grafts:
+        pieces = []
+        for address in one.addresses:
+            for piece in weight_slices(vlm.model, vlm.anatomy, address):
+                for other, taken in seen.setdefault(piece.parameter, []):
+                    if _overlap(piece, taken):
+                        raise FrankenlensError(
+                            f"{other!r} and {address!r} both name weights of {piece.parameter}; name each once"
+                        )
+                seen[piece.parameter].append((address, piece))
+                pieces.append(piece)
+        found.append((one, pieces))
+    return found
+
+
+def _overlap(a: WeightSlice, b: WeightSlice) -> bool:
+    if a.dim is None or b.dim is None or a.dim != b.dim:
+        return True
+    return a.start < b.start + b.length and b.start < a.start + a.length
+
+
+@contextmanager
+def grafted(recipient: HookedVLM, donor: HookedVLM, grafts: Graft | Sequence[Graft]) -> Iterator[HookedVLM]:
+    """The recipient with grafts inside the context; its own weights, bit for bit, after it.
+
+    No third model is made: parameters that are taken whole are the donor's own tensors while the context is open (do
+    not train them), and of the others only what is overwritten is kept aside.
+
+    Raises:
+        FrankenlensError: as `slices_of`; parameters of different shape; weights that are not in memory (offloaded).
+    """
+    wanted = [grafts] if isinstance(grafts, Graft) else list(grafts)
+    work = slices_of(recipient, wanted)
+    own, theirs = (dict(v.model.named_parameters(remove_duplicate=False)) for v in (recipient, donor))
+    for _, pieces in work:
+        for piece in pieces:
+            _require_alike(piece.parameter, own, theirs)
+    with ExitStack() as stack, torch.no_grad():
+        for one, pieces in work:
+            for piece in pieces:
+                target, source = own[piece.parameter], theirs[piece.parameter]
+                if one.is_copy and piece.dim is None and _same_place(target, source):
+                    stack.callback(setattr, target, "data", target.data)
+                    target.data = source.data
+                    continue
+                part = piece.of(target)
+                stack.callback(_put_back, part, part.detach().clone())
+                part.copy_(new_weights(part, piece.of(source), one, piece.parameter))
+        with torch.enable_grad():
+            yield recipient
+
+
+def new_weights(
+    own: Float[Tensor, "..."], theirs: Float[Tensor, "..."], graft: Graft, name: str = ""
+) -> Float[Tensor, "..."]:
+    """w + c f(d) of one tensor, in the donor's precision; `name` makes random updates differ between tensors."""
+    if graft.is_copy:
+        return theirs
+    wide = torch.promote_types(own.dtype, torch.float32)
+    delta = theirs.to(own.device, wide) - own.to(wide)
+    if graft.form == "low_rank" and delta.ndim == 2 and graft.rank is not None:
+        delta = _low_rank(delta, graft.rank)
+    elif graft.form == "random":
+        delta = _random(delta, own.dtype, graft.seed + zlib.crc32(name.encode()))
+    return (own.to(wide) + graft.coefficient * delta).to(own.dtype)
+
+
+def save_grafted(
+    recipient: HookedVLM, donor: HookedVLM, grafts: Graft | Sequence[Graft], folder: Path | str
+) -> None:
+    """Write the grafted model, with the recipient's processor, as an ordinary checkpoint.
+
+    Raises:
+        FrankenlensError: as `grafted`; the folder exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FrankenlensError(f"{folder} is not empty; choose another folder for the merged checkpoint")
+    with grafted(recipient, donor, grafts):
+        recipient.model.save_pretrained(folder)
+        if recipient.processor is not None:
+            recipient.processor.save_pretrained(folder)
+
+
+def _put_back(part: Tensor, kept: Tensor) -> None:
+    with torch.no_grad():
+        part.copy_(kept)
+
+
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device
+
+
+def _require_alike(name: str, own: dict[str, nn.Parameter], theirs: dict[str, nn.Parameter]) -> None:
+    if name not in theirs or theirs[name].shape != own[name].shape:
+        shape = tuple(theirs[name].shape) if name in theirs else "missing"
+        raise FrankenlensError(f"{name} is {tuple(own[name].shape)} in the recipient, {shape} in the donor")
+    if own[name].is_meta or theirs[name].is_meta:
+        raise FrankenlensError(
+            f"{name} is offloaded; load both models into memory (device_map=None) to graft"
+        )
+
+
+def _low_rank(delta: Float[Tensor, "row column"], rank: int) -> Float[Tensor, "row column"]:
+    """The nearest matrix of that rank; for large matrices by a randomized SVD with eight power iterations."""
+    if min(delta.shape) <= _EXACT:
+        u, s, v = torch.linalg.svd(delta, full_matrices=False)
+        return (u[:, :rank] * s[:rank]) @ v[:rank]
+    u, s, v = torch.svd_lowrank(delta, q=min(rank + 16, *delta.shape), niter=8)
+    return (u[:, :rank] * s[:rank]) @ v[:, :rank].T
+
+
+def _random(delta: Float[Tensor, "*shape"], dtype: torch.dtype, seed: int) -> Float[Tensor, "*shape"]:
+    """A random update of the same norm.
+
+    In half precision the update's own entries, shuffled: a Gaussian of that norm would mostly round away.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if dtype in (torch.float16, torch.bfloat16):
+        order = torch.randperm(delta.numel(), generator=generator).to(delta.device)
+        return delta.flatten()[order].view_as(delta)
+    noise = torch.randn(delta.shape, generator=generator).to(delta)
+    return noise * (delta.norm() / noise.norm())

@@ -1,0 +1,284 @@
+"""Layers, their halves and single heads left out while a model generates: does it still answer right?
+
+`skip` passes the residual stream by (a block, or its attention or MLP alone); `zero` is the same for attention, MLP and
+heads; `mean` puts the mean activation in, `resample` the activation at a random token of the same kind in another
+prompt's run. Mean and pool are taken per kind of token: the role in the prompt, and "generated" for all that follows.
+The intervention is on during prefill and at every decoding step. Source: layer skip of 2602.12395, which has neither
+halves, heads nor controls.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooks import Address, FrankenlensError, HookedVLM
+from hooks.engine import HookContext, HookFunction
+from interp.generation import greedy, greedy_batch
+from interp.localization.outcomes import Grader
+from interp.localization.pools import GENERATED, Pool
+from interp.prompts import Prompt, PromptBatch, collate
+from interp.statistics import bootstrap_difference, mcnemar, wilson_interval
+from interp.tasks import grade
+
+KINDS = ("skip", "zero", "mean", "resample")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One component, and what takes its place.
+
+    Attributes:
+        address: `blocks.3`, `blocks.3.attn`, `blocks.3.mlp` or `blocks.3.attn.head.1`.
+        kind: of `KINDS`; a whole block can only be skipped.
+
+    Raises:
+        FrankenlensError: anything else.
+    """
+
+    address: str
+    kind: str = "skip"
+
+    def __post_init__(self) -> None:
+        place = Address.parse(self.address)
+        if self.kind not in KINDS:
+            raise FrankenlensError(f"there is no ablation {self.kind!r}; choose {', '.join(KINDS)}")
+        if place.kind != "blocks" or place.tower != "text" or place.unit not in (None, "head"):
+            raise FrankenlensError(
+                f"{self.address} cannot be ablated while generating; give a decoder block, its .attn or .mlp, or a head"
+            )
+        if place.sub is None and self.kind != "skip":
+            raise FrankenlensError(
+                f"{self.address} is a whole block: it can only be skipped, not {self.kind!r}"
+            )
+
+    @property
+    def name(self) -> str:
+        """E.g. `skip blocks.3`."""
+        return f"{self.kind} {self.address}"
+
+    @property
+    def place(self) -> Address:
+        """The component, single."""
+        return Address.parse(self.address)
+
+    @property
+    def hook(self) -> str:
+        """Where it acts."""
+        layer, sub = self.place.layer, self.place.sub
+        if self.place.unit == "head":
+            return f"blocks.{layer}.attn.hook_z"
+        return (
+            f"blocks.{layer}."
+            + {None: "hook_resid_post", "attn": "hook_attn_out", "mlp": "hook_mlp_out"}[sub]
+        )
+
+
+def layers_of(
+    vlm: HookedVLM, parts: Sequence[str] = ("block", "attn", "mlp"), kind: str = "skip"
+) -> list[Ablation]:
+    """Every layer's block, attention, MLP, or heads ("head"); blocks are skipped whatever the kind.
+
+    Raises:
+        FrankenlensError: another part.
+    """
+    found = []
+    for part in parts:
+        if part not in ("block", "attn", "mlp", "head"):
+            raise FrankenlensError(f"there is no part {part!r}; choose of block, attn, mlp, head")
+        for layer in range(vlm.n_layers):
+            if part == "block":
+                found.append(Ablation(f"blocks.{layer}", "skip"))
+            elif part == "head":
+                heads = vlm.anatomy.text.blocks[layer].n_heads
+                found += [Ablation(f"blocks.{layer}.attn.head.{h}", kind) for h in range(heads)]
+            else:
+                found.append(Ablation(f"blocks.{layer}.{part}", kind))
+    return found
+
+
+def ablate(
+    vlm: HookedVLM,
+    prompts: Sequence[Prompt],
+    ablations: Sequence[Ablation],
+    *,
+    grader: Grader = grade,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Answers of the whole model and under every ablation, graded.
+
+    An answer that cannot be read counts as wrong under an ablation (breaking the form is an effect, and is counted in
+    `parsed`); prompts whose clean trace does not parse are left out, with the reason in `why`.
+
+    Returns:
+        right [ablation example] and clean [example], NaN where left out; parsed [ablation example]; why [example].
+
+    Raises:
+        FrankenlensError: no prompts, no ablations, or a component that the model does not have; before anything runs.
+    """
+    if not prompts or not ablations:
+        raise FrankenlensError("an ablation needs at least one prompt and one component")
+    for ablation in ablations:
+        _require(vlm, ablation)
+    traces = greedy(vlm, prompts, max_new_tokens, batch_size, progress)
+    answers = [_answer(prompt, ids) for prompt, ids in zip(prompts, traces, strict=True)]
+    why = ["" if answer is not None else "the clean trace does not parse" for answer in answers]
+    kept = [row for row, reason in enumerate(why) if not reason]
+    clean = np.full(len(prompts), np.nan)
+    clean[kept] = [grader(answers[row], prompts[row].example) for row in kept]
+    right = np.full((len(ablations), len(prompts)), np.nan)
+    parsed = np.full((len(ablations), len(prompts)), np.nan)
+    longer = [prompt.with_tokens(ids) for prompt, ids in zip(prompts, traces, strict=True)]
+    pools = _pools(vlm, longer, ablations, batch_size, seed)
+    kept.sort(key=lambda row: len(prompts[row]))
+    steps = [kept[i : i + batch_size] for i in range(0, len(kept), batch_size)]
+    with tqdm(total=len(steps) * len(ablations), desc="ablate", disable=not progress, delay=1) as bar:
+        for some in steps:
+            batch = collate([prompts[row] for row in some], "left").to(vlm.device)
+            for k, ablation in enumerate(ablations):
+                hooks = ablation_hooks(ablation, batch, pools.get(ablation.hook), seed)
+                for row, ids in zip(some, greedy_batch(vlm, batch, max_new_tokens, hooks), strict=True):
+                    answer = _answer(prompts[row], ids)
+                    right[k, row] = answer is not None and grader(answer, prompts[row].example)
+                    parsed[k, row] = answer is not None
+                bar.update()
+    places = [ablation.place for ablation in ablations]
+    return xr.Dataset(
+        {
+            "right": (("ablation", "example"), right),
+            "parsed": (("ablation", "example"), parsed),
+            "clean": ("example", clean),
+            "why": ("example", np.array(why, dtype=str)),
+        },
+        coords={
+            "ablation": [ablation.name for ablation in ablations],
+            "kind": ("ablation", [ablation.kind for ablation in ablations]),
+            "layer": ("ablation", [int(place.layer or 0) for place in places]),
+            "part": ("ablation", [place.unit or place.sub or "block" for place in places]),
+            "head": ("ablation", [-1 if place.index is None else place.index for place in places]),
+            "example": [prompt.example.id for prompt in prompts],
+            "task": ("example", [prompt.example.task for prompt in prompts]),
+        },
+        attrs={"seed": seed},
+    )
+
+
+def accuracy(found: xr.Dataset, **settings) -> pd.DataFrame:
+    """Accuracy under each ablation with Wilson's interval, and its loss against the whole model, paired.
+
+    Columns: ablation, kind, layer, part, head, accuracy, low, high, change, change_low, change_high (bootstrap;
+    `settings` as in `bootstrap_ratio`), p (McNemar, exact, not corrected), parsed, n, left_out.
+    """
+    clean = found["clean"].to_numpy()
+    rows = []
+    for k in range(found.sizes["ablation"]):
+        right = found["right"].to_numpy()[k]
+        there = right[~np.isnan(right)]
+        share = wilson_interval(int(there.sum()), len(there))
+        change = bootstrap_difference(right, clean, **settings)
+        rows.append(
+            {
+                **{key: found[key].to_numpy()[k] for key in ("ablation", "kind", "layer", "part", "head")},
+                "accuracy": float(share.value),
+                "low": float(share.low),
+                "high": float(share.high),
+                "change": float(change.value),
+                "change_low": float(change.low),
+                "change_high": float(change.high),
+                "p": mcnemar(right, clean).p,
+                "parsed": float(np.nanmean(found["parsed"].to_numpy()[k])) if len(there) else np.nan,
+                "n": len(there),
+                "left_out": int(np.isnan(right).sum()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def ablation_hooks(
+    ablation: Ablation, batch: PromptBatch, pool: Pool | None, seed: int = 0
+) -> list[tuple[str, HookFunction]]:
+    """The hooks of one ablation while `batch` is prefilled and continued.
+
+    Args:
+        ablation: what is done.
+        batch: the prompts, padded on the left.
+        pool: clean activations of its hook point; for mean and resample.
+        seed: of what `resample` draws.
+    """
+    kinds = torch.where(batch.roles < 0, torch.zeros_like(batch.roles), batch.roles).long()
+    generator = torch.Generator().manual_seed(seed)
+    if ablation.place.sub is None:
+        before: list[Tensor] = []
+
+        def keep(activation: Tensor, hook: HookContext) -> None:
+            before[:] = [activation.clone()]
+
+        pre = ablation.hook.replace("resid_post", "resid_pre")
+        return [(pre, keep), (ablation.hook, lambda activation, hook: before[0])]
+
+    def new(activation: Tensor) -> Tensor:
+        if ablation.kind in ("skip", "zero"):
+            return torch.zeros_like(activation)
+        if pool is None:
+            raise FrankenlensError(f"{ablation.name} needs the pool of its hook point")
+        prefill = activation.shape[1] == kinds.shape[1]
+        wanted = kinds if prefill else torch.full(activation.shape[:2], GENERATED)
+        drawn = pool.mean(wanted) if ablation.kind == "mean" else pool.sample(wanted, generator)
+        return drawn.to(activation)
+
+    def write(activation: Tensor, hook: HookContext) -> Tensor:
+        head = ablation.place.index
+        if head is None:
+            return new(activation)
+        whole = activation.clone()
+        whole[:, :, head] = new(activation)[:, :, head]
+        return whole
+
+    return [(ablation.hook, write)]
+
+
+@torch.no_grad()
+def _pools(
+    vlm: HookedVLM, prompts: Sequence[Prompt], ablations: Sequence[Ablation], batch_size: int, seed: int
+) -> dict[str, Pool]:
+    names = list(dict.fromkeys(a.hook for a in ablations if a.kind in ("mean", "resample")))
+    pools = {name: Pool() for name in names}
+    generators = {name: torch.Generator().manual_seed(seed + zlib.crc32(name.encode())) for name in names}
+    for first in range(0, len(prompts) if names else 0, batch_size):
+        some = prompts[first : first + batch_size]
+        batch = collate(some).to(vlm.device)
+        kinds = batch.roles.long().cpu()
+        for row, prompt in enumerate(some):
+            kinds[row, prompt.n_prompt_tokens :].masked_fill_(
+                kinds[row, prompt.n_prompt_tokens :] >= 0, GENERATED
+            )
+        _, cache = vlm.run_with_cache(batch.inputs, names, use_cache=False)
+        for name in names:
+            for kind in range(GENERATED + 1):
+                pools[name].add(kind, cache[name][(kinds == kind).to(vlm.device)], generators[name])
+    return pools
+
+
+def _answer(prompt: Prompt, ids: Sequence[int]) -> str | None:
+    return prompt.builder.read_trace(prompt.with_tokens(ids)).answer
+
+
+def _require(vlm: HookedVLM, ablation: Ablation) -> None:
+    place, layers = ablation.place, vlm.n_layers
+    if place.layer is None or place.layer >= layers:
+        raise FrankenlensError(f"{ablation.address}: the decoder has blocks 0-{layers - 1}")
+    heads = vlm.anatomy.text.blocks[place.layer].n_heads
+    if place.index is not None and place.index >= heads:
+        raise FrankenlensError(f"{ablation.address}: the block has heads 0-{heads - 1}")
+    vlm.names(ablation.hook)

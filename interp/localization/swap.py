@@ -1,0 +1,276 @@
+"""Vision-token swap: an answer is generated while some layers see another image (2602.12395, functional localization).
+
+Target and source are one question about two images of equal size, so that the visual tokens of both stand at the same
+positions. In the layers of the swap, the target's text reads the source's visual states:
+
+- `kv`: keys (before the rotary embedding) and values of the visual tokens, written once, during prefill; the KV cache
+  then holds them for the whole generation, and its length stays what it was.
+- `residual`: the visual tokens' residual stream before each of the layers.
+
+After the last layer of the swap the visual tokens' residual stream is the target's own again (with `kv` too: their own
+queries have seen the source's keys). With one image and equal prefixes the two are then the same intervention, which
+the tests show.
+
+A suffix (every layer from k on) is what the paper's released code swaps: the change rate CR(k) then falls with k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Bool
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooks import FrankenlensError, HookedVLM
+from hooks.engine import HookContext, HookFunction
+from interp.examples import Example
+from interp.generation import greedy_batch
+from interp.localization.outcomes import NOT_COUNTED, OUTCOMES, Grader, outcome
+from interp.patching import image_shapes
+from interp.prompts import Prompt, PromptBatch, PromptBuilder, collate
+from interp.tasks import grade
+
+WHAT = ("kv", "residual")
+Hooks = list[tuple[str, HookFunction]]
+
+
+@dataclass(frozen=True)
+class Swap:
+    """The layers (first and last, inclusive) that see the source's image, and through what.
+
+    Raises:
+        FrankenlensError: an unknown `what`, or layers that run backwards.
+    """
+
+    first: int
+    last: int
+    what: str = "kv"
+
+    def __post_init__(self) -> None:
+        if self.what not in WHAT or not 0 <= self.first <= self.last:
+            raise FrankenlensError(
+                f"{self}: layers go upwards from 0, and what is swapped is one of {', '.join(WHAT)}"
+            )
+
+    @property
+    def name(self) -> str:
+        """E.g. `kv 3-7`."""
+        return f"{self.what} {self.first}-{self.last}"
+
+
+def singles(n_layers: int, what: str = "kv") -> list[Swap]:
+    """One swap per layer."""
+    return [Swap(layer, layer, what) for layer in range(n_layers)]
+
+
+def suffixes(n_layers: int, what: str = "kv") -> list[Swap]:
+    """For each layer k, every layer from k on: the released code's way."""
+    return [Swap(layer, n_layers - 1, what) for layer in range(n_layers)]
+
+
+def windows(n_layers: int, width: int, what: str = "kv") -> list[Swap]:
+    """Every run of `width` neighbouring layers."""
+    return [Swap(layer, layer + width - 1, what) for layer in range(n_layers - width + 1)]
+
+
+def vision_swap(
+    vlm: HookedVLM,
+    builder: PromptBuilder,
+    pairs: Sequence[tuple[Example, Example]],
+    swaps: Sequence[Swap],
+    *,
+    grader: Grader = grade,
+    resize: bool = False,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> xr.Dataset:
+    """What becomes of the answer when some layers see the source image, for every pair and swap.
+
+    Args:
+        vlm: the model.
+        builder: makes its prompts.
+        pairs: (target, source): the same question about two images.
+        swaps: what is swapped where.
+        grader: whether an answer is right for an example.
+        resize: bring the source image to the target's size where they differ; by default such a pair is left out.
+        max_new_tokens: longest answer.
+        batch_size: pairs that run together.
+        progress: show a bar.
+
+    Returns:
+        outcome [swap example], as numbers of `OUTCOMES` ("source": the source's answer was taken; "broke": some third
+        answer or none; "unchanged"), NaN for pairs that were left out; text [swap example], clean [side example] and
+        why [example] ("" where a pair counts).
+
+    Raises:
+        FrankenlensError: no pairs, no swaps, or a swap of layers that the model does not have; before anything runs.
+    """
+    _require(vlm, pairs, swaps)
+    prompts, why = _prompts(builder, pairs, resize)
+    names = [swap.name for swap in swaps]
+    text = np.full((len(swaps), len(pairs)), "", dtype=object)
+    clean = np.full((2, len(pairs)), "", dtype=object)
+    found = np.full((len(swaps), len(pairs)), np.nan)
+    rows = sorted(prompts, key=lambda row: len(prompts[row][0]))
+    steps = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    with tqdm(total=len(steps) * (len(swaps) + 2), desc="swap", disable=not progress, delay=1) as bar:
+        for some in steps:
+            batch, source = (
+                collate([prompts[row][side] for row in some], "left").to(vlm.device) for side in (0, 1)
+            )
+            for side, one in enumerate((batch, source)):
+                clean[side, some] = _answers(one, greedy_batch(vlm, one, max_new_tokens))
+                bar.update()
+            for row in some:
+                why[row] = _not_counted(*clean[:, row])
+            states = _states(vlm, batch, source, swaps)
+            for number, swap in enumerate(swaps):
+                ids = greedy_batch(vlm, batch, max_new_tokens, swap_hooks(vlm, swap, batch, *states))
+                for row, answer in zip(some, _answers(batch, ids), strict=True):
+                    text[number, row] = "" if answer is None else answer
+                    if not why[row]:
+                        kind = outcome(answer, clean[0, row], clean[1, row], *pairs[row], grader)
+                        found[number, row] = OUTCOMES.index(kind)
+                bar.update()
+    return _dataset(found, text, clean, why, pairs, swaps, names)
+
+
+def swap_hooks(
+    vlm: HookedVLM,
+    swap: Swap,
+    batch: PromptBatch,
+    own: Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
+) -> Hooks:
+    """The hooks of one swap; they act on the prefill of `batch` alone.
+
+    Args:
+        vlm: the model.
+        swap: what is swapped.
+        batch: the target prompts.
+        own, source: clean activations of both batches, as `names_of` lists them.
+    """
+    mask = batch.mask("image")
+    hooks: Hooks = []
+    for layer in range(swap.first, swap.last + 1):
+        for name in _names(swap.what, layer):
+            hooks.append((name, _write(mask, source[name])))
+    if swap.last + 1 < vlm.n_layers:
+        name = f"blocks.{swap.last + 1}.hook_resid_pre"
+        hooks.append((name, _write(mask, own[name])))
+    return hooks
+
+
+def _names(what: str, layer: int) -> list[str]:
+    block = f"blocks.{layer}"
+    return [f"{block}.attn.hook_k", f"{block}.attn.hook_v"] if what == "kv" else [f"{block}.hook_resid_pre"]
+
+
+def _write(mask: Bool[Tensor, "batch pos"], value: Tensor) -> HookFunction:
+    def write(activation: Tensor, hook: HookContext) -> Tensor | None:
+        if activation.shape[1] != mask.shape[1]:
+            return None  # a decoding step: the cache holds what the prefill wrote
+        here = mask.reshape(*mask.shape, *[1] * (activation.ndim - 2)).to(activation.device)
+        return torch.where(here, value.to(activation), activation)
+
+    return write
+
+
+@torch.no_grad()
+def _states(
+    vlm: HookedVLM, batch: PromptBatch, source: PromptBatch, swaps: Sequence[Swap]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    layers = [(swap.what, layer) for swap in swaps for layer in range(swap.first, swap.last + 1)]
+    names = list(dict.fromkeys(name for what, layer in layers for name in _names(what, layer)))
+    ends = {swap.last + 1 for swap in swaps if swap.last + 1 < vlm.n_layers}
+    after = [f"blocks.{layer}.hook_resid_pre" for layer in sorted(ends)]
+    own = dict(vlm.run_with_cache(batch.inputs, after, use_cache=False)[1]) if after else {}
+    return own, dict(vlm.run_with_cache(source.inputs, names, use_cache=False)[1])
+
+
+def _answers(batch: PromptBatch, written: Sequence[Sequence[int]]) -> list[str | None]:
+    return [
+        prompt.builder.read_trace(prompt.with_tokens(ids)).answer
+        for prompt, ids in zip(batch.prompts, written, strict=True)
+    ]
+
+
+def _not_counted(target: str | None, source: str | None) -> str:
+    if target is None:
+        return "the clean trace does not parse"
+    if source is None:
+        return "the trace on the source image does not parse"
+    return "both images get the same answer" if target == source else ""
+
+
+def _prompts(
+    builder: PromptBuilder, pairs: Sequence[tuple[Example, Example]], resize: bool
+) -> tuple[dict[int, tuple[Prompt, Prompt]], list[str]]:
+    """Row to the two prompts, and per row why there are none."""
+    prompts: dict[int, tuple[Prompt, Prompt]] = {}
+    why = [""] * len(pairs)
+    for row, (target, source) in enumerate(pairs):
+        if target.question != source.question:
+            why[row] = "the two questions differ"
+            continue
+        try:
+            one, other = builder.build(target), builder.build(source)
+            if image_shapes(one) != image_shapes(other) and resize:
+                images = [
+                    image.resize(like.size) for image, like in zip(source.images, target.images, strict=True)
+                ]
+                other = builder.build(replace(source, images=tuple(images)))
+        except (FrankenlensError, ValueError) as error:
+            why[row] = str(error)
+            continue
+        if image_shapes(one) != image_shapes(other) or one.roles != other.roles:
+            why[row] = "the images differ in size (resize=True would resample the source)"
+        elif "image" not in one.roles:
+            why[row] = "no image"
+        else:
+            prompts[row] = one, other
+    return prompts, why
+
+
+def _require(vlm: HookedVLM, pairs: Sequence[Any], swaps: Sequence[Swap]) -> None:
+    if not pairs or not swaps:
+        raise FrankenlensError("a vision-token swap needs at least one pair of examples and one swap")
+    for swap in swaps:
+        if swap.last >= vlm.n_layers:
+            raise FrankenlensError(f"swap {swap.name}: the model has layers 0-{vlm.n_layers - 1}")
+
+
+def _dataset(
+    found: np.ndarray,
+    text: np.ndarray,
+    clean: np.ndarray,
+    why: Sequence[str],
+    pairs: Sequence[tuple[Example, Example]],
+    swaps: Sequence[Swap],
+    names: Sequence[str],
+) -> xr.Dataset:
+    return xr.Dataset(
+        {
+            "outcome": (("swap", "example"), found),
+            "text": (("swap", "example"), text.astype(str)),
+            "clean": (("side", "example"), np.where(clean == None, "", clean).astype(str)),  # noqa: E711
+            "why": ("example", np.array(why, dtype=str)),
+        },
+        coords={
+            "swap": list(names),
+            "first": ("swap", [swap.first for swap in swaps]),
+            "last": ("swap", [swap.last for swap in swaps]),
+            "what": ("swap", [swap.what for swap in swaps]),
+            "side": ["target", "source"],
+            "example": [target.id for target, _ in pairs],
+            "function": ("example", [target.task for target, _ in pairs]),
+        },
+        attrs={"outcomes": list(OUTCOMES), "left out": NOT_COUNTED},
+    )
