@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
 import xarray as xr
 
-from experiments import embedded
+from experiments.settings import DataSettings, PairSettings, load_examples, load_pair, require_sound
 from hooks.errors import FrankenlensError
 from interp.component_map import DIRECTIONS, MAP_POINTS, component_map
 from interp.decision import (
@@ -29,57 +27,26 @@ from interp.examples import Example
 from interp.pair import Pair
 from interp.patching import POINTS
 from interp.plots import denominator_text, plot_map
-from interp.readers import read_jsonl
 from interp.report import save_report
 from interp.results import provenance, publishing, save_dataset, save_table
-from interp.roles import TraceFormat
 from interp.summary import strongest, summarise
-from interp.tasks import REASONING, sample
-
-LISTED = 20  # rows that could not be read, named one by one
 
 
 @dataclass(frozen=True)
-class MapConfig:
+class MapConfig(PairSettings, DataSettings):
     """Settings of the component map; the defaults run on the pair that ships with the package.
 
     Attributes:
-        in_: IN, a folder or a repository id; the shipped one where neither IN nor RL is given.
-        rl: RL, or the folder of a PEFT adapter of IN.
-        base: the model IN was made from; only checked and recorded.
-        data: JSONL with question, answer and image in each row; the synthetic reasoning tasks where not given.
-        images: folder that relative image paths start from; by default that of the data.
-        n: prompts to look at.
         direction: rl_to_in (sufficient?), in_to_rl (necessary?) or both.
         points: what is patched, of resid_pre, attn_out, mlp_out, head, z, vision, projector.
         decision: decisive, first or soft: see `interp.decision.find_decisions`.
-        reasoning: what stands before and after the reasoning in generated text.
-        answer: what stands before the answer, and after it unless it runs to the end of the turn.
-        max_new_tokens: longest generated text.
         out: folder for map.nc, map.csv, map.png and report.html.
-        batch_size: prompts a forward.
-        seed: of the synthetic examples, the bootstrap and the random updates.
-        device_map: as in transformers and accelerate ("auto", "cuda", ...).
-        dtype: as in transformers; auto keeps the checkpoint's own.
     """
 
-    in_: Annotated[str | None, tyro.conf.arg(name="in")] = None
-    rl: str | None = None
-    base: str | None = None
-    data: Path | None = None
-    images: Path | None = None
-    n: int = 160
     direction: Literal["both", "rl_to_in", "in_to_rl"] = "both"
     points: tuple[str, ...] = MAP_POINTS
     decision: Choice = "decisive"
-    reasoning: tuple[str, str] = ("<think>", "</think>")
-    answer: tuple[str, ...] = ("answer",)
-    max_new_tokens: int = 128
     out: Path = Path("out/map")
-    batch_size: int = 32
-    seed: int = 0
-    device_map: str | None = None
-    dtype: str = "auto"
 
 
 def run(config: MapConfig) -> xr.Dataset:
@@ -96,7 +63,7 @@ def run(config: MapConfig) -> xr.Dataset:
     with publishing(config.out) as staging:
         pair = load_pair(config)
         try:
-            examples, dropped = load_examples(config)
+            examples, dropped = load_examples(config, config.seed)
             summary, decisions = measure(pair, examples, config)
             counts = {"examples": len(examples), "decisions": len(decisions)}
             settings = asdict(config)
@@ -118,63 +85,12 @@ def check(config: MapConfig) -> None:
     Raises:
         FrankenlensError: says which, and what to give instead.
     """
-    if (config.in_ is None) != (config.rl is None):
-        raise FrankenlensError("--in and --rl go together: give both, or neither for the pair that ships.")
-    if config.images is not None and config.data is None:
-        raise FrankenlensError("--images is the folder of the images of --data; give --data as well.")
-    for name in ("n", "batch_size", "max_new_tokens"):
-        if getattr(config, name) < 1:
-            raise FrankenlensError(f"--{name.replace('_', '-')} is {getattr(config, name)}; give at least 1.")
-    if len(config.answer) not in (1, 2):
-        raise FrankenlensError(
-            rf"--answer has {len(config.answer)} values; give what stands before the answer, and what stands after "
-            r"it unless it runs to the end of the turn: --answer '\boxed{' '}'."
-        )
+    require_sound(config)
     for point in config.points:
         if point not in POINTS:
             raise FrankenlensError(f"--points has {point!r}; choose of {', '.join(POINTS)}.")
     if not config.points:
         raise FrankenlensError(f"--points is empty; choose of {', '.join(POINTS)}.")
-
-
-def load_pair(config: MapConfig) -> Pair:
-    """The pair that the settings name; the shipped one where they name none."""
-    in_, rl = config.in_, config.rl
-    if in_ is None or rl is None:
-        in_, rl = str(embedded.path("in")), str(embedded.path("rl"))
-    before, *after = config.answer
-    trace_format = TraceFormat(config.reasoning, (before, after[0] if after else None))
-    return Pair.from_pretrained(
-        in_, rl, config.base, dtype=config.dtype, device_map=config.device_map, trace_format=trace_format
-    )
-
-
-def load_examples(config: MapConfig) -> tuple[list[Example], dict[str, int]]:
-    """At most `n` examples, and reason -> number of those that were left out.
-
-    Without data: the reasoning tasks in equal shares, from the split that training never saw.
-
-    Raises:
-        FrankenlensError: no row can be read.
-    """
-    if config.data is None:
-        tasks = len(REASONING)
-        sizes = [config.n // tasks + (i < config.n % tasks) for i in range(tasks)]
-        drawn = (sample(task, size, config.seed, "map") for task, size in zip(REASONING, sizes, strict=True))
-        return [example for some in drawn for example in some], {}
-    examples, report = read_jsonl(config.data, config.images)
-    if report.failures:
-        print(report, file=sys.stderr)
-    if not examples:
-        raise FrankenlensError(
-            f"No row of {config.data} can be read; row {report.failures[0].row}: {report.failures[0].reason}."
-        )
-    dropped = {f"row {failure.row}: {failure.reason}": 1 for failure in report.failures[:LISTED]}
-    if len(report.failures) > LISTED:
-        dropped["further rows that cannot be read"] = len(report.failures) - LISTED
-    if len(examples) > config.n:
-        dropped[f"rows beyond the first {config.n} (--n)"] = len(examples) - config.n
-    return examples[: config.n], dropped
 
 
 def measure(pair: Pair, examples: list[Example], config: MapConfig) -> tuple[xr.Dataset, DecisionSet]:

@@ -36,8 +36,11 @@ def save_report(summary: xr.Dataset, path: Path, k: int = 10) -> None:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
     environment.filters["capfirst"] = lambda text: text[:1].upper() + text[1:]
-    template = environment.from_string((files("interp") / "report.html.j2").read_text(encoding="utf-8"))
-    path.write_text(template.render(_content(summary, k)), encoding="utf-8")
+    template, style = (
+        (files("interp") / name).read_text(encoding="utf-8") for name in ("report.html.j2", "page.css")
+    )
+    page = environment.from_string(template).render(_content(summary, k), style=style)
+    path.write_text(page, encoding="utf-8")
 
 
 def _content(summary: xr.Dataset, k: int) -> dict[str, Any]:

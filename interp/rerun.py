@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ class CleanRun:
     """A forward of one model on one batch, with the activations asked for.
 
     `rerun` starts at the stored residual of the first layer that its hooks act in, with the very arguments that the
-    blocks got, so its logits are bit for bit those of a full forward. That is checked once, at construction; where an
+    blocks got, so its logits are bit for bit those of a full forward. That is checked at the first rerun; where an
     architecture does something between blocks that is not known here, every rerun is a full forward, with a warning.
 
     Attributes:
@@ -45,20 +46,26 @@ class CleanRun:
         self._deepstack = {
             int(name.split(".")[1]): self.cache[name] for name in deepstack if name in self.cache
         }
-        self._resumable = torch.equal(self._decode(0), self.logits)
-        if not self._resumable:
-            warnings.warn(
-                f"{type(vlm.model).__name__} cannot be resumed at a stored residual; every rerun is a full forward.",
-                stacklevel=2,
-            )
 
     def rerun(self, fwd_hooks: Hooks) -> Float[Tensor, "batch pos vocab"]:
         """Logits [batch pos vocab] with hooks on."""
         first = self._first_layer([name for name, _ in fwd_hooks])
+        resume = first is not None and self._resumable
         with torch.no_grad(), self.vlm.hooks(fwd_hooks):
-            if first is None or not self._resumable:
+            if first is None or not resume:
                 return self.vlm(self.inputs, use_cache=False).logits
             return self._decode(first)
+
+    @cached_property
+    def _resumable(self) -> bool:
+        same = torch.equal(self._decode(0), self.logits)
+        if not same:
+            warnings.warn(
+                f"{type(self.vlm.model).__name__} cannot be resumed at a stored residual; "
+                "every rerun is a full forward.",
+                stacklevel=3,
+            )
+        return same
 
     def _first_layer(self, names: Sequence[str]) -> int | None:
         """The first decoder block that hooks act in; None where they act before the decoder."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 _NAME = "frankenlens_segment"
-_SHORT = 16
+_SHORT = 32
 """Segments up to this many tokens attend densely to the shared prefix; longer ones copy it and use SDPA."""
 
 Tap = Callable[[str, Tensor], Tensor]
@@ -31,7 +31,7 @@ class SegmentContext:
     Attributes:
         keys, values: of the clean run before the segment, rotary embedding applied.
         visible: which keys (prefix, then segment) each query may look at; the first axis may be 1.
-        causal: whether `visible` is the plain lower triangle of a segment without a prefix, which SDPA is faster at.
+        causal: whether `visible` is the plain lower triangle: nothing before a query is hidden from it.
         tap: shows and edits `hook_rot_q`, `hook_rot_k` [lane pos head d_head], `hook_attn_scores` and `hook_pattern`
             [lane head query key]; None where nothing inside is touched.
         dense: whether scores and pattern must exist.
@@ -101,14 +101,13 @@ def _with_copies(
 ) -> Float[Tensor, "lane head query d_head"]:
     rows, lanes = context.keys.shape[0], query.shape[0]
     if context.keys.shape[2]:
-        key = torch.cat([context.keys.repeat(lanes // rows, 1, 1, 1), key], dim=2)
-        value = torch.cat([context.values.repeat(lanes // rows, 1, 1, 1), value], dim=2)
+        key, value = _after(context.keys, key), _after(context.values, value)
     visible = context.visible
     if visible.shape[0] > 1:
         visible = visible.repeat(lanes // rows, 1, 1, 1)
     groups = query.shape[1] // key.shape[1]
     if not dense:
-        causal = context.causal and query.shape[2] == key.shape[2]
+        causal = context.causal and context.keys.shape[2] == 0 and query.shape[2] == key.shape[2]
         mask = None if causal else visible
         return nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups > 1
@@ -123,20 +122,34 @@ def _with_copies(
     return pattern @ value
 
 
+def _after(
+    prefix: Float[Tensor, "batch kv_head prefix d_head"], own: Float[Tensor, "lane kv_head query d_head"]
+) -> Float[Tensor, "lane kv_head key d_head"]:
+    """The prefix once per lane, and the segment behind it; every number is copied once."""
+    lanes, heads, n, d_head = own.shape
+    rows, _, before, _ = prefix.shape
+    whole = own.new_empty(lanes // rows, rows, heads, before + n, d_head)
+    whole[:, :, :, :before] = prefix
+    whole[:, :, :, before:] = own.view(lanes // rows, rows, heads, n, d_head)
+    return whole.view(lanes, heads, before + n, d_head)
+
+
 def _shared_prefix(
     context: SegmentContext, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float
 ) -> Float[Tensor, "lane head query d_head"]:
     """The lanes of one row are further queries to the one prefix; each sees, besides, only its own segment."""
     (rows, kv_heads, prefix, d_head), (lanes, heads, n) = context.keys.shape, query.shape[:3]
     copies, groups, own = lanes // rows, heads // kv_heads, key.shape[2]
-    q = query.reshape(copies, rows, kv_heads, groups * n, d_head).permute(1, 2, 0, 3, 4)
+    q = (query * scale).reshape(copies, rows, kv_heads, groups * n, d_head).permute(1, 2, 0, 3, 4)
     k = key.reshape(copies, rows, kv_heads, own, d_head).permute(1, 2, 0, 3, 4)
     v = value.reshape(copies, rows, kv_heads, own, d_head).permute(1, 2, 0, 3, 4)
     far = q.reshape(rows, kv_heads, copies * groups * n, d_head) @ context.keys.transpose(2, 3)
     far = far.reshape(rows, kv_heads, copies, groups, n, prefix)
     near = (q @ k.transpose(-2, -1)).reshape(rows, kv_heads, copies, groups, n, own)
-    scores = (torch.cat([far, near], dim=-1) * scale).masked_fill(~visible[:, :, None, None], -torch.inf)
-    pattern = _softmax(scores).to(query.dtype)
+    near.masked_fill_(~visible[:, :, None, None, :, prefix:], -torch.inf)
+    if not context.causal:
+        far.masked_fill_(~visible[:, :, None, None, :, :prefix], -torch.inf)
+    pattern = _softmax(torch.cat([far, near], dim=-1), guarded=not context.causal).to(query.dtype)
     out = pattern[..., :prefix].reshape(rows, kv_heads, copies * groups * n, prefix) @ context.values
     out = out.reshape(rows, kv_heads, copies, groups * n, d_head)
     out = out + pattern[..., prefix:].reshape(rows, kv_heads, copies, groups * n, own) @ v
@@ -144,9 +157,13 @@ def _shared_prefix(
     return out.permute(2, 0, 1, 3, 4, 5).reshape(lanes, heads, n, d_head)
 
 
-def _softmax(scores: Float[Tensor, "*lead query key"]) -> Float[Tensor, "*lead query key"]:
+def _softmax(
+    scores: Float[Tensor, "*lead query key"], guarded: bool = True
+) -> Float[Tensor, "*lead query key"]:
     """In fp32 at least; a query that may look at nothing (left padding) looks at nothing."""
     pattern = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    if not guarded:
+        return pattern
     return pattern.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
 
 

@@ -18,8 +18,9 @@ from interp.sweep.edits import Edit, Span, needed_names
 from interp.sweep.stored import StoredRun, Unsupported
 
 Read = Callable[[Float[Tensor, "batch pos vocab"], PromptBatch], Float[Tensor, "metric batch"]]
-LANE_TOKENS = 8192
-"""Tokens (lanes x rows x columns) that one pass moves up the layers together, memory permitting."""
+LANE_TOKENS = {"cpu": 2048, "cuda": 65536}
+"""Tokens (lanes x rows x columns) that one pass moves up the layers together, memory permitting: enough to fill the
+device, and on a CPU few enough to stay in its cache."""
 
 
 class BatchSweep:
@@ -148,7 +149,7 @@ class BatchSweep:
 
     def _lanes_at_once(self, span: Span) -> int:
         rows = len(self.batch)
-        lanes = max(1, LANE_TOKENS // (rows * len(span)))
+        lanes = max(1, LANE_TOKENS.get(self.vlm.device.type, 8192) // (rows * len(span)))
         if self._max_memory is None:
             return lanes
         fits = int((self._max_memory - self.stored_bytes) // self.lane_bytes(span))

@@ -98,6 +98,8 @@ class StoredRun:
         self._keys = [self._heads_first(name) for name in self._own["attn.hook_rot_k"]]
         self._values = [self._heads_first(name) for name in self._own["attn.hook_v"]]
         self._visible = [self._visibility(layer) for layer in range(len(self.blocks))]
+        triangle = torch.ones(self.end, self.end, dtype=torch.bool, device=self.vlm.device).tril()
+        self._causal = [bool((visible == triangle).all()) for visible in self._visible]
         self.added = {layer: self._scattered(self.read(name)) for layer, name in self._deepstack.items()}
 
     def _keep(self, activation: Tensor, hook: HookContext) -> None:
@@ -165,7 +167,7 @@ class StoredRun:
             self._keys[layer][:, :, : span.start].to(stream.device),
             self._values[layer][:, :, : span.start].to(stream.device),
             self._visible[layer][:, :, span.columns, : span.stop],
-            span.start == 0 and self._calls[layer][1].get("attention_mask") is None,
+            self._causal[layer],
             tap,
             dense,
             wanted,

@@ -23,7 +23,10 @@ D_HEAD = WIDTH // HEADS
 
 @dataclass(frozen=True)
 class Site:
-    """One intervention: the residual stream before a layer, or a head's z, at one token or (None) at all."""
+    """One intervention: the residual stream before a layer, or a head's z, at one token or (None) at all.
+
+    Layer -1: the input of the vision tower's first block, before which there is nothing to reuse.
+    """
 
     layer: int
     head: int | None
@@ -41,7 +44,7 @@ SCANS: dict[str, list[Site]] = {
     "layer x head, decision token": [
         Site(layer, head, TOKENS - 1) for layer in range(LAYERS) for head in range(HEADS)
     ],
-    "nothing to reuse": [Site(0, None, 0)] * 24,
+    "nothing to reuse": [Site(-1, None, None)] * 48,
 }
 Donated = Mapping[str, Float[Tensor, "batch pos ..."]]
 Arm = Callable[[Sequence[Site]], Float[Tensor, "site batch"]]
@@ -50,11 +53,14 @@ Arm = Callable[[Sequence[Site]], Float[Tensor, "site batch"]]
 def donated(setting: Setting) -> dict[str, Tensor]:
     """The donor prompts' residual streams and z, handed to every arm."""
     names = [f"blocks.{i}.{leaf}" for i in range(LAYERS) for leaf in ("hook_resid_pre", "attn.hook_z")]
+    names.append(_name(Site(-1, None, None)))
     with torch.no_grad():
         return dict(setting.vlm.run_with_cache(collate(setting.donors).inputs, names, use_cache=False)[1])
 
 
 def _name(site: Site) -> str:
+    if site.layer < 0:
+        return "vision.blocks.0.hook_resid_pre"
     return f"blocks.{site.layer}." + ("hook_resid_pre" if site.head is None else "attn.hook_z")
 
 
@@ -88,12 +94,18 @@ def ours(setting: Setting, given: Donated) -> Arm:
 def plain(setting: Setting, given: Donated) -> Arm:
     """A loop of plain PyTorch hooks."""
     batch = collate(setting.prompts)
-    model, blocks = setting.vlm.model, setting.vlm.anatomy.text.blocks
+    model, text, vision = (
+        setting.vlm.model,
+        setting.vlm.anatomy.text.blocks,
+        setting.vlm.anatomy.vision.blocks,
+    )
 
     def run(sites: Sequence[Site]) -> Tensor:
         found = []
         for site in sites:
-            handle = _plain_hook(setting, given, site, model.get_submodule, blocks[site.layer])
+            handle = _plain_hook(
+                given, site, model.get_submodule, text[site.layer] if site.layer >= 0 else vision[0]
+            )
             try:
                 found.append(setting.metric(model(**batch.inputs, use_cache=False).logits, batch))
             finally:
@@ -103,13 +115,13 @@ def plain(setting: Setting, given: Donated) -> Arm:
     return run
 
 
-def _plain_hook(setting: Setting, given: Donated, site: Site, module: Any, block: Any) -> Any:
+def _plain_hook(given: Donated, site: Site, module: Any, block: Any) -> Any:
     value, columns = given[_name(site)], _columns(site)
     if site.head is None:
 
         def residual(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             hidden = (args[0] if args else kwargs["hidden_states"]).clone()
-            hidden[:, columns] = value[:, columns]
+            hidden[:, columns] = value[:, columns]  # a vision tower's [patch, d] has no token axis: all of it
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         return module(block.path).register_forward_pre_hook(residual, with_kwargs=True)
@@ -186,4 +198,6 @@ def transformer_lens(setting: Setting, given: Donated) -> Arm:
     return run
 
 
+IN_THE_DECODER = ("TransformerLens", "nnsight")
+"""Arms that are written for sites in the decoder alone."""
 ARMS = {"ours": ours, "plain hooks": plain, "TransformerLens": transformer_lens, "nnsight": nnsight}

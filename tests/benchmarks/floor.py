@@ -15,11 +15,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tests.benchmarks.arms import D_HEAD, Site
-from tests.benchmarks.models import BATCH, HEADS, LAYERS, TOKENS, WIDTH
+from tests.benchmarks.models import BATCH, D_MLP, HEADS, LAYERS, TOKENS, WIDTH
 
-D_MLP = 4 * WIDTH
-MLP = 2 * 3 * WIDTH * D_MLP  # per token: gate, up, down
 PROJECTION = 2 * WIDTH * WIDTH  # per token: q, k, v or the output
+
+
+def mlp(family: str) -> int:
+    """Gate, up and down, per token."""
+    return 2 * 3 * WIDTH * D_MLP[family]
 
 
 def attention(queries: int, keys: int) -> int:
@@ -27,36 +30,38 @@ def attention(queries: int, keys: int) -> int:
     return 2 * 2 * queries * keys * HEADS * D_HEAD
 
 
-def block(tokens: int, keys: int) -> int:
+def block(family: str, tokens: int, keys: int) -> int:
     """A whole block on the last `tokens` of `keys` tokens of one row."""
-    return tokens * (4 * PROJECTION + MLP) + attention(tokens, keys)
+    return tokens * (4 * PROJECTION + mlp(family)) + attention(tokens, keys)
 
 
-def last_block(tokens: int, keys: int) -> int:
+def last_block(family: str, tokens: int, keys: int) -> int:
     """The last block, of which only the last token is read."""
-    return tokens * 2 * PROJECTION + 2 * PROJECTION + MLP + attention(1, keys)
+    return tokens * 2 * PROJECTION + 2 * PROJECTION + mlp(family) + attention(1, keys)
 
 
-def decoder(vocabulary: int) -> int:
+def decoder(family: str, vocabulary: int) -> int:
     """A full forward of the decoder on one row, logits at every token."""
-    return LAYERS * block(TOKENS, TOKENS) + TOKENS * 2 * WIDTH * vocabulary
+    return LAYERS * block(family, TOKENS, TOKENS) + TOKENS * 2 * WIDTH * vocabulary
 
 
-def of_site(site: Site, vocabulary: int) -> int:
-    """What one intervention cannot avoid, on one row."""
+def of_site(family: str, site: Site, vocabulary: int) -> int:
+    """What one intervention in the decoder cannot avoid, on one row."""
     first = 0 if site.token is None else site.token
     tokens = TOKENS - first
     total = 2 * WIDTH * vocabulary  # one token is unembedded
     begin = site.layer
     if site.head is not None:  # its rows of W_O, then the MLP of its own block
         read = site.layer == LAYERS - 1
-        total += 2 * D_HEAD * WIDTH * (1 if read else tokens) + MLP * (1 if read else tokens)
+        total += 2 * D_HEAD * WIDTH * (1 if read else tokens) + mlp(family) * (1 if read else tokens)
         begin += 1
     whole = max(0, LAYERS - 1 - begin)
-    total += whole * block(tokens, TOKENS)
-    return total + (last_block(tokens, TOKENS) if begin < LAYERS else 0)
+    total += whole * block(family, tokens, TOKENS)
+    return total + (last_block(family, tokens, TOKENS) if begin < LAYERS else 0)
 
 
-def of_scan(sites: Sequence[Site], vocabulary: int, clean: int) -> int:
+def of_scan(family: str, sites: Sequence[Site], vocabulary: int, clean: int) -> int:
     """What a scan cannot avoid: every site on the whole batch, and one clean run that costs `clean`."""
-    return clean + BATCH * sum(of_site(site, vocabulary) for site in sites)
+    inside = [site for site in sites if site.layer >= 0]
+    decoder_only = BATCH * sum(of_site(family, site, vocabulary) for site in inside)
+    return clean * (1 + len(sites) - len(inside)) + decoder_only

@@ -1,4 +1,7 @@
-"""What is measured on: a LLaVA and a Qwen2.5-VL of 12 layers, d = 256, and prompts of 264 tokens."""
+"""What is measured on: a LLaVA and a Qwen2.5-VL of 12 layers, d = 256, and prompts of 264 tokens.
+
+MLPs have the proportions of LLaVA-1.5 (decoder 2.69 d, vision 4 d) and Qwen2.5-VL-7B (5.29 d, 2.67 d, gated).
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,14 @@ from interp.roles import TraceFormat
 from tests.families import WORDS, redraw, tiny_processor
 
 LAYERS, WIDTH, HEADS, BATCH, TOKENS, TEXT = 12, 256, 8, 4, 264, 64
-FAMILIES = ("llava", "qwen2_5_vl")
+D_MLP = {"llava": 688, "qwen2_5_vl": 1353}
+VISION_D_MLP = {"llava": 1024, "qwen2_5_vl": 684}
+FAMILIES = tuple(D_MLP)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, prompts, and donor prompts: the same text, other images."""
+    """A model, prompts, and donor prompts: other images and other words."""
 
     family: str
     vlm: HookedVLM
@@ -48,7 +53,7 @@ def build(family: str) -> Setting:
     processor = tiny_processor(family)
     token: Any = processor.tokenizer.convert_tokens_to_ids
     text: dict[str, Any] = dict(
-        vocab_size=len(processor.tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH,
+        vocab_size=len(processor.tokenizer), hidden_size=WIDTH, intermediate_size=D_MLP[family],
         num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=512,
         pad_token_id=token("<pad>"), eos_token_id=token("<|im_end|>"), bos_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
@@ -56,8 +61,8 @@ def build(family: str) -> Setting:
     if family == "qwen2_5_vl":
         text["rope_parameters"]["mrope_section"] = [4, 6, 6]
         vision: dict[str, Any] = dict(
-            depth=4, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_heads=4, patch_size=4, spatial_merge_size=2,
-            out_hidden_size=WIDTH, window_size=32, fullatt_block_indexes=[1, 3],
+            depth=4, hidden_size=WIDTH, intermediate_size=VISION_D_MLP[family], num_heads=4, patch_size=4,
+            spatial_merge_size=2, out_hidden_size=WIDTH, window_size=32, fullatt_block_indexes=[1, 3],
         )  # fmt: skip
         config: Any = Qwen2_5_VLConfig(
             text_config=text,
@@ -72,7 +77,7 @@ def build(family: str) -> Setting:
         size = (80, 160)
     else:
         vision = dict(
-            hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=5, num_attention_heads=4,
+            hidden_size=WIDTH, intermediate_size=VISION_D_MLP[family], num_hidden_layers=5, num_attention_heads=4,
             image_size=84, patch_size=6,
         )  # fmt: skip
         config = LlavaConfig(
@@ -91,10 +96,10 @@ def build(family: str) -> Setting:
     builder = PromptBuilder(processor, TraceFormat(answer=("answer", None)))
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(2 * BATCH)]
-    questions = [_question(builder, pictures[0], i) for i in range(BATCH)]
+    questions = [_question(builder, pictures[0], i) for i in range(2 * BATCH)]
     prompts, donors = (
         [
-            builder.build(Example(f"{kind}{i}", (pictures[first + i],), questions[i], "5"))
+            builder.build(Example(f"{kind}{i}", (pictures[first + i],), questions[first + i], "5"))
             for i in range(BATCH)
         ]
         for kind, first in (("prompt", 0), ("donor", BATCH))

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from interp.prompts import collate
-from tests.benchmarks.arms import ARMS, SCANS, Arm, Site, donated
+from tests.benchmarks.arms import ARMS, IN_THE_DECODER, SCANS, Arm, Site, donated
 from tests.benchmarks.floor import of_scan
 from tests.benchmarks.models import FAMILIES, Setting, build
 
@@ -72,7 +72,9 @@ def family_results(setting: Setting, scans: list[str], repeats: int) -> dict[str
             missing[name] = str(error).split(". ")[0]
     found: dict[str, Any] = {"missing": missing, "scans": {}}
     for scan in scans:
-        found["scans"][scan] = scan_results(setting, scan, arms, repeats)
+        outside = any(site.layer < 0 for site in SCANS[scan])
+        able = {name: arm for name, arm in arms.items() if not (outside and name in IN_THE_DECODER)}
+        found["scans"][scan] = scan_results(setting, scan, able, repeats)
     return found
 
 
@@ -120,7 +122,7 @@ def arithmetic(setting: Setting, sites: list[Site], arm: Arm) -> tuple[int, int]
         with FlopCounterMode(display=False) as counter:
             arm(sites)
     vocabulary = int(setting.vlm.model.config.get_text_config().vocab_size)
-    return counter.get_total_flops(), of_scan(sites, vocabulary, clean)
+    return counter.get_total_flops(), of_scan(setting.family, sites, vocabulary, clean)
 
 
 class Peak:
@@ -160,7 +162,9 @@ def table(results: dict[str, Any]) -> str:
     for family, found in results.items():
         for scan, row in found["scans"].items():
             ratios = [
-                f"{row['faster'][name]:.1f}x" if name in row["faster"] else "not run"
+                f"{row['faster'][name]:.{2 if row['faster'][name] < 2 else 1}f}x"
+                if name in row["faster"]
+                else "–"
                 for name in ARMS
                 if name != "ours"
             ]
@@ -188,9 +192,9 @@ def figure(results: dict[str, Any], path: Path) -> None:
         scans = list(found["scans"])
         peers = [name for name in ARMS if name != "ours" and name not in found["missing"]]
         for k, peer in enumerate(peers):
-            heights = [found["scans"][scan]["faster"][peer] for scan in scans]
+            heights = [found["scans"][scan]["faster"].get(peer, np.nan) for scan in scans]
             bars = axis.bar(np.arange(len(scans)) + 0.27 * (k - 1), heights, 0.25, label=peer)
-            axis.bar_label(bars, fmt="%.0f", fontsize=7)
+            axis.bar_label(bars, fmt="%.3g", fontsize=6)
         axis.set_xticks(range(len(scans)), [scan.replace(", ", ",\n") for scan in scans], fontsize=7)
         axis.set_yscale("log")
         axis.set_title(family)

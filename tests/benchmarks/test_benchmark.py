@@ -30,7 +30,7 @@ def test_arms_agree_and_the_closed_form_is_what_a_forward_costs(family: str) -> 
         for name, n in counts.items()
         if name.endswith(("language_model", "ConditionalGeneration.lm_head"))
     ]
-    assert sum(parts) == BATCH * floor.decoder(logits.shape[-1])
+    assert sum(parts) == BATCH * floor.decoder(family, logits.shape[-1])
     given = donated(setting)
     sites = [Site(3, None, 250), Site(5, 2, None), Site(11, 1, 263), Site(0, None, 0)]
     found, missing = {}, {}

@@ -7,7 +7,8 @@ import pytest
 
 from experiments import embedded
 from experiments.cli import main
-from experiments.map import MapConfig, load_examples, run
+from experiments.map import MapConfig, run
+from experiments.settings import load_examples
 from hooks.errors import FrankenlensError
 from interp.results import load_dataset
 from interp.tasks import REASONING, sample
@@ -78,7 +79,7 @@ def test_ones_own_data_and_a_row_that_cannot_be_read(tmp_path, capsys):
     rows.insert(3, {"question": "how many", "answer": "1", "image": "missing.png"})
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = MapConfig(data=tmp_path / "data.jsonl", images=tmp_path / "images", n=6)
-    found, dropped = load_examples(config)
+    found, dropped = load_examples(config, 0)
     assert [e.question for e in found] == [e.question for e in examples[:6]]
     assert [(reason[:5], n) for reason, n in dropped.items()] == [("row 4", 1), ("rows ", 2)]
     assert "missing.png" in capsys.readouterr().err
@@ -87,11 +88,11 @@ def test_ones_own_data_and_a_row_that_cannot_be_read(tmp_path, capsys):
 def test_a_file_without_one_readable_row_is_one_error(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"question": "q", "answer": "a", "image": "missing.png"}')
     with pytest.raises(FrankenlensError, match=r"No row of .* row 1: image .*missing.png"):
-        load_examples(MapConfig(data=tmp_path / "data.jsonl"))
+        load_examples(MapConfig(data=tmp_path / "data.jsonl"), 0)
 
 
 def test_synthetic_examples_are_shared_out_over_the_reasoning_tasks():
-    examples, dropped = load_examples(MapConfig(n=len(REASONING) * 2 + 1))
+    examples, dropped = load_examples(MapConfig(n=len(REASONING) * 2 + 1), 0)
     assert len({example.id for example in examples}) == len(REASONING) * 2 + 1
     counts = [sum(example.task == task for example in examples) for task in REASONING]
     assert sorted(counts) == [2] * (len(REASONING) - 1) + [3]

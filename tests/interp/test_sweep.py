@@ -33,8 +33,10 @@ METRICS = ("last", "trace", "answer")
 class Duo:
     """A tiny model, its redrawn copy as donor, and three prompts of different lengths and images."""
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, sliding_window: int | None = None) -> None:
         self.given = tiny(family)
+        if sliding_window is not None:
+            self.given.model = _with_window(self.given.model, sliding_window)
         other = copy.deepcopy(self.given.model)
         redraw(other, seed=7)
         inputs = self.given.inputs()
@@ -121,6 +123,21 @@ class Duo:
         return 1e-5 * max(1.0, largest) * 10
 
 
+def _with_window(model: Any, size: int) -> Any:
+    """The same weights, every other decoder layer looking back `size` tokens only."""
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    kinds = ["sliding_attention", "full_attention"] * text.num_hidden_layers
+    text.layer_types, text.use_sliding_window, text.sliding_window = (
+        kinds[: text.num_hidden_layers],
+        True,
+        size,
+    )
+    made = type(model)(config).eval()
+    made.load_state_dict(model.state_dict())
+    return made
+
+
 _DUOS: dict[str, Duo] = {}
 
 
@@ -204,6 +221,26 @@ def test_drawn_sites(family: str, data: st.DataObject) -> None:
         np.testing.assert_allclose(
             found.value.values[:, number], expected, rtol=0, atol=pair.tolerance(), err_msg=intervention.name
         )
+
+
+def test_sliding_windows() -> None:
+    """Layers 0 and 2 look back 8 tokens: less than the prompt, so the window decides what an edit can reach."""
+    pair, whole = Duo("qwen2_5_vl", sliding_window=8), duo("qwen2_5_vl")
+    wanted = [i for i in interventions_of(pair.recipient) if i.kind in ("replace", "zero", "knockout")][::3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = sweep(pair.recipient, pair.prompts, wanted, pair.metrics, donor=pair.donor, progress=False)
+    for number, intervention in enumerate(wanted):
+        np.testing.assert_allclose(
+            found["value"].isel(intervention=number),
+            pair.expected(intervention),
+            atol=pair.tolerance(),
+            rtol=0,
+        )
+    inputs = collate(pair.prompts[:1]).inputs
+    with torch.no_grad():
+        moved = (pair.recipient(inputs).logits - whole.recipient(inputs).logits)[0, -1].abs().max()
+    assert moved > 100 * pair.tolerance()
 
 
 @pytest.mark.parametrize("family", ("qwen2_5_vl", "qwen3_vl", "llava"))

@@ -1,0 +1,127 @@
+"""Singular values of an update, and the numbers made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+TOP = 50
+SMALL = 512  # up to this many rows or columns, singular values come from a float64 SVD
+SVD_SHARE, SINGLE_SHARE, DOUBLE_SHARE = 1e-11, 0.03, 1e-6
+"""Singular values below this share of the largest are not trusted: relative errors there can exceed 1e-4 (1e-5 for the
+SVD), measured for a float64 SVD and for Gram matrices in float32 and in float64."""
+_TILES = 8  # of the Gram matrix, along each side: those above the diagonal are not computed
+_COPIED = 1 << 24  # entries that are converted at once
+
+Blocks = Callable[[], Iterator[Float[Tensor, "row column"]]]
+"""Gives a matrix anew in blocks of rows."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values, descending.
+
+    Attributes:
+        values: all of them.
+        trusted: where the relative error is below 1e-4. The others are right to 1e-3 of the largest, which is what
+            nuclear norm and effective rank need.
+    """
+
+    values: Float[np.ndarray, " rank"]
+    trusted: Bool[np.ndarray, " rank"]
+
+    @property
+    def stable_rank(self) -> float:
+        """Sum of squares / largest squared; NaN for a zero matrix."""
+        return float((self.values**2).sum() / self.values[0] ** 2) if self.values[0] else np.nan
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the entropy of values / sum of values (Roy & Vetterli 2007); NaN for a zero matrix."""
+        if not self.values[0]:
+            return np.nan
+        p = self.values / self.values.sum()
+        p = p[p > 0]
+        return float(np.exp(-(p * np.log(p)).sum()))
+
+    @property
+    def condition_number(self) -> float:
+        """Largest / smallest; NaN where the smallest is not trusted or 0."""
+        return float(self.values[0] / self.values[-1]) if self.trusted[-1] and self.values[-1] else np.nan
+
+    def log_volume(self, top: int = TOP) -> float:
+        """Sum of the natural logarithms of the `top` largest; NaN where one of them is not trusted or 0."""
+        some = self.values[:top]
+        return float(np.log(some).sum()) if self.trusted[:top].all() and some.all() else np.nan
+
+    def log_ratios(self, top: int = TOP) -> Float[np.ndarray, " top"]:
+        """log(value / largest) of the `top` largest; NaN where not trusted or 0."""
+        some = np.where(self.trusted & (self.values > 0), self.values, np.nan)[:top]
+        return np.log(some / self.values[0]) if self.values[0] else some
+
+
+def spectrum(delta: Float[Tensor, "row column"], top: int = TOP) -> Spectrum:
+    """All singular values of a matrix.
+
+    A small matrix: by a float64 SVD. A larger one: from the eigenvalues of its Gram matrix in float32, faster than an
+    SVD; if one of the `top` largest falls where that is not exact to 1e-4, from a Gram matrix in float64.
+    """
+    return blockwise(lambda: iter((delta,)), delta.shape, float(delta.abs().max()), top)
+
+
+@torch.no_grad()
+def blockwise(blocks: Blocks, shape: Sequence[int], largest: float, top: int = TOP) -> Spectrum:
+    """`spectrum` of a matrix that comes in blocks of rows, so that it need not fit in memory.
+
+    Args:
+        blocks: called once per pass over the matrix; one that is wider than tall comes in one block.
+        shape: rows and columns.
+        largest: size of the largest entry; by it all is divided, lest squares leave float32's range.
+        top: how many values must be trusted if float32 is to do.
+    """
+    if not largest:
+        return Spectrum(np.zeros(min(shape)), np.ones(min(shape), dtype=bool))
+    if is_small(shape):
+        matrix = torch.cat([block.double() for block in blocks()]) / largest
+        values = torch.linalg.svdvals(matrix).numpy() * largest
+        return Spectrum(values, values >= SVD_SHARE * values[0])
+    found = _by_gram(blocks, shape, largest, torch.float32, SINGLE_SHARE)
+    if found.trusted[:top].all():
+        return found
+    return _by_gram(blocks, shape, largest, torch.float64, DOUBLE_SHARE)
+
+
+def is_small(shape: Sequence[int]) -> bool:
+    """Whether a matrix is decomposed as it is, in float64, rather than by its Gram matrix."""
+    return min(shape) <= SMALL and shape[0] * shape[1] <= 1 << 24
+
+
+def _by_gram(
+    blocks: Blocks, shape: Sequence[int], largest: float, dtype: torch.dtype, share: float
+) -> Spectrum:
+    squares = torch.linalg.eigvalsh(gram(blocks, shape, dtype, largest))
+    values = squares.clamp(min=0).sqrt().flip(0).double().numpy() * largest
+    return Spectrum(values, values >= share * values[0])
+
+
+def gram(
+    blocks: Blocks, shape: Sequence[int], dtype: torch.dtype, scale: float = 1.0
+) -> Float[Tensor, "short short"]:
+    """M^T M, or M M^T where M is wider than tall, of M / `scale`; the blocks are as in `blockwise`."""
+    short = min(shape)
+    found = torch.zeros(short, short, dtype=dtype)
+    edges = torch.linspace(0, short, _TILES + 1).long().tolist()
+    for block in blocks():
+        turned = block if shape[0] < shape[1] else block.T
+        for piece in turned.split(max(1, _COPIED // short), dim=1):
+            part = piece.to(dtype) / scale
+            for i in range(_TILES):
+                for j in range(i + 1):
+                    rows, columns = slice(edges[i], edges[i + 1]), slice(edges[j], edges[j + 1])
+                    found[rows, columns].addmm_(part[rows], part[columns].T)
+    return found.tril_() + found.tril(-1).T

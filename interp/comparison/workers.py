@@ -1,0 +1,50 @@
+"""Work on many tensors at once: a thread each, with PyTorch's own threads off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+def in_threads(
+    function: Callable[[Item], Found],
+    items: Sequence[Item],
+    sizes: Sequence[int],
+    label: str,
+    progress: bool = True,
+    at_least: int = 1,
+) -> list[Found]:
+    """`function` of every item, in the items' order.
+
+    As many at once as PyTorch may use threads (`torch.set_num_threads`); the largest begin.
+
+    Args:
+        function: what is done.
+        items: what it is done with.
+        sizes: of the items, for the bar and the order.
+        label: of the bar.
+        progress: whether a bar is shown.
+        at_least: threads, whatever PyTorch may use (2: one reads while another computes).
+    """
+    threads = torch.get_num_threads()
+    order = sorted(range(len(items)), key=lambda i: -sizes[i])
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(max(threads, at_least))
+    try:
+        running = {pool.submit(function, items[i]): i for i in order}
+        found = {}
+        with tqdm(total=sum(sizes), desc=label, unit_scale=True, disable=not progress) as bar:
+            for done in as_completed(running):
+                found[running[done]] = done.result()
+                bar.update(sizes[running[done]])
+        return [found[i] for i in range(len(items))]
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
