@@ -35,8 +35,8 @@ def activation_of(
     if type(out) is torch.nn.Linear and not out.weight.is_meta:
         wide = torch.promote_types(z.dtype, torch.float32)
         weight = out.weight.unflatten(1, (z.shape[-2], -1))[:, index]
-        return z[:, :, index].to(wide) @ weight.T.to(wide)
-    return head_results(out, z)[:, :, index]
+        return z.select(-2, index).to(wide) @ weight.T.to(wide)
+    return head_results(out, z).select(-2, index)
 
 
 def of_index(activation: Float[Tensor, "..."], point: HookPoint, index: int) -> Float[Tensor, "..."]:

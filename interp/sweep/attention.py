@@ -30,7 +30,8 @@ class SegmentContext:
 
     Attributes:
         keys, values: of the clean run before the segment, rotary embedding applied.
-        visible: which keys (prefix, then segment) each query may look at; the first axis may be 1.
+        visible: which keys (prefix, then segment) each query may look at; the first axis may be 1, the rows of the
+            batch, or all lanes.
         causal: whether `visible` is the plain lower triangle: nothing before a query is hidden from it.
         tap: shows and edits `hook_rot_q`, `hook_rot_k` [lane pos head d_head], `hook_attn_scores` and `hook_pattern`
             [lane head query key]; None where nothing inside is touched.
@@ -40,7 +41,7 @@ class SegmentContext:
 
     keys: Float[Tensor, "batch kv_head prefix d_head"]
     values: Float[Tensor, "batch kv_head prefix d_head"]
-    visible: Bool[Tensor, "#batch 1 query key"]
+    visible: Bool[Tensor, "_ 1 query key"]
     causal: bool = False
     tap: Tap | None = None
     dense: bool = False
@@ -103,7 +104,7 @@ def _with_copies(
     if context.keys.shape[2]:
         key, value = _after(context.keys, key), _after(context.values, value)
     visible = context.visible
-    if visible.shape[0] > 1:
+    if visible.shape[0] not in (1, lanes):
         visible = visible.repeat(lanes // rows, 1, 1, 1)
     groups = query.shape[1] // key.shape[1]
     if not dense:
@@ -146,9 +147,13 @@ def _shared_prefix(
     far = q.reshape(rows, kv_heads, copies * groups * n, d_head) @ context.keys.transpose(2, 3)
     far = far.reshape(rows, kv_heads, copies, groups, n, prefix)
     near = (q @ k.transpose(-2, -1)).reshape(rows, kv_heads, copies, groups, n, own)
-    near.masked_fill_(~visible[:, :, None, None, :, prefix:], -torch.inf)
+    if visible.shape[0] == lanes:
+        visible = visible.unflatten(0, (copies, rows)).permute(1, 2, 0, 3, 4)[:, :, :, None]
+    else:
+        visible = visible[:, :, None, None]
+    near.masked_fill_(~visible[..., prefix:], -torch.inf)
     if not context.causal:
-        far.masked_fill_(~visible[:, :, None, None, :, :prefix], -torch.inf)
+        far.masked_fill_(~visible[..., :prefix], -torch.inf)
     pattern = _softmax(torch.cat([far, near], dim=-1), guarded=not context.causal).to(query.dtype)
     out = pattern[..., :prefix].reshape(rows, kv_heads, copies * groups * n, prefix) @ context.values
     out = out.reshape(rows, kv_heads, copies, groups * n, d_head)

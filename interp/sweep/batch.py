@@ -57,7 +57,7 @@ class BatchSweep:
         Raises:
             FrankenlensError: nothing is read, or the budget is too small for one row.
         """
-        self.vlm, self.batch, self._read = vlm, batch, read
+        self.vlm, self.batch, self._read, self._reads = vlm, batch, read, reads
         self.interventions = interventions
         self._max_memory, self._names = max_memory, names
         self._whole: CleanRun | None = None
@@ -113,7 +113,19 @@ class BatchSweep:
             size = self._lanes_at_once(span)
             for at in range(0, len(lanes), size):
                 for number, logits in run_lanes(self._run, lanes[at : at + size], span):
-                    yield number, self.clean if logits is None else self._metrics(logits)
+                    yield number, self.clean if logits is None else self._of_reached(number, logits)
+
+    def _of_reached(
+        self, number: int, logits: Float[Tensor, "batch column vocab"]
+    ) -> Float[Tensor, "metric batch"]:
+        """The metrics; exactly the clean ones in rows where all that is touched comes after all that is read."""
+        (edit,) = self.interventions[number]
+        found = self._metrics(logits)
+        if edit.where is None:
+            return found
+        to_come = self._reads.flip(1).cumsum(1).flip(1).bool()
+        reached = (edit.where.to(to_come.device) & to_come).any(1)
+        return torch.where(reached.to(found.device), found, self.clean)
 
     def _is_fast(self, edits: Sequence[Edit]) -> bool:
         return len(edits) == 1 and edits[0].stage is not None

@@ -111,7 +111,9 @@ def _begin_mid(run: StoredRun, layer: int, edit: Edit, own: Tensor, span: Span) 
     out = run.vlm.module(block.out)
     z = run.read(f"blocks.{layer}.attn.hook_z", span)
     if leaf == "hook_z":
-        return run.pre(layer, span) + out.forward(edit.apply(z, span).flatten(-2))
+        mixed = edit.apply(z, span)
+        same = torch.equal(mixed, z)  # a product of fewer columns may round differently
+        return own if same else run.pre(layer, span) + out.forward(mixed.flatten(-2))
     if edit.index is not None and type(out) is nn.Linear:
         weight = out.weight.unflatten(1, (block.n_heads, -1))[:, edit.index]
         wide = torch.promote_types(z.dtype, torch.float32)
@@ -144,7 +146,8 @@ def _begin_post(run: StoredRun, layer: int, edit: Edit, own: Tensor, span: Span)
         here = edit.where[:, span.columns].to(mine.device)
         change = torch.where(here, edit.new(mine, span).to(mine) - mine, 0)
         return run.mid(layer, span) + (mlp_out + change[..., None] * down.weight[:, edit.index])
-    return run.mid(layer, span) + down.forward(edit.apply(post, span))
+    changed = edit.apply(post, span)
+    return own if torch.equal(changed, post) else run.mid(layer, span) + down.forward(changed)
 
 
 def _run_mlp(run: StoredRun, layer: int, mids: Tensor, span: Span) -> Tensor:

@@ -22,14 +22,8 @@ from interp.patching import image_shapes
 from interp.prompts import Prompt, collate
 from interp.sweep.activations import activation_of
 from interp.sweep.batch import BatchSweep, require_budget
-from interp.sweep.intervention import (
-    Bound,
-    Intervention,
-    bind,
-    validate,
-    where_label,
-    where_mask,
-)
+from interp.sweep.intervention import Bound, Intervention, bind, has_tokens, validate
+from interp.sweep.places import LEADING, where_label, where_mask
 from interp.sweep.shards import ShardStore
 
 SHARD = 512  # interventions
@@ -205,12 +199,12 @@ class _Part:
             digest.update(prompt.example.id.encode())
             for name, tensor in sorted(prompt.inputs.items()):
                 digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        seen: set[tuple[int, int]] = set()
+        seen: set[int] = set()
         for intervention in self.interventions:
             for where in (intervention.where, intervention.source):
                 if where is not None and callable(where) and id(where) not in seen:
-                    seen.add((id(where), 0))
-                    digest.update(where_mask(where, self.batch).cpu().numpy().tobytes())
+                    seen.add(id(where))
+                    digest.update(where(self.batch).cpu().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -242,10 +236,14 @@ def _means(
         with torch.no_grad():
             _, cache = vlm.run_with_cache(batch.inputs, hooks, use_cache=False)
         for key, where in wanted.items():
-            mask = where_mask(where, batch)
-            chosen = cache[key[0]][mask.to(vlm.device)].double().sum(0)
-            sums[key] = sums[key] + chosen if key in sums else chosen
-            counts[key] += int(mask.sum())
+            point = vlm.hook_points[key[0]]
+            if has_tokens(point):
+                chosen = cache[key[0]][where_mask(where, batch).to(vlm.device)].double()
+            else:
+                lead = sum(axis in LEADING for axis in point.axes)
+                chosen = cache[key[0]].flatten(0, lead - 1).double()
+            sums[key] = sums[key] + chosen.sum(0) if key in sums else chosen.sum(0)
+            counts[key] += len(chosen)
     return {key: total / max(1, counts[key]) for key, total in sums.items()}
 
 

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.points import HookPoint
-from interp.patching import partners
+from interp.patching import PatchBatch, borrowed, partners
 from interp.prompts import PromptBatch
 from interp.sweep.activations import of_index
 from interp.sweep.edits import Edit, New, Span
+from interp.sweep.places import LEADING, Where, cut_patches, where_label, where_mask
 
-Where = str | int | Callable[[PromptBatch], Bool[Tensor, "batch pos"]]
-"""A role, "decision" (each row's last token) or "all"; a token counted from the row's first (negative: from the row's
-end); or a function of the batch."""
 KINDS = ("replace", "add", "scale", "zero", "mean", "resample", "skip", "knockout")
 Means = Mapping[tuple[str, str], Float[Tensor, "..."]]
 """Hook and label of `where` to the mean activation."""
@@ -37,7 +35,7 @@ class Intervention:
             `resample`: that of another prompt with the same roles; `skip`: `hook_attn_out`, `hook_mlp_out` or, with
             `hook_resid_post`, the whole block adds nothing; `knockout`: on `attn.hook_attn_scores`, the edges from
             the keys `source` to the queries `where` are cut before the softmax.
-        where: tokens that are acted on; points of the vision side have none and are taken whole.
+        where: tokens that are acted on; points of the vision side have none and are taken whole, but for `knockout`.
         index: head, or neuron of `mlp.hook_post`; None for the whole activation.
         value: broadcastable to the activation (of the head or neuron).
         source: for `knockout`, the keys.
@@ -60,32 +58,6 @@ class Intervention:
         index = "" if self.index is None else f".{self.index}"
         edges = f"{where_label(self.source)} -> " if self.source is not None else ""
         return f"{self.kind} {self.hook}{index} @ {edges}{where_label(self.where)}"
-
-
-def where_label(where: Where) -> str:
-    """How a place is called in a result."""
-    return getattr(where, "__name__", repr(where)) if callable(where) else str(where)
-
-
-def where_mask(where: Where, batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
-    """The tokens of a batch that are meant.
-
-    Raises:
-        FrankenlensError: no such role, or a function that returns something else than a mask of the batch.
-    """
-    if callable(where):
-        mask = where(batch)
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != batch.roles.shape:
-            raise FrankenlensError(
-                f"where={where_label(where)} must return a bool mask of shape {tuple(batch.roles.shape)}"
-            )
-        return mask
-    if isinstance(where, str):
-        return batch.mask(where)
-    tokens = torch.full_like(batch.lengths, where) if where >= 0 else batch.lengths + where
-    columns = torch.arange(batch.roles.shape[1], device=batch.roles.device)
-    there = (tokens >= 0) & (tokens < batch.lengths)
-    return (columns[None] == batch.columns(tokens)[:, None]) & there[:, None]
 
 
 def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> None:
@@ -116,10 +88,15 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
         refuse("knockout needs source=, and only knockout takes it")
     if kind == "knockout" and point.leaf != "hook_attn_scores":
         refuse("knockout acts on attn.hook_attn_scores; to lose the edge's mass instead, scale hook_pattern")
-    if not has_tokens(point) and kind in ("mean", "resample", "skip", "knockout"):
-        refuse(f"{kind} needs a point with a token axis; {name} has {' '.join(point.axes)}")
-    if not has_tokens(point) and intervention.where not in ("all", "image"):
-        refuse(f'{name} has no text tokens ({" ".join(point.axes)}); leave where="all"')
+    if kind == "mean" and point.axes[-1] == "key":
+        refuse("mean needs an activation; scores and patterns of prompts of different lengths have none")
+    for place in (intervention.where, intervention.source or "all"):
+        if has_tokens(point) or place in ("all", "image"):
+            continue
+        if kind != "knockout":
+            refuse(f'{name} has no text tokens ({" ".join(point.axes)}); leave where="all"')
+        if isinstance(place, str) or (isinstance(place, int) and place < 0):
+            refuse(f'{place!r} is no patch of the vision tower; give "all", a number from 0, or a function')
     size = index_size(point, vlm)
     if intervention.index is not None and not 0 <= intervention.index < size:
         refuse(
@@ -129,9 +106,10 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
 
 def index_size(point: HookPoint, vlm: HookedVLM) -> int:
     """How many heads or neurons a point has; 0 where it is not split."""
-    if not has_tokens(point) or point.layer is None:
+    if point.layer is None:
         return 0
-    block = vlm.anatomy.text.blocks[point.layer]
+    tower = vlm.anatomy.vision if point.name.startswith("vision.") else vlm.anatomy.text
+    block = tower.blocks[point.layer]
     if "kv_head" in point.axes:
         return block.n_kv_heads
     if "head" in point.axes:
@@ -172,8 +150,15 @@ def bind(
     """
     point = vlm.hook_points[intervention.hook]
     if not has_tokens(point):
-        new = _new(intervention, point, donor, own, means, batch)
-        return Bound((Edit(point, new, None, intervention.index),), batch.mask("image").any(1))
+        rows = batch.mask("image").any(1)
+        if intervention.kind == "resample":
+            rows = rows & (partners(batch) >= 0)
+        if intervention.kind == "knockout":
+            assert intervention.source is not None
+            new = cut_patches(intervention.where, intervention.source, batch, intervention.index is not None)
+        else:
+            new = _new(intervention, point, donor, own, means, batch)
+        return Bound((Edit(point, new, None, intervention.index),), rows)
     where = where_mask(intervention.where, batch)
     if intervention.kind == "resample":
         other = partners(batch)
@@ -213,7 +198,9 @@ def _new(
         return lambda activation, span: torch.zeros_like(activation)
     if kind == "mean":
         mean = means[intervention.hook, where_label(intervention.where)]
-        mean = mean if index is None else of_index(mean[None, None], point, index)[0, 0]
+        if index is not None:
+            lead = sum(axis in LEADING for axis in point.axes)
+            mean = of_index(mean[(None,) * lead], point, index)[(0,) * lead]
         return lambda activation, span: mean.to(activation).expand_as(activation)
     if kind == "replace" and value is not None:
         return lambda activation, span: _as(value, activation).expand_as(activation)
@@ -223,6 +210,9 @@ def _new(
     if kind == "resample":
         other = partners(batch)
         rows = torch.where(other >= 0, other, torch.arange(len(batch), device=other.device))
+        if not has_tokens(point):
+            every = PatchBatch(batch, batch.mask("all"), other)
+            return lambda activation, span: borrowed(own(point.name, index), True, every).to(activation)
         return lambda activation, span: _segment(own(point.name, index)[rows], point, activation, span)
     assert donor is not None
     return lambda activation, span: _segment(donor(point.name, index), point, activation, span)

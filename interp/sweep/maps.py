@@ -12,7 +12,8 @@ from hooks import FrankenlensError, HookedVLM
 from interp.metrics import Metric
 from interp.prompts import Prompt
 from interp.sweep.engine import sweep
-from interp.sweep.intervention import Intervention, Where, where_label
+from interp.sweep.intervention import Intervention
+from interp.sweep.places import Where, where_label
 
 
 def residual_map(

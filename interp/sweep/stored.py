@@ -154,8 +154,11 @@ class StoredRun:
         span: Span,
         tap: Tap | None = None,
         dense: bool = False,
+        cut: Bool[Tensor, "lane column key"] | None = None,
     ) -> Float[Tensor, "lane column d_model"]:
         """One block on a segment of every lane; inside `segment_attention_on(self.attentions)`.
+
+        `cut` are attention edges hidden from each lane, besides those that no token sees.
 
         After the last block only the columns that are read hold anything meant, unless something inside is tapped.
         """
@@ -163,11 +166,14 @@ class StoredRun:
         wanted = self.reads_within(span) if layer == len(self.blocks) - 1 and tap is None else None
         wanted = None if wanted is None or len(wanted) == len(span) else wanted
         attention: Any = self.vlm.module(block.attention)
+        visible = self._visible[layer][:, :, span.columns, : span.stop]
+        if cut is not None:
+            visible = visible.repeat(len(cut) // len(visible), 1, 1, 1) & ~cut[:, None]
         attention.config._frankenlens_segment = SegmentContext(
             self._keys[layer][:, :, : span.start].to(stream.device),
             self._values[layer][:, :, : span.start].to(stream.device),
-            self._visible[layer][:, :, span.columns, : span.stop],
-            self._causal[layer],
+            visible,
+            self._causal[layer] and cut is None,
             tap,
             dense,
             wanted,

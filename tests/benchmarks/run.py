@@ -75,6 +75,7 @@ def family_results(setting: Setting, scans: list[str], repeats: int) -> dict[str
         outside = any(site.layer < 0 for site in SCANS[scan])
         able = {name: arm for name, arm in arms.items() if not (outside and name in IN_THE_DECODER)}
         found["scans"][scan] = scan_results(setting, scan, able, repeats)
+        tqdm.write(f"{setting.family}: {scan}: {json.dumps(found['scans'][scan])}")
     return found
 
 

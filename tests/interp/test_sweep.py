@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from interp.roles import TraceFormat
 from interp.sweep import Intervention, head_map, residual_map, sweep
 from interp.sweep.batch import BatchSweep
 from interp.sweep.engine import parse_bytes
-from interp.sweep.intervention import bind, where_mask
+from interp.sweep.intervention import bind
+from interp.sweep.places import where_mask
 from tests.families import FAMILIES, redraw, tiny
 
 QUESTIONS = ("how many red", "what shape in row 2 is there", "what color is the star")
@@ -36,7 +38,7 @@ class Duo:
     def __init__(self, family: str, sliding_window: int | None = None) -> None:
         self.given = tiny(family)
         if sliding_window is not None:
-            self.given.model = _with_window(self.given.model, sliding_window)
+            self.given = replace(self.given, model=_with_window(self.given.model, sliding_window))
         other = copy.deepcopy(self.given.model)
         redraw(other, seed=7)
         inputs = self.given.inputs()
@@ -75,7 +77,9 @@ class Duo:
         tokens = where[0].nonzero()[:, 0]
         with torch.no_grad():
             _, donated = self.donor.run_with_cache(batch.inputs, i.hook)
-            _, pre = self.recipient.run_with_cache(batch.inputs, f"blocks.{self._layer(i)}.hook_resid_pre")
+            tower = "vision." if i.hook.startswith("vision.") else ""
+            pre_name = f"{tower}blocks.{self._layer(i)}.hook_resid_pre"
+            _, pre = self.recipient.run_with_cache(batch.inputs, pre_name)
         (before,) = pre.values()
 
         def new(own: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
@@ -89,7 +93,7 @@ class Duo:
         def write(activation: torch.Tensor, hook: Any) -> torch.Tensor:
             out, other = activation.clone(), donated[i.hook]
             if hook.point.axes[0] != "batch":
-                return new(out, other)
+                return self._on_patches(i, batch, activation, new(out, other))
             if i.kind == "knockout":
                 assert i.source is not None
                 keys = where_mask(i.source, batch)[0].nonzero()[:, 0]
@@ -110,17 +114,37 @@ class Duo:
 
         return write
 
+    def _on_patches(
+        self, i: Intervention, batch: Any, activation: torch.Tensor, new: torch.Tensor
+    ) -> torch.Tensor:
+        if i.index is None and i.kind != "knockout":
+            return new
+        out = activation.clone()
+        if i.kind != "knockout":
+            out[..., i.index, :] = new[
+                ..., i.index, :
+            ]  # every split point of the vision side ends in one more axis
+            return out
+        firsts = [0]
+        if out.ndim == 3 and "image_grid_thw" in batch.inputs:
+            firsts = [0, *batch.inputs["image_grid_thw"].prod(-1).cumsum(0).tolist()[:-1]]
+        heads = range(out.shape[-3]) if i.index is None else [i.index]
+        for head in heads:
+            for first in firsts:
+                out[..., head, :, first + i.source] = -torch.inf
+        return out
+
     def _layer(self, i: Intervention) -> int:
         layer = self.recipient.hook_points[i.hook].layer
         return 0 if layer is None else min(layer, self.recipient.n_layers - 1)
 
     def tolerance(self) -> float:
-        """1e-5 x the largest logit, times the tokens that a metric adds up."""
+        """1e-5 x the largest logit, for metrics that add up logits of several tokens too."""
         with torch.no_grad():
             largest = max(
                 float(self.recipient(collate([prompt]).inputs).logits.abs().max()) for prompt in self.prompts
             )
-        return 1e-5 * max(1.0, largest) * 10
+        return 1e-5 * max(1.0, largest)
 
 
 def _with_window(model: Any, size: int) -> Any:
@@ -168,6 +192,15 @@ def interventions_of(vlm: HookedVLM) -> list[Intervention]:
                 found.append(Intervention(name, "zero", where, index))
             if point.axes[-1] != "key":
                 found.append(Intervention(name, "add", where, index, 0.7))
+    block, skipped = "vision.blocks.1", ("hook_attn_out", "hook_mlp_out", "hook_resid_post")
+    found += [Intervention(f"{block}.{leaf}", "skip") for leaf in skipped]
+    found += [
+        Intervention(f"{block}.attn.{at}", "scale", "all", 1, 3.0)
+        for at in ("hook_q", "hook_z", "hook_result")
+    ]
+    found += [
+        Intervention(f"{block}.attn.hook_attn_scores", "knockout", "all", i, source=2) for i in (None, 1)
+    ]
     for layer in (0, 2):
         scores = f"blocks.{layer}.attn.hook_attn_scores"
         found.append(Intervention(scores, "knockout", "reasoning", None, source="image"))
@@ -285,8 +318,9 @@ def test_mean_and_resample(family: str) -> None:
     )]  # fmt: skip
     if same[0].roles != same[1].roles:
         pytest.skip("images of another size")
-    hook = "blocks.1.hook_mlp_out"
+    hook, early = "blocks.1.hook_mlp_out", "vision.blocks.1.hook_mlp_out"
     wanted = [Intervention(hook, kind, "question") for kind in ("mean", "resample")]
+    wanted += [Intervention(early, kind) for kind in ("mean", "resample")]
     metric = LogitDifference(torch.tensor([30, 31]), torch.tensor([40, 41]))
     found = sweep(pair.recipient, same, wanted, metric, progress=False)
     batch = collate(same)
@@ -301,6 +335,20 @@ def test_mean_and_resample(family: str) -> None:
             np.testing.assert_allclose(
                 found.value.values[0, number], metric(logits, batch), rtol=0, atol=pair.tolerance()
             )
+        _, cache = pair.recipient.run_with_cache(batch.inputs, early)
+        seen = cache[early]
+        halves = seen.chunk(2)  # images of one size, one after the other
+        for number, value in enumerate(
+            (seen.flatten(0, -2).mean(0).expand_as(seen), torch.cat(halves[::-1]))
+        ):
+            logits = pair.recipient.run_with_hooks(batch.inputs, [(early, lambda a, hook, v=value: v)]).logits
+            np.testing.assert_allclose(
+                found.value.values[0, 2 + number], metric(logits, batch), rtol=0, atol=pair.tolerance()
+            )
+            assert (
+                np.abs(found.value.values[0, 2 + number] - found.clean.values[0]).max()
+                > 100 * pair.tolerance()
+            )
 
 
 def test_what_changes_nothing_is_exactly_the_clean_run() -> None:
@@ -309,6 +357,8 @@ def test_what_changes_nothing_is_exactly_the_clean_run() -> None:
         "blocks.0.hook_resid_pre",
         "blocks.1.hook_attn_out",
         "blocks.2.mlp.hook_post",
+        "blocks.2.attn.hook_z",
+        "blocks.0.attn.hook_result",
         "projector.hook_out",
     ]
     wanted = [Intervention(hook, "scale", value=1.0) for hook in hooks]
@@ -385,6 +435,17 @@ def test_a_budget_makes_lanes_fewer_and_numbers_no_other() -> None:
         (Intervention("blocks.1.hook_mlp_out", "knockout", source="image"), "knockout acts on"),
         (Intervention("blocks.1.attn.hook_attn_scores", "knockout"), "knockout needs source="),
         (Intervention("projector.hook_out", "zero", "question"), "has no text tokens"),
+        (Intervention("vision.blocks.1.hook_mlp_out", "zero", 3), "has no text tokens"),
+        (Intervention("vision.blocks.1.attn.hook_z", "zero", "all", 2), "index 2 is out of range"),
+        (
+            Intervention("vision.blocks.1.attn.hook_attn_scores", "knockout", "question", source="all"),
+            "'question' is no patch",
+        ),
+        (
+            Intervention("vision.blocks.1.attn.hook_attn_scores", "knockout", "all", source=999),
+            "there is no patch 999",
+        ),
+        (Intervention("blocks.1.attn.hook_pattern", "mean"), "have none"),
         (Intervention("blocks.1.hook_mlp_out", "zero", "questions"), "no role 'questions'"),
         (Intervention("blocks.1.hook_mlp_out", "erase"), "kind 'erase' is none of"),
     ],

@@ -1,0 +1,90 @@
+"""Where an intervention acts: tokens by role or number, patches of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooks import FrankenlensError
+from interp.prompts import PromptBatch
+from interp.sweep.edits import New, Span
+
+Where = str | int | Callable[[PromptBatch], Bool[Tensor, "..."]]
+"""A role, "decision" (each row's last token) or "all"; a token counted from the row's first (negative: from the row's
+end); or a function of the batch. For attention edges of the vision tower: "all", a patch counted from each image's
+first, or a function of the batch to a mask [patch] (packed towers) or [image patch]."""
+LEADING = ("batch", "pos", "image", "patch", "image_token")
+"""Axes of an activation that number tokens, patches and what they belong to."""
+
+
+def where_label(where: Where) -> str:
+    """How a place is called in a result."""
+    return getattr(where, "__name__", repr(where)) if callable(where) else str(where)
+
+
+def where_mask(where: Where, batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
+    """The tokens of a batch that are meant.
+
+    Raises:
+        FrankenlensError: no such role, or a function that returns something else than a mask of the batch.
+    """
+    if callable(where):
+        mask = where(batch)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != batch.roles.shape:
+            raise FrankenlensError(
+                f"where={where_label(where)} must return a bool mask of shape {tuple(batch.roles.shape)}"
+            )
+        return mask
+    if isinstance(where, str):
+        return batch.mask(where)
+    tokens = torch.full_like(batch.lengths, where) if where >= 0 else batch.lengths + where
+    columns = torch.arange(batch.roles.shape[1], device=batch.roles.device)
+    there = (tokens >= 0) & (tokens < batch.lengths)
+    return (columns[None] == batch.columns(tokens)[:, None]) & there[:, None]
+
+
+def patch_mask(
+    where: Where, batch: PromptBatch, scores: Float[Tensor, "*image head query key"]
+) -> Bool[Tensor, "*image patch"]:
+    """The patches that are meant, in the order in which the vision tower has them.
+
+    Raises:
+        FrankenlensError: no such patch, or a function that returns something else than a mask of the patches.
+    """
+    shape = (*scores.shape[:-3], scores.shape[-1])
+    if callable(where):
+        mask = where(batch)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+            raise FrankenlensError(f"where={where_label(where)} must return a bool mask of shape {shape}")
+        return mask.to(scores.device)
+    mask = torch.zeros(shape, dtype=torch.bool, device=scores.device)
+    if isinstance(where, str):
+        return ~mask
+    sizes = [shape[-1]]
+    if len(shape) == 1 and "image_grid_thw" in batch.inputs:
+        sizes = batch.inputs["image_grid_thw"].prod(-1).tolist()
+    if where >= min(sizes):
+        raise FrankenlensError(
+            f"there is no patch {where}; the smallest image of this batch has {min(sizes)}"
+        )
+    for number in range(len(sizes)):
+        mask[..., sum(sizes[:number]) + where] = True
+    return mask
+
+
+def cut_patches(queries: Where, keys: Where, batch: PromptBatch, one_head: bool) -> New:
+    """Scores (of one head, or of all) without the edges from patches `keys` to patches `queries`."""
+
+    def new(scores: Tensor, span: Span) -> Tensor:
+        whole = scores.unsqueeze(-3) if one_head else scores
+        edges = (
+            patch_mask(queries, batch, whole)[..., None, :, None]
+            & patch_mask(keys, batch, whole)[..., None, None, :]
+        )
+        cut = whole.masked_fill(edges, -torch.inf)
+        return cut.squeeze(-3) if one_head else cut
+
+    return new
