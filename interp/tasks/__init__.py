@@ -1,7 +1,7 @@
 """Synthetic questions about small scenes, with exact answers, seeded splits and counterfactual pairs."""
 
 from interp.tasks.questions import PERCEPTION, REASONING, TASKS, Solution, Task
-from interp.tasks.sampling import chain, counterfactual_pairs, grade, sample
+from interp.tasks.sampling import chain, counterfactual_pairs, grade, neutral_pairs, sample
 from interp.tasks.scenes import CELLS, COLOURS, SHAPES, SPLITS, Scene, SceneObject, Split, render, split_of
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "chain",
     "counterfactual_pairs",
     "grade",
+    "neutral_pairs",
     "render",
     "sample",
     "split_of",

@@ -72,6 +72,29 @@ def counterfactual_pairs(task: str, n: int, seed: int, split: Split = "map") -> 
     return pairs
 
 
+def neutral_pairs(task: str, n: int, seed: int, split: Split = "map") -> list[tuple[Example, Example]]:
+    """The targets of `counterfactual_pairs`, each with an image that differs in one attribute but has the same answer.
+
+    A control for counterfactual pairs; of the n targets, those that offer no such change are left out.
+
+    Raises:
+        FrankenlensError: if the task or the split is unknown.
+    """
+    rng = _rng(task, seed, split, salt=2)
+    pairs: list[tuple[Example, Example]] = []
+    for target, _ in counterfactual_pairs(task, n, seed, split):
+        scene, arguments, solve = target.meta["scene"], target.meta["arguments"], _task(task).solve
+        edits = [edit for edit in _edits(scene) if split_of(edit[0].layout) == split]
+        edits = [edit for edit in edits if solve(arguments, edit[0]).answer == target.answer]
+        if edits:
+            other, *changed = edits[int(rng.integers(len(edits)))]
+            cell, attribute, old, new = changed
+            name = target.id.removesuffix("-clean") + "-neutral"
+            source = _example(_task(task), other, arguments, split, name, (cell, attribute, new, old))
+            pairs.append((target, source))
+    return pairs
+
+
 def grade(prediction: str | None, example: Example) -> bool:
     """True if the prediction is the answer, word for word; None (nothing that parses) is wrong."""
     return prediction is not None and prediction.split() == example.answer.split()
