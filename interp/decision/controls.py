@@ -21,6 +21,8 @@ from interp.pair import Pair
 from interp.prompts import Prompt, collate
 from interp.statistics import Interval, bootstrap_mean
 
+Change = Callable[[str, Tensor], Tensor]
+"""A parameter's name and value to its new value."""
 NEEDS_PIXELS_ONCE = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids", "token_type_ids")
 
 
@@ -120,13 +122,40 @@ def null_pair_denominator(
         seed: of the random directions.
         settings: as in `interp.statistics.bootstrap_mean`.
     """
+    changes = null_changes(pair, seed)
+    traces = {"bf16": (decisions.rl_values, decisions.rl_traces)}
+    traces["random"] = (decisions.in_values, decisions.in_traces)
+    own = _own_soft if decisions.choice == "soft" else _own_first
+    found = {}
+    for label, (vlm, change) in changes.items():
+        before, written = traces[label]
+        with changed_weights(vlm.model, change):
+            after = evaluate(vlm, decisions.prompts, decisions.metric, batch_size)
+            own_before = own(vlm, written, batch_size)
+        found[label] = bootstrap_mean(after - before, **settings)
+        found[f"{label}, own decisions"] = bootstrap_mean(own_before(), **settings)
+    return found
+
+
+def null_changes(pair: Pair, seed: int = 0) -> dict[str, tuple[HookedVLM, Change]]:
+    """By name, a model of the pair and a change of its weights (for `changed_weights`) from which nothing is learnt.
+
+    `bf16`: RL rounded to bfloat16 (not where it is kept in it already). `random`: IN with an update of the same norm as
+    RL's in every tensor, but in a random direction; in half precision RL's own update with its entries shuffled.
+
+    Arguments:
+        seed: of the random directions; drawn anew each time the change is made to the first parameter.
+    """
     updates = {name: theirs.float() - ours.float() for name, ours, theirs in _both(pair)}
-    generator = torch.Generator().manual_seed(seed)
+    first = next(iter(updates))
+    generator = torch.Generator()
 
     def rounded(name: str, weight: Tensor) -> Tensor:
         return weight.to(torch.bfloat16).to(weight.dtype)
 
     def shifted(name: str, weight: Tensor) -> Tensor:
+        if name == first:
+            generator.manual_seed(seed)
         update = updates[name]
         if weight.dtype == torch.float32:
             noise = torch.randn(weight.shape, generator=generator).to(update)
@@ -136,20 +165,10 @@ def null_pair_denominator(
             update = update.flatten()[order].view_as(update)
         return (weight.float() + update).to(weight.dtype)
 
-    own = _own_soft if decisions.choice == "soft" else _own_first
-    found = {}
-    for label, vlm, change, before, traces in (
-        ("bf16", pair.rl, rounded, decisions.rl_values, decisions.rl_traces),
-        ("random", pair.in_, shifted, decisions.in_values, decisions.in_traces),
-    ):
-        if change is rounded and vlm.model.dtype == torch.bfloat16:
-            continue
-        with changed_weights(vlm.model, change):
-            after = evaluate(vlm, decisions.prompts, decisions.metric, batch_size)
-            own_before = own(vlm, traces, batch_size)
-        found[label] = bootstrap_mean(after - before, **settings)
-        found[f"{label}, own decisions"] = bootstrap_mean(own_before(), **settings)
-    return found
+    changes: dict[str, tuple[HookedVLM, Change]] = {"bf16": (pair.rl, rounded), "random": (pair.in_, shifted)}
+    if pair.rl.model.dtype == torch.bfloat16:
+        del changes["bf16"]
+    return changes
 
 
 def _own_first(vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int) -> Callable[[], np.ndarray]:
@@ -204,7 +223,7 @@ def recovery_refused(decisions: DecisionSet, nulls: Mapping[str, Interval], **se
 
 
 @contextmanager
-def changed_weights(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+def changed_weights(model: nn.Module, change: Change) -> Iterator[None]:
     """Every parameter replaced by `change(name, parameter)` inside the context, and put back bit for bit after it."""
     kept: dict[str, Tensor] = {}
     try:

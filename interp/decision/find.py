@@ -18,11 +18,11 @@ from interp.decision.result import Decision, DecisionSet
 from interp.decision.traces import Divergence, diverging, next_tokens, trace_logits
 from interp.examples import Example
 from interp.generation import greedy
+from interp.grading import grade
 from interp.metrics import LogitDifference, Metric, SoftDifference, evaluate
 from interp.pair import Pair
 from interp.prompts import Prompt
 from interp.roles import count_faults
-from interp.tasks import grade
 
 Choice = Literal["first", "decisive", "soft"]
 Grader = Callable[[str | None, Example], bool]

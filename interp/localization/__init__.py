@@ -1,16 +1,20 @@
 """Functional localization: which layers carry a function, by swapping what they see and by leaving them out."""
 
-from interp.localization.ablation import KINDS, Ablation, ablate, accuracy, layers_of
-from interp.localization.outcomes import OUTCOMES, outcome, outcome_shares
+from interp.localization.ablation import KINDS, Ablation, ablate, layers_of
+from interp.localization.accuracy import accuracy
+from interp.localization.outcomes import AMONG, OUTCOMES, Grader, layer_contributions, outcome, outcome_shares
 from interp.localization.swap import Swap, singles, suffixes, swap_hooks, vision_swap, windows
 
 __all__ = [
+    "AMONG",
     "KINDS",
     "OUTCOMES",
     "Ablation",
+    "Grader",
     "Swap",
     "ablate",
     "accuracy",
+    "layer_contributions",
     "layers_of",
     "outcome",
     "outcome_shares",

@@ -1,8 +1,9 @@
 """Layers, their halves and single heads left out while a model generates: does it still answer right?
 
 `skip` passes the residual stream by (a block, or its attention or MLP alone); `zero` is the same for attention, MLP and
-heads; `mean` puts the mean activation in, `resample` the activation at a random token of the same kind in another
-prompt's run. Mean and pool are taken per kind of token: the role in the prompt, and "generated" for all that follows.
+heads; `mean` puts the mean activation in, `resample`, at each token anew, the activation at a random token of the same
+kind in another prompt's run. Mean and pool are taken per kind of token: the role in the prompt, and "generated" for all
+that follows. A skipped block of Qwen3-VL still receives the DeepStack states, which are added behind the block.
 The intervention is on during prefill and at every decoding step. Source: layer skip of 2602.12395, which has neither
 halves, heads nor controls.
 """
@@ -14,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 import xarray as xr
 from torch import Tensor
@@ -23,11 +23,10 @@ from tqdm.auto import tqdm
 from hooks import Address, FrankenlensError, HookedVLM
 from hooks.engine import HookContext, HookFunction
 from interp.generation import greedy, greedy_batch
+from interp.grading import Ungraded, grade
 from interp.localization.outcomes import Grader
 from interp.localization.pools import GENERATED, Pool
 from interp.prompts import Prompt, PromptBatch, collate
-from interp.statistics import bootstrap_difference, mcnemar, wilson_interval
-from interp.tasks import grade
 
 KINDS = ("skip", "zero", "mean", "resample")
 
@@ -122,7 +121,8 @@ def ablate(
     `parsed`); prompts whose clean trace does not parse are left out, with the reason in `why`.
 
     Returns:
-        right [ablation example] and clean [example], NaN where left out; parsed [ablation example]; why [example].
+        right [ablation example] and clean [example], NaN where left out; parsed [ablation example]; fault [ablation
+        example] (why the grader cannot tell, "" where it can); why [example].
 
     Raises:
         FrankenlensError: no prompts, no ablations, or a component that the model does not have; before anything runs.
@@ -133,12 +133,16 @@ def ablate(
         _require(vlm, ablation)
     traces = greedy(vlm, prompts, max_new_tokens, batch_size, progress)
     answers = [_answer(prompt, ids) for prompt, ids in zip(prompts, traces, strict=True)]
-    why = ["" if answer is not None else "the clean trace does not parse" for answer in answers]
+    graded = [_graded(answer, prompt, grader) for answer, prompt in zip(answers, prompts, strict=True)]
+    why = [
+        "the clean trace does not parse" if answer is None else fault
+        for answer, (_, fault) in zip(answers, graded, strict=True)
+    ]
     kept = [row for row, reason in enumerate(why) if not reason]
     clean = np.full(len(prompts), np.nan)
-    clean[kept] = [grader(answers[row], prompts[row].example) for row in kept]
+    clean[kept] = [graded[row][0] for row in kept]
     right = np.full((len(ablations), len(prompts)), np.nan)
-    parsed = np.full((len(ablations), len(prompts)), np.nan)
+    parsed, fault = right.copy(), np.full(right.shape, "", dtype=object)
     longer = [prompt.with_tokens(ids) for prompt, ids in zip(prompts, traces, strict=True)]
     pools = _pools(vlm, longer, ablations, batch_size, seed)
     kept.sort(key=lambda row: len(prompts[row]))
@@ -147,10 +151,10 @@ def ablate(
         for some in steps:
             batch = collate([prompts[row] for row in some], "left").to(vlm.device)
             for k, ablation in enumerate(ablations):
-                hooks = ablation_hooks(ablation, batch, pools.get(ablation.hook), seed)
+                hooks = ablation_hooks(ablation, batch, pools.get(ablation.hook), some, seed)
                 for row, ids in zip(some, greedy_batch(vlm, batch, max_new_tokens, hooks), strict=True):
                     answer = _answer(prompts[row], ids)
-                    right[k, row] = answer is not None and grader(answer, prompts[row].example)
+                    right[k, row], fault[k, row] = _graded(answer, prompts[row], grader)
                     parsed[k, row] = answer is not None
                 bar.update()
     places = [ablation.place for ablation in ablations]
@@ -158,6 +162,7 @@ def ablate(
         {
             "right": (("ablation", "example"), right),
             "parsed": (("ablation", "example"), parsed),
+            "fault": (("ablation", "example"), fault.astype(str)),
             "clean": ("example", clean),
             "why": ("example", np.array(why, dtype=str)),
         },
@@ -174,39 +179,8 @@ def ablate(
     )
 
 
-def accuracy(found: xr.Dataset, **settings) -> pd.DataFrame:
-    """Accuracy under each ablation with Wilson's interval, and its loss against the whole model, paired.
-
-    Columns: ablation, kind, layer, part, head, accuracy, low, high, change, change_low, change_high (bootstrap;
-    `settings` as in `bootstrap_ratio`), p (McNemar, exact, not corrected), parsed, n, left_out.
-    """
-    clean = found["clean"].to_numpy()
-    rows = []
-    for k in range(found.sizes["ablation"]):
-        right = found["right"].to_numpy()[k]
-        there = right[~np.isnan(right)]
-        share = wilson_interval(int(there.sum()), len(there))
-        change = bootstrap_difference(right, clean, **settings)
-        rows.append(
-            {
-                **{key: found[key].to_numpy()[k] for key in ("ablation", "kind", "layer", "part", "head")},
-                "accuracy": float(share.value),
-                "low": float(share.low),
-                "high": float(share.high),
-                "change": float(change.value),
-                "change_low": float(change.low),
-                "change_high": float(change.high),
-                "p": mcnemar(right, clean).p,
-                "parsed": float(np.nanmean(found["parsed"].to_numpy()[k])) if len(there) else np.nan,
-                "n": len(there),
-                "left_out": int(np.isnan(right).sum()),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
 def ablation_hooks(
-    ablation: Ablation, batch: PromptBatch, pool: Pool | None, seed: int = 0
+    ablation: Ablation, batch: PromptBatch, pool: Pool | None = None, rows: Sequence[int] = (), seed: int = 0
 ) -> list[tuple[str, HookFunction]]:
     """The hooks of one ablation while `batch` is prefilled and continued.
 
@@ -214,9 +188,10 @@ def ablation_hooks(
         ablation: what is done.
         batch: the prompts, padded on the left.
         pool: clean activations of its hook point; for mean and resample.
+        rows: the batch's prompts as the pool numbers them; for resample.
         seed: of what `resample` draws.
     """
-    kinds = torch.where(batch.roles < 0, torch.zeros_like(batch.roles), batch.roles).long()
+    kinds, own = batch.roles.long(), torch.tensor(rows, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
     if ablation.place.sub is None:
         before: list[Tensor] = []
@@ -225,7 +200,7 @@ def ablation_hooks(
             before[:] = [activation.clone()]
 
         pre = ablation.hook.replace("resid_post", "resid_pre")
-        return [(pre, keep), (ablation.hook, lambda activation, hook: before[0])]
+        return [(pre, keep), (ablation.hook, lambda activation, hook: before[0].to(activation.device))]
 
     def new(activation: Tensor) -> Tensor:
         if ablation.kind in ("skip", "zero"):
@@ -234,7 +209,7 @@ def ablation_hooks(
             raise FrankenlensError(f"{ablation.name} needs the pool of its hook point")
         prefill = activation.shape[1] == kinds.shape[1]
         wanted = kinds if prefill else torch.full(activation.shape[:2], GENERATED)
-        drawn = pool.mean(wanted) if ablation.kind == "mean" else pool.sample(wanted, generator)
+        drawn = pool.mean(wanted) if ablation.kind == "mean" else pool.sample(wanted, own, generator)
         return drawn.to(activation)
 
     def write(activation: Tensor, hook: HookContext) -> Tensor:
@@ -258,20 +233,31 @@ def _pools(
     for first in range(0, len(prompts) if names else 0, batch_size):
         some = prompts[first : first + batch_size]
         batch = collate(some).to(vlm.device)
-        kinds = batch.roles.long().cpu()
+        kinds = batch.roles.long()
         for row, prompt in enumerate(some):
-            kinds[row, prompt.n_prompt_tokens :].masked_fill_(
-                kinds[row, prompt.n_prompt_tokens :] >= 0, GENERATED
-            )
-        _, cache = vlm.run_with_cache(batch.inputs, names, use_cache=False)
-        for name in names:
+            kinds[row, prompt.n_prompt_tokens : len(prompt)] = GENERATED
+        rows = torch.arange(first, first + len(some), device=kinds.device)[:, None].expand_as(kinds)
+
+        def take(activation: Tensor, hook: HookContext, kinds: Tensor = kinds, rows: Tensor = rows) -> None:
             for kind in range(GENERATED + 1):
-                pools[name].add(kind, cache[name][(kinds == kind).to(vlm.device)], generators[name])
+                here = (kinds == kind).to(activation.device)
+                owners = rows[kinds == kind]
+                pools[hook.name].add(kind, activation[here], owners, generators[hook.name])
+
+        vlm.run_with_hooks(batch.inputs, [(name, take) for name in names], use_cache=False)
     return pools
 
 
 def _answer(prompt: Prompt, ids: Sequence[int]) -> str | None:
     return prompt.builder.read_trace(prompt.with_tokens(ids)).answer
+
+
+def _graded(answer: str | None, prompt: Prompt, grader: Grader) -> tuple[float, str]:
+    """1, 0, or NaN with the reason."""
+    try:
+        return float(answer is not None and grader(answer, prompt.example)), ""
+    except Ungraded as error:
+        return float("nan"), str(error)
 
 
 def _require(vlm: HookedVLM, ablation: Ablation) -> None:

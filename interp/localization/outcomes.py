@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
+from hooks.errors import FrankenlensError
 from interp.examples import Example
-from interp.statistics import wilson_interval
+from interp.statistics import bootstrap_mean, wilson_interval
 
 Grader = Callable[[str | None, Example], bool]
-"""Whether an answer (None: there is none) is right for an example."""
+"""Whether an answer (None: there is none) is right for an example, compared with `example.answer`; may raise
+`interp.grading.Ungraded`."""
 OUTCOMES = ("unchanged", "source", "broke")
-NOT_COUNTED = "pairs that cannot show a change: see the variable why"
+AMONG = ("differing", "all")
+"""Pairs that are counted: those whose two clean answers differ, or all whose clean answers can be read."""
+NOT_COUNTED = "pairs without a clean answer on both images: see the variable why"
 
 
 def outcome(
@@ -25,32 +30,54 @@ def outcome(
     source: Example,
     grader: Grader,
 ) -> str:
-    """Which of `OUTCOMES` an answer is.
+    """Which of `OUTCOMES` an answer is; the reference is what the model itself answered, right or wrong.
 
-    "unchanged": the model's own answer, or one that is right for the target; "source": what the model says of the
-    source image, or what is right for it; "broke": anything else, or no answer. The model's own two answers, which
-    differ, are looked at first.
+    "unchanged": the model's own answer, also in another form; "source": what the model says of the source image, or
+    what is right for it; "broke": any third answer, or none.
+
+    Raises:
+        Ungraded: the grader cannot tell.
     """
     if answer is None:
         return "broke"
-    if answer == clean:
+    if same_answer(answer, clean, target, grader):
         return "unchanged"
-    if answer == on_source or grader(answer, source):
+    if same_answer(answer, on_source, source, grader) or grader(answer, source):
         return "source"
-    return "unchanged" if grader(answer, target) else "broke"
+    return "broke"
 
 
-def outcome_shares(found: xr.Dataset, confidence: float = 0.95) -> pd.DataFrame:
+def same_answer(one: str, other: str, example: Example, grader: Grader) -> bool:
+    """Whether one text is the other, or would be right for the example if the other were its reference.
+
+    Raises:
+        Ungraded: the grader cannot tell.
+    """
+    return (
+        one == other
+        or grader(one, replace(example, answer=other))
+        or grader(other, replace(example, answer=one))
+    )
+
+
+def outcome_shares(found: xr.Dataset, among: str = "differing", confidence: float = 0.95) -> pd.DataFrame:
     """Share of each outcome per swap and function, with Wilson's intervals.
 
-    Columns: swap, first, last, what, function ("all": together), outcome ("changed": source or broke, the paper's
-    change rate), value, low, high, n, left_out.
+    Args:
+        found: what `vision_swap` returns.
+        among: of `AMONG`. Only where the two clean answers differ can the source's be told from the model's own; the
+            paper's change rate is over all pairs.
+        confidence: of the intervals.
+
+    Returns:
+        Columns swap, first, last, what, function ("all": together), outcome ("changed": source or broke, the paper's
+        change rate), value, low, high, n, left_out.
+
+    Raises:
+        FrankenlensError: another `among`.
     """
     rows = []
-    functions = found["function"].to_numpy()
-    names = list(dict.fromkeys(functions.tolist()))
-    for name in [*names, *(["all"] if len(names) > 1 else [])]:
-        chosen = found.isel(example=np.flatnonzero((functions == name) | (name == "all")))
+    for name, chosen in by_function(_counted(found, among), "function"):
         for k in range(chosen.sizes["swap"]):
             values = chosen["outcome"].isel(swap=k).to_numpy()
             there = values[~np.isnan(values)]
@@ -70,3 +97,53 @@ def outcome_shares(found: xr.Dataset, confidence: float = 0.95) -> pd.DataFrame:
                     }
                 )
     return pd.DataFrame(rows)
+
+
+def layer_contributions(found: xr.Dataset, among: str = "differing", **settings) -> pd.DataFrame:
+    """CR(k) − CR(k + 1) of suffix swaps: what layer k adds to the change rate (2602.12395), paired by example.
+
+    CR of the suffix behind the last layer is 0: nothing is swapped.
+
+    Args:
+        found: what `vision_swap` returns for `suffixes`, in their order.
+        among: as in `outcome_shares`.
+        settings: as in `interp.statistics.bootstrap_ratio`.
+
+    Returns:
+        Columns layer, function, value, low, high, n, left_out.
+
+    Raises:
+        FrankenlensError: the swaps are not the suffixes from every layer on, or another `among`.
+    """
+    firsts, lasts = found["first"].to_numpy(), found["last"].to_numpy()
+    if not (np.array_equal(firsts, np.arange(len(firsts))) and (lasts == len(firsts) - 1).all()):
+        raise FrankenlensError(
+            "CR(k) − CR(k+1) needs the suffix swaps of every layer: vision_swap(..., suffixes(n))"
+        )
+    rows = []
+    for name, chosen in by_function(_counted(found, among), "function"):
+        values = chosen["outcome"].transpose("swap", "example").to_numpy()
+        changed = np.where(np.isnan(values), np.nan, values != OUTCOMES.index("unchanged"))
+        behind = np.concatenate([changed[1:], np.where(np.isnan(changed[-1:]), np.nan, 0.0)])
+        difference = bootstrap_mean(changed - behind, **settings)
+        for k, layer in enumerate(firsts.tolist()):
+            ends = {end: float(getattr(difference, end)[k]) for end in ("value", "low", "high")}
+            n = int(difference.n[k])
+            rows.append({"layer": layer, "function": name, **ends, "n": n, "left_out": values.shape[1] - n})
+    return pd.DataFrame(rows)
+
+
+def _counted(found: xr.Dataset, among: str) -> xr.Dataset:
+    if among not in AMONG:
+        raise FrankenlensError(f"among={among!r} is none of {', '.join(AMONG)}")
+    return found if among == "all" else found.assign(outcome=found["outcome"].where(found["differs"]))
+
+
+def by_function(found: xr.Dataset, name: str) -> Iterator[tuple[str, xr.Dataset]]:
+    """Each function's examples; "all" of them last, where there are several."""
+    values = found[name].to_numpy()
+    names = list(dict.fromkeys(values.tolist()))
+    for one in names:
+        yield one, found.isel(example=np.flatnonzero(values == one))
+    if len(names) > 1:
+        yield "all", found

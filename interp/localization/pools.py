@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooks.errors import FrankenlensError
 from interp.roles import ROLES
 
 GENERATED = len(ROLES)
@@ -16,49 +15,79 @@ POOL = 1024  # activations of one kind of token that are kept
 
 
 class Pool:
-    """Clean activations of one hook point, by kind of token."""
+    """Clean activations of one hook point, by kind of token; each knows the prompt that it comes from."""
 
     def __init__(self) -> None:
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, int] = {}
         self._kept: dict[int, Tensor] = {}
+        self._prompts: dict[int, Tensor] = {}
 
-    def add(self, kind: int, activations: Float[Tensor, "token ..."], generator: torch.Generator) -> None:
-        """Take in the activations of some tokens; of those kept for `sample`, a random part."""
+    def add(
+        self,
+        kind: int,
+        activations: Float[Tensor, "token ..."],
+        prompts: Int[Tensor, " token"],
+        generator: torch.Generator,
+    ) -> None:
+        """Take in the activations of some tokens of some prompts; of those kept for `sample`, a random part."""
         if not len(activations):
             return
-        total = activations.double().sum(0)
+        total = activations.detach().double().sum(0).cpu()
         self._sums[kind] = self._sums[kind] + total if kind in self._sums else total
         self._counts[kind] = self._counts.get(kind, 0) + len(activations)
-        some = activations[torch.randperm(len(activations), generator=generator)[: POOL // 4]].cpu()
-        old = self._kept.get(kind)
-        joined = some if old is None else torch.cat([old, some])
-        self._kept[kind] = joined[torch.randperm(len(joined), generator=generator)[:POOL]]
+        some = torch.randperm(len(activations), generator=generator)[: POOL // 4]
+        kept, owners = activations.detach().cpu()[some], prompts.cpu()[some]
+        if kind in self._kept:
+            kept, owners = torch.cat([self._kept[kind], kept]), torch.cat([self._prompts[kind], owners])
+        some = torch.randperm(len(kept), generator=generator)[:POOL]
+        self._kept[kind], self._prompts[kind] = kept[some], owners[some]
 
     def mean(self, kinds: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos ..."]:
-        """The mean activation of each token's kind."""
-        return self._lookup(kinds, lambda kind, n: (self._sums[kind] / self._counts[kind]).float()[None])
+        """The mean activation of each token's kind; 0 where the kind is negative (padding)."""
+        kinds = kinds.cpu()
+        out = self._empty(kinds)
+        for kind in self._kinds(kinds):
+            out[kinds == kind] = (self._sums[kind] / self._counts[kind]).float()
+        return out
 
     def sample(
-        self, kinds: Int[Tensor, "batch pos"], generator: torch.Generator
+        self,
+        kinds: Int[Tensor, "batch pos"],
+        prompts: Int[Tensor, " batch"],
+        generator: torch.Generator,
     ) -> Float[Tensor, "batch pos ..."]:
-        """A random activation of each token's kind."""
+        """For each token a random activation of its kind from another prompt; 0 where the kind is negative.
 
-        def draw(kind: int, n: int) -> Tensor:
-            pool = self._kept[kind]
-            return pool[torch.randint(len(pool), (n,), generator=generator)].float()
+        Args:
+            kinds: of the tokens.
+            prompts: the rows' own prompts, which are not drawn from.
+            generator: of the draws.
 
-        return self._lookup(kinds, draw)
-
-    def _lookup(
-        self, kinds: Int[Tensor, "batch pos"], take: Callable[[int, int], Tensor]
-    ) -> Float[Tensor, "batch pos ..."]:
+        Raises:
+            FrankenlensError: no other prompt has tokens of the kind.
+        """
         kinds = kinds.cpu()
-        example = next(iter(self._sums.values()))
-        out = torch.zeros(*kinds.shape, *example.shape)
-        for kind in kinds.unique().tolist():
-            here = kinds == kind
-            # a kind that no clean run holds (padding): the first there is
-            known = kind if kind in self._sums else next(iter(self._sums))
-            out[here] = take(known, int(here.sum())).cpu()
+        out = self._empty(kinds)
+        for kind in self._kinds(kinds):
+            for row, own in enumerate(prompts.tolist()):
+                here = kinds[row] == kind
+                others = torch.nonzero(self._prompts[kind] != own).flatten()
+                if here.any() and not len(others):
+                    raise FrankenlensError(
+                        "resample needs another prompt with tokens of the same kind; give two or more prompts"
+                    )
+                if here.any():
+                    drawn = torch.randint(len(others), (int(here.sum()),), generator=generator)
+                    out[row, here] = self._kept[kind][others[drawn]].float()
         return out
+
+    def _kinds(self, kinds: Int[Tensor, "batch pos"]) -> list[int]:
+        wanted = [kind for kind in kinds.unique().tolist() if kind >= 0]
+        if missing := [kind for kind in wanted if kind not in self._sums]:
+            names = ", ".join((*ROLES, "generated")[kind] for kind in missing)
+            raise FrankenlensError(f"no clean run holds tokens of the kind {names}: there is no mean of them")
+        return wanted
+
+    def _empty(self, kinds: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos ..."]:
+        return torch.zeros(*kinds.shape, *next(iter(self._sums.values())).shape)

@@ -5,13 +5,17 @@ positions. In the layers of the swap, the target's text reads the source's visua
 
 - `kv`: keys (before the rotary embedding) and values of the visual tokens, written once, during prefill; the KV cache
   then holds them for the whole generation, and its length stays what it was.
-- `residual`: the visual tokens' residual stream before each of the layers.
+- `resid`: the visual tokens' residual stream before each of the layers.
 
 After the last layer of the swap the visual tokens' residual stream is the target's own again (with `kv` too: their own
 queries have seen the source's keys). With one image and equal prefixes the two are then the same intervention, which
 the tests show.
 
-A suffix (every layer from k on) is what the paper's released code swaps: the change rate CR(k) then falls with k.
+A suffix (every layer from k on) is what the paper's released code swaps: the change rate CR(k) then falls with k. At
+k = 0 it is running the source image. Where the visual tokens stand in one block it is the same as the source's residual
+stream put in once, before layer k, with the DeepStack states that Qwen3-VL adds behind layer k and later ones; where
+text stands between them (several images, the tiles of SmolVLM and Idefics3), that text is the target's and is not
+swapped.
 """
 
 from __future__ import annotations
@@ -31,12 +35,12 @@ from hooks import FrankenlensError, HookedVLM
 from hooks.engine import HookContext, HookFunction
 from interp.examples import Example
 from interp.generation import greedy_batch
-from interp.localization.outcomes import NOT_COUNTED, OUTCOMES, Grader, outcome
+from interp.grading import Ungraded, grade
+from interp.localization.outcomes import NOT_COUNTED, OUTCOMES, Grader, outcome, same_answer
 from interp.patching import image_shapes
 from interp.prompts import Prompt, PromptBatch, PromptBuilder, collate
-from interp.tasks import grade
 
-WHAT = ("kv", "residual")
+WHAT = ("kv", "resid")
 Hooks = list[tuple[str, HookFunction]]
 
 
@@ -106,40 +110,47 @@ def vision_swap(
 
     Returns:
         outcome [swap example], as numbers of `OUTCOMES` ("source": the source's answer was taken; "broke": some third
-        answer or none; "unchanged"), NaN for pairs that were left out; text [swap example], clean [side example] and
-        why [example] ("" where a pair counts).
+        answer or none; "unchanged": the model's own), NaN where left out; text [swap example]; fault [swap example]
+        (why the grader cannot tell, "" where it can); clean [side example]; differs [example] (the two clean answers
+        do); why [example] ("" where a pair counts).
 
     Raises:
         FrankenlensError: no pairs, no swaps, or a swap of layers that the model does not have; before anything runs.
     """
     _require(vlm, pairs, swaps)
     prompts, why = _prompts(builder, pairs, resize)
-    names = [swap.name for swap in swaps]
     text = np.full((len(swaps), len(pairs)), "", dtype=object)
-    clean = np.full((2, len(pairs)), "", dtype=object)
+    clean = np.full((2, len(pairs)), None, dtype=object)
     found = np.full((len(swaps), len(pairs)), np.nan)
+    fault, differs = np.full(found.shape, "", dtype=object), np.zeros(len(pairs), dtype=bool)
     rows = sorted(prompts, key=lambda row: len(prompts[row][0]))
     steps = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     with tqdm(total=len(steps) * (len(swaps) + 2), desc="swap", disable=not progress, delay=1) as bar:
         for some in steps:
-            batch, source = (
-                collate([prompts[row][side] for row in some], "left").to(vlm.device) for side in (0, 1)
-            )
-            for side, one in enumerate((batch, source)):
-                clean[side, some] = _answers(one, greedy_batch(vlm, one, max_new_tokens))
+            sides = [collate([prompts[row][side] for row in some], "left").to(vlm.device) for side in (0, 1)]
+            for side, batch in enumerate(sides):
+                clean[side, some] = _answers(batch, greedy_batch(vlm, batch, max_new_tokens))
                 bar.update()
             for row in some:
-                why[row] = _not_counted(*clean[:, row])
-            states = _states(vlm, batch, source, swaps)
+                differs[row], why[row] = _compared(clean[0, row], clean[1, row], pairs[row][0], grader)
+            states = _states(vlm, sides[0], sides[1], swaps)
             for number, swap in enumerate(swaps):
-                ids = greedy_batch(vlm, batch, max_new_tokens, swap_hooks(vlm, swap, batch, *states))
-                for row, answer in zip(some, _answers(batch, ids), strict=True):
+                ids = greedy_batch(vlm, sides[0], max_new_tokens, swap_hooks(vlm, swap, sides[0], *states))
+                for row, answer in zip(some, _answers(sides[0], ids), strict=True):
                     text[number, row] = "" if answer is None else answer
                     if not why[row]:
-                        kind = outcome(answer, clean[0, row], clean[1, row], *pairs[row], grader)
-                        found[number, row] = OUTCOMES.index(kind)
+                        score = _scored(answer, clean[0, row], clean[1, row], pairs[row], grader)
+                        found[number, row], fault[number, row] = score
                 bar.update()
-    return _dataset(found, text, clean, why, pairs, swaps, names)
+    values = {
+        "outcome": (("swap", "example"), found),
+        "text": (("swap", "example"), text.astype(str)),
+        "fault": (("swap", "example"), fault.astype(str)),
+        "clean": (("side", "example"), np.where(clean == None, "", clean).astype(str)),  # noqa: E711
+        "differs": ("example", differs),
+        "why": ("example", np.array(why, dtype=str)),
+    }
+    return _dataset(values, pairs, swaps)
 
 
 def swap_hooks(
@@ -202,12 +213,25 @@ def _answers(batch: PromptBatch, written: Sequence[Sequence[int]]) -> list[str |
     ]
 
 
-def _not_counted(target: str | None, source: str | None) -> str:
-    if target is None:
-        return "the clean trace does not parse"
-    if source is None:
-        return "the trace on the source image does not parse"
-    return "both images get the same answer" if target == source else ""
+def _compared(target: str | None, source: str | None, example: Example, grader: Grader) -> tuple[bool, str]:
+    """Whether the two clean answers differ, and why the pair does not count."""
+    if target is None or source is None:
+        image = "source image" if target is not None else "target image"
+        return False, f"the clean trace on the {image} does not parse"
+    try:
+        return not same_answer(target, source, example, grader), ""
+    except Ungraded as error:
+        return False, f"the clean answers cannot be compared: {error}"
+
+
+def _scored(
+    answer: str | None, clean: str, on_source: str, pair: tuple[Example, Example], grader: Grader
+) -> tuple[float, str]:
+    """The outcome's number, or NaN with the reason."""
+    try:
+        return float(OUTCOMES.index(outcome(answer, clean, on_source, *pair, grader))), ""
+    except Ungraded as error:
+        return float("nan"), str(error)
 
 
 def _prompts(
@@ -219,6 +243,9 @@ def _prompts(
     for row, (target, source) in enumerate(pairs):
         if target.question != source.question:
             why[row] = "the two questions differ"
+            continue
+        if not target.images or len(target.images) != len(source.images):
+            why[row] = f"the target has {len(target.images)} images and the source {len(source.images)}"
             continue
         try:
             one, other = builder.build(target), builder.build(source)
@@ -232,8 +259,6 @@ def _prompts(
             continue
         if image_shapes(one) != image_shapes(other) or one.roles != other.roles:
             why[row] = "the images differ in size (resize=True would resample the source)"
-        elif "image" not in one.roles:
-            why[row] = "no image"
         else:
             prompts[row] = one, other
     return prompts, why
@@ -248,23 +273,12 @@ def _require(vlm: HookedVLM, pairs: Sequence[Any], swaps: Sequence[Swap]) -> Non
 
 
 def _dataset(
-    found: np.ndarray,
-    text: np.ndarray,
-    clean: np.ndarray,
-    why: Sequence[str],
-    pairs: Sequence[tuple[Example, Example]],
-    swaps: Sequence[Swap],
-    names: Sequence[str],
+    values: Mapping[str, Any], pairs: Sequence[tuple[Example, Example]], swaps: Sequence[Swap]
 ) -> xr.Dataset:
     return xr.Dataset(
-        {
-            "outcome": (("swap", "example"), found),
-            "text": (("swap", "example"), text.astype(str)),
-            "clean": (("side", "example"), np.where(clean == None, "", clean).astype(str)),  # noqa: E711
-            "why": ("example", np.array(why, dtype=str)),
-        },
+        values,
         coords={
-            "swap": list(names),
+            "swap": [swap.name for swap in swaps],
             "first": ("swap", [swap.first for swap in swaps]),
             "last": ("swap", [swap.last for swap in swaps]),
             "what": ("swap", [swap.what for swap in swaps]),

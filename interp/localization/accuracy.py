@@ -1,0 +1,63 @@
+"""How right a model is under each ablation, and what that is less than without, per function."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float
+
+from interp.localization.outcomes import by_function
+from interp.statistics import adjust, bootstrap_difference, mcnemar, wilson_interval
+
+
+def accuracy(found: xr.Dataset, correction: str = "holm", **settings) -> pd.DataFrame:
+    """Accuracy under each ablation with Wilson's interval, and its loss against the whole model, paired.
+
+    Args:
+        found: what `ablate` returns.
+        correction: of the p values, "holm" or "bh", over the ablations of all functions ("all": over its own).
+        settings: as in `interp.statistics.bootstrap_ratio`.
+
+    Returns:
+        Columns function (the example's task; "all": together), ablation, kind, layer, part, head, accuracy, low, high,
+        whole, whole_low, whole_high (of the model as it is), change, change_low, change_high (bootstrap), p (McNemar,
+        exact), p_corrected, parsed, n, left_out.
+    """
+    rows = []
+    for name, chosen in by_function(found, "task"):
+        clean = chosen["clean"].to_numpy()
+        whole = _share(clean)
+        for k in range(chosen.sizes["ablation"]):
+            right = chosen["right"].to_numpy()[k]
+            share, change = _share(right), bootstrap_difference(right, clean, **settings)
+            rows.append(
+                {
+                    "function": name,
+                    **{
+                        key: chosen[key].to_numpy()[k]
+                        for key in ("ablation", "kind", "layer", "part", "head")
+                    },
+                    **dict(zip(("accuracy", "low", "high"), share, strict=True)),
+                    **dict(zip(("whole", "whole_low", "whole_high"), whole, strict=True)),
+                    "change": float(change.value),
+                    "change_low": float(change.low),
+                    "change_high": float(change.high),
+                    "p": mcnemar(right, clean).p,
+                    "p_corrected": np.nan,
+                    "parsed": float(chosen["parsed"][k].mean()),
+                    "n": int(change.n),
+                    "left_out": int(np.isnan(right).sum()),
+                }
+            )
+    table = pd.DataFrame(rows)
+    together = table["function"] == "all"
+    for family in (together, ~together):
+        table.loc[family, "p_corrected"] = adjust(table.loc[family, "p"].to_numpy(), correction)
+    return table
+
+
+def _share(right: Float[np.ndarray, " example"]) -> tuple[float, float, float]:
+    there = right[~np.isnan(right)]
+    found = wilson_interval(int(there.sum()), len(there))
+    return float(found.value), float(found.low), float(found.high)

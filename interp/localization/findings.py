@@ -1,0 +1,77 @@
+"""What swaps and ablations found, in a sentence per function with n, interval and control."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from interp.localization.plots import ALPHA
+from interp.regions import Partition
+from interp.statistics import interval_text
+
+
+def _region(layer: int, partition: Partition) -> str:
+    return next(name for name, (first, last) in partition.regions.items() if first <= layer <= last)
+
+
+def swap_findings(table: pd.DataFrame | None, partition: Partition) -> list[str]:
+    """Per function the swap after which most pairs take the source's answer, beside the controls; none without swaps.
+
+    Args:
+        table: as `interp.localization.plots.plot_swaps` takes it.
+        partition: in which region the layer lies.
+    """
+    if table is None:
+        return []
+    sentences = []
+    mode = "single" if "single" in set(table["mode"]) else str(table["mode"].iloc[0])
+    chosen = table.loc[(table["mode"] == mode) & (table["function"] != "all")]
+    for function, some in chosen.groupby("function", sort=False):
+        own = some.loc[(some["pairs"] == "counterfactual") & (some["outcome"] == "source")]
+        if not own["value"].notna().any():
+            sentences.append(f"{function}: no pair on which the model answers the two images differently.")
+            continue
+        best = own.loc[own["value"].idxmax()]
+        text = (
+            f"{function}, {mode} swaps: most pairs take the source's answer at layer {best['first']} "
+            f"({_region(int(best['first']), partition)}), {interval_text(best['value'], best['low'], best['high'])} "
+            f"of n = {best['n']}"
+        )
+        control = some.loc[(some["pairs"] == "same answer") & (some["outcome"] == "changed")]
+        for _, row in control.loc[control["first"] == best["first"]].iterrows():
+            text += f"; source with the same answer: {interval_text(row['value'], row['low'], row['high'])} change"
+        sentences.append(text + ".")
+    itself = table.loc[
+        (table["pairs"] == "itself") & (table["outcome"] == "changed") & (table["function"] != "all")
+    ]
+    if len(itself):
+        n = sum(int(some["n"].max()) for _, some in itself.groupby("function"))
+        rate = float(itself["value"].max())
+        sentences.append(
+            f"An image swapped with itself changes a share of {rate:.3g} of the answers (n = {n})."
+        )
+    return sentences
+
+
+def ablation_findings(table: pd.DataFrame | None, partition: Partition) -> list[str]:
+    """Per function the component whose loss costs most; none without ablations.
+
+    Args:
+        table: what `interp.localization.accuracy` returns.
+        partition: in which region the layer lies.
+    """
+    if table is None:
+        return []
+    sentences = []
+    for function, some in table.loc[table["function"] != "all"].groupby("function", sort=False):
+        if not some["n"].max():
+            sentences.append(f"{function}: no answer of the whole model can be read.")
+            continue
+        worst = some.loc[some["change"].idxmin()]
+        sure = some.loc[(some["p_corrected"] < ALPHA) & (some["change"] < 0)]
+        text = f"{function}: the whole model is right in {100 * worst['whole']:.0f} % (n = {worst['n']}); "
+        if worst["change"] < 0:
+            change = interval_text(worst["change"], worst["change_low"], worst["change_high"])
+            region = _region(int(worst["layer"]), partition)
+            text += f"{worst['ablation']} ({region}) costs most, {change}; "
+        sentences.append(f"{text}{len(sure)} of {len(some)} ablations lose after correction.")
+    return sentences

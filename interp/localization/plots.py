@@ -1,0 +1,206 @@
+"""Figures of functional localization: what a swap does along the layers, and what the model is worth without them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from interp.regions import Partition
+
+CONTRIBUTION = "CR(k) − CR(k+1)"
+"""The outcome of a row that holds what `layer_contributions` returns."""
+_LINES = {
+    "source": ("#b2182b", "-", "takes the source's answer"),
+    "broke": ("#333333", "-", "breaks"),
+    "unchanged": ("#6baed6", ":", "keeps its own answer"),
+}
+_PARTS = {"block": "#333333", "attn": "#1f77b4", "mlp": "#e6850e"}
+_PART_NAMES = {"block": "block", "attn": "attention", "mlp": "MLP"}
+ALPHA = 0.05
+
+
+def plot_swaps(table: pd.DataFrame, partition: Partition) -> Figure:
+    """Share of each outcome by the first layer of the swap: a column per function, a row per way of swapping.
+
+    Args:
+        table: `interp.localization.outcome_shares` with columns `mode` and `pairs` ("counterfactual", or the name of a
+            control); `CONTRIBUTION` rows get a line of their own.
+        partition: its regions are shaded.
+    """
+    functions = _names(table["function"], but="all")
+    modes = [(mode, False) for mode in _names(table["mode"])]
+    modes += [(mode, True) for mode in _names(table.loc[table["outcome"] == CONTRIBUTION, "mode"])]
+    figure, grid = _grid(len(modes), len(functions))
+    for row, (mode, parts) in zip(grid, modes, strict=True):
+        for axes, function in zip(row, functions, strict=True):
+            some = table.loc[(table["mode"] == mode) & (table["function"] == function)]
+            own = some.loc[some["pairs"] == "counterfactual"]
+            shade_regions(axes, partition)
+            if parts:
+                _bars(axes, own.loc[own["outcome"] == CONTRIBUTION])
+            else:
+                _swap_lines(axes, own, some)
+            n = own.loc[own["outcome"] == "changed", "n"]
+            axes.set_title(f"{function}  (n = {_span(n)})", fontsize=9)
+            axes.set_xlabel("layer" if mode == "single" else f"first layer k of the {mode}", fontsize=8)
+        row[0].set_ylabel(f"{mode}: {CONTRIBUTION}" if parts else f"{mode}: share of pairs", fontsize=8)
+    _legend(figure, grid[0][0])
+    return figure
+
+
+def plot_ablations(table: pd.DataFrame, partition: Partition) -> Figure:
+    """Accuracy without a block, its attention or its MLP: a column per function, a row per kind of ablation.
+
+    Filled: differs from the whole model after correction. Dashed, with its interval: the whole model.
+
+    Args:
+        table: what `interp.localization.accuracy` returns; heads are drawn by `plot_head_ablations`.
+        partition: its regions are shaded.
+    """
+    table = table.loc[table["part"] != "head"]
+    functions, kinds = _names(table["function"], but="all"), _names(table["kind"])
+    figure, grid = _grid(len(kinds), len(functions))
+    for row, kind in zip(grid, kinds, strict=True):
+        for axes, function in zip(row, functions, strict=True):
+            some = table.loc[(table["kind"] == kind) & (table["function"] == function)]
+            shade_regions(axes, partition)
+            whole = some.iloc[0]
+            axes.axhspan(whole["whole_low"], whole["whole_high"], color="0.5", alpha=0.25, linewidth=0)
+            axes.axhline(whole["whole"], color="0.35", linestyle="--", linewidth=1, label="whole model")
+            axes.plot([], [], "ko", markersize=4, label=f"differs from it (p < {ALPHA} after correction)")
+            for part, own in some.groupby("part", sort=False):
+                _curve(axes, own.sort_values("layer"), _PARTS[str(part)], _PART_NAMES[str(part)])
+            axes.set_ylim(-0.03, 1.14)
+            axes.set_title(f"{function}  (n = {_span(some['n'])})", fontsize=9)
+            axes.set_xlabel("layer", fontsize=8)
+        row[0].set_ylabel(f"accuracy, {kind}", fontsize=8)
+    _legend(figure, grid[0][0])
+    return figure
+
+
+def plot_head_ablations(table: pd.DataFrame) -> Figure:
+    """Change of accuracy without a head, layer by head; pale: not told from 0 after correction.
+
+    Args:
+        table: what `interp.localization.accuracy` returns, with the part "head".
+    """
+    table = table.loc[table["part"] == "head"]
+    functions, kinds = _names(table["function"], but="all"), _names(table["kind"])
+    figure, grid = _grid(len(kinds), len(functions), height=2.8, sharey=False)
+    reach = max(0.05, float(table["change"].abs().max()))
+    norm = Normalize(-reach, reach)
+    for row, kind in zip(grid, kinds, strict=True):
+        for axes, function in zip(row, functions, strict=True):
+            some = table.loc[(table["kind"] == kind) & (table["function"] == function)]
+            value, p = (
+                some.pivot(index="layer", columns="head", values=name) for name in ("change", "p_corrected")
+            )
+            draw_heads(axes, value.to_numpy(), p.to_numpy() < ALPHA, norm)
+            axes.set_title(f"{function}  (n = {_span(some['n'])})", fontsize=9)
+        row[0].set_ylabel(f"layer ({kind})", fontsize=8)
+    bar = figure.colorbar(ScalarMappable(norm, "RdBu"), ax=list(np.ravel(np.array(grid))), shrink=0.8)
+    bar.set_label("change of accuracy", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def draw_heads(
+    axes: Axes, value: np.ndarray, sure: np.ndarray, norm: Normalize, colours: str = "RdBu"
+) -> None:
+    """A layer by head map on a diverging scale; cells that are not `sure` are pale and struck through."""
+    shown = matplotlib.colormaps[colours](norm(np.nan_to_num(value)))
+    shown = np.where(sure[..., None], shown, 0.3 * shown + 0.7)
+    shown[..., 3] = ~np.isnan(value)
+    axes.set_facecolor("#d9d9d9")
+    axes.imshow(shown, origin="lower", aspect="auto", interpolation="nearest")
+    for layer, head in np.argwhere(~sure & ~np.isnan(value)):
+        axes.plot(
+            [head - 0.5, head + 0.5], [layer - 0.5, layer + 0.5], color="0.75", linewidth=0.4, solid_capstyle="butt"
+        )  # fmt: skip
+    for ticks, size in ((axes.set_yticks, value.shape[0]), (axes.set_xticks, value.shape[1])):
+        places = range(0, size, -(-size // 14))
+        ticks(places, [str(place) for place in places], fontsize=7)
+    axes.set_xlabel("head", fontsize=8)
+
+
+def shade_regions(axes: Axes, partition: Partition) -> None:
+    """The regions of the decoder along the x axis, every second one shaded, named at the top."""
+    for i, (name, (first, last)) in enumerate(partition.regions.items()):
+        if i % 2 == 0:
+            axes.axvspan(first - 0.5, last + 0.5, color="0.94", zorder=0, linewidth=0)
+        middle = (first + last) / 2
+        axes.annotate(
+            name, (middle, 1), xycoords=("data", "axes fraction"), xytext=(0, -2), textcoords="offset points",
+            ha="center", va="top", fontsize=6, color="0.55",
+        )  # fmt: skip
+
+
+def _swap_lines(axes: Axes, own: pd.DataFrame, with_controls: pd.DataFrame) -> None:
+    for outcome, (colour, style, label) in _LINES.items():
+        some = own.loc[own["outcome"] == outcome].sort_values("first")
+        axes.fill_between(some["first"], some["low"], some["high"], color=colour, alpha=0.15, linewidth=0)
+        axes.plot(some["first"], some["value"], style, color=colour, marker="o", markersize=3, label=label)
+    control = with_controls.loc[
+        (with_controls["pairs"] == "same answer") & (with_controls["outcome"] == "changed")
+    ].sort_values("first")
+    if len(control):
+        ends = control["value"] - control["low"], control["high"] - control["value"]
+        axes.errorbar(
+            control["first"] + 0.15, control["value"], yerr=np.abs(np.stack(ends)), fmt="x", color="#7b3294",
+            markersize=4, linewidth=0.8, label="control, image with the same answer: changed",
+        )  # fmt: skip
+    axes.set_ylim(-0.03, 1.14)
+
+
+def _bars(axes: Axes, some: pd.DataFrame) -> None:
+    reach = np.abs(np.stack([some["value"] - some["low"], some["high"] - some["value"]]))
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.bar(some["first"], some["value"], color="#b2182b", alpha=0.6, width=0.7)
+    axes.errorbar(
+        some["first"], some["value"], yerr=np.nan_to_num(reach), fmt="none", color="0.2", linewidth=1
+    )
+
+
+def _curve(axes: Axes, own: pd.DataFrame, colour: str, label: str) -> None:
+    axes.fill_between(own["layer"], own["low"], own["high"], color=colour, alpha=0.15, linewidth=0)
+    axes.plot(own["layer"], own["accuracy"], color=colour, linewidth=1.2)
+    sure = own["p_corrected"] < ALPHA
+    for chosen, face in ((sure, colour), (~sure, "white")):
+        axes.plot(
+            own.loc[chosen, "layer"], own.loc[chosen, "accuracy"], "o", color=colour, markerfacecolor=face,
+            markersize=4,
+        )  # fmt: skip
+    axes.plot([], [], "-", color=colour, label=label)
+
+
+def _grid(
+    rows: int, columns: int, height: float = 2.2, sharey: bool = True
+) -> tuple[Figure, Sequence[Sequence[Axes]]]:
+    figure = Figure(figsize=(max(6.0, 2.4 * columns + 0.6), height * rows + 0.7), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey="row" if sharey else False)
+    for axes in grid.ravel():
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, [list(row) for row in grid]
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=7, frameon=False)
+
+
+def _names(column: pd.Series, but: str | None = None) -> list[str]:
+    found = [str(name) for name in dict.fromkeys(column)]
+    return [name for name in found if name != but] or found
+
+
+def _span(n: pd.Series) -> str:
+    low, high = int(n.min()), int(n.max())
+    return str(low) if low == high else f"{low}-{high}"
