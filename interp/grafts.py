@@ -49,7 +49,7 @@ class Graft:
             raise FrankenlensError("a graft needs a tuple of addresses, such as ('blocks.0-9', 'projector')")
         if self.form not in FORMS:
             raise FrankenlensError(f"there is no form {self.form!r} of a graft; choose {', '.join(FORMS)}")
-        if (self.form == "low_rank") != (self.rank is not None) or (self.rank or 1) < 1:
+        if (self.form == "low_rank") != (self.rank is not None) or (self.rank is not None and self.rank < 1):
             raise FrankenlensError("rank= (at least 1) goes with form='low_rank', and only with it")
 
     @property
@@ -101,6 +101,22 @@ def slices_of(vlm: HookedVLM, grafts: Sequence[Graft]) -> list[tuple[Graft, list
     return found
 
 
+def require_graftable(
+    recipient: HookedVLM, donor: HookedVLM, grafts: Sequence[Graft]
+) -> list[tuple[Graft, list[WeightSlice]]]:
+    """What `slices_of` returns, once both models are known to hold every weight in the same shape, in memory.
+
+    Raises:
+        FrankenlensError: as `grafted`.
+    """
+    work = slices_of(recipient, grafts)
+    own, theirs = (dict(v.model.named_parameters(remove_duplicate=False)) for v in (recipient, donor))
+    for _, pieces in work:
+        for piece in pieces:
+            _require_alike(piece.parameter, own, theirs)
+    return work
+
+
 def _overlap(a: WeightSlice, b: WeightSlice) -> bool:
     if a.dim is None or b.dim is None or a.dim != b.dim:
         return True
@@ -118,11 +134,8 @@ def grafted(recipient: HookedVLM, donor: HookedVLM, grafts: Graft | Sequence[Gra
         FrankenlensError: as `slices_of`; parameters of different shape; weights that are not in memory (offloaded).
     """
     wanted = [grafts] if isinstance(grafts, Graft) else list(grafts)
-    work = slices_of(recipient, wanted)
+    work = require_graftable(recipient, donor, wanted)
     own, theirs = (dict(v.model.named_parameters(remove_duplicate=False)) for v in (recipient, donor))
-    for _, pieces in work:
-        for piece in pieces:
-            _require_alike(piece.parameter, own, theirs)
     with ExitStack() as stack, torch.no_grad():
         for one, pieces in work:
             for piece in pieces:

@@ -40,6 +40,23 @@ def test_all_blocks_and_the_rest_are_the_donor_bit_for_bit(duo) -> None:
     assert (theirs - own).abs().max() > 1e-2 * own.abs().max()
 
 
+@torch.no_grad()
+def test_the_other_way_and_in_steps_it_is_bit_for_bit_too(duo) -> None:
+    recipient, donor, inputs = duo
+    own, theirs = recipient(inputs).logits, donor(inputs).logits
+    everything_else = tuple(a for a in everything(donor) if not a.startswith("blocks"))
+    with grafted(donor, recipient, [Graft(("blocks.0-2",)), Graft(everything_else)]):
+        assert torch.equal(donor(inputs).logits, own)
+    with grafted(recipient, donor, Graft(("blocks.0",))):
+        first = recipient(inputs).logits
+        with grafted(recipient, donor, Graft(("blocks.1-2.attn", "blocks.1-2.mlp"))):
+            assert not torch.equal(recipient(inputs).logits, first)
+        assert torch.equal(recipient(inputs).logits, first)
+    assert torch.equal(recipient(inputs).logits, own)
+    assert torch.equal(donor(inputs).logits, theirs)
+    assert recipient.n_layers == 3
+
+
 def test_everything_is_every_weight_once(duo) -> None:
     recipient = duo[0]
     ((_, pieces),) = slices_of(recipient, [Graft(everything(recipient))])
@@ -141,7 +158,7 @@ def test_refusals(duo) -> None:
         pass
     with pytest.raises(FrankenlensError, match="0-"), grafted(recipient, donor, Graft(("blocks.99",))):
         pass
-    for form, rank in (("magic", None), ("low_rank", None), ("delta", 2)):
+    for form, rank in (("magic", None), ("low_rank", None), ("delta", 2), ("low_rank", 0)):
         with pytest.raises(FrankenlensError, match="form"):
             Graft(("blocks.0",), form=form, rank=rank)
     with pytest.raises(FrankenlensError, match="tuple"):

@@ -1,0 +1,137 @@
+"""The table of a transfer: accuracy, difference to IN, exact tests corrected for being many, and recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float, Int
+
+from interp.statistics import (
+    adjust,
+    bootstrap_difference,
+    bootstrap_ratio,
+    interval_text,
+    mcnemar,
+    wilson_interval,
+)
+
+
+def transfer_table(
+    found: xr.Dataset,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    *,
+    correction: str = "holm",
+    **settings,
+) -> pd.DataFrame:
+    """One row per metric, task and variant.
+
+    Recovery is (m - IN) / (RL - IN), the ratio of sums over examples. It is refused, and `recovery_why` says so, where
+    the interval of RL - IN includes 0 or there is none.
+
+    Args:
+        found: what `interp.transfer.transfer` returns.
+        groups: name to tasks whose examples are taken together, e.g. {"reasoning": REASONING}; a group of which a
+            metric has no examples is left out.
+        correction: "holm" or "bh", over the variants that are neither models nor controls, for each metric and task.
+        settings: as in `bootstrap_ratio` (seed, resamples, confidence, method).
+
+    Returns:
+        Columns: metric, task, variant, kind, control_of; accuracy, low, high (Wilson); change, change_low, change_high
+        (against IN, paired bootstrap); gained, lost, p (McNemar, exact), p_adjusted; recovery, recovery_low,
+        recovery_high, recovery_why; of a control: excess, excess_low, excess_high (its variant minus the control,
+        paired bootstrap); unread (share whose answer cannot be read), n, left_out.
+    """
+    tables = []
+    for metric, task, places in _cells(found, groups or {}):
+        rows = [_row(found, k, places, settings) for k in range(found.sizes["variant"])]
+        table = pd.DataFrame(rows)
+        table.insert(0, "metric", metric)
+        table.insert(1, "task", task)
+        family = ~table["kind"].isin(["model", "control"])
+        p = table["p"].where(family).to_numpy(np.float64)
+        table.insert(list(table).index("p") + 1, "p_adjusted", adjust(p, correction))
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def as_table_2(table: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy in %, in the shape of the paper's Table 2: a row per metric and task, IN and RL around the mixtures."""
+    chosen = table.loc[table["kind"].isin(["model", "order"])]
+    names = [name for name in dict.fromkeys(chosen["variant"]) if name != "RL"] + ["RL"]
+    wide = chosen.pivot(index=["metric", "task"], columns="variant", values="accuracy")[names] * 100
+    rows = list(dict.fromkeys(zip(chosen["metric"], chosen["task"], strict=True)))
+    return wide.loc[rows].reset_index().rename_axis(columns=None)
+
+
+def _cells(
+    found: xr.Dataset, groups: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, str, Int[np.ndarray, " place"]]]:
+    metrics, tasks = found["metric"].to_numpy(), found["task"].to_numpy()
+    for metric in dict.fromkeys(metrics.tolist()):
+        own = metrics == metric
+        for task in dict.fromkeys(tasks[own].tolist()):
+            yield metric, task, np.flatnonzero(own & (tasks == task))
+        for group, members in groups.items():
+            places = np.flatnonzero(own & np.isin(tasks, list(members)))
+            if len(set(tasks[places].tolist())) > 1:
+                yield metric, f"{group}, mean", places
+
+
+def _row(
+    found: xr.Dataset, k: int, places: Int[np.ndarray, " place"], settings: Mapping
+) -> dict[str, object]:
+    right = found["right"].to_numpy()[:, places]
+    names = found["variant"].to_numpy().tolist()
+    own, in_, rl = right[k], right[names.index("IN")], right[names.index("RL")]
+    there = own[~np.isnan(own)]
+    share = wilson_interval(int(there.sum()), len(there))
+    change = bootstrap_difference(own, in_, **settings)
+    test = mcnemar(own, in_)
+    why = found["why"].to_numpy()[k, places]
+    control_of = str(found["control_of"].to_numpy()[k])
+    beside = right[names.index(control_of)] if control_of else np.full_like(own, np.nan)
+    excess = bootstrap_difference(beside, own, **settings)
+    is_in = names[k] == "IN"
+    return {
+        "variant": names[k],
+        "kind": str(found["kind"].to_numpy()[k]),
+        "control_of": control_of,
+        "accuracy": float(share.value),
+        "low": float(share.low),
+        "high": float(share.high),
+        "change": float(change.value),
+        "change_low": float(change.low),
+        "change_high": float(change.high),
+        "gained": test.gained,
+        "lost": test.lost,
+        "p": np.nan if is_in else test.p,
+        **_recovery(own, in_, rl, settings),
+        "excess": float(excess.value),
+        "excess_low": float(excess.low),
+        "excess_high": float(excess.high),
+        "unread": float(np.mean(why[~np.isnan(own)] != "")) if len(there) else np.nan,
+        "n": len(there),
+        "left_out": int(np.isnan(own).sum()),
+    }
+
+
+def _recovery(
+    own: Float[np.ndarray, " example"],
+    in_: Float[np.ndarray, " example"],
+    rl: Float[np.ndarray, " example"],
+    settings: Mapping,
+) -> Mapping[str, object]:
+    gap = bootstrap_difference(rl, in_, **settings)
+    if not (float(gap.low) > 0 or float(gap.high) < 0):
+        reason = f"RL − IN = {interval_text(gap.value, gap.low, gap.high)} is not told from 0"
+        return dict.fromkeys(("recovery", "recovery_low", "recovery_high"), np.nan) | {"recovery_why": reason}
+    ratio = bootstrap_ratio(own - in_, rl - in_, **settings)
+    return {
+        "recovery": float(ratio.value),
+        "recovery_low": float(ratio.low),
+        "recovery_high": float(ratio.high),
+        "recovery_why": "",
+    }
