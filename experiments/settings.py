@@ -15,11 +15,12 @@ from hooks.errors import FrankenlensError
 from interp.examples import Example
 from interp.page import Section, save_sections
 from interp.pair import Pair
-from interp.readers import read_jsonl
+from interp.readers import ReadReport, read_gsm8k, read_jsonl, read_math500, read_mathvista
 from interp.results import provenance, publishing
 from interp.roles import TraceFormat
 from interp.tasks import REASONING, sample
 
+MATHVISTA = ("general-vqa", "math-targeted-vqa")
 LISTED = 20  # rows that could not be read, named one by one
 
 
@@ -63,7 +64,8 @@ class DataSettings:
     """Which questions; the synthetic reasoning tasks where none are named.
 
     Attributes:
-        data: JSONL with question, answer and image in each row; the synthetic reasoning tasks where not given.
+        data: JSONL with question, answer and image in each row; or mathvista, mathvista:general-vqa,
+            mathvista:math-targeted-vqa, math-500 or gsm8k; the synthetic reasoning tasks where not given.
         images: folder that relative image paths start from; by default that of the data.
         n: prompts to look at.
     """
@@ -84,8 +86,9 @@ def require_sound(config: PairSettings) -> None:
     if isinstance(config, DataSettings) and config.images is not None and config.data is None:
         raise FrankenlensError("--images is the folder of the images of --data; give --data as well.")
     for name in ("n", "batch_size", "max_new_tokens"):
-        if getattr(config, name, 1) < 1:
-            raise FrankenlensError(f"--{name.replace('_', '-')} is {getattr(config, name)}; give at least 1.")
+        given = getattr(config, name, None)
+        if given is not None and given < 1:
+            raise FrankenlensError(f"--{name.replace('_', '-')} is {given}; give at least 1.")
     if len(config.answer) not in (1, 2):
         raise FrankenlensError(
             rf"--answer has {len(config.answer)} values; give what stands before the answer, and what stands after "
@@ -127,13 +130,13 @@ def load_examples(
     Without data: synthetic tasks in equal shares, from the split that training never saw.
 
     Raises:
-        FrankenlensError: no row can be read.
+        FrankenlensError: no row can be read, or a public data set cannot be loaded.
     """
     if config.data is None:
         sizes = [config.n // len(tasks) + (i < config.n % len(tasks)) for i in range(len(tasks))]
         drawn = (sample(task, size, seed, "map") for task, size in zip(tasks, sizes, strict=True))
         return [example for some in drawn for example in some], {}
-    examples, report = read_jsonl(config.data, config.images)
+    examples, report = _read(str(config.data), config)
     if report.failures:
         print(report, file=sys.stderr)
     if not examples:
@@ -146,6 +149,18 @@ def load_examples(
     if len(examples) > config.n:
         dropped[f"rows beyond the first {config.n} (--n)"] = len(examples) - config.n
     return examples[: config.n], dropped
+
+
+def _read(name: str, config: DataSettings) -> tuple[list[Example], ReadReport]:
+    """The rows of a public data set, or of a JSONL file."""
+    which, _, category = name.partition(":")
+    if which == "mathvista":
+        if category not in ("", *MATHVISTA):
+            raise FrankenlensError(f"--data {name}: MathVista has {', '.join(MATHVISTA)}, no {category!r}.")
+        return read_mathvista(category=category or None, n=config.n)
+    if name in ("math-500", "gsm8k"):
+        return {"math-500": read_math500, "gsm8k": read_gsm8k}[name](n=config.n)
+    return read_jsonl(name, config.images)
 
 
 def publish(

@@ -128,6 +128,7 @@ class Duo:
         firsts = [0]
         if out.ndim == 3 and "image_grid_thw" in batch.inputs:
             firsts = [0, *batch.inputs["image_grid_thw"].prod(-1).cumsum(0).tolist()[:-1]]
+        assert isinstance(i.source, int)
         heads = range(out.shape[-3]) if i.index is None else [i.index]
         for head in heads:
             for first in firsts:
