@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,10 +11,10 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
-from transformers.trainer_utils import get_last_checkpoint
 
 from experiments.triple.clock import CpuClock
 from experiments.triple.replies import MAX_REPLY, read, suppressed
+from experiments.triple.resuming import train_from_last
 from interp.tasks import REASONING, TASKS, render
 from interp.tasks.sampling import draw
 
@@ -78,13 +79,14 @@ def build_trainer(
     seed: int,
     folder: Path,
     callbacks: list[TrainerCallback] | None = None,
+    trl: Mapping[str, Any] | None = None,
 ):
-    """A `GRPOTrainer` on the CPU, ready to train the model in place."""
+    """A `GRPOTrainer` on the CPU, ready to train the model in place; `trl` overrides arguments of `GRPOConfig`."""
     from trl import GRPOConfig  # heavy, and only needed here
 
     from experiments.triple.shared_prefix import SharedPrefixGRPOTrainer
 
-    arguments = GRPOConfig(
+    arguments = dict(
         output_dir=str(folder),
         seed=seed,
         use_cpu=True,
@@ -112,7 +114,7 @@ def build_trainer(
     return SharedPrefixGRPOTrainer(
         model=model,
         reward_funcs=cast(Any, exact_answer),
-        args=arguments,
+        args=GRPOConfig(**{**arguments, **(trl or {})}),
         train_dataset=build_prompts(settings, seed),
         processing_class=processor,
         callbacks=callbacks,
@@ -130,15 +132,20 @@ class _Tick(TrainerCallback):
 
 
 def train_rl(
-    model: PreTrainedModel, processor: ProcessorMixin, settings: RL, seed: int, folder: Path, clock: CpuClock
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    settings: RL,
+    seed: int,
+    folder: Path,
+    clock: CpuClock,
+    trl: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
-    """Trains the model in place, from the last checkpoint in `folder` where there is one.
+    """Trains the model in place, from the last checkpoint in `folder` where there is one; `trl` as in `build_trainer`.
 
     Returns:
         TRL's log: one row per five steps.
     """
-    trainer = build_trainer(model, processor, settings, seed, folder, [_Tick(clock)])
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer = build_trainer(model, processor, settings, seed, folder, [_Tick(clock)], trl)
+    train_from_last(trainer, folder)
     model.eval()
     return trainer.state.log_history

@@ -1,0 +1,1 @@
+"""RL once more from IN, with components frozen."""

@@ -1,0 +1,191 @@
+"""What freezing a component costs: retrained models on the same questions, against the one trained without it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from hooks import FrankenlensError
+from interp.statistics import (
+    Interval,
+    adjust,
+    bootstrap_difference,
+    bootstrap_mean,
+    bootstrap_ratio,
+    mcnemar,
+    sign_flip,
+    wilson_interval,
+)
+
+UNFROZEN = "unfrozen"
+IN = "IN"
+COLOURS = {"region": "#b2182b", "random": "#7f7f7f", "other": "#2166ac", "rerun": "#b8860b"}
+MEANING = {
+    "region": "region",
+    "random": "random layers (control)",
+    "other": "other address",
+    "rerun": "nothing frozen, another seed (control)",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Retrained:
+    """One training run, measured.
+
+    Attributes:
+        arm: its name; `UNFROZEN` where nothing was frozen.
+        kind: "unfrozen", "region", "random", "other", or "rerun" (nothing frozen, another seed).
+        seed: of the training.
+        frozen: the addresses in words.
+        n_frozen: frozen weights.
+        right: 1 or 0 per question; NaN where it was left out.
+        unreadable: share of replies without an answer that can be read (they count as wrong).
+    """
+
+    arm: str
+    kind: str
+    seed: int
+    frozen: str
+    n_frozen: int
+    right: Float[np.ndarray, " question"]
+    unreadable: float
+
+
+def losses(
+    runs: Sequence[Retrained],
+    in_right: Float[np.ndarray, " question"],
+    groups: Mapping[str, Sequence[int]],
+    bootstrap_seed: int = 0,
+) -> pd.DataFrame:
+    """Accuracy of every run, and what it lost against the unfrozen run of the same seed, paired by question.
+
+    With several seeds, rows with the seed "mean" pool them: a question's value is its mean over the seeds.
+
+    Args:
+        runs: every seed needs its `UNFROZEN` run.
+        in_right: IN on the same questions.
+        groups: name of a group of questions to their places.
+        bootstrap_seed: of the intervals.
+
+    Returns:
+        One row per arm, seed and group: arm, kind, rl_seed, frozen, n_frozen, group, n, accuracy, low, high (Wilson; of
+        the mean over seeds: bootstrap), change, change_low, change_high (arm - unfrozen, bootstrap over questions),
+        gained, lost, p (McNemar, exact; of the mean over seeds: sign flips), p_holm (over one seed's arms and groups),
+        share, share_low, share_high (of unfrozen - IN, what is lost: 1 is all of it; empty where the interval of
+        unfrozen - IN includes 0), unreadable.
+
+    Raises:
+        FrankenlensError: a seed without its unfrozen run.
+    """
+    seeds = sorted({run.seed for run in runs})
+    by_seed: dict[Any, dict[str, Retrained]] = {s: {r.arm: r for r in runs if r.seed == s} for s in seeds}
+    for seed, arms in by_seed.items():
+        if UNFROZEN not in arms:
+            raise FrankenlensError(f"seed {seed} has no run without freezing to compare with")
+    if len(seeds) > 1:
+        by_seed["mean"] = {arm: _mean([r for r in runs if r.arm == arm]) for arm in by_seed[seeds[0]]}
+    tables = []
+    for seed, arms in by_seed.items():
+        rows = []
+        for arm in (Retrained(IN, "in", 0, "", 0, in_right, np.nan), *arms.values()):
+            for group, places in groups.items():
+                at = np.asarray(places)
+                own, whole, start = (x[at] for x in (arm.right, arms[UNFROZEN].right, in_right))
+                row = _compared(arm, own, whole, start, bootstrap_seed)
+                rows.append({"arm": arm.arm, "kind": arm.kind, "rl_seed": seed, "group": group} | row)
+        table = pd.DataFrame(rows)
+        tested = ~table["kind"].isin(["in", "unfrozen"])
+        table["p_holm"] = np.nan
+        table.loc[tested, "p_holm"] = adjust(table.loc[tested, "p"].to_numpy(float))
+        tables.append(table)
+    front = ["arm", "kind", "rl_seed", "frozen", "n_frozen", "group", "n", "accuracy", "low", "high"]
+    front += ["change", "change_low", "change_high", "gained", "lost", "p", "p_holm"]
+    table = pd.concat(tables, ignore_index=True)
+    return table.reindex(columns=front + [column for column in table if column not in front])
+
+
+def plot_losses(table: pd.DataFrame) -> Figure:
+    """Accuracy of every arm per group of questions, between lines at IN and at the unfrozen run.
+
+    With several seeds, the rows of their mean.
+    """
+    seed = "mean" if (table["rl_seed"] == "mean").any() else table["rl_seed"].iloc[0]
+    table = table.loc[table["rl_seed"] == seed]
+    groups = table["group"].drop_duplicates().tolist()
+    arms = table.loc[~table["kind"].isin(["in", "unfrozen"]), "arm"].drop_duplicates().tolist()[::-1]
+    height = 1.9 + 0.32 * len(arms)
+    figure = Figure(figsize=(1.6 + 3.4 * len(groups), height), layout="constrained")
+    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for ax, group in zip(axes, groups, strict=True):
+        here = table[table["group"] == group].set_index("arm")
+        for name, colour, style in ((IN, "#1b7837", "--"), (UNFROZEN, "black", "-")):
+            row = here.loc[name]
+            ax.axvspan(100 * row["low"], 100 * row["high"], color=colour, alpha=0.1, lw=0)
+            label = f"{'RL, nothing frozen' if name == UNFROZEN else name}, 95 %"
+            ax.axvline(100 * row["accuracy"], color=colour, ls=style, lw=1, label=label)
+        for kind in [kind for kind in MEANING if (here["kind"] == kind).any()]:
+            some = here[here["kind"] == kind]
+            value = 100 * some["accuracy"]
+            ends = np.stack([value - 100 * some["low"], 100 * some["high"] - value])
+            y = [arms.index(name) for name in some.index]
+            ax.errorbar(value, y, xerr=ends, fmt="o", ms=4, lw=1.2, color=COLOURS[kind], label=MEANING[kind])
+        ax.set(title=group, xlabel="accuracy, %", ylim=(-0.6, len(arms) - 0.4))
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].set_ylabel("frozen while RL trains")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=7, frameon=False)
+    return figure
+
+
+def _compared(
+    arm: Retrained,
+    own: Float[np.ndarray, " n"],
+    whole: Float[np.ndarray, " n"],
+    start: Float[np.ndarray, " n"],
+    seed: int,
+) -> dict[str, Any]:
+    there = ~(np.isnan(own) | np.isnan(whole) | np.isnan(start))
+    own, whole, start = own[there], whole[there], start[there]
+    n = int(there.sum())
+    binary = bool(np.isin(np.concatenate([own, whole]), (0, 1)).all())
+    accuracy = wilson_interval(int(own.sum()), n) if binary else bootstrap_mean(own, seed=seed)
+    row: dict[str, Any] = {"frozen": arm.frozen, "n_frozen": arm.n_frozen, "n": n}
+    row |= _columns("", accuracy, "accuracy") | {
+        "change": np.nan,
+        "change_low": np.nan,
+        "change_high": np.nan,
+    }
+    row |= {"gained": np.nan, "lost": np.nan, "p": np.nan, "share": np.nan}
+    row |= {"share_low": np.nan, "share_high": np.nan, "unreadable": arm.unreadable}
+    if arm.kind == "unfrozen":
+        return row
+    row |= _columns("change_", bootstrap_difference(own, whole, seed=seed), "change")
+    if binary:
+        found = mcnemar(own, whole)
+        row |= {"gained": found.gained, "lost": found.lost, "p": found.p}
+    else:
+        row["p"] = sign_flip(own, whole, seed=seed)
+    gain = bootstrap_difference(whole, start, seed=seed)
+    if arm.kind != "in" and float(gain.low) > 0:
+        row |= _columns("share_", bootstrap_ratio(whole - own, whole - start, seed=seed), "share")
+    return row
+
+
+def _columns(prefix: str, interval: Interval, name: str) -> dict[str, float]:
+    ends = {f"{prefix}low": float(interval.low), f"{prefix}high": float(interval.high)}
+    return {name: float(interval.value)} | ends
+
+
+def _mean(runs: Sequence[Retrained]) -> Retrained:
+    """The runs of one arm with several seeds as one; random layers differ between them in nothing but training."""
+    first = runs[0]
+    right = np.mean([run.right for run in runs], axis=0)
+    unreadable = float(np.mean([run.unreadable for run in runs]))
+    return Retrained(first.arm, first.kind, -1, first.frozen, first.n_frozen, right, unreadable)
