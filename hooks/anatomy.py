@@ -33,6 +33,7 @@ class Block:
     out: str
     mlp: str
     mlp_out: str
+    pre_norm: str
     mid_norm: str
     n_heads: int
     n_kv_heads: int
@@ -146,6 +147,7 @@ def _block(
         out=names[out],
         mlp=names[mlp],
         mlp_out=names[linears[-1]],
+        pre_norm=names[norms[0]],
         mid_norm=names[norms[1]],
         n_heads=n_heads,
         n_kv_heads=n_kv,

@@ -30,9 +30,14 @@ Apply = Callable[[str, Tensor], Tensor]
 class AttentionTap:
     """What the hooks of one attention module want: the leaves in use and a function that runs them on a tensor."""
 
-    def __init__(self, leaves: frozenset[str], apply: Apply, packed: bool) -> None:
-        self.leaves, self.apply, self.packed = leaves, apply, packed
+    def __init__(self, leaves: Callable[[], frozenset[str]], apply: Apply, packed: bool) -> None:
+        self._leaves, self.apply, self.packed = leaves, apply, packed
         self.implementation = "sdpa"
+
+    @property
+    def leaves(self) -> frozenset[str]:
+        """The leaves in use now."""
+        return self._leaves()
 
     @property
     def dense(self) -> bool:

@@ -1,11 +1,17 @@
 """ActivationCache: what one run left at the hook points."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hooks.errors import FrankenlensError, nearest
+
+if TYPE_CHECKING:
+    from hooks.vlm import HookedVLM
 
 
 class NotCached(FrankenlensError, KeyError):
@@ -36,8 +42,8 @@ class ActivationCache(Mapping[str, Tensor]):
     A negative layer counts from the last one that was cached.
     """
 
-    def __init__(self, activations: dict[str, Tensor]) -> None:
-        self._activations = activations
+    def __init__(self, activations: dict[str, Tensor], vlm: HookedVLM | None = None) -> None:
+        self._activations, self._vlm = activations, vlm
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
         name = self._name(key)
@@ -67,6 +73,28 @@ class ActivationCache(Mapping[str, Tensor]):
         size = sum(t.numel() * t.element_size() for t in self._activations.values())
         return f"ActivationCache({len(self)} activations, {size / 1e6:.1f} MB)"
 
-    def to(self, device: str | torch.device) -> "ActivationCache":
+    def to(self, device: str | torch.device) -> ActivationCache:
         """The same cache on another device."""
-        return ActivationCache({name: value.to(device) for name, value in self._activations.items()})
+        return ActivationCache(
+            {name: value.to(device) for name, value in self._activations.items()}, self._vlm
+        )
+
+    def to_transformer_lens(self, fold_ln: bool = True, center_unembed: bool = False) -> Any:
+        """As a `transformer_lens.ActivationCache`, on which its attribution, decomposition and head tools work.
+
+        See `hooks.transformer_lens` for what differs from the cache of TransformerLens's own bridge.
+
+        Args:
+            fold_ln: attributions include the final norm's gain and sum to the model's logit.
+            center_unembed: as in TransformerLens.
+
+        Raises:
+            FrankenlensError: this cache is of no model, its architecture does not fit, or transformer-lens is missing.
+        """
+        if self._vlm is None:
+            raise FrankenlensError(
+                "this cache was not made by a HookedVLM, so there are no weights to attribute to."
+            )
+        from hooks.transformer_lens import to_transformer_lens
+
+        return to_transformer_lens(self, self._vlm, fold_ln, center_unembed)

@@ -1,5 +1,6 @@
 """Attaching hook functions to the tensors that `hooks.points` names, and taking every trace of them away again."""
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,12 +41,31 @@ class HookContext:
 HookFunction = Callable[[Tensor, HookContext], Tensor | None]
 
 
+def hook_by_keyword(fn: HookFunction) -> HookFunction:
+    """As TransformerLens calls it, `fn(activation, hook=hook)`, where `hook` is a parameter but not the second."""
+    try:
+        names = list(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):
+        return fn
+    by_keyword: Any = fn
+    return (lambda activation, hook: by_keyword(activation, hook=hook)) if "hook" in names[2:] else fn
+
+
+def always() -> bool:
+    """A hook that is never asleep."""
+    return True
+
+
 @dataclass(frozen=True)
 class Hook:
-    """One hook function on one point; returns the value that takes the tensor's place, or None for no change."""
+    """One hook function on one point; returns the value that takes the tensor's place, or None for no change.
+
+    While it is not `awake` it is passed over, and nothing is computed for it.
+    """
 
     fn: HookFunction
     context: HookContext
+    awake: Callable[[], bool] = always
 
     def __call__(self, activation: Tensor) -> Tensor | None:
         point = self.context.point
@@ -81,8 +101,7 @@ def attached(model: nn.Module, wanted: Sequence[Hook], packed: frozenset[str]) -
         for (path, place), hooks in places.items():
             module = model.get_submodule(path)
             if place == "attention":
-                leaves = frozenset(hook.context.point.leaf for hook in hooks)
-                tap = AttentionTap(leaves, partial(_run_leaf, hooks), path in packed)
+                tap = AttentionTap(partial(_leaves, hooks), partial(_run_leaf, hooks), path in packed)
                 stack.enter_context(tapped(module, tap))
             elif place == "input":
                 handle = module.register_forward_pre_hook(partial(_on_input, hooks), with_kwargs=True)
@@ -95,9 +114,13 @@ def attached(model: nn.Module, wanted: Sequence[Hook], packed: frozenset[str]) -
         yield
 
 
+def _leaves(hooks: list[Hook]) -> frozenset[str]:
+    return frozenset(hook.context.point.leaf for hook in hooks if hook.awake())
+
+
 def _run_leaf(hooks: list[Hook], leaf: str, value: Tensor) -> Tensor:
     for hook in hooks:
-        if hook.context.point.leaf == leaf:
+        if hook.context.point.leaf == leaf and hook.awake():
             # softmax keeps its output for the backward pass: a function that edits in place gets its own copy.
             new = hook(value.clone() if value.requires_grad else value)
             value = value if new is None else new
@@ -139,6 +162,8 @@ def _on_output(hooks: list[Hook], module: nn.Module, args: tuple, output: Any) -
 
 def _new_value(hook: Hook, tensor: Tensor) -> Tensor | None:
     """Show the hook its part of `tensor`; return the whole tensor with that part replaced, None for no change."""
+    if not hook.awake():
+        return None
     point = hook.context.point
     whole = tensor.chunk(3, dim=-1) if point.part is not None else (tensor,)
     part = whole[point.part or 0]
@@ -155,9 +180,12 @@ def _new_value(hook: Hook, tensor: Tensor) -> Tensor | None:
 
 def _on_result(hooks: list[Hook], module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """Per-head results; a change of one is added to the output, so an unchanged head changes nothing, bit for bit."""
-    own = head_results(module, args[0].unflatten(-1, (hooks[0].context.point.heads, -1)))
+    awake = [hook for hook in hooks if hook.awake()]
+    if not awake:
+        return output
+    own = head_results(module, args[0].unflatten(-1, (awake[0].context.point.heads, -1)))
     result = own
-    for hook in hooks:
+    for hook in awake:
         new = hook(result.clone())
         result = result if new is None else new
     return output if result is own else output + (result - own).sum(-2).to(output.dtype)

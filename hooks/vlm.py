@@ -12,18 +12,19 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from hooks.anatomy import find_anatomy
 from hooks.cache import ActivationCache
-from hooks.engine import Hook, HookContext, HookFunction, attached
+from hooks.engine import Hook, HookContext, HookFunction, attached, hook_by_keyword
 from hooks.errors import FrankenlensError, nearest
 from hooks.loading import load_model
 from hooks.points import HookPoint, hook_point_table
 from hooks.processors import load_processor
 from hooks.selfcheck import check_inputs, self_check, zero_every_point
+from hooks.traceable import Traceable
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 FwdHooks = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
 
 
-class HookedVLM:
+class HookedVLM(Traceable):
     """A Hugging Face VLM with named hook points; no weight is converted, no `forward` is replaced.
 
     At opening, a self-check with a tiny image proves for this very model that every listed point fires, that writing
@@ -150,13 +151,13 @@ class HookedVLM:
         Returns:
             Hugging Face's output, and the cache.
         """
-        _refuse_foreign(kwargs)
+        refuse_foreign(kwargs)
         names, keep = self.names(names_filter), _Keeper()
         layer = self._hooks_of([(name, keep) for name in names])
         with self._attached(layer):
             output = self(inputs, **kwargs)
         _require_fired(layer)
-        return output, ActivationCache({name: keep.kept[name] for name in names})
+        return output, ActivationCache({name: keep.kept[name] for name in names}, self)
 
     def run_with_hooks(self, inputs: Mapping[str, Any], fwd_hooks: FwdHooks = (), **kwargs: Any) -> Any:
         """Run once with hook functions `fn(activation, hook)`, which return a new value, None, or edit in place.
@@ -164,14 +165,9 @@ class HookedVLM:
         Raises:
             FrankenlensError: a hook did not fire, or gradient checkpointing would run the backward pass without it.
         """
-        _refuse_foreign(kwargs)
-        modules = self.model.modules() if self.model.training else ()
-        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in modules)
-        if fwd_hooks and checkpointing and torch.is_grad_enabled():
-            raise FrankenlensError(
-                "gradient checkpointing repeats the forward pass during backward, when these hooks are gone: call "
-                "backward inside `with vlm.hooks(...)`, or model.gradient_checkpointing_disable()."
-            )
+        refuse_foreign(kwargs)
+        if fwd_hooks:
+            refuse_checkpointing(self.model)
         layer = self._hooks_of(fwd_hooks)
         with self._attached(layer):
             output = self(inputs, **kwargs)
@@ -248,8 +244,10 @@ class HookedVLM:
         self._closed = True
 
     def _hooks_of(self, fwd_hooks: FwdHooks) -> list[Hook]:
+        distinct = {id(fn): fn for _, fn in fwd_hooks}
+        called = {key: hook_by_keyword(fn) for key, fn in distinct.items()}
         return [
-            Hook(fn, HookContext(self.hook_points[name]))
+            Hook(called[id(fn)], HookContext(self.hook_points[name]))
             for wanted, fn in fwd_hooks
             for name in self.names(wanted)
         ]
@@ -316,7 +314,20 @@ _FOREIGN = {
 }
 
 
-def _refuse_foreign(kwargs: Mapping[str, Any]) -> None:
+def refuse_checkpointing(model: nn.Module) -> None:
+    """Refuse hooks that would be gone when checkpointing repeats the forward pass during backward."""
+    modules = model.modules() if model.training else ()
+    if torch.is_grad_enabled() and any(
+        getattr(module, "gradient_checkpointing", False) for module in modules
+    ):
+        raise FrankenlensError(
+            "gradient checkpointing repeats the forward pass during backward, when these hooks are gone: call "
+            "backward inside `with vlm.hooks(...)`, or model.gradient_checkpointing_disable()."
+        )
+
+
+def refuse_foreign(kwargs: Mapping[str, Any]) -> None:
+    """Refuse keywords of TransformerLens that have another name here."""
     for name in kwargs:
         if name in _FOREIGN:
             raise FrankenlensError(f"{name!r} of TransformerLens does not exist here; use {_FOREIGN[name]}.")
