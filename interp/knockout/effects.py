@@ -1,0 +1,211 @@
+"""What cuts do to a metric: every cut on every prompt, many at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooks import FrankenlensError, HookedVLM
+from interp.knockout.attached import knocked_out, missing
+from interp.knockout.cut import Cut, cut_name, layers_label, require_cuts, together
+from interp.knockout.lanes import Lane, Part, run_cuts
+from interp.knockout.places import Unfolding
+from interp.metrics import Metric
+from interp.prompts import Prompt, PromptBatch, collate
+from interp.rerun import CleanRun
+from interp.sweep.batch import LANE_TOKENS, cropped
+from interp.sweep.edits import Span
+from interp.sweep.stored import StoredRun, Unsupported
+
+
+@torch.no_grad()
+def knockout_effects(
+    vlm: HookedVLM,
+    prompts: Sequence[Prompt],
+    cuts: Sequence[Cut],
+    metric: Metric,
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> xr.Dataset:
+    """A metric under every cut, on every prompt.
+
+    A cut is computed from the first layer and the first token on that it can change, many cuts at once. Where a model
+    does not allow that, and for cuts in the vision tower, each is a full forward; the numbers are the same.
+
+    Args:
+        vlm: the opened model.
+        prompts: what it reads.
+        cuts: knockouts, or tuples of knockouts that are made together.
+        metric: what is measured.
+        batch_size: prompts that run together.
+        progress: show a bar.
+
+    Returns:
+        value [cut example] and clean [example], in the metric's units; n_edges [cut example], the edges cut in one
+        layer and head; coordinates source, target, layers, heads, mass, tower of every cut.
+
+    Raises:
+        FrankenlensError: no prompts, a layer or head that the model does not have, a prompt in which a cut cuts
+            nothing, or of which the metric reads nothing; before anything runs.
+    """
+    require_cuts(vlm, cuts)
+    if not prompts:
+        raise FrankenlensError("knockout_effects needs at least one prompt")
+    if batch_size < 1:
+        raise FrankenlensError(f"batch_size is {batch_size}; it must be at least 1")
+    _require_rows(prompts, cuts, metric)
+    value = np.full((len(cuts), len(prompts)), np.nan)
+    clean, n_edges = np.full(len(prompts), np.nan), np.zeros(value.shape, dtype=int)
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    steps = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    with tqdm(
+        total=len(steps) * len(cuts), desc="knockout", unit="cut", disable=not progress, delay=1
+    ) as bar:
+        for number, rows in enumerate(steps):
+            batch = collate([prompts[row] for row in rows]).to(vlm.device)
+            lanes = cut_lanes(vlm, batch, cuts)
+            part = CutBatch(vlm, batch, metric.select(rows), check=number == 0)
+            clean[rows] = part.clean
+            for lane in lanes:
+                n_edges[lane.number, rows] = sum(p.edges.flatten(1).sum(1).cpu().numpy() for p in lane.parts)
+            for cut, found in part.run(lanes):
+                value[cut, rows] = found
+                bar.update()
+            for cut in sorted(set(range(len(cuts))) - {lane.number for lane in lanes}):
+                value[cut, rows] = part.run_whole(cuts[cut])
+                bar.update()
+    return xr.Dataset(
+        {
+            "value": (("cut", "example"), value),
+            "clean": ("example", clean),
+            "n_edges": (("cut", "example"), n_edges),
+        },
+        coords=_coords(cuts) | {"example": [prompt.example.id for prompt in prompts]},
+        attrs={"metric": metric.name, "units": metric.units},
+    )
+
+
+def cut_lanes(vlm: HookedVLM, batch: PromptBatch, cuts: Sequence[Cut]) -> list[Lane]:
+    """The cuts of the text as lanes over a batch; those in the vision tower are left out."""
+    wanted = [(n, together(cut)) for n, cut in enumerate(cuts)]
+    wanted = [(n, parts) for n, parts in wanted if all(part.tower == "text" for part in parts)]
+    unfolding = Unfolding(
+        batch, [p for _, parts in wanted for one in parts for p in (one.source, one.target)]
+    )
+    made: dict[tuple, Tensor] = {}
+    lanes = []
+    for number, parts in wanted:
+        for one in parts:
+            made.setdefault((one.source, one.target), unfolding.edges(one.source, one.target))
+        of = [Part.of(one, made[one.source, one.target], vlm.n_layers) for one in parts]
+        lanes.append(Lane(number, tuple(of)))
+    return lanes
+
+
+class CutBatch:
+    """One batch of prompts: run clean, and under any lanes.
+
+    Attributes:
+        clean: the metric of the clean run.
+    """
+
+    def __init__(self, vlm: HookedVLM, batch: PromptBatch, metric: Metric, check: bool = True) -> None:
+        """Runs the batch clean.
+
+        Args:
+            vlm: the opened model.
+            batch: prompts on its device.
+            metric: of these prompts.
+            check: compare the shortcuts with the clean run first; once per model is enough.
+        """
+        self.vlm, self.batch, self._metric = vlm, batch, metric
+        self._run: StoredRun | None = None
+        try:
+            self._run = StoredRun(vlm, batch, metric.reads(batch))
+            if check:
+                self._run.check()
+        except Unsupported as reason:
+            self._run = None
+            warnings.warn(
+                f"{type(vlm.model).__name__} cannot be taken up at a stored token: {reason}. "
+                "Every cut reruns all tokens from its layer on.",
+                stacklevel=3,
+            )
+        logits = self._whole() if self._run is None else self._run.logits
+        self.clean = self._measure(logits)
+
+    def run(self, lanes: Sequence[Lane]) -> Iterator[tuple[int, Float[np.ndarray, " batch"]]]:
+        """The metric under every lane of this batch, by the lane's number."""
+        run = self._run
+        if run is None:
+            clean = CleanRun(self.vlm, self.batch.inputs)
+            yield from ((lane.number, self._measure(clean.rerun(lane.hooks()))) for lane in lanes)
+            return
+        groups: dict[int, list[Lane]] = {}
+        for lane in lanes:
+            groups.setdefault(lane.first_column, []).append(lane)
+        for first, group in sorted(groups.items()):
+            if first >= run.end:  # after all that is read
+                yield from ((lane.number, self.clean) for lane in group)
+                continue
+            span = Span(first, run.end)
+            size = max(1, LANE_TOKENS.get(self.vlm.device.type, 8192) // (len(self.batch) * len(span)))
+            group.sort(key=lambda lane: lane.start)
+            for at in range(0, len(group), size):
+                for number, logits in run_cuts(run, group[at : at + size], span):
+                    yield number, self._measure(logits)
+
+    def run_whole(self, cut: Cut) -> Float[np.ndarray, " batch"]:
+        """The metric under a cut that is no lane."""
+        with knocked_out(self.vlm, cut, self.batch):
+            return self._measure(self._whole())
+
+    def _whole(self) -> Float[Tensor, "batch pos vocab"]:
+        return self.vlm(self.batch.inputs, use_cache=False).logits
+
+    def _measure(self, logits: Float[Tensor, "batch column vocab"]) -> Float[np.ndarray, " batch"]:
+        if self._run is None or logits.shape[1] == self.batch.roles.shape[1]:
+            return self._metric(logits, self.batch).double().cpu().numpy()
+        first = int(self._run.columns[0])
+        seen = cropped(self.batch, first)
+        # What is not read is not a number: a metric that looked at it would show it.
+        whole = logits.new_full((len(logits), seen.roles.shape[1], logits.shape[-1]), torch.nan)
+        whole[:, self._run.columns - first] = logits
+        return self._metric(whole, seen).double().cpu().numpy()
+
+
+def _require_rows(prompts: Sequence[Prompt], cuts: Sequence[Cut], metric: Metric) -> None:
+    places = dict.fromkeys(tuple((p.source, p.target, p.tower) for p in together(cut)) for cut in cuts)
+    one_of = {tuple((p.source, p.target, p.tower) for p in together(cut)): cut for cut in cuts}
+    for row, prompt in enumerate(prompts):
+        batch = collate([prompt])
+        for place in places:
+            (why,) = missing(one_of[place], batch)
+            if why:
+                raise FrankenlensError(f"row {row} ({prompt.example.id}): {why}")
+        if not bool(metric.select([row]).reads(batch).any()):
+            raise FrankenlensError(
+                f"row {row} ({prompt.example.id}): the metric {metric.name!r} reads no token of it"
+            )
+
+
+def _coords(cuts: Sequence[Cut]) -> dict[str, tuple[str, list[str]] | list[str]]:
+    def each(of) -> tuple[str, list[str]]:
+        return "cut", [" & ".join(dict.fromkeys(of(one) for one in together(cut))) for cut in cuts]
+
+    return {
+        "cut": [cut_name(cut) for cut in cuts],
+        "edges": each(lambda one: one.edges),
+        "layers": each(layers_label),
+        "heads": each(lambda one: "all" if one.heads is None else ",".join(map(str, one.heads))),
+        "mass": each(lambda one: one.mass),
+        "tower": each(lambda one: one.tower),
+    }

@@ -1,0 +1,75 @@
+"""Routes of two models as a table: effects, controls and paired differences, with intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from hooks import FrankenlensError
+from interp.statistics import Interval, adjust, bootstrap_difference, bootstrap_mean, sign_flip
+
+
+def route_table(
+    found: xr.Dataset,
+    *,
+    models: tuple[str, str] = ("in", "rl"),
+    relative: bool = False,
+    correction: str = "holm",
+    **settings,
+) -> pd.DataFrame:
+    """The effect of every cut in two models and its difference, paired by example.
+
+    Args:
+        found: what `routes` returns.
+        models: before and after; the second less the first is the difference.
+        relative: the change of exp(metric) in % of its clean value (of a log-probability: the relative change of the
+            probability of 2411.18620), not the change of the metric.
+        correction: of the p values, over all routes and windows: "holm" or "bh".
+        settings: as in `interp.statistics.bootstrap_ratio`.
+
+    Returns:
+        Columns route, window, first, last, control_kind, n, left_out; before, after, their controls and their clean
+        metric (the more there is, the more a cut can take), each with _low and _high; difference and
+        control_difference with theirs; p (sign flips of the difference), p_corrected.
+
+    Raises:
+        FrankenlensError: no such model.
+    """
+    known = found["model"].to_numpy().tolist()
+    for model in models:
+        if model not in known:
+            raise FrankenlensError(f"{model!r} is none of {', '.join(known)}")
+    sides = {}
+    for name in ("value", "control"):
+        effect = found[name] - found["clean"]
+        effect = 100 * np.expm1(effect) if relative else effect
+        both = (
+            effect.sel(model=list(models))
+            .stack(cell=("route", "window"))
+            .transpose("model", "cell", "example")
+        )
+        sides[name] = both.to_numpy()
+    columns: dict[str, np.ndarray] = {}
+    for m, model in enumerate(("before", "after")):
+        for name, label in (("value", model), ("control", f"{model}_control")):
+            columns |= _interval(label, bootstrap_mean(sides[name][m], **settings))
+        level = bootstrap_mean(found["clean"].sel(model=models[m]).to_numpy()[None], **settings)
+        level = level[np.zeros(len(sides["value"][m]), dtype=int)]
+        columns |= _interval(f"{model}_clean", level)
+    for name, label in (("value", "difference"), ("control", "control_difference")):
+        columns |= _interval(label, bootstrap_difference(sides[name][1], sides[name][0], **settings))
+    p = np.array([sign_flip(a, b) for b, a in zip(*sides["value"], strict=True)])
+    n = (~np.isnan(sides["value"]).any(0)).sum(-1)
+    n_windows = found.sizes["window"]
+    cells = {name: np.repeat(found[name].to_numpy(), n_windows) for name in ("route", "control_kind")} | {
+        name: np.tile(found[name].to_numpy(), found.sizes["route"]) for name in ("window", "first", "last")
+    }
+    own = {"p": p, "p_corrected": adjust(p, correction), "n": n, "left_out": found.sizes["example"] - n}
+    table = pd.DataFrame(cells | columns | own)
+    table.attrs |= {"units": "% of the clean value" if relative else found.attrs["units"], "models": models}
+    return table
+
+
+def _interval(label: str, interval: Interval) -> dict[str, np.ndarray]:
+    return {label: interval.value, f"{label}_low": interval.low, f"{label}_high": interval.high}
