@@ -1,0 +1,76 @@
+"""Whether a claim is tested on prompts it was not found on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hooks.errors import FrankenlensError
+from interp.examples import Example
+from interp.hypotheses.claim import Claim, Family
+
+SHOWN = 3
+
+
+def fingerprint(example: Example) -> str:
+    """SHA-256 of what is asked: images, question and answer, whatever the example is called."""
+    digest = hashlib.sha256(repr((example.question, example.answer)).encode())
+    for image in example.images:
+        digest.update(repr((image.mode, image.size)).encode() + image.tobytes())
+    return digest.hexdigest()
+
+
+def examples_of(result: Path | str) -> frozenset[str]:
+    """The ids of the examples in a result on disk (map.nc, ...).
+
+    Raises:
+        FrankenlensError: no such file, no result, or one that keeps no examples.
+    """
+    from interp.results import load_dataset
+
+    dataset = load_dataset(result)
+    for name in ("id", "example"):
+        if name in dataset.coords:
+            return frozenset(map(str, dataset[name].to_numpy().ravel()))
+    raise FrankenlensError(f"{result} keeps no examples, so it cannot say what a claim was found on")
+
+
+def reused(claim: Claim, examples: Sequence[Example]) -> list[str]:
+    """Ids of the examples that a claim was found on, by id or by fingerprint."""
+    if not claim.found_on:
+        return []
+    return [e.id for e in examples if e.id in claim.found_on or fingerprint(e) in claim.found_on]
+
+
+def origins(family: Family, examples: Sequence[Example], allow_reuse: bool = False) -> dict[str, str]:
+    """Of every claim, by name: "held out", "exploratory" or "not stated" (see `ORIGINS`).
+
+    Args:
+        family: the claims.
+        examples: those that are to test them.
+        allow_reuse: test a claim on prompts that it was found on, and call it exploratory.
+
+    Raises:
+        FrankenlensError: a claim would be tested on prompts that it was found on.
+    """
+    found = {}
+    for claim in family.claims:
+        again = reused(claim, examples)
+        if again and not allow_reuse:
+            raise FrankenlensError(
+                f"{_at(claim)}{claim.name!r} was found on {len(again)} of the {len(examples)} prompts that are to test "
+                f"it ({_listed(again)}). Give others (another --seed or --data; rows without an `id` are known by "
+                "their number), or say --allow-reuse: it is then marked exploratory."
+            )
+        found[claim.name] = "exploratory" if again else "not stated" if claim.found_on is None else "held out"
+    return found
+
+
+def _at(claim: Claim) -> str:
+    return f"{claim.where}: " if claim.where else ""
+
+
+def _listed(ids: Iterable[str]) -> str:
+    names = list(ids)
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")

@@ -1,0 +1,158 @@
+"""One-sided tests of a mean over examples whose size holds for skewed scores, and their power.
+
+The larger of two p values is taken: Student's t, and Student's t on Hall's transform of the studentised mean, which
+removes the first-order effect of skewness (Hall, "On the removal of skewness by transformation", JRSS B 1992). Small
+samples show less skewness than there is, so it enters `SKEW` times; the factor comes from simulation.
+
+Share of true nulls on their bound that are rejected at 5 % (20,000 draws; scores skewed against the test, the worst of:
+mirrored exponential, mirrored lognormal of sigma 1, recoveries where a fifth of the prompts carries all):
+
+    n                   25      40      80      160
+    Student's t alone   15.9 %  14.1 %  11.9 %  10.2 %
+    this test            6.3 %   5.8 %   5.3 %   5.1 %
+
+Normal and heavy-tailed symmetric scores: 4.4 to 5.0 %. Paired right or wrong against a bound other than 0 is coarse:
+7.8 % at n = 25, 4.5 % from 40 on. Sign flips suppose symmetry and fail as Student's t does. No test holds for every
+distribution (Bahadur & Savage, Ann. Math. Stat. 1956).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+from interp.hypotheses.claim import Correction
+
+MIN_TESTED = 25
+"""Fewer examples give no verdict; see above for what the size is there."""
+SKEW = 1.5
+
+
+def one_sided(
+    scores: Float[np.ndarray, "*cells example"],
+) -> tuple[Float[np.ndarray, "*cells"], Float[np.ndarray, "*cells"]]:
+    """p of mean <= 0 (small: the mean lies above 0), and p of mean >= 0 (small: below).
+
+    NaN in `scores` means no value. Where all scores are -1, 0 or 1 (paired right or wrong against a bound of 0), the
+    exact binomial p of McNemar's test counts as well, and the largest is taken.
+
+    Returns:
+        Two p per cell; NaN where fewer than `MIN_TESTED` have a value or all values are equal.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    there = ~np.isnan(scores)
+    n = there.sum(-1)
+    size = np.maximum(n, 2)
+    mean = np.where(there, scores, 0).sum(-1) / size
+    centred = np.where(there, scores - mean[..., None], 0)
+    variance = (centred**2).sum(-1) / size
+    largest = np.abs(np.where(there, scores, 0)).max(-1, initial=0)
+    usable = (n >= MIN_TESTED) & (variance > (1e-9 * largest) ** 2)
+    sd = np.sqrt(np.where(usable, variance, 1))
+    unbiased = np.sqrt(size * (size - 1)) / np.maximum(size - 2, 1)
+    skew = SKEW * unbiased * (centred**3).sum(-1) / size / sd**3
+    student = mean / sd * np.sqrt(size - 1)
+    small = student / np.sqrt(size)
+    hall = np.sqrt(size) * (small + skew * small**2 / 3 + skew**2 * small**3 / 27 + skew / (6 * size))
+    above = np.maximum(stats.t.sf(student, size - 1), stats.t.sf(hall, size - 1))
+    below = np.maximum(stats.t.cdf(student, size - 1), stats.t.cdf(hall, size - 1))
+    coin = (np.isin(scores, (-1.0, 0.0, 1.0)) | ~there).all(-1)
+    gained, lost = ((scores == value).sum(-1) for value in (1, -1))
+    above = np.where(coin, np.maximum(above, stats.binom.sf(gained - 1, gained + lost, 0.5)), above)
+    below = np.where(coin, np.maximum(below, stats.binom.sf(lost - 1, gained + lost, 0.5)), below)
+    return np.where(usable, above, np.nan), np.where(usable, below, np.nan)
+
+
+def adjusted(
+    p: Float[np.ndarray, "*rows claim"], correction: Correction | str
+) -> Float[np.ndarray, "*rows claim"]:
+    """p values corrected for the family in each row; a claim without a p counts as one, and stays NaN.
+
+    The same as `interp.statistics.adjust` of each row.
+    """
+    if correction == "none":
+        return p
+    filled = np.where(np.isnan(p), 1.0, p)
+    m = p.shape[-1]
+    order = np.argsort(filled, -1)
+    ranked = np.take_along_axis(filled, order, -1)
+    if correction == "holm":
+        stepped = np.maximum.accumulate(ranked * (m - np.arange(m)), -1)
+    else:
+        up = ranked * m / (1 + np.arange(m))
+        stepped = np.minimum.accumulate(up[..., ::-1], -1)[..., ::-1]
+    out = np.empty_like(filled)
+    np.put_along_axis(out, order, np.minimum(stepped, 1.0), -1)
+    return np.where(np.isnan(p), np.nan, out)
+
+
+def power(
+    scores: Float[np.ndarray, "claim example"],
+    shifts: Float[np.ndarray, " claim"],
+    alpha: float,
+    correction: Correction | str,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Float[np.ndarray, " claim"]:
+    """The chance that each claim is supported at this n if its scores had the mean `shifts`, the others as observed.
+
+    Examples are drawn again with replacement, the whole family at once, and put through the same test and correction.
+
+    Args:
+        scores: as for `one_sided`, of the same examples for every claim.
+        shifts: the mean of each claim's scores under its alternative; NaN: no alternative.
+        alpha, correction: of the family.
+        resamples: draws; the result's own standard error is at most 0.016 at 1000.
+        seed: of the draws.
+
+    Returns:
+        NaN where there is no alternative, or no p for the scores as they are.
+    """
+    n = scores.shape[-1]
+    rows = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    observed = np.full((resamples, len(scores)), np.nan)
+    moved = np.full((resamples, len(scores)), np.nan)
+    testable = ~np.isnan(one_sided(scores)[0])
+    for k in np.flatnonzero(testable):
+        drawn = scores[k][rows]
+        observed[:, k] = one_sided(drawn)[0]
+        if not np.isnan(shifts[k]):
+            moved[:, k] = one_sided(drawn - np.nanmean(scores[k]) + shifts[k])[0]
+    found = np.full(len(scores), np.nan)
+    for k in np.flatnonzero(testable & ~np.isnan(shifts)):
+        family = observed.copy()
+        family[:, k] = moved[:, k]
+        found[k] = (adjusted(family, correction)[:, k] <= alpha).mean()
+    return found
+
+
+def examples_needed(shift: float, sd: float, level: float, chance: float = 0.8) -> int | None:
+    """Examples with a value at which a one-sided t test finds a mean of `shift`; None where it never does.
+
+    Args:
+        shift, sd: mean and standard deviation of the scores.
+        level: of the test.
+        chance: the power wanted.
+    """
+    from statsmodels.stats.power import TTestPower
+
+    if not shift > 0 or not sd > 0:
+        return None
+    if shift / sd > 5:
+        return MIN_TESTED
+    n = TTestPower().solve_power(shift / sd, nobs=None, alpha=level, power=chance, alternative="larger")
+    return max(MIN_TESTED, math.ceil(float(np.ravel(n)[0])))
+
+
+def detectable(sd: float, n: int, level: float, chance: float = 0.8) -> float:
+    """The mean of the scores that a one-sided t test finds with this chance at this n."""
+    from statsmodels.stats.power import TTestPower
+
+    if n < 2 or not sd > 0:
+        return math.nan
+    effect = TTestPower().solve_power(None, nobs=n, alpha=level, power=chance, alternative="larger")
+    return float(np.ravel(effect)[0]) * sd
