@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
@@ -22,7 +25,7 @@ from interp.comparison.names import Names
 
 PART = 1 << 20  # entries read at once: large enough for a disk's read-ahead, a few megabytes
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SHOWN = 5
+SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,15 @@ class Checkpoint:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         files = _files(self.folder)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters(remove_duplicate=False))
         names, found = Names(self.model), {}
+        self.ties: dict[str, str] = {}
         self.ignored: list[str] = []
         for file in files:
             for key, stored in _header(file):
                 name = names(key)
                 if name in parameters:
+                    self._require_shape(name, stored.shape, tuple(parameters[name].shape))
                     found[name] = stored
                 else:
                     self.ignored.append(key)
@@ -80,7 +85,7 @@ class Checkpoint:
         if absent:
             raise FrankenlensError(
                 f"{self.folder}: {len(absent)} weights of {type(self.model).__name__} are not in its files: "
-                f"{', '.join(absent[:_SHOWN])}; download or save it again, whole."
+                f"{', '.join(absent[:SHOWN])}; download or save it again, whole."
             )
         self.tensors: dict[str, Stored] = {name: found[name] for name in parameters if name in found}
 
@@ -105,27 +110,82 @@ class Checkpoint:
         stored = self._stored(name)
         buffer = torch.empty(min(entries, stored.entries), dtype=stored.dtype)
         with stored.file.open("rb", buffering=0) as file:
+            _announce(file)
             file.seek(stored.start)
             for first in range(0, stored.entries, entries):
                 part = buffer[: min(entries, stored.entries - first)]
-                _read_into(file, part)
+                _read_into(file, _bytes(part))
                 yield part
 
-    def rows(self, name: str, entries: int = PART) -> Iterator[Shaped[Tensor, "row column"]]:
-        """A matrix in blocks of whole rows, about `entries` numbers each; each block is overwritten by the next."""
-        rows, columns = self._stored(name).matrix or (1, self._stored(name).entries)
-        for part in self.parts(name, columns * min(rows, max(1, entries // columns))):
-            yield part.view(-1, columns)
+    def blocks(self, name: str, entries: int = PART) -> Iterator[Shaped[Tensor, "long short"]]:
+        """A matrix in blocks along its longer side, of about `entries` numbers; each is overwritten by the next.
+
+        One that is wider than tall comes as its transpose, so that blocks are always parts of the longer side.
+        """
+        stored = self._stored(name)
+        rows, columns = stored.matrix or (stored.entries, 1)
+        if rows >= columns:
+            for part in self.parts(name, columns * max(1, entries // columns)):
+                yield part.view(-1, columns)
+            return
+        width = min(columns, max(1, entries // rows))
+        buffer, size = torch.empty(rows * width, dtype=stored.dtype), stored.dtype.itemsize
+        with stored.file.open("rb", buffering=0) as file:
+            for first in range(0, columns, width):
+                n = min(width, columns - first)
+                part = buffer[: rows * n].view(rows, n)
+                view = _bytes(part)
+                for row in range(rows):
+                    file.seek(stored.start + (row * columns + first) * size)
+                    _read_into(file, view[row * n * size : (row + 1) * n * size])
+                yield part.T
+
+    def sample(self, name: str, runs: int, length: int) -> Shaped[Tensor, " entry"]:
+        """Evenly spaced runs of neighbouring entries of a tensor; all of it where it has no more than that."""
+        stored = self._stored(name)
+        if stored.entries <= runs * length:
+            return self.read(name).flatten()
+        found = torch.empty(runs, length, dtype=stored.dtype)
+        with stored.file.open("rb", buffering=0) as file:
+            for run, first in zip(
+                found, np.linspace(0, stored.entries - length, runs).astype(int), strict=True
+            ):
+                file.seek(stored.start + int(first) * stored.dtype.itemsize)
+                _read_into(file, _bytes(run))
+        return found.flatten()
 
     def read(self, name: str) -> Shaped[Tensor, "..."]:
         """One tensor, whole, in its own shape and type."""
         stored = self._stored(name)
         return next(self.parts(name, max(1, stored.entries))).view(stored.shape)
 
-    def matrix(self, name: str) -> Float[Tensor, "row column"]:
-        """One tensor as a matrix (`Stored.matrix`), whole."""
-        stored = self._stored(name)
-        return self.read(name).view(stored.matrix or (1, stored.entries))
+    def weights_sha256(self) -> str:
+        """What `interp.pair.weights_sha256` gives of the loaded model, from the files (about a second per 2 GB)."""
+        digest = hashlib.sha256()
+        for name in sorted({*self.tensors, *self.ties}):
+            source = self.ties.get(name, name)
+            stored = self.tensors[source]
+            digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
+            for part in self.parts(source):
+                digest.update(_bytes(part))
+        return digest.hexdigest()
+
+    def provenance(self) -> dict[str, str]:
+        """Name, class, type and hash of the weights, as `Pair.provenance` gives them."""
+        types = sorted({str(stored.dtype) for stored in self.tensors.values()})
+        return {
+            "name_or_path": str(self.folder),
+            "class": type(self.model).__name__,
+            "dtype": ", ".join(types),
+            "weights_sha256": self.weights_sha256(),
+        }
+
+    def _require_shape(self, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if stored != wanted:
+            raise FrankenlensError(
+                f"{self.folder}: {name} is {list(stored)} in the file but {list(wanted)} by config.json; the files "
+                "are not of one checkpoint."
+            )
 
     def _stored(self, name: str) -> Stored:
         if name in self.ties:
@@ -157,42 +217,16 @@ class Checkpoint:
         return all(torch.equal(a, b) for a, b in pairs)
 
 
-def align(*checkpoints: Checkpoint) -> list[str]:
-    """The parameters that the checkpoints share, in the model's order.
-
-    Raises:
-        FrankenlensError: their names, shapes or ties differ; names the first differences.
-    """
-    first = checkpoints[0]
-    for other in checkpoints[1:]:
-        differences = list(_differences(first, other))
-        if differences:
-            more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
-            raise FrankenlensError(
-                f"{first.folder} and {other.folder} do not align: {'; '.join(differences[:_SHOWN])}{more}. "
-                "Compare checkpoints of one architecture, with equal vocabularies and the same weights tied "
-                "(save both with save_pretrained from one class and config)."
-            )
-    return list(first.tensors)
-
-
-def _differences(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
-    for one, two in ((first, other), (other, first)):
-        for name in one.tensors:
-            if name in two.ties:
-                yield f"{name} is tied to {two.ties[name]} in {two.folder} but has its own weights in {one.folder}"
-            elif name not in two.tensors:
-                yield f"{name} is only in {one.folder}"
-    for name, stored in first.tensors.items():
-        if name in other.tensors and other.tensors[name].shape != stored.shape:
-            shapes = [list(shape) for shape in (stored.shape, other.tensors[name].shape)]
-            yield f"{name} is {shapes[0]} in {first.folder} but {shapes[1]} in {other.folder}"
-
-
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise FrankenlensError(
-            f"{folder} is no folder; give a local checkpoint folder with config.json in it."
+            f"{folder} is no folder; give a local checkpoint folder with config.json in it (a repository is "
+            "downloaded by `hf download OWNER/NAME --local-dir FOLDER`)."
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise FrankenlensError(
+            f"{folder} is a PEFT adapter, not a checkpoint: merge it (merge_and_unload) and save the whole model, or "
+            "the update cannot be read from its files."
         )
     if not (folder / "config.json").is_file():
         raise FrankenlensError(
@@ -215,7 +249,7 @@ def _files(folder: Path) -> list[Path]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FrankenlensError(
-            f"{folder}: {index.name} names {', '.join(missing[:_SHOWN])}, which is missing; download it again."
+            f"{folder}: {index.name} names {', '.join(missing[:SHOWN])}, which is missing; download it again."
         )
     return [folder / name for name in names]
 
@@ -242,8 +276,18 @@ def _header(file: Path) -> Iterator[tuple[str, Stored]]:
         yield key, Stored(file, start, tuple(about["shape"]), _DTYPES[about["dtype"]])
 
 
-def _read_into(file: Any, part: Shaped[Tensor, " entry"]) -> None:
-    view = memoryview(part.view(torch.uint8).numpy()).cast("B")
+def _announce(file: Any) -> None:
+    """Tells the system to read further ahead, where it can be told."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+
+def _bytes(part: Shaped[Tensor, "..."]) -> memoryview:
+    flat: Any = part.view(-1).view(torch.uint8).numpy()
+    return memoryview(flat).cast("B")
+
+
+def _read_into(file: Any, view: memoryview) -> None:
     done = 0
     while done < len(view):
         n = file.readinto(view[done:])

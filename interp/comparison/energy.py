@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,11 +11,12 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from hooks.errors import FrankenlensError
 from interp.comparison.checkpoint import Checkpoint
 
-BLOCK = (
-    1 << 16
-)  # entries worked on at once: they stay in a core's cache; their sums are exact to 1e-6 in float32
+BLOCK = 1 << 16
+"""Entries worked on at once: they stay in a core's cache, and their sums are exact to 1e-6 in float32."""
+_SQUARED = (1e-15, 1e15)  # entries between these have squares, and sums of them, in float32
 
 
 @dataclass
@@ -46,40 +48,77 @@ def energies(checkpoints: Sequence[Checkpoint], name: str) -> tuple[list[Sums], 
 
     Returns:
         One `Sums` per update, and the scalar product of the first and the last.
+
+    Raises:
+        FrankenlensError: an entry is infinite or NaN.
     """
     sums = [Sums() for _ in checkpoints[1:]]
-    product = 0.0
+    product, desk = 0.0, _Desk(checkpoints, name)
     for parts in zip(*(checkpoint.parts(name) for checkpoint in checkpoints), strict=True):
         for pieces in zip(*(part.split(BLOCK) for part in parts), strict=True):
-            product += _add(sums, pieces)
+            product += _add(sums, pieces, desk)
+    if not all(math.isfinite(one.squares) for one in sums):
+        broken = next(c for c in checkpoints if not all(part.isfinite().all() for part in c.parts(name)))
+        raise FrankenlensError(f"{broken.folder}: {name} has entries that are infinite or NaN.")
     return sums, product
 
 
-def _add(sums: list[Sums], pieces: Sequence[Shaped[Tensor, " entry"]]) -> float:
-    wide = [piece if piece.dtype == torch.float64 else piece.float() for piece in pieces]
-    wide = [piece.double() for piece in wide] if len({piece.dtype for piece in wide}) > 1 else wide
-    deltas = [after - before for before, after in pairwise(wide)]
-    reference = _dot(wide[-2], wide[-2])
-    for k, (one, delta) in enumerate(zip(sums, deltas, strict=True)):
-        size = delta.abs()
-        one.squares += _dot(delta, delta)
-        one.absolutes += float(size.sum())
-        one.largest = max(one.largest, float(size.amax()))
+class _Desk:
+    """Tensors that every block is worked on in: allocating them anew would take longer than the sums.
+
+    Attributes:
+        wide: the weights of each checkpoint, in one precision.
+        deltas: the updates.
+    """
+
+    def __init__(self, checkpoints: Sequence[Checkpoint], name: str) -> None:
+        stored = {checkpoint.tensors[name].dtype for checkpoint in checkpoints}
+        dtype = torch.float64 if torch.float64 in stored else torch.float32
+        n = min(BLOCK, checkpoints[0].tensors[name].entries)
+        self.wide = torch.empty(len(checkpoints), n, dtype=dtype)
+        self.deltas = torch.empty(len(checkpoints) - 1, n, dtype=dtype)
+        self._other = torch.empty_like(self.deltas)
+
+    def lay(self, pieces: Sequence[Shaped[Tensor, " entry"]]) -> None:
+        """Takes the pieces and subtracts them."""
+        n = len(pieces[0])
+        if n != self.wide.shape[1]:  # the last block
+            self.wide, self.deltas, self._other = (
+                torch.empty(len(one), n, dtype=one.dtype) for one in (self.wide, self.deltas, self._other)
+            )
+        for row, piece in zip(self.wide, pieces, strict=True):
+            row.copy_(piece)
+        torch.sub(self.wide[1:], self.wide[:-1], out=self.deltas)
+
+    def sizes(self) -> tuple[list[float], list[float]]:
+        """Sum and largest of the absolute values of each update."""
+        size = torch.abs(self.deltas, out=self._other)
+        return size.sum(1).tolist(), size.amax(1).tolist()
+
+    def changed(self, pieces: Sequence[Shaped[Tensor, " entry"]]) -> list[int]:
+        """How many bfloat16 values each update changes."""
+        if all(piece.dtype == torch.bfloat16 for piece in pieces):
+            return list(map(round, torch.ne(self.deltas, 0, out=self._other).sum(1).tolist()))
+        narrow = [piece.bfloat16() for piece in pieces]
+        return [int((after != before).sum()) for before, after in pairwise(narrow)]
+
+
+def _add(sums: list[Sums], pieces: Sequence[Shaped[Tensor, " entry"]], desk: _Desk) -> float:
+    desk.lay(pieces)
+    absolutes, largest = desk.sizes()
+    changed, n = desk.changed(pieces), len(pieces[0])
+    outside = [size for size in largest if size and not _SQUARED[0] < size < _SQUARED[1]]
+    deltas = desk.deltas.double() if outside else desk.deltas
+    reference = _dot(desk.wide[-2], desk.wide[-2])
+    for k, one in enumerate(sums):
+        one.squares += _dot(deltas[k], deltas[k])
+        one.absolutes += absolutes[k]
+        one.largest = max(one.largest, largest[k])
         one.reference += reference
-        one.unchanged += delta.numel() - _changed(pieces[k], pieces[k + 1], delta)
-        one.n += delta.numel()
+        one.unchanged += n - changed[k]
+        one.n += n
     return _dot(deltas[0], deltas[-1])
 
 
 def _dot(a: Float[Tensor, " entry"], b: Float[Tensor, " entry"]) -> float:
     return float(torch.dot(a, b))
-
-
-def _changed(
-    before: Shaped[Tensor, " entry"], after: Shaped[Tensor, " entry"], delta: Float[Tensor, " entry"]
-) -> int:
-    if before.dtype == after.dtype == torch.bfloat16:
-        return round(
-            float(torch.ne(delta, 0, out=torch.empty_like(delta)).sum())
-        )  # faster than count_nonzero
-    return int((before.bfloat16() != after.bfloat16()).sum())

@@ -108,8 +108,8 @@ def _outside(anatomy: Anatomy, name: str) -> Place:
         if _under(name, path):
             return Place(address, section, None, None, _inside(name, path, address))
     raise FrankenlensError(
-        f"{name} is in no part of the model that hooks.anatomy knows; only its towers, projector, embedding, final norm "
-        "and unembedding are compared."
+        f"{name} is in no part of the model that hooks.anatomy knows; only its towers, projector, embedding, final "
+        "norm and unembedding are compared."
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.comparison.spectrum import Blocks, gram, is_small
+from interp.comparison.singular_values import DOUBLE_SHARE, SVD_SHARE, Blocks, gram, is_small
 
 
 @dataclass(frozen=True)
@@ -21,30 +21,48 @@ class Subspace:
     left: Float[Tensor, "row k"]
     right: Float[Tensor, "column k"]
 
+    @property
+    def k(self) -> int:
+        """Dimensions."""
+        return self.left.shape[1]
+
 
 @torch.no_grad()
 def leading(blocks: Blocks, shape: Sequence[int], k: int) -> Subspace:
     """The `k` leading singular vectors of a matrix, in float64; of a large one by its float64 Gram matrix.
 
     Args:
-        blocks: the matrix, in blocks as in `interp.comparison.spectrum.blockwise`.
+        blocks: the matrix, as in `interp.comparison.singular_values.blockwise`.
         shape: rows and columns.
-        k: at most the shorter side is taken.
+        k: fewer are returned where the matrix has no more singular values that differ from 0.
     """
+    small = is_small(shape)
+    far, near = _by_svd(blocks, k) if small else _by_gram(blocks, shape, k)
+    return Subspace(far, near) if shape[0] >= shape[1] else Subspace(near, far)
+
+
+def _by_svd(blocks: Blocks, k: int) -> tuple[Float[Tensor, "long k"], Float[Tensor, "short k"]]:
+    whole = torch.cat([block.double() for block in blocks()])
+    far, values, near = torch.linalg.svd(whole, full_matrices=False)
+    k = min(k, int((values > SVD_SHARE * values[0]).sum()))
+    return far[:, :k], near[:k].T
+
+
+def _by_gram(
+    blocks: Blocks, shape: Sequence[int], k: int
+) -> tuple[Float[Tensor, "long k"], Float[Tensor, "short k"]]:
     short = min(shape)
     k = min(k, short)
-    if is_small(shape):
-        whole = torch.cat([block.double() for block in blocks()])
-        left, _, right = torch.linalg.svd(whole, full_matrices=False)
-        return Subspace(left[:, :k], right[:k].T)
-    squares = gram(blocks, shape, torch.float64).numpy()
-    vectors = scipy.linalg.eigh(squares, subset_by_index=[short - k, short - 1], overwrite_a=True)[1]
-    near = torch.from_numpy(vectors[:, ::-1].copy())
-    if shape[0] < shape[1]:
-        far = torch.cat([_product(block.T, near) for block in blocks()])
-        return Subspace(near, torch.linalg.qr(far)[0])
+    squares = (
+        gram(blocks, shape, torch.float64).numpy().T
+    )  # in Fortran's order, where the lower triangle is the upper
+    wanted = [short - k, short - 1]
+    values, vectors = scipy.linalg.eigh(
+        squares, lower=False, subset_by_index=wanted, overwrite_a=True, check_finite=False
+    )
+    near = torch.from_numpy(vectors[:, ::-1].copy())[:, : int((values > DOUBLE_SHARE**2 * values[-1]).sum())]
     far = torch.cat([_product(block, near) for block in blocks()])
-    return Subspace(torch.linalg.qr(far)[0], near)
+    return torch.linalg.qr(far)[0], near
 
 
 def principal_angles(a: Float[Tensor, "n k"], b: Float[Tensor, "n k"]) -> Float[np.ndarray, " k"]:
@@ -58,21 +76,24 @@ def principal_angles(a: Float[Tensor, "n k"], b: Float[Tensor, "n k"]) -> Float[
 
 
 @torch.no_grad()
-def energy_outside(blocks: Blocks, subspace: Subspace) -> float:
-    """1 - |U^T D V|^2 / |D|^2 of an update D in blocks of rows; NaN without update."""
-    k = subspace.right.shape[1]
-    inside, energy, first = torch.zeros(k, k, dtype=torch.float64), 0.0, 0
+def energy_outside(blocks: Blocks, shape: Sequence[int], subspace: Subspace) -> float:
+    """1 - |U^T D V|^2 / |D|^2 of an update D, in blocks as in `leading`; NaN without update.
+
+    By chance, of an update without direction, it is 1 - k^2 / (rows * columns).
+    """
+    tall = shape[0] >= shape[1]
+    far, near = (subspace.left, subspace.right) if tall else (subspace.right, subspace.left)
+    inside, energy, first = torch.zeros(subspace.k, subspace.k, dtype=torch.float64), 0.0, 0
     for block in blocks():
-        rows = subspace.left[first : first + len(block)]
-        inside += rows.T @ _product(block, subspace.right)
+        inside += far[first : first + len(block)].T @ _product(block, near)
         energy += float(block.norm(dtype=torch.float64)) ** 2
         first += len(block)
     return 1 - float(inside.square().sum()) / energy if energy else np.nan
 
 
 def _product(
-    matrix: Float[Tensor, "row column"], vectors: Float[Tensor, "column k"]
-) -> Float[Tensor, "row k"]:
+    matrix: Float[Tensor, "long short"], vectors: Float[Tensor, "short k"]
+) -> Float[Tensor, "long k"]:
     """In float64, a piece of the matrix at a time."""
     step = max(1, (1 << 22) // matrix.shape[1])
     return torch.cat([piece.double() @ vectors for piece in matrix.split(step)])

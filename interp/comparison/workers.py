@@ -1,4 +1,4 @@
-"""Work on many tensors at once: a thread each, with PyTorch's own threads off."""
+"""Work on many tensors at once: a thread each, which share PyTorch's own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
+READERS = 4
+"""Items at once where files are read: some wait for the disk while others are computed with."""
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -20,10 +22,11 @@ def in_threads(
     label: str,
     progress: bool = True,
     at_least: int = 1,
+    at_most: int | None = None,
 ) -> list[Found]:
     """`function` of every item, in the items' order.
 
-    As many at once as PyTorch may use threads (`torch.set_num_threads`); the largest begin.
+    As many at once as PyTorch may use threads (`torch.set_num_threads`), which share these; the largest begin.
 
     Args:
         function: what is done.
@@ -31,16 +34,18 @@ def in_threads(
         sizes: of the items, for the bar and the order.
         label: of the bar.
         progress: whether a bar is shown.
-        at_least: threads, whatever PyTorch may use (2: one reads while another computes).
+        at_least: items at once, whatever PyTorch may use (`READERS`, where most of the time goes into reading).
+        at_most: items at once, where each takes much memory.
     """
     threads = torch.get_num_threads()
     order = sorted(range(len(items)), key=lambda i: -sizes[i])
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(max(threads, at_least))
+    workers = min(max(threads, at_least), at_most or len(items) or 1)
+    torch.set_num_threads(max(1, threads // workers))
+    pool = ThreadPoolExecutor(workers)
     try:
         running = {pool.submit(function, items[i]): i for i in order}
         found = {}
-        with tqdm(total=sum(sizes), desc=label, unit_scale=True, disable=not progress) as bar:
+        with tqdm(total=sum(sizes), desc=label, unit_scale=True, disable=not progress, delay=1) as bar:
             for done in as_completed(running):
                 found[running[done]] = done.result()
                 bar.update(sizes[running[done]])

@@ -23,7 +23,7 @@ def test_every_command_has_help(command, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["mpa"], "Did you mean 'map'?"),
+        (["mpa"], "Did you mean 'map'"),
         (["map", "--in", "somewhere"], "--in and --rl go together"),
         (["map", "--points", "mlp"], "choose of resid_pre, attn_out, mlp_out"),
         (["map", "--n", "0"], "--n is 0"),

@@ -15,11 +15,12 @@ SMALL = 512  # up to this many rows or columns, singular values come from a floa
 SVD_SHARE, SINGLE_SHARE, DOUBLE_SHARE = 1e-11, 0.03, 1e-6
 """Singular values below this share of the largest are not trusted: relative errors there can exceed 1e-4 (1e-5 for the
 SVD), measured for a float64 SVD and for Gram matrices in float32 and in float64."""
+NUCLEAR = 1e-4  # relative error of the sum of all singular values that is let pass
 _TILES = 8  # of the Gram matrix, along each side: those above the diagonal are not computed
-_COPIED = 1 << 24  # entries that are converted at once
+_COPIED = 1 << 22  # entries that are converted at once
 
-Blocks = Callable[[], Iterator[Float[Tensor, "row column"]]]
-"""Gives a matrix anew in blocks of rows."""
+Blocks = Callable[[], Iterator[Float[Tensor, "long short"]]]
+"""Gives a matrix anew in blocks along its longer side; one that is wider than tall, its transpose."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Spectrum:
 
     Attributes:
         values: all of them.
-        trusted: where the relative error is below 1e-4. The others are right to 1e-3 of the largest, which is what
-            nuclear norm and effective rank need.
+        trusted: where the relative error is below 1e-4. The others are right to 1e-3 of the largest at worst, and
+            all together (the nuclear norm) to 1e-4.
     """
 
     values: Float[np.ndarray, " rank"]
@@ -69,17 +70,19 @@ def spectrum(delta: Float[Tensor, "row column"], top: int = TOP) -> Spectrum:
     """All singular values of a matrix.
 
     A small matrix: by a float64 SVD. A larger one: from the eigenvalues of its Gram matrix in float32, faster than an
-    SVD; if one of the `top` largest falls where that is not exact to 1e-4, from a Gram matrix in float64.
+    SVD; where that is not exact enough, from a Gram matrix in float64: if one of the `top` largest is not trusted, or
+    the many small ones (of a low-rank update, say) could together move the nuclear norm by more than 1e-4.
     """
-    return blockwise(lambda: iter((delta,)), delta.shape, float(delta.abs().max()), top)
+    tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
+    return blockwise(lambda: iter((tall,)), delta.shape, float(delta.abs().max()), top)
 
 
 @torch.no_grad()
 def blockwise(blocks: Blocks, shape: Sequence[int], largest: float, top: int = TOP) -> Spectrum:
-    """`spectrum` of a matrix that comes in blocks of rows, so that it need not fit in memory.
+    """`spectrum` of a matrix that comes in blocks, so that it need not fit in memory.
 
     Args:
-        blocks: called once per pass over the matrix; one that is wider than tall comes in one block.
+        blocks: called once per pass over the matrix.
         shape: rows and columns.
         largest: size of the largest entry; by it all is divided, lest squares leave float32's range.
         top: how many values must be trusted if float32 is to do.
@@ -91,9 +94,17 @@ def blockwise(blocks: Blocks, shape: Sequence[int], largest: float, top: int = T
         values = torch.linalg.svdvals(matrix).numpy() * largest
         return Spectrum(values, values >= SVD_SHARE * values[0])
     found = _by_gram(blocks, shape, largest, torch.float32, SINGLE_SHARE)
-    if found.trusted[:top].all():
+    if found.trusted[:top].all() and _nuclear_error(found, SINGLE_SHARE) <= NUCLEAR:
         return found
     return _by_gram(blocks, shape, largest, torch.float64, DOUBLE_SHARE)
+
+
+def _nuclear_error(found: Spectrum, share: float) -> float:
+    """Bound of the nuclear norm's relative error, when eigenvalues err by as much as makes 1e-4 of σ at `share`."""
+    noise, ratios = 2e-4 * share**2, found.values / found.values[0]
+    with np.errstate(divide="ignore"):
+        errors = np.minimum(noise**0.5, noise / (2 * ratios))
+    return float(errors.sum() / ratios.sum())
 
 
 def is_small(shape: Sequence[int]) -> bool:
@@ -112,16 +123,15 @@ def _by_gram(
 def gram(
     blocks: Blocks, shape: Sequence[int], dtype: torch.dtype, scale: float = 1.0
 ) -> Float[Tensor, "short short"]:
-    """M^T M, or M M^T where M is wider than tall, of M / `scale`; the blocks are as in `blockwise`."""
+    """M^T M, or M M^T where M is wider than tall, of M / `scale`: its lower triangle, all that LAPACK reads."""
     short = min(shape)
     found = torch.zeros(short, short, dtype=dtype)
     edges = torch.linspace(0, short, _TILES + 1).long().tolist()
     for block in blocks():
-        turned = block if shape[0] < shape[1] else block.T
-        for piece in turned.split(max(1, _COPIED // short), dim=1):
+        for piece in block.T.split(max(1, _COPIED // short), dim=1):
             part = piece.to(dtype) / scale
             for i in range(_TILES):
                 for j in range(i + 1):
                     rows, columns = slice(edges[i], edges[i + 1]), slice(edges[j], edges[j + 1])
                     found[rows, columns].addmm_(part[rows], part[columns].T)
-    return found.tril_() + found.tril(-1).T
+    return found

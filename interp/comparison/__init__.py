@@ -1,0 +1,31 @@
+"""What training changed, straight from the checkpoints' files: energy, spectrum, sparsity, directions (2602.12395)."""
+
+from interp.comparison.addresses import by_address, every_address
+from interp.comparison.aggregate import aggregate, layers, regions, trends, with_regions
+from interp.comparison.alignment import align
+from interp.comparison.checkpoint import Checkpoint
+from interp.comparison.controls import gaussian_spectrum
+from interp.comparison.singular_values import Spectrum, spectrum
+from interp.comparison.subspace import Subspace, energy_outside, leading, principal_angles
+from interp.comparison.table import compare, spectra
+
+__all__ = [
+    "Checkpoint",
+    "Spectrum",
+    "Subspace",
+    "aggregate",
+    "align",
+    "by_address",
+    "compare",
+    "energy_outside",
+    "every_address",
+    "gaussian_spectrum",
+    "layers",
+    "leading",
+    "principal_angles",
+    "regions",
+    "spectra",
+    "spectrum",
+    "trends",
+    "with_regions",
+]
