@@ -31,6 +31,7 @@ class Places:
 
     Attributes:
         masks: one per spec, [row column] of the forward pass.
+        somewhere, everywhere: whether a spec's mask has any, or only, tokens at which it acts.
         counts: tokens at which each spec acted, [spec row of the whole batch].
     """
 
@@ -44,7 +45,7 @@ class Places:
         self._last = [prompt.roles[-1] for prompt in batch.prompts]
         self._in_prompt = True
         self.counts: Int[Tensor, "spec row"] = torch.zeros(len(self._specs), len(batch), dtype=torch.long)
-        self.masks: list[Bool[Tensor, "row column"]] = [self._of_prompt(spec) for spec in specs]
+        self._set([self._of_prompt(spec) for spec in specs])
         self._count()
 
     def advance(self, tokens: Sequence[int], ended: Sequence[bool]) -> None:
@@ -55,7 +56,7 @@ class Places:
         else:
             pairs = zip(self._rows, tokens, strict=True)
             self._last = [self._readers[row].feed(token) for row, token in pairs]
-        self.masks = [self._of_last(spec) for spec in self._specs]
+        self._set([self._of_last(spec) for spec in self._specs])
         self._count()
 
     def diverge(self, new: Sequence[bool]) -> None:
@@ -63,7 +64,7 @@ class Places:
         before = [mask[:, -1:].clone() for mask in self.masks]
         for row, is_new in zip(self._rows, new, strict=True):
             self._diverged[row] |= is_new
-        self.masks = [self._of_last(spec) for spec in self._specs]
+        self._set([self._of_last(spec) for spec in self._specs])
         for spec, (mask, old) in enumerate(zip(self.masks, before, strict=True)):
             self.counts[spec, self._rows] += (mask & ~old)[:, 0].long()
 
@@ -89,6 +90,11 @@ class Places:
             for row, role, ended in zip(self._rows, self._last, self._ended, strict=True)
         ]
         return torch.tensor(here, dtype=torch.bool)[:, None]
+
+    def _set(self, masks: list[Bool[Tensor, "row column"]]) -> None:
+        self.masks = masks
+        self.somewhere = [bool(mask.any()) for mask in masks]
+        self.everywhere = [bool(mask.all()) for mask in masks]
 
     def _count(self) -> None:
         for spec, mask in enumerate(self.masks):

@@ -85,7 +85,7 @@ class Transplant(Intervention):
         self._own.clear()
 
     def _acts(self, site: Site) -> bool:
-        return not site.tokens or bool(self._places.masks[site.spec].any())
+        return not site.tokens or self._places.somewhere[site.spec]
 
     def _read(self, site: Site, writer: Writer | None, activation: Tensor, hook: HookContext) -> None:
         if self._phase != "read":
@@ -128,9 +128,9 @@ class Transplant(Intervention):
         return value.to(like)
 
     def _where(self, site: Site, new: Tensor, own: Tensor) -> Tensor:
-        mask: Bool[Tensor, "row column"] = self._places.masks[site.spec]
-        if bool(mask.all()):
+        if self._places.everywhere[site.spec]:
             return new
+        mask: Bool[Tensor, "row column"] = self._places.masks[site.spec]
         return torch.where(mask.to(own.device).reshape(*mask.shape, *[1] * (own.ndim - 2)), new, own)
 
 

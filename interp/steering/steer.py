@@ -122,10 +122,9 @@ class _Adding(Intervention):
 
     def _hook(self, spec: int, one: Steering):
         def add(activation: Tensor, hook: HookContext) -> Tensor | None:
-            here = self._places.masks[spec]
-            if not self._writes or not bool(here.any()):
+            if not self._writes or not self._places.somewhere[spec]:
                 return None
-            return _added(activation, one.direction.vector, one.coefficient, here)
+            return _added(activation, one.direction.vector, one.coefficient, self._places.masks[spec])
 
         return add
 

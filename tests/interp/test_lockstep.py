@@ -276,7 +276,7 @@ def _cases():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("duo", "case"), _cases(), indirect=["duo"])
+@pytest.mark.parametrize(("duo", "case"), list(_cases()), indirect=["duo"])
 def test_what_is_moved_equals_plain_hooks_without_a_cache(duo, case, logits_seen) -> None:
     moved, points = CASES[case]
     found = lockstep(duo.rl, duo.in_, duo.prompts, moved, STEPS)
