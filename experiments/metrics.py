@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from experiments.settings import DataSettings, PairSettings, load_examples, load_pair, publish, require_sound
+from hooks.errors import FrankenlensError
 from interp.examples import Example
 from interp.fine_grained import (
     METRICS,
@@ -24,10 +25,12 @@ from interp.fine_grained import (
     PAPER_N,
     TEMPLATE,
     ask,
+    described_by_model,
     fine_grained_table,
     in_words,
     questions,
 )
+from interp.fine_grained.questions import APART
 from interp.page import Account, Section
 from interp.pair import Pair
 from interp.statistics import adjust, bootstrap_difference, interval_text, mcnemar
@@ -45,14 +48,16 @@ class MetricsConfig(PairSettings, DataSettings):
         n: questions; of each metric with --paper.
         metrics: of vis, v2r, rea.
         template: of a problem with its description.
-        paper: the paper's data (MathVista general-vqa, MathVista math-targeted-vqa, MATH-500; they are downloaded) and
-            n = 100 for each metric.
+        describe: data (the rows' descriptions; without them v2r is left out) or model (IN describes each image).
+        paper: the paper's data (MathVista general-vqa for vis, MathVista math-targeted-vqa for v2r, MATH-500 for rea;
+            they are downloaded), n = 100 for each metric; images are described by IN, as nobody else is asked.
         out: folder for metrics.csv, metrics.png, metrics.nc and report.html.
     """
 
     n: int = 100
     metrics: tuple[str, ...] = METRICS
     template: str | None = None
+    describe: Literal["data", "model"] = "data"
     paper: bool = False
     out: Path = Path("out/metrics")
 
@@ -66,7 +71,7 @@ def run(config: MetricsConfig) -> pd.DataFrame:
     Raises:
         FrankenlensError: settings contradict each other, or the models or data cannot be read.
     """
-    require_sound(config)
+    check(config)
     examples, dropped = load(config)
     pair = load_pair(config, with_base=True)
     try:
@@ -75,6 +80,22 @@ def run(config: MetricsConfig) -> pd.DataFrame:
     finally:
         pair.close()
     return section.tables["metrics"]
+
+
+def check(config: MetricsConfig) -> None:
+    """Refuse settings that contradict each other, before anything is loaded.
+
+    Raises:
+        FrankenlensError: says which, and what to give instead.
+    """
+    require_sound(config)
+    if config.paper and config.data is not None:
+        raise FrankenlensError("--paper has its own data; leave out --data, or --paper.")
+    unknown = [name for name in config.metrics if name not in METRICS]
+    if unknown or not config.metrics:
+        raise FrankenlensError(
+            f"--metrics has {', '.join(unknown) or 'nothing'}; choose of {', '.join(METRICS)}."
+        )
 
 
 def load(config: MetricsConfig) -> tuple[list[Example], dict[str, int]]:
@@ -106,42 +127,66 @@ def measure(
 ) -> Section:
     """The metrics of every model of a pair, on the same prompts, as a section of a page."""
     template = config.template or (SYNTHETIC if config.data is None and not config.paper else TEMPLATE)
-    asked = questions(pair.builder, examples, template=template, metrics=config.metrics)
     running: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
     order = [name for name in ("base", "in", "rl") if name in pair.models]
-    found = xr.concat(
-        [ask(pair.models[name], asked, **running) for name in order], pd.Index(order, name="model")
-    )
-    tables = [fine_grained_table(found.sel(model=name)).assign(model=name) for name in order]
-    table = pd.concat(tables, ignore_index=True)
-    table = table.loc[:, ["model", *(name for name in table if name != "model")]]
-    changes = change_table(found, config.seed)
     reasons = Counter(dropped or {})
-    for name in order:
-        why = found["left_out"].sel(model=name).to_numpy().ravel().tolist()
-        reasons.update(
-            f"{name.upper()}: {reason}" for reason in why if reason and "the problem has" not in reason
-        )
+    if config.describe == "model" or config.paper:
+        examples = described_by_model(pair.in_, pair.builder, examples, **running)
+    found, tables, changes = [], [], []
+    for names, some in _groups(examples, config, reasons):
+        asked = questions(pair.builder, some, template=template, metrics=names)
+        answers = [ask(pair.models[name], asked, **running) for name in order]
+        found.append(xr.concat(answers, pd.Index(order, name="model")))
+        tables += [fine_grained_table(found[-1].sel(model=name)).assign(model=name) for name in order]
+        changes.append(change_table(found[-1], config.seed))
+        for name in order:
+            why = found[-1]["left_out"].sel(model=name).to_numpy()
+            missing = {(reason, row) for one in why.tolist() for row, reason in enumerate(one) if reason}
+            reasons.update(f"{name.upper()}: {reason}" for reason, _ in missing if reason not in APART)
+    table = pd.concat(tables, ignore_index=True).assign(
+        correction="none: p is of a measure against its control"
+    )
+    table = table.loc[:, ["model", *(name for name in table if name != "model")]]
+    change = pd.concat(changes, ignore_index=True)
+    change = change.assign(p_corrected=adjust(change["p"].to_numpy(dtype=float)))
+    words = "; rea: a description of the scene in words instead of the image" if config.data is None else ""
     account = Account(
         f"{'the paper: ' if config.paper else ''}vis = right with the image and wrong with a black one; v2r = right "
         "with the image and right with a black one and a description; rea = right without an image; greedy, Wilson's "
-        "intervals (95 %); RL − IN paired, McNemar's exact test",
-        f"{len(examples)} questions",
+        f"intervals (95 %); RL − IN paired, McNemar's exact test{'' if config.paper else words}",
+        f"{len(examples)} prompts, with an image or in words",
         "Holm over the metrics (RL − IN)",
         config.seed,
         left_out=dict(reasons),
     )
     figures = {"metrics": plot_metrics(table, order)}
-    tables_out = {"metrics": table, "metrics_change": changes}
+    tables_out = {"metrics": table, "metrics_change": change}
     title = "What answers owe to image, description and reasoning"
-    return Section("metrics", title, finding(table, changes), account, tables_out, figures, found)
+    dataset = found[0] if len(found) == 1 else None  # the paper's metrics have questions of their own
+    return Section("metrics", title, finding(table, change), account, tables_out, figures, dataset)
+
+
+def _groups(
+    examples: Sequence[Example], config: MetricsConfig, reasons: Counter[str]
+) -> list[tuple[tuple[str, ...], list[Example]]]:
+    """Metrics and the questions that they are measured on: together, or each its own (the paper)."""
+    if config.paper:
+        own = ((name, [example for example in examples if example.task == name]) for name in config.metrics)
+        return [((name,), some) for name, some in own if some]
+    names = config.metrics
+    bare = [example for example in examples if example.images and not example.meta.get("description")]
+    if "v2r" in names and bare:
+        reasons["v2r is left out: images without a description (--describe model lets IN describe them)"] += (
+            len(bare)
+        )
+        names = tuple(name for name in names if name != "v2r")
+    return [(names, list(examples))]
 
 
 def change_table(found: xr.Dataset, seed: int = 0) -> pd.DataFrame:
     """RL − IN of every metric on the questions that both have.
 
-    Columns: measure, change, low, high (paired bootstrap, 95 %), gained, lost, n, p (McNemar, exact), p_corrected
-    (Holm).
+    Columns: measure, change, low, high (paired bootstrap, 95 %), gained, lost, n, p (McNemar, exact, not corrected).
     """
     rows = []
     for metric in found["metric"].to_numpy().tolist():
@@ -150,8 +195,7 @@ def change_table(found: xr.Dataset, seed: int = 0) -> pd.DataFrame:
         ends = {"change": change.value, "low": change.low, "high": change.high}
         counts = {"gained": test.gained, "lost": test.lost, "n": test.n, "p": test.p}
         rows.append({"measure": metric} | {name: float(end) for name, end in ends.items()} | counts)
-    table = pd.DataFrame(rows)
-    return table.assign(p_corrected=adjust(table["p"].to_numpy(dtype=float)))
+    return pd.DataFrame(rows)
 
 
 def finding(table: pd.DataFrame, changes: pd.DataFrame) -> str:

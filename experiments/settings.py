@@ -83,7 +83,7 @@ def require_sound(config: PairSettings) -> None:
     """
     if (config.in_ is None) != (config.rl is None):
         raise FrankenlensError("--in and --rl go together: give both, or neither for the pair that ships.")
-    if isinstance(config, DataSettings) and config.images is not None and config.data is None:
+    if getattr(config, "images", None) is not None and getattr(config, "data", None) is None:
         raise FrankenlensError("--images is the folder of the images of --data; give --data as well.")
     for name in ("n", "batch_size", "max_new_tokens"):
         given = getattr(config, name, None)
@@ -179,7 +179,11 @@ def publish(
         models: what `Pair.provenance` returns.
         counts: how many examples remained at each step.
     """
-    dropped = {reason: n for section in sections for reason, n in section.account.left_out.items()}
+    dropped = {
+        f"{section.name}: {reason}" if len(sections) > 1 else reason: n
+        for section in sections
+        for reason, n in section.account.left_out.items()
+    }
     made = provenance(models, asdict(config), counts, dropped)
     with publishing(out) as staging:
         save_sections(sections, staging, made)

@@ -53,7 +53,8 @@ def run(config: SuiteConfig) -> list[Section]:
     """Run the parts on one opened pair and write everything, all or none.
 
     Raises:
-        FrankenlensError: settings contradict each other, or the models or data cannot be read; before anything runs.
+        FrankenlensError: settings contradict each other, or the models or data cannot be read, before anything runs;
+            or some parts failed, after the others are written.
     """
     require_sound(config)
     if not config.parts:
@@ -63,10 +64,22 @@ def run(config: SuiteConfig) -> list[Section]:
     prepared = {part: _PREPARE[part](config) for part in PARTS if part in config.parts}
     pair = load_pair(config, with_base=True)
     try:
-        sections = [measure(pair) for measure in tqdm(prepared.values(), desc="suite", unit="part")]
-        publish(sections, config, config.out, pair.provenance(), {"parts": len(sections)})
+        models, sections, failed = pair.provenance(), [], {}
+        for part, measure in tqdm(prepared.items(), desc="suite", unit="part"):
+            try:
+                sections.append(measure(pair))
+            except Exception as error:  # the finished parts are kept, and so is the reason
+                failed[part] = error
+        if sections:
+            publish(sections, config, config.out, models, {"parts": len(sections)})
     finally:
         pair.close()
+    if failed:
+        told = "; ".join(f"{part}: {type(error).__name__}: {error}" for part, error in failed.items())
+        kept = f"; {config.out} holds the others" if sections else ""
+        raise FrankenlensError(
+            f"{len(failed)} of {len(prepared)} parts failed{kept}. {told}"
+        ) from failed.popitem()[1]
     return sections
 
 
@@ -83,6 +96,7 @@ def _sized(config: SuiteConfig, share: int = 1) -> Mapping[str, Any]:
 
 def _metrics(config: SuiteConfig) -> Callable[[Pair], Section]:
     own = settings_of(config, metrics.MetricsConfig, **_sized(config))
+    metrics.check(own)
     examples, dropped = metrics.load(own)
     return lambda pair: metrics.measure(pair, examples, own, dropped)
 

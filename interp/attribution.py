@@ -141,7 +141,7 @@ def verify(
     with tqdm(
         total=len(parts) * shape[0] * shape[1], desc="verifying", unit="run", disable=not progress
     ) as bar:
-        for number, rows in enumerate(parts):
+        for rows in parts:
             select = decisions.metric.select(rows)
             ready, donors = {}, {}
             for name, vlm in models.items():
@@ -157,9 +157,7 @@ def verify(
                 places = [
                     (rank, by_place[place]) for rank, place in enumerate(chosen[d]) if place in by_place
                 ]
-                found = run_cells(
-                    models[recipient], ready[recipient], select, [c for _, c in places], number == 0, bar
-                )
+                found = run_cells(models[recipient], ready[recipient], select, [c for _, c in places], bar)
                 for (rank, _), values in zip(places, found, strict=True):
                     sums[d, rank] += np.nansum(values)
                     counts[d, rank] += np.isfinite(values).sum()

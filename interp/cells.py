@@ -101,14 +101,14 @@ def edits_of(
 
 
 def run_cells(
-    vlm: HookedVLM, ready: PatchBatch, metric: Metric, cells: Sequence[Cell], check: bool, bar: tqdm
+    vlm: HookedVLM, ready: PatchBatch, metric: Metric, cells: Sequence[Cell], bar: tqdm
 ) -> list[Float[np.ndarray, " batch"]]:
     """metric(patched) - metric(clean) of each cell, NaN for the examples that it does not touch."""
 
     def read(logits: Tensor, batch: PromptBatch) -> Tensor:
         return metric(logits, batch)[None]
 
-    sweep = BatchSweep(vlm, ready.batch, ready.reads, read, [cell.edits for cell in cells], check=check)
+    sweep = BatchSweep(vlm, ready.batch, ready.reads, read, [cell.edits for cell in cells])
     found = [np.full(len(ready.batch), np.nan) for _ in cells]
     for number, values in sweep.run(range(len(cells))):
         rows = cells[number].rows.cpu().numpy()

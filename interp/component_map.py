@@ -143,7 +143,7 @@ def _map(
     ends = np.full((2, len(directions), len(first)), np.nan)
     total = _n_runs(wanted, roles) * len(directions) * -(-len(first) // batch_size)
     with tqdm(total=total, desc="patching", unit="run", disable=not progress) as bar:
-        for number, rows in enumerate(batches_of(first, batch_size)):
+        for rows in batches_of(first, batch_size):
             select = metric.select(rows)
             ready, donors = {}, {}
             for name, vlm in models.items():
@@ -152,7 +152,7 @@ def _map(
                 donors[name] = Donor(vlm, batch, cached_names(wanted), select)
             for d, (donor, recipient) in enumerate(directions.values()):
                 cells = cells_of(donors[donor], donors[recipient], ready[recipient], wanted, roles)
-                found = run_cells(models[recipient], ready[recipient], select, cells, number == 0, bar)
+                found = run_cells(models[recipient], ready[recipient], select, cells, bar)
                 for cell, values in zip(cells, found, strict=True):
                     if cell.kind == "self":
                         itself[d, cell.component] = np.fmax(

@@ -56,6 +56,11 @@ class LogitDifference:
     name: str = field(default="logit difference", init=False)
     units: str = field(default="nats", init=False)
 
+    @property
+    def n_rows(self) -> int:
+        """How many prompts it was made for."""
+        return len(self.a)
+
     def __call__(
         self, logits: Float[Tensor, "batch pos vocab"], batch: PromptBatch
     ) -> Float[Tensor, " batch"]:
@@ -96,6 +101,11 @@ class SoftDifference:
     start: Int[Tensor, " n"]
     name: str = field(default="soft difference", init=False)
     units: str = field(default="nats", init=False)
+
+    @property
+    def n_rows(self) -> int:
+        """How many prompts it was made for."""
+        return len(self.weights)
 
     def __call__(
         self, logits: Float[Tensor, "batch pos vocab"], batch: PromptBatch
@@ -189,6 +199,11 @@ class KLToReference:
     ) -> KLToReference:
         """The reference is the distribution of these logits."""
         return cls(_at(logits, batch, position).detach().float().log_softmax(dim=-1), position)
+
+    @property
+    def n_rows(self) -> int:
+        """How many prompts it was made for."""
+        return len(self.reference)
 
     def __call__(
         self, logits: Float[Tensor, "batch pos vocab"], batch: PromptBatch

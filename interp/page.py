@@ -53,9 +53,10 @@ class Account:
         return "; ".join([*parts, f"left out: {left_out or 'nothing'}"])
 
     def columns(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The table with definition, partition, seed and correction as columns behind its own."""
+        """The table with definition, partition, seed and correction as columns, where it has none of that name."""
         own = {"definition": self.definition, "partition": self.partition, "seed": self.seed}
-        return table.assign(**own, correction=self.correction)
+        own |= {"correction": self.correction}
+        return table.assign(**{name: value for name, value in own.items() if name not in table})
 
     def caption(self, figure: Figure) -> Figure:
         """The figure with the account in small print below; the figure needs layout="constrained"."""

@@ -16,8 +16,10 @@ def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 4
     names: dict = {}
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"block_{number}.py"  # nnsight reads the source of a trace
+        path.write_text(block, encoding="utf-8")
+        exec(compile(block, str(path), "exec"), names)
     assert names["result"].value.shape == (1, 3, 4)
     assert np.isfinite(names["result"].value.values[0, 0]).all()
     assert (tmp_path / "out" / "sweep").is_dir()

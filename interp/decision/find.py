@@ -18,7 +18,7 @@ from interp.decision.result import Decision, DecisionSet
 from interp.decision.traces import Divergence, diverging, next_tokens, trace_logits
 from interp.examples import Example
 from interp.generation import greedy
-from interp.grading import grade
+from interp.grading import Ungraded, grade
 from interp.metrics import LogitDifference, Metric, SoftDifference, evaluate
 from interp.pair import Pair
 from interp.prompts import Prompt
@@ -36,6 +36,7 @@ class _Run:
     in_traces: tuple[Prompt, ...]
     rl_correct: np.ndarray
     in_correct: np.ndarray
+    graded: np.ndarray
 
 
 @torch.no_grad()
@@ -115,11 +116,22 @@ def _run(
     progress: bool,
 ) -> _Run:
     traces, correct = {}, {}
+    graded = np.ones(len(prompts), dtype=bool)
     for name, vlm in (("rl", pair.rl), ("in", pair.in_)):
         written = greedy(vlm, prompts, max_new_tokens, batch_size, progress)
         traces[name] = tuple(p.with_tokens(ids) for p, ids in zip(prompts, written, strict=True))
-        correct[name] = np.array([grader(p.trace.answer, p.example) for p in traces[name]], dtype=bool)
-    return _Run(traces["rl"], traces["in"], correct["rl"], correct["in"])
+        grades = [_grade(grader, p) for p in traces[name]]
+        correct[name] = np.array([grade is True for grade in grades])
+        graded &= np.array([grade is not None for grade in grades])
+    return _Run(traces["rl"], traces["in"], correct["rl"], correct["in"], graded)
+
+
+def _grade(grader: Grader, prompt: Prompt) -> bool | None:
+    """None: it cannot be graded."""
+    try:
+        return bool(grader(prompt.trace.answer, prompt.example))
+    except Ungraded:
+        return None
 
 
 def _both(
@@ -141,13 +153,15 @@ def _decisive(
     progress: bool,
 ) -> tuple[dict[int, Divergence], Counter[str]]:
     """Scan the divergences in order, the k-th of all open prompts in one batch."""
-    wanted = run.rl_correct & ~run.in_correct
+    wanted = run.rl_correct & ~run.in_correct & run.graded
     excluded = Counter(
         {
-            "RL is wrong": int((~run.rl_correct).sum()),
-            "IN is right already": int((run.rl_correct & run.in_correct).sum()),
+            "an answer cannot be graded": int((~run.graded).sum()),
+            "RL is wrong": int((~run.rl_correct & run.graded).sum()),
+            "IN is right already": int((run.rl_correct & run.in_correct & run.graded).sum()),
         }
     )
+    ungraded = "IN's answer after RL's token cannot be graded"
     chosen: dict[int, Divergence] = {}
     waiting = np.flatnonzero(wanted).tolist()
     for k in range(max((len(divergences[row]) for row in waiting), default=0)):
@@ -155,7 +169,12 @@ def _decisive(
         forced = [_forced(run.rl_traces[row], divergences[row][k].index) for row in waiting]
         right = _ends_right(pair.in_, forced, grader, max_new_tokens, batch_size, progress)
         chosen.update({row: divergences[row][k] for row, good in zip(waiting, right, strict=True) if good})
-    excluded["no single token of RL's makes IN end right"] = int(wanted.sum()) - len(chosen)
+        unknown = {row for row, good in zip(waiting, right, strict=True) if good is None}
+        excluded[ungraded] += len(unknown)
+        waiting = [row for row in waiting if row not in unknown]
+    excluded["no single token of RL's makes IN end right"] = (
+        int(wanted.sum()) - len(chosen) - excluded[ungraded]
+    )
     return chosen, excluded
 
 
@@ -171,7 +190,7 @@ def _ends_right(
     max_new_tokens: int,
     batch_size: int,
     progress: bool,
-) -> Iterable[bool]:
+) -> Iterable[bool | None]:
     open_rows = [i for i, p in enumerate(forced) if p.trace_ids[-1] not in p.builder.end_ids]
     room = {i: max_new_tokens - len(forced[i].trace_ids) for i in open_rows}
     open_rows = [i for i in open_rows if room[i] > 0]
@@ -181,7 +200,7 @@ def _ends_right(
         written = greedy(vlm, [forced[i] for i in open_rows], longest, batch_size, progress)
         for i, ids in zip(open_rows, written, strict=True):
             ended[i] = forced[i].with_tokens(ids[: room[i]])
-    return [grader(prompt.trace.answer, prompt.example) for prompt in ended]
+    return [_grade(grader, prompt) for prompt in ended]
 
 
 def _decision(trace: Prompt, row: int, at: Divergence) -> Decision:

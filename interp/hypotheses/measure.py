@@ -193,7 +193,7 @@ def _activations(pair, decisions: DecisionSet, wanted: Sequence[Moved], n, batch
     batches = list(batches_of(prompts, batch_size))
     bar.total += 2 * len(wanted) * len(batches)
     bar.refresh()
-    for number, rows in enumerate(batches):
+    for rows in batches:
         metric = decisions.metric.select(rows)
         ready, runs = {}, {}
         for name, vlm in models.items():
@@ -210,7 +210,7 @@ def _activations(pair, decisions: DecisionSet, wanted: Sequence[Moved], n, batch
                         keys.append(("decision", moved, which))
                         cells.append(cell)
             if cells:
-                found = run_cells(models[recipient], ready[recipient], metric, cells, number == 0, bar)
+                found = run_cells(models[recipient], ready[recipient], metric, cells, bar)
                 for key, own in zip(keys, found, strict=True):
                     values[key][example[rows]] = own
 

@@ -69,10 +69,10 @@ def knockout_effects(
     with tqdm(
         total=len(steps) * len(cuts), desc="knockout", unit="cut", disable=not progress, delay=1
     ) as bar:
-        for number, rows in enumerate(steps):
+        for rows in steps:
             batch = collate([prompts[row] for row in rows]).to(vlm.device)
             lanes = cut_lanes(vlm, batch, cuts)
-            part = CutBatch(vlm, batch, metric.select(rows), check=number == 0)
+            part = CutBatch(vlm, batch, metric.select(rows))
             clean[rows] = part.clean
             for lane in lanes:
                 n_edges[lane.number, rows] = sum(p.edges.flatten(1).sum(1).cpu().numpy() for p in lane.parts)
@@ -117,21 +117,19 @@ class CutBatch:
         clean: the metric of the clean run.
     """
 
-    def __init__(self, vlm: HookedVLM, batch: PromptBatch, metric: Metric, check: bool = True) -> None:
+    def __init__(self, vlm: HookedVLM, batch: PromptBatch, metric: Metric) -> None:
         """Runs the batch clean.
 
         Args:
             vlm: the opened model.
             batch: prompts on its device.
             metric: of these prompts.
-            check: compare the shortcuts with the clean run first; once per model is enough.
         """
         self.vlm, self.batch, self._metric = vlm, batch, metric
         self._run: StoredRun | None = None
         try:
             self._run = StoredRun(vlm, batch, metric.reads(batch))
-            if check:
-                self._run.check()
+            self._run.check()
         except Unsupported as reason:
             self._run = None
             warnings.warn(

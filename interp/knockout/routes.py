@@ -101,7 +101,7 @@ def routes(
     with tqdm(total=total, desc="routes", unit="cut", disable=not progress, delay=1) as bar:
         for m, (vlm, change) in enumerate(readers.values()):
             with nullcontext() if change is None else changed_weights(vlm.model, change):
-                for step, some in enumerate(steps):
+                for some in steps:
                     batch = collate([prompts[row] for row in some]).to(vlm.device)
                     lanes = cut_lanes(vlm, batch, flat)
                     for route, lane in enumerate(lanes[::n_windows]):
@@ -109,7 +109,7 @@ def routes(
                     drawn = [(seed, row) for row in some]
                     beside = controls(lanes, n_windows, kinds, batch.mask("all"), drawn)
                     with torch.no_grad():
-                        part = CutBatch(vlm, batch, wanted.select(some), check=step == 0)
+                        part = CutBatch(vlm, batch, wanted.select(some))
                         clean[m, some] = part.clean
                         for number, found in part.run([*lanes, *beside]):
                             value[m, number // len(flat), number % len(flat), some] = found

@@ -27,10 +27,10 @@ def accuracy(found: xr.Dataset, correction: str = "holm", **settings) -> pd.Data
     rows = []
     for name, chosen in by_function(found, "task"):
         clean = chosen["clean"].to_numpy()
-        whole = _share(clean)
         for k in range(chosen.sizes["ablation"]):
             right = chosen["right"].to_numpy()[k]
             share, change = _share(right), bootstrap_difference(right, clean, **settings)
+            whole = _share(np.where(np.isnan(right), np.nan, clean))
             rows.append(
                 {
                     "function": name,

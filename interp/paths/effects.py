@@ -96,14 +96,13 @@ def path_effects(
     parts = list(batches_of(prompts, batch_size))
     total = len(parts) * len(kinds) * (len(wanted) + len(senders))
     with tqdm(total=total, desc="paths", unit="run", disable=not progress, delay=1) as bar:
-        for number, rows in enumerate(parts):
+        for rows in parts:
             run, select = job.start(rows), metric.select(rows)
-            if number == 0:
-                run.check(wanted)
+            run.check(wanted)
             cells = _cells(run, wanted, senders, kinds)
             sweep = BatchSweep(
                 recipient, run.rows.batch, run.rows.reads, lambda logits, batch, m=select: m(logits, batch)[None],
-                [(cell.edit,) for cell in cells], check=number == 0,
+                [(cell.edit,) for cell in cells],
             )  # fmt: skip
             clean = sweep.clean[0].double()
             for at, values in sweep.run(range(len(cells))):

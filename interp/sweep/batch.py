@@ -15,6 +15,7 @@ from interp.prompts import PromptBatch
 from interp.rerun import CleanRun
 from interp.sweep.brigade import run_lanes
 from interp.sweep.edits import Edit, Span, needed_names
+from interp.sweep.places import of_vision
 from interp.sweep.stored import StoredRun, Unsupported
 
 Read = Callable[[Float[Tensor, "batch pos vocab"], PromptBatch], Float[Tensor, "metric batch"]]
@@ -52,7 +53,7 @@ class BatchSweep:
             interventions: each a set of edits; one edit alone takes the short way, several together a longer one.
             names: further activations of the clean run to keep, for `activation`.
             max_memory: bytes for what is stored and for what runs at once.
-            check: compare the shortcuts with the clean run first; once per model and kind of batch is enough.
+            check: compare the shortcuts with the clean run first.
 
         Raises:
             FrankenlensError: nothing is read, or the budget is too small for one row.
@@ -61,6 +62,7 @@ class BatchSweep:
         self.interventions = interventions
         self._max_memory, self._names = max_memory, names
         self._whole: CleanRun | None = None
+        self._require_budget()
         fast = [edits[0] for edits in interventions if self._is_fast(edits)]
         self._run: StoredRun | None = None
         if fast:
@@ -164,7 +166,8 @@ class BatchSweep:
         lanes = max(1, LANE_TOKENS.get(self.vlm.device.type, 8192) // (rows * len(span)))
         if self._max_memory is None:
             return lanes
-        fits = int((self._max_memory - self.stored_bytes) // self.lane_bytes(span))
+        free = self._max_memory - self.stored_bytes - self.logits_bytes
+        fits = max(1, int(free // self.lane_bytes(span)))
         return min(lanes, fits)
 
     @property
@@ -173,10 +176,27 @@ class BatchSweep:
         return 0 if self._storage() is not None else self._storage_estimate()
 
     def _storage_estimate(self) -> int:
+        """Streams, keys and values (kept as they are read and as they are used), and what single edits start from."""
         rows, width = self.batch.roles.shape
         block = self.vlm.anatomy.text.blocks[0]
-        floats = 2 * self.vlm.d_model + 2 * block.n_kv_heads * block.d_head
-        return rows * width * floats * len(self.vlm.anatomy.text.blocks) * self._item
+        a_layer = 2 * self.vlm.d_model + 4 * block.n_kv_heads * block.d_head
+        edits = [edit for edits in self.interventions for edit in edits]
+        names = {*self._names, *needed_names(edits, self.vlm)}
+        further = sum(self._floats(name) for name in names if not of_vision(name))
+        return rows * width * (a_layer * len(self.vlm.anatomy.text.blocks) + further) * self._item
+
+    def _floats(self, name: str) -> int:
+        """Per token."""
+        block, leaf = self.vlm.anatomy.text.blocks[0], name.rpartition(".")[2]
+        if leaf == "hook_post":
+            return self._d_mlp
+        inside = leaf in ("hook_z", "hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k")
+        return block.n_heads * block.d_head if inside else self.vlm.d_model
+
+    @property
+    def _d_mlp(self) -> int:
+        down = self.vlm.module(self.vlm.anatomy.text.blocks[0].mlp_out)
+        return int(getattr(down, "in_features", 4 * self.vlm.d_model))
 
     def _storage(self) -> torch.device | None:
         """Main memory if what is kept would take more than half of the budget."""
@@ -188,15 +208,32 @@ class BatchSweep:
         return next(self.vlm.model.parameters()).element_size()
 
     def lane_bytes(self, span: Span) -> int:
-        """An upper estimate of what one lane takes at its widest: stream, attention and MLP of one block, logits."""
+        """An upper estimate of what one lane takes at its widest: stream, attention and MLP of one block."""
         rows, n = len(self.batch), len(span)
         block = self.vlm.anatomy.text.blocks[0]
-        down = self.vlm.module(block.mlp_out)
-        d_mlp = int(getattr(down, "in_features", 4 * self.vlm.d_model))
-        stream = n * (8 * self.vlm.d_model + 4 * d_mlp + 6 * block.n_heads * block.d_head)
+        stream = n * (8 * self.vlm.d_model + 4 * self._d_mlp + 6 * block.n_heads * block.d_head)
         attention = 2 * block.n_heads * n * span.stop + 2 * block.n_heads * block.d_head * span.stop
+        return rows * (stream + attention) * self._item
+
+    @property
+    def logits_bytes(self) -> int:
+        """What the logits of one lane take, from the first that is read to the last, twice (they are read in fp32)."""
+        columns = self._reads.any(0).nonzero()[:, 0]
+        width = int(columns[-1] - columns[0]) + 1 if len(columns) else 0
         vocabulary = int(self.vlm.model.config.get_text_config().vocab_size)
-        return rows * ((stream + attention) * self._item + 2 * 4 * vocabulary)
+        return 2 * 4 * len(self.batch) * width * vocabulary
+
+    def _require_budget(self) -> None:
+        """Refuses a budget that not even one lane fits in."""
+        if self._max_memory is None:
+            return
+        least = self.stored_bytes + self.lane_bytes(Span(0, self.batch.roles.shape[1])) + self.logits_bytes
+        if least > self._max_memory:
+            raise FrankenlensError(
+                f"max_memory of {self._max_memory / 2**20:.0f} MiB is too small for one intervention on "
+                f"{len(self.batch)} prompts of {self.batch.roles.shape[1]} tokens, which takes about "
+                f"{least / 2**20:.0f} MiB; give more, or a smaller batch_size"
+            )
 
 
 def cropped(batch: PromptBatch, first: int) -> PromptBatch:
@@ -204,21 +241,3 @@ def cropped(batch: PromptBatch, first: int) -> PromptBatch:
     names = [name for name, tensor in batch.inputs.items() if tensor.shape[:2] == batch.roles.shape]
     inputs = batch.inputs | {name: batch.inputs[name][:, first:] for name in names}
     return replace(batch, inputs=inputs, roles=batch.roles[:, first:], cut=batch.cut + first)
-
-
-def require_budget(sweep: BatchSweep, max_memory: int | None) -> None:
-    """Refuses a budget that not even one lane fits in.
-
-    Raises:
-        FrankenlensError: with the least that would do.
-    """
-    if max_memory is None:
-        return
-    widest = sweep.lane_bytes(Span(0, sweep.batch.roles.shape[1]))
-    least = sweep.stored_bytes + widest
-    if least > max_memory:
-        raise FrankenlensError(
-            f"max_memory of {max_memory / 2**20:.0f} MiB is too small for one intervention on {len(sweep.batch)} "
-            f"prompts of {sweep.batch.roles.shape[1]} tokens, which takes about {least / 2**20:.0f} MiB; give more, "
-            "or a smaller batch_size"
-        )

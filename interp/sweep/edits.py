@@ -103,6 +103,8 @@ class Edit:
         axis = self._index_axis
         own = activation if axis is None else activation.select(axis, self._index)
         new = self.new(own, span).to(own)
+        if self.point.leaf == "hook_attn_scores":  # what the mask hides stays hidden
+            new = new.masked_fill(own == -torch.inf, -torch.inf)
         if self.where is not None:
             here = self.where[:, span.columns].to(own.device)
             here = here[:, None] if self.point.axes[-2:] == ("query", "key") and axis is None else here

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from interp.metrics import Metric
 from interp.patching import image_shapes
 from interp.prompts import Prompt, collate
 from interp.sweep.activations import activation_of
-from interp.sweep.batch import BatchSweep, require_budget
-from interp.sweep.intervention import Bound, Intervention, bind, has_tokens, validate
-from interp.sweep.places import LEADING, where_label, where_mask
+from interp.sweep.batch import BatchSweep
+from interp.sweep.intervention import Bound, Intervention, Means, bind, has_tokens, mean_key, validate
+from interp.sweep.places import LEADING, Where, of_vision, where_label, where_mask
 from interp.sweep.shards import ShardStore
 
 SHARD = 512  # interventions
@@ -83,7 +83,7 @@ def sweep(
         for number, rows in enumerate(parts):
             part = _Part(
                 recipient, source, [prompts[r] for r in rows], [given[r] for r in rows], interventions,
-                [metric.select(rows) for metric in named.values()], means, budget, number == 0,
+                [metric.select(rows) for metric in named.values()], means, budget,
             )  # fmt: skip
             for name, chosen, found in part.shards(store, f"{number:05d}", bar):
                 if name == "clean":
@@ -104,12 +104,11 @@ class _Part:
         given: Sequence[Prompt],
         interventions: Sequence[Intervention],
         metrics: Sequence[Metric],
-        means: dict[tuple[str, str], Tensor],
+        means: Means,
         max_memory: int | None,
-        check: bool,
     ) -> None:
         self.recipient, self.donor, self.given, self.metrics = recipient, donor, given, metrics
-        self.interventions, self.max_memory, self.check = interventions, max_memory, check
+        self.interventions, self.max_memory, self.means = interventions, max_memory, means
         self.batch = collate(prompts).to(recipient.device)
         self.reads = torch.stack([metric.reads(self.batch) for metric in metrics]).any(0)
         self._cache: Mapping[str, Tensor] = {}
@@ -161,9 +160,7 @@ class _Part:
                 [bound.edits for bound in self.bound],
                 _cached(self.interventions, ("resample", "skip")),
                 self.max_memory,
-                self.check,
             )
-            require_budget(self._sweep, self.max_memory)
         return self._sweep
 
     def _clean(self) -> np.ndarray:
@@ -183,6 +180,8 @@ class _Part:
         if not names:
             return {}
         batch = collate(self.given).to(self.donor.device)
+        if not bool(batch.mask("image").any()):  # nothing fires there, and nothing is touched
+            names = [name for name in names if not of_vision(name)]
         with torch.no_grad():
             return self.donor.run_with_cache(batch.inputs, names, use_cache=False)[1]
 
@@ -199,6 +198,8 @@ class _Part:
             digest.update(prompt.example.id.encode())
             for name, tensor in sorted(prompt.inputs.items()):
                 digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        for mean in self.means.values():  # over all prompts of the sweep
+            digest.update(mean.cpu().contiguous().numpy().tobytes())
         seen: set[int] = set()
         for intervention in self.interventions:
             for where in (intervention.where, intervention.source):
@@ -223,19 +224,22 @@ def _means(
     interventions: Sequence[Intervention],
     parts: Sequence[Sequence[int]],
     progress: bool,
-) -> dict[tuple[str, str], Tensor]:
+) -> Means:
     """The mean activation of every `mean` intervention's point, over its tokens in all prompts."""
-    wanted = {(i.hook, where_label(i.where)): i.where for i in interventions if i.kind == "mean"}
+    wanted = {mean_key(i): i.where for i in interventions if i.kind == "mean"}
     if not wanted:
         return {}
-    sums: dict[tuple[str, str], Tensor] = {}
-    counts: dict[tuple[str, str], int] = dict.fromkeys(wanted, 0)
+    sums: dict[tuple[str, Where], Tensor] = {}
+    counts: dict[tuple[str, Where], int] = dict.fromkeys(wanted, 0)
     hooks = list(dict.fromkeys(hook for hook, _ in wanted))
     for rows in tqdm(parts, desc="means", disable=not progress, delay=1):
         batch = collate([prompts[row] for row in rows]).to(vlm.device)
+        there = [hook for hook in hooks if bool(batch.mask("image").any()) or not of_vision(hook)]
         with torch.no_grad():
-            _, cache = vlm.run_with_cache(batch.inputs, hooks, use_cache=False)
+            _, cache = vlm.run_with_cache(batch.inputs, there, use_cache=False)
         for key, where in wanted.items():
+            if key[0] not in there:
+                continue
             point = vlm.hook_points[key[0]]
             if has_tokens(point):
                 chosen = cache[key[0]][where_mask(where, batch).to(vlm.device)].double()
@@ -269,6 +273,11 @@ def _require(
             )
     batch_of_all = [(row, prompt) for row, prompt in enumerate(prompts)]
     for name, metric in metrics.items():
+        rows = getattr(metric, "n_rows", None)
+        if rows is not None and rows != len(prompts):
+            raise FrankenlensError(
+                f"metric {name!r} was made for {rows} prompts and {len(prompts)} are given; use metric.select(rows)."
+            )
         for row, prompt in batch_of_all:
             one = collate([prompt])
             if not bool(metric.select([row]).reads(one).any()):
@@ -326,7 +335,10 @@ def _about(
             for i in interventions
         ],
         "metrics": {
-            name: [type(m).__name__, *(_digest(getattr(m, f.name)) for f in fields(m))]  # type: ignore[arg-type]
+            name: [
+                type(m).__name__,
+                _digest({f.name: getattr(m, f.name) for f in fields(m)} if is_dataclass(m) else vars(m)),
+            ]
             for name, m in metrics.items()
         },
     }
@@ -334,9 +346,18 @@ def _about(
 
 def _digest(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return sha256(value.detach().cpu().contiguous().float().numpy().tobytes()).hexdigest()
-    if isinstance(value, tuple):
+        whole = value.detach().cpu().contiguous().double().numpy().tobytes()
+        return [sha256(whole).hexdigest(), list(value.shape), str(value.dtype)]
+    if isinstance(value, np.ndarray):
+        return [
+            sha256(np.ascontiguousarray(value).tobytes()).hexdigest(),
+            list(value.shape),
+            str(value.dtype),
+        ]
+    if isinstance(value, (tuple, list)):
         return [_digest(part) for part in value]
+    if isinstance(value, Mapping):
+        return [[repr(name), _digest(part)] for name, part in value.items()]
     return value if value is None or isinstance(value, (int, float, str, bool)) else repr(value)
 
 

@@ -18,8 +18,8 @@ from interp.sweep.edits import Edit, New, Span
 from interp.sweep.places import LEADING, Where, cut_patches, where_label, where_mask
 
 KINDS = ("replace", "add", "scale", "zero", "mean", "resample", "skip", "knockout")
-Means = Mapping[tuple[str, str], Float[Tensor, "..."]]
-"""Hook and label of `where` to the mean activation."""
+Means = Mapping[tuple[str, Where], Float[Tensor, "..."]]
+"""Hook and place to the mean activation."""
 Activations = Callable[[str, int | None], Float[Tensor, "..."]]
 """Hook point and head or neuron to its activation in a clean run."""
 
@@ -60,6 +60,11 @@ class Intervention:
         return f"{self.kind} {self.hook}{index} @ {edges}{where_label(self.where)}"
 
 
+def mean_key(intervention: Intervention) -> tuple[str, Where]:
+    """What the mean of a `mean` intervention is known by."""
+    return intervention.hook, intervention.where
+
+
 def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> None:
     """Refuses what cannot act where it is asked to.
 
@@ -88,6 +93,9 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
         refuse("knockout needs source=, and only knockout takes it")
     if kind == "knockout" and point.leaf != "hook_attn_scores":
         refuse("knockout acts on attn.hook_attn_scores; to lose the edge's mass instead, scale hook_pattern")
+    if kind == "resample" and point.axes[-1] == "key" and not has_tokens(point):
+        refuse("resample needs an activation of patches; give donor_prompts= and replace instead")
+    _refuse_values_of_tokens(intervention, point, refuse)
     if kind == "mean" and point.axes[-1] == "key":
         refuse("mean needs an activation; scores and patterns of prompts of different lengths have none")
     for place in (intervention.where, intervention.source or "all"):
@@ -102,6 +110,25 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
         refuse(
             f"index {intervention.index} is out of range; {name} has {size or 'no'} heads or neurons to choose from"
         )
+
+
+def _refuse_values_of_tokens(
+    intervention: Intervention, point: HookPoint, refuse: Callable[[str], None]
+) -> None:
+    """A segment of tokens is computed, not all of them: a value must be the same for every token and row."""
+    if not isinstance(intervention.value, Tensor) or not has_tokens(point):
+        return
+    split = () if intervention.index is None else ("head", "kv_head", "d_mlp")
+    axes = [axis for axis in point.axes if axis not in split]
+    shape = (1,) * (len(axes) - intervention.value.ndim) + tuple(intervention.value.shape)
+    if len(shape) != len(axes):
+        refuse(f"value has {intervention.value.ndim} axes, the activation {len(axes)} ({' '.join(axes)})")
+    for axis, size in zip(axes, shape, strict=True):
+        if axis in ("batch", "pos", "query", "key") and size != 1:
+            refuse(
+                f"value has size {size} along {axis}; give one value for all of them, and one intervention for each "
+                "place that gets another"
+            )
 
 
 def index_size(point: HookPoint, vlm: HookedVLM) -> int:
@@ -197,7 +224,7 @@ def _new(
     if kind == "zero" or (kind == "skip" and point.leaf != "hook_resid_post"):
         return lambda activation, span: torch.zeros_like(activation)
     if kind == "mean":
-        mean = means[intervention.hook, where_label(intervention.where)]
+        mean = means[mean_key(intervention)]
         if index is not None:
             lead = sum(axis in LEADING for axis in point.axes)
             mean = of_index(mean[(None,) * lead], point, index)[(0,) * lead]

@@ -17,6 +17,7 @@ from hooks.selfcheck import tolerance
 from interp.prompts import PromptBatch
 from interp.sweep.attention import SegmentContext, Tap, segment_attention_on
 from interp.sweep.edits import Span
+from interp.sweep.places import of_vision
 
 
 class Unsupported(Exception):
@@ -74,7 +75,7 @@ class StoredRun:
         before = [f"blocks.{layer}.hook_resid_post" for layer in self._deepstack]
         kept = dict.fromkeys([*names, *(n for own in self._own.values() for n in own), last, *before])
         kept |= dict.fromkeys(self._deepstack.values())
-        self._run([name for name in kept if self.has_image or not _of_vision(name)])
+        self._run([name for name in kept if self.has_image or not of_vision(name)])
 
     def _run(self, names: list[str]) -> None:
         missing = [name for name in names if name not in self.vlm.hook_points]
@@ -98,6 +99,10 @@ class StoredRun:
         self._keys = [self._heads_first(name) for name in self._own["attn.hook_rot_k"]]
         self._values = [self._heads_first(name) for name in self._own["attn.hook_v"]]
         self._visible = [self._visibility(layer) for layer in range(len(self.blocks))]
+        if any(bool(visible.triu(1).any()) for visible in self._visible):
+            raise Unsupported(
+                "its tokens look at later ones, so an earlier token is not out of an edit's reach"
+            )
         triangle = torch.ones(self.end, self.end, dtype=torch.bool, device=self.vlm.device).tril()
         self._causal = [bool((visible == triangle).all()) for visible in self._visible]
         self.added = {layer: self._scattered(self.read(name)) for layer, name in self._deepstack.items()}
@@ -263,6 +268,11 @@ class StoredRun:
             self.cache["hook_embed"], self.cache["blocks.0.hook_resid_pre"]
         ):
             raise Unsupported("it changes the embeddings before the first block")
+        last = self.post(len(self.blocks) - 1, Span(0, self.end))[:, self.columns]
+        norm, unembed = (self.vlm.module(p) for p in (self.vlm.anatomy.final_norm, self.vlm.anatomy.unembed))
+        error = (unembed(norm(last)) - self.logits).abs().max().item()
+        if not error <= tolerance(self.logits):
+            raise Unsupported(f"its logits are not its unembedding's output (off by {error:.1e})")
         real = (self.batch.mask("all").to(self.vlm.device))[..., None]
         for start in {0, self.end // 2, self.end - 1}:
             span = Span(start, self.end)
@@ -290,7 +300,3 @@ def _spread(few: Any, wanted: Int[Tensor, " column"], width: int) -> Any:
     whole = few.new_zeros(len(few), width, few.shape[-1])
     whole[:, wanted] = few
     return whole
-
-
-def _of_vision(name: str) -> bool:
-    return name.startswith(("vision.", "projector.")) or name.endswith("hook_deepstack")

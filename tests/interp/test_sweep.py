@@ -3,6 +3,7 @@
 import copy
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,14 @@ from hypothesis import strategies as st
 from hooks import FrankenlensError, HookedVLM
 from interp.examples import Example
 from interp.metrics import AnswerLogProbability, LogitDifference, TraceLogLikelihood
-from interp.prompts import PromptBuilder, collate
+from interp.prompts import PromptBatch, PromptBuilder, collate
 from interp.roles import TraceFormat
 from interp.sweep import Intervention, head_map, residual_map, sweep
 from interp.sweep.batch import BatchSweep
 from interp.sweep.engine import parse_bytes
 from interp.sweep.intervention import bind
 from interp.sweep.places import where_mask
+from interp.sweep.stored import StoredRun
 from tests.families import FAMILIES, redraw, tiny
 
 QUESTIONS = ("how many red", "what shape in row 2 is there", "what color is the star")
@@ -404,9 +406,101 @@ def test_an_unknown_attention_goes_the_longer_way_and_says_so() -> None:
     text = pair.given.model.model.language_model
     for layer in text.layers:  # something between the blocks that no module tree shows
         layer.register_forward_hook(lambda m, args, out: out if out.shape[1] > 20 else out * 1.5)
-    with pytest.warns(UserWarning, match="cannot be taken up at a stored token"):
-        found = sweep(pair.recipient, pair.prompts, wanted, pair.metrics, progress=False)
-    np.testing.assert_allclose(found.value, eager.value, rtol=0, atol=pair.tolerance())
+    for size in (3, 1):  # every batch is checked
+        with pytest.warns(UserWarning, match="cannot be taken up at a stored token"):
+            found = sweep(pair.recipient, pair.prompts, wanted, pair.metrics, batch_size=size, progress=False)
+        np.testing.assert_allclose(found.value, eager.value, rtol=0, atol=pair.tolerance())
+
+
+def test_tokens_that_look_at_later_ones_are_not_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = duo("llava")
+    real = StoredRun._visibility
+
+    def sees_all(run: StoredRun, layer: int) -> torch.Tensor:
+        return torch.ones_like(real(run, layer))
+
+    monkeypatch.setattr(StoredRun, "_visibility", sees_all)
+    wanted = Intervention("blocks.1.hook_mlp_out", "zero", 3)
+    with pytest.warns(UserWarning, match="look at later ones"):
+        found = sweep(pair.recipient, pair.prompts, [wanted], pair.metrics, progress=False)
+    np.testing.assert_allclose(found.value[:, 0], pair.expected(wanted), rtol=0, atol=pair.tolerance())
+
+
+def first_five(batch: PromptBatch) -> torch.Tensor:
+    return batch.mask("all") & (torch.arange(batch.roles.shape[1]) < 5)
+
+
+def test_means_are_told_apart_and_are_of_all_prompts(tmp_path: Path) -> None:
+    """Two functions of one name, another set of prompts on the same folder, and keys, whose token axis is "key"."""
+    pair = duo("qwen2_5_vl")
+    metric, hook = pair.metrics["trace"], "blocks.1.hook_mlp_out"
+
+    def other(batch: PromptBatch) -> torch.Tensor:
+        return batch.mask("question")
+
+    other.__name__ = "first_five"
+    both = [Intervention(hook, "mean", first_five), Intervention(hook, "mean", other)]
+    found = sweep(pair.recipient, pair.prompts, both, metric, progress=False).value.values[0]
+    for number, one in enumerate(both):
+        alone = sweep(pair.recipient, pair.prompts, [one], metric, progress=False).value.values[0, 0]
+        np.testing.assert_allclose(found[number], alone, rtol=0, atol=pair.tolerance())
+    sweep(pair.recipient, pair.prompts[:2], both[:1], metric, batch_size=1, out=tmp_path, progress=False)
+    with pytest.raises(FrankenlensError, match="is of other prompts"):
+        sweep(pair.recipient, pair.prompts, both[:1], metric, batch_size=1, out=tmp_path, progress=False)
+    keys = Intervention("blocks.1.attn.hook_rot_k", "mean", "question", 1)
+    got = sweep(pair.recipient, pair.prompts[:1], [keys], metric, progress=False).value.values[0, 0]
+    batch = collate(pair.prompts[:1])
+    tokens = batch.mask("question")[0].nonzero()[:, 0]
+
+    def write(k: torch.Tensor, hook: Any) -> torch.Tensor:
+        k = k.clone()
+        k[0, tokens, 1] = k[0, tokens, 1].mean(0)
+        return k
+
+    with torch.no_grad():
+        logits = pair.recipient.run_with_hooks(batch.inputs, [(keys.hook, write)]).logits
+    np.testing.assert_allclose(got, metric(logits, batch), rtol=0, atol=pair.tolerance())
+
+
+def test_edited_scores_stay_masked() -> None:
+    """Zeroed scores: the same prompt gives the same alone and beside a longer one, and equals a masked softmax of 0."""
+    pair = duo("llava")
+    hook = "blocks.1.attn.hook_attn_scores"
+    wanted = [Intervention(hook, "zero"), Intervention(hook, "scale", value=-1.0)]
+    metric = pair.metrics["trace"]
+    together = sweep(pair.recipient, pair.prompts, wanted, metric, progress=False).value.values[0]
+    for row, prompt in enumerate(pair.prompts):
+        alone = sweep(pair.recipient, [prompt], wanted, metric, progress=False).value.values[0]
+        np.testing.assert_allclose(together[:, row], alone[:, 0], rtol=0, atol=pair.tolerance())
+    batch = collate(pair.prompts[:1])
+
+    def write(scores: torch.Tensor, hook: Any) -> torch.Tensor:
+        return torch.where(scores == -torch.inf, scores, 0.0)
+
+    with torch.no_grad():
+        logits = pair.recipient.run_with_hooks(batch.inputs, [(wanted[0].hook, write)]).logits
+    np.testing.assert_allclose(together[0, 0], metric(logits, batch)[0], rtol=0, atol=pair.tolerance())
+
+
+def test_a_batch_without_images_beside_one_with_them() -> None:
+    pair = duo("qwen2_5_vl")
+    text = pair.prompts[0].builder.build(Example("text", (), QUESTIONS[0], "5"), TRACES[0])
+    wanted = [
+        Intervention("projector.hook_out", "replace"),
+        Intervention("vision.blocks.1.hook_mlp_out", "mean"),
+    ]
+    metric = pair.metrics["trace"]
+    found = sweep(
+        pair.recipient,
+        [text, pair.prompts[0]],
+        wanted,
+        metric,
+        donor=pair.donor,
+        batch_size=1,
+        progress=False,
+    )
+    assert np.isnan(found.value.values[0, :, 0]).all()
+    assert (np.abs(found.value.values[0, :, 1] - found.clean.values[0, 1]) > 100 * pair.tolerance()).all()
 
 
 def test_a_budget_makes_lanes_fewer_and_numbers_no_other() -> None:
@@ -447,6 +541,9 @@ def test_a_budget_makes_lanes_fewer_and_numbers_no_other() -> None:
             "there is no patch 999",
         ),
         (Intervention("blocks.1.attn.hook_pattern", "mean"), "have none"),
+        (Intervention("vision.blocks.1.attn.hook_pattern", "resample"), "needs an activation of patches"),
+        (Intervention("blocks.1.hook_mlp_out", "add", value=torch.ones(7, 32)), "value has size 7 along pos"),
+        (Intervention("blocks.1.hook_mlp_out", "add", value=torch.ones(1, 1, 1, 32)), "value has 4 axes"),
         (Intervention("blocks.1.hook_mlp_out", "zero", "questions"), "no role 'questions'"),
         (Intervention("blocks.1.hook_mlp_out", "erase"), "kind 'erase' is none of"),
     ],
@@ -463,6 +560,8 @@ def test_a_metric_that_reads_no_token_is_refused() -> None:
     wanted = [Intervention("blocks.1.hook_mlp_out", "zero")]
     with pytest.raises(FrankenlensError, match="reads no token of prompt 0"):
         sweep(pair.recipient, [short], wanted, AnswerLogProbability(), progress=False)
+    with pytest.raises(FrankenlensError, match="was made for 3 prompts and 2 are given"):
+        sweep(pair.recipient, pair.prompts[:2], wanted, pair.metrics["last"], progress=False)
     with pytest.raises(FrankenlensError, match="go row by row"):
         sweep(
             pair.recipient, [short], wanted, pair.metrics["trace"], donor_prompts=pair.prompts, progress=False
