@@ -32,9 +32,16 @@ class Donor:
         self.vlm = vlm
         self.metric = metric(output.logits, batch).double().cpu().numpy()
 
-    def activation(self, hook: str, head: int | None) -> Float[Tensor, "..."]:
-        """An activation; a head's result goes through this model's own W_O."""
-        return activation_of(self.vlm, self._cache.__getitem__, hook, head)
+    def activation(self, hook: str, head: int | None, span: Span | None = None) -> Float[Tensor, "..."]:
+        """An activation, of some columns only if a span is given; a head's result goes through this model's own W_O.
+
+        A product of a segment rounds as the recipient's own of that segment does, which one of all columns need not.
+        """
+
+        def read(name: str) -> Tensor:
+            return self._cache[name] if span is None else self._cache[name][:, span.columns]
+
+        return activation_of(self.vlm, read, hook, head)
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,9 @@ def edits_of(
 
     def new(name: str) -> New:
         def replacement(activation: Tensor, span: Span) -> Tensor:
-            value = source.activation(name, component.head)
-            value = value if borrow is None else borrowed(value, early, borrow)
+            if borrow is None:
+                return source.activation(name, component.head, None if early else span).to(activation)
+            value = borrowed(source.activation(name, component.head), early, borrow)
             return (value if early else value[:, span.columns]).to(activation)
 
         return replacement
