@@ -195,10 +195,11 @@ def figure(results: dict[str, Any], path: Path) -> None:
     fig, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 3.4), sharey=True, squeeze=False)
     for axis, (family, found) in zip(axes[0], results.items(), strict=True):
         scans = list(found["scans"])
-        peers = [name for name in ARMS if name != "ours" and name not in found["missing"]]
-        for k, peer in enumerate(peers):
+        for k, peer in enumerate(name for name in ARMS if name != "ours"):
+            if peer in found["missing"]:
+                continue
             heights = [found["scans"][scan]["faster"].get(peer, np.nan) for scan in scans]
-            bars = axis.bar(np.arange(len(scans)) + 0.27 * (k - 1), heights, 0.25, label=peer)
+            bars = axis.bar(np.arange(len(scans)) + 0.27 * (k - 1), heights, 0.25, label=peer, color=f"C{k}")
             axis.bar_label(bars, fmt="%.3g", fontsize=6)
         axis.set_xticks(range(len(scans)), [scan.replace(", ", ",\n") for scan in scans], fontsize=7)
         axis.set_yscale("log")
