@@ -10,6 +10,7 @@ from experiments import attention, compare
 from experiments.cli import main
 from experiments.settings import PairSettings, load_pair
 from experiments.suite import PARTS, SuiteConfig, run, settings_of
+from hooks.errors import FrankenlensError
 
 SMALL: dict[str, Any] = {"n": 8, "batch_size": 16, "max_new_tokens": 40}
 
@@ -44,3 +45,15 @@ def test_a_part_takes_the_models_data_and_partition_and_keeps_its_own_settings()
 def test_a_mistake_is_one_line(argv, words, tmp_path, capsys):
     assert main(["suite", *argv, "--out", str(tmp_path)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_part_that_fails_loses_no_other(tmp_path, monkeypatch):
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(attention, "measure", broken)
+    with pytest.raises(
+        FrankenlensError, match=r"1 of 2 parts failed; .* attention: RuntimeError: out of memory"
+    ):
+        run(SuiteConfig(out=tmp_path, parts=("compare", "attention"), **SMALL))
+    assert (tmp_path / "compare.csv").is_file() and not (tmp_path / "attention.csv").exists()

@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+from experiments import embedded
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from interp.decision import find_decisions, null_pair_denominator, recovery_refused, two_by_two
 from interp.decision.controls import changed_weights
 from interp.examples import Example
 from interp.generation import greedy
+from interp.grading import Ungraded, grade
 from interp.metrics import KLToReference, TraceLogLikelihood, evaluate
 from interp.pair import Pair, weights_sha256
 from interp.prompts import collate
 from interp.roles import TraceFormat
 from interp.statistics import Interval
+from interp.tasks import sample
 from tests.families import FAMILIES, tiny
 
 BUDGET = 7
@@ -348,3 +351,22 @@ def test_an_unknown_choice_names_the_choices():
         find_decisions(made_pair("llava"), examples("llava"), "last")
     with pytest.raises(FrankenlensError, match="0 examples"):
         find_decisions(made_pair("llava"), [])
+
+
+def test_an_answer_that_cannot_be_graded_is_left_out_and_counted() -> None:
+    pair = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
+    examples = sample("sum", 12, seed=3, split="map")
+    every = find_decisions(pair, examples, "decisive", progress=False)
+    lost = every.decisions[0].prompt.example.id
+
+    def grader(answer: str | None, example: Example) -> bool:
+        if example.id == lost:
+            raise Ungraded("the reference cannot be read")
+        return grade(answer, example)
+
+    some = find_decisions(pair, examples, "decisive", grader=grader, progress=False)
+    assert some.excluded["an answer cannot be graded"] == 1
+    assert [d.prompt.example.id for d in some.decisions] == [
+        d.prompt.example.id for d in every.decisions if d.prompt.example.id != lost
+    ]
+    assert sum(some.excluded.values()) + len(some) == len(examples)
