@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Float
 
 from interp.localization.outcomes import by_function
-from interp.statistics import adjust, bootstrap_difference, mcnemar, wilson_interval
+from interp.statistics import adjust, bootstrap_difference, mcnemar, share_of
 
 
 def accuracy(found: xr.Dataset, correction: str = "holm", **settings) -> pd.DataFrame:
@@ -29,8 +28,8 @@ def accuracy(found: xr.Dataset, correction: str = "holm", **settings) -> pd.Data
         clean = chosen["clean"].to_numpy()
         for k in range(chosen.sizes["ablation"]):
             right = chosen["right"].to_numpy()[k]
-            share, change = _share(right), bootstrap_difference(right, clean, **settings)
-            whole = _share(np.where(np.isnan(right), np.nan, clean))
+            share, change = share_of(right), bootstrap_difference(right, clean, **settings)
+            whole = share_of(np.where(np.isnan(right), np.nan, clean))
             rows.append(
                 {
                     "function": name,
@@ -55,9 +54,3 @@ def accuracy(found: xr.Dataset, correction: str = "holm", **settings) -> pd.Data
     for family in (together, ~together):
         table.loc[family, "p_corrected"] = adjust(table.loc[family, "p"].to_numpy(), correction)
     return table
-
-
-def _share(right: Float[np.ndarray, " example"]) -> tuple[float, float, float]:
-    there = right[~np.isnan(right)]
-    found = wilson_interval(int(there.sum()), len(there))
-    return float(found.value), float(found.low), float(found.high)

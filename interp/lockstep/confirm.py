@@ -28,8 +28,9 @@ from interp.statistics import (
     bootstrap_difference,
     bootstrap_ratio,
     mcnemar,
+    mean_of,
+    share_of,
     sign_flip,
-    wilson_interval,
 )
 
 
@@ -220,7 +221,7 @@ def _row(one: xr.Dataset, direction: str, k: int, settings: Mapping) -> dict:
     group = one["group"].to_numpy() == one["group"].to_numpy()[k]
     drawn = one["right"].to_numpy()[group & (one["draw"].to_numpy() >= 0)]
     chance = _mean(drawn) if one["draw"].to_numpy()[k] < 0 else np.full(right.shape, np.nan)
-    share, test = _share(right), mcnemar(right, recipient)
+    share, test = share_of(right), mcnemar(right, recipient)
     change = bootstrap_difference(right, recipient, **settings)
     gap = np.where(np.isnan(right), np.nan, donor - recipient)
     recovered = bootstrap_ratio(right - recipient, gap, **settings)
@@ -229,17 +230,17 @@ def _row(one: xr.Dataset, direction: str, k: int, settings: Mapping) -> dict:
     return {
         **{name: one[name].to_numpy()[k] for name in ("condition", "group", "draw", "size", "components")},
         **dict(zip(("accuracy", "low", "high"), share, strict=True)),
-        "recipient": _share(recipient)[0],
-        "donor": _share(donor)[0],
+        "recipient": share_of(recipient)[0],
+        "donor": share_of(donor)[0],
         **_ends("change", change),
         "gained": test.gained,
         "lost": test.lost,
         "p": test.p,
         **_ends("recovered", recovered),
-        "random": _known(chance),
+        "random": mean_of(chance),
         **_ends("above", above),
         "p_above": sign_flip(right, chance),
-        **{name: _known(one[name].to_numpy()[k]) for name in (*means, "whole_recipient", "n_moved")},
+        **{name: mean_of(one[name].to_numpy()[k]) for name in (*means, "whole_recipient", "n_moved")},
         "n": int(change.n),
         "left_out": int(np.isnan(right).sum()),
     }
@@ -253,18 +254,6 @@ def _ends(name: str, interval) -> dict[str, float]:
 def _mean(drawn: Float[np.ndarray, "draw example"]) -> Float[np.ndarray, " example"]:
     """Mean over draws; NaN where one of them has no value, or where there are none."""
     return drawn.mean(0) if len(drawn) else np.full(drawn.shape[1:], np.nan)
-
-
-def _known(values: Float[np.ndarray, " example"]) -> float:
-    """Mean over the examples that have a value; NaN where none has."""
-    there = values[~np.isnan(values)]
-    return float(there.mean()) if len(there) else float("nan")
-
-
-def _share(right: Float[np.ndarray, " example"]) -> tuple[float, float, float]:
-    there = right[~np.isnan(right)]
-    found = wilson_interval(int(there.sum()), len(there))
-    return float(found.value), float(found.low), float(found.high)
 
 
 def _conditions(

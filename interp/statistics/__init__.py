@@ -8,6 +8,8 @@ from interp.statistics.intervals import (
     bootstrap_mean,
     bootstrap_ratio,
     interval_text,
+    mean_of,
+    share_of,
     wilson_interval,
 )
 from interp.statistics.paired import (
@@ -32,6 +34,8 @@ __all__ = [
     "examples_for_shares",
     "interval_text",
     "mcnemar",
+    "mean_of",
+    "share_of",
     "sign_flip",
     "wilson_interval",
 ]

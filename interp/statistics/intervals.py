@@ -138,6 +138,19 @@ def wilson_interval(successes: int, n: int, *, confidence: float = 0.95) -> Inte
     return Interval(*(np.array(x) for x in (successes / n, float(found.low), float(found.high), n)))
 
 
+def share_of(right: Float[np.ndarray, " example"]) -> tuple[float, float, float]:
+    """Share of 1 among outcomes (1, 0; NaN is left out) with Wilson's interval (95 %): value, low, high."""
+    there = right[~np.isnan(right)]
+    found = wilson_interval(int(there.sum()), len(there))
+    return float(found.value), float(found.low), float(found.high)
+
+
+def mean_of(values: Float[np.ndarray, " example"]) -> float:
+    """Mean over the examples that have a value; NaN where none has."""
+    there = values[~np.isnan(values)]
+    return float(there.mean()) if len(there) else float("nan")
+
+
 def _ratio(
     top: Float[np.ndarray, "cells example"],
     bottom: Float[np.ndarray, "cells example"],

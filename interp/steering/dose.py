@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
@@ -20,7 +19,7 @@ from interp.lockstep.outcomes import graded, questions
 from interp.lockstep.run import alone
 from interp.lockstep.sampling import Sampling
 from interp.prompts import PromptBuilder
-from interp.statistics import adjust, bootstrap_difference, mcnemar, sign_flip, wilson_interval
+from interp.statistics import adjust, bootstrap_difference, mcnemar, mean_of, share_of, sign_flip
 from interp.steering.directions import Direction, random_directions
 from interp.steering.steer import Steering, steer
 
@@ -155,33 +154,21 @@ def _row(one: xr.Dataset, c: int, k: int, settings) -> dict:
     drawn = one["right"].to_numpy()[(group == group[c]) & (draw >= 0), k]
     known = draw[c] < 0 and len(drawn) > 0
     chance = drawn.mean(0) if known else np.full(right.shape, np.nan)
-    accuracy, low, high = _share(right)
+    accuracy, low, high = share_of(right)
     found = {"change": bootstrap_difference(right, clean, **settings)}
     found["above"] = bootstrap_difference(right, chance, **settings)
     return {
         **{name: one[name].to_numpy()[c] for name in ("condition", "group", "draw", "site", "norm", "share")},
         "coefficient": float(one["coefficient"][k]),
-        "accuracy": accuracy, "low": low, "high": high, "clean": _share(clean)[0],
+        "accuracy": accuracy, "low": low, "high": high, "clean": share_of(clean)[0],
         **{f"{name}{end}": float(getattr(interval, at)) for name, interval in found.items()
            for end, at in (("", "value"), ("_low", "low"), ("_high", "high"))},
         "p": mcnemar(right, clean).p,
-        "random": _known(chance),
+        "random": mean_of(chance),
         "p_above": sign_flip(right, chance),
         "n": int(found["change"].n),
         "left_out": int(np.isnan(right).sum()),
     }  # fmt: skip
-
-
-def _known(values: Float[np.ndarray, " example"]) -> float:
-    """Mean over the examples that have a value; NaN where none has."""
-    there = values[~np.isnan(values)]
-    return float(there.mean()) if len(there) else float("nan")
-
-
-def _share(right: Float[np.ndarray, " example"]) -> tuple[float, float, float]:
-    there = right[~np.isnan(right)]
-    found = wilson_interval(int(there.sum()), len(there))
-    return float(found.value), float(found.low), float(found.high)
 
 
 def _conditions(directions: Sequence[Direction], n_random: int, seed: int) -> list[_Condition]:
