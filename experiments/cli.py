@@ -38,6 +38,7 @@ COMMANDS = {
         "RL's components moved into IN while both generate",
     ),
     "test": ("experiments.claims", "ClaimsConfig", "whether claims in a file hold on held-out prompts"),
+    "planted": ("experiments.planted", "PlantedConfig", "which method finds a change that was planted"),
     "paths": ("experiments.paths", "PathsConfig", "by which paths RL's components act on the decision"),
 }
 

@@ -10,7 +10,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class AttentionView:
         height: what it needs in a notebook, in pixels.
     """
 
-    page: str
+    page: str = field(repr=False)
     height: int = 640
 
     def save(self, path: str | Path) -> Path:

@@ -19,6 +19,7 @@ from interp.statistics.paired import (
     examples_for_shares,
     mcnemar,
     sign_flip,
+    sign_flips,
 )
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "mean_of",
     "share_of",
     "sign_flip",
+    "sign_flips",
     "wilson_interval",
 ]

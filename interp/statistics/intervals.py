@@ -51,14 +51,30 @@ class Interval:
 
 
 def interval_text(value: SupportsFloat, low: SupportsFloat, high: SupportsFloat) -> str:
-    """`value [low, high]` for people: two digits, three where all is below 0.1; "–" where there is no value."""
+    """`value [low, high]` for people; "–" where there is no value.
+
+    Two digits, three where all is below 0.1, and as many as the largest of the three needs to show two that count; a
+    power of ten below 1e-6. A value without interval has the same digits, less the zeros it would end in.
+    """
     value, low, high = float(value), float(low), float(high)
     if math.isnan(value):
         return "–"
-    if math.isnan(low) or math.isnan(high):
-        return f"{value:.3g} [no interval]".replace("-", "−")
-    digits = 3 if max(abs(value), abs(low), abs(high)) < 0.1 else 2
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]".replace("-", "−")
+    known = not (math.isnan(low) or math.isnan(high))
+    largest = max(map(abs, (value, low, high) if known else (value,)))
+    form = f".{_digits(largest)}f" if largest >= 1e-6 or not largest else ".1e"
+    text = f"{value:{form}}"
+    if known:
+        text += f" [{low:{form}}, {high:{form}}]"
+    else:
+        text = (text if "e" in text else text.rstrip("0").rstrip(".")) + " [no interval]"
+    return text.replace("-", "−")
+
+
+def _digits(largest: float) -> int:
+    """Behind the point."""
+    if not 0 < largest < 0.1:
+        return 2 if largest else 3
+    return max(3, 1 - math.floor(math.log10(largest)))
 
 
 def bootstrap_ratio(

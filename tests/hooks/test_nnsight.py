@@ -71,7 +71,7 @@ def test_every_name_written_in_a_trace_acts_as_in_run_with_hooks(case):
     inputs, vlm = case.bare.inputs(), case.vlm
     plain = vlm(inputs).logits
     unequal = []
-    for name in of_one_block(vlm.hook_points):
+    for name in vlm.hook_points:
         generator = torch.Generator().manual_seed(0)
 
         def noisy(activation: Tensor, generator=generator) -> Tensor:

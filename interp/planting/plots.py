@@ -1,0 +1,119 @@
+"""The figure of the planted pairs: what each method finds, by kind of change and by its size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+SHOWN = {
+    "patch RL → IN": ("#0072b2", "-"),
+    "patch z RL → IN": ("#56b4e9", "--"),
+    "attribution RL → IN": ("#e69f00", ":"),
+    "graft RL → IN": ("#009e73", "-"),
+    "compare": ("#666666", "--"),
+    "skip": ("#d55e00", "-"),
+    "knockout": ("#cc79a7", "-"),
+}
+"""Methods whose curves are drawn: one of each family, in colours that the colour-blind tell apart."""
+FEWEST = 5  # plants in a bin of the curve
+
+
+def plot_found(found: pd.DataFrame, null: pd.DataFrame, alone: pd.DataFrame) -> Figure:
+    """AUROC by method and kind, claims on null pairs beside it, and AUROC of single plants by their effect.
+
+    Args:
+        found, null, alone: `interp.planting.table.found_table`, `null_table`, `by_effect`.
+    """
+    methods = list(dict.fromkeys([*found["method"], *null["method"]]))
+    kinds, nulls = list(dict.fromkeys(found["kind"])), list(dict.fromkeys(null["kind"]))
+    wide = 2.2 + 0.62 * (len(kinds) + len(nulls))
+    figure = Figure(figsize=(wide + 4.4, max(3.6, 0.3 * len(methods) + 1.7)), layout="constrained")
+    ratios = [max(1, len(kinds)), max(1, len(nulls)), 6]
+    axes = figure.subplots(1, 3, width_ratios=ratios)
+    reached = found.assign(auroc=found["auroc"].where(found["in_reach"] > 0))
+    _grid(axes[0], reached, methods, kinds, "auroc", "AUROC by what was planted", "RdBu")
+    _grid(axes[1], null, methods, nulls, "claimed", "null pairs\nwith a claim", "Reds")
+    axes[1].set_yticklabels([])
+    _curves(axes[2], alone)
+    return figure
+
+
+def _grid(
+    axes: Axes,
+    table: pd.DataFrame,
+    methods: Sequence[str],
+    columns: Sequence[str],
+    value: str,
+    title: str,
+    colours: str,
+) -> None:
+    axes.set_title(title, fontsize=9)
+    if not columns:
+        axes.axis("off")
+        return
+    cells = (
+        table.pivot(index="method", columns="kind", values=value)
+        .reindex(methods)[list(columns)]
+        .to_numpy(float)
+    )
+    norm, colour = Normalize(0, 1), matplotlib.colormaps[colours]
+    axes.set_facecolor("0.93")
+    axes.imshow(cells, cmap=colour, norm=norm, aspect="auto")
+    for row, column in np.ndindex(*cells.shape):
+        one = cells[row, column]
+        dark = np.isfinite(one) and sum(colour(norm(one))[:3]) < 1.5
+        axes.text(
+            column,
+            row,
+            "–" if np.isnan(one) else f"{one:.2f}",
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color="white" if dark else "black",
+        )
+    counts = table.groupby("kind")["n_pairs"].first()
+    labels = [f"{name} ({counts[name]})" for name in columns]
+    axes.set_xticks(range(len(columns)), labels, rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(range(len(methods)), methods, fontsize=8)
+    axes.tick_params(length=0)
+
+
+def _curves(axes: Axes, alone: pd.DataFrame) -> None:
+    """Mean of each bin of effects, with its standard error."""
+    axes.set_title("single changed components, by their effect", fontsize=9)
+    some = alone.loc[alone["times_noise"] > 0]
+    if some.empty:
+        axes.axis("off")
+        return
+    ends = np.log10([some["times_noise"].min(), some["times_noise"].max()])
+    edges = np.arange(np.floor(2 * ends[0]), np.ceil(2 * ends[1]) + 1) / 2
+    place = np.digitize(np.log10(some["times_noise"]), edges)
+    for method, (colour, style) in SHOWN.items():
+        own = some.loc[some["method"] == method]
+        if own.empty:
+            continue
+        bins = own.groupby(place[(some["method"] == method).to_numpy()])["auroc"]
+        table = bins.agg(["mean", "sem", "size"])
+        table = table.loc[table["size"] >= FEWEST]
+        middle = 10 ** (edges[table.index.to_numpy(int) - 1] + 0.25)
+        axes.errorbar(
+            middle, table["mean"], table["sem"], color=colour, linestyle=style, label=method, lw=1.4
+        )
+    axes.set_xscale("log")
+    axes.set_xlim(10 ** edges[0], 10 ** edges[-1])
+    axes.set_ylim(0, 1.03)
+    if edges[0] < 0:
+        axes.axvspan(10 ** edges[0], 1, color="0.92", zorder=0)
+        axes.text(0.02, 0.02, "invisible", transform=axes.transAxes, fontsize=7.5, color="0.35")
+    axes.axhline(0.5, color="0.5", lw=0.6)
+    axes.set_xlabel("effect / 95th percentile of noise pairs", fontsize=8)
+    axes.set_ylabel("unchanged components outranked", fontsize=8)
+    axes.tick_params(labelsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, frameon=False, loc="lower right")
