@@ -15,9 +15,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## the component map of the embedded pair, written to out/demo
 	$(BIN)/frankenlens map --out out/demo
 
-# A worker a core and a thread each; a file's tests stay together, since they share models.
+# A worker a core and a thread each; a file's tests stay together, since they share models, in the order of conftest.py.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -19,7 +19,7 @@ from hooks.errors import FrankenlensError, nearest
 from interp.attention_plots import PAIR, TITLES, plot_head_shift, plot_shift
 from interp.attention_shift import TRACES, attention_shift, shift
 from interp.decision import null_changes
-from interp.examples import Example
+from interp.examples import Example, with_looked_at
 from interp.page import Account, Section
 from interp.pair import Pair
 from interp.regions import Partition, parse_partition
@@ -158,7 +158,7 @@ def measure(
         _account(config, found, partition, dropped or {}),
         {"attention": layers, "attention_heads": heads},
         figures,
-        found,
+        with_looked_at(found, examples),
     )
 
 

@@ -17,7 +17,7 @@ import xarray as xr
 
 from experiments.settings import DataSettings, PairSettings, load_examples, load_pair, publish, require_sound
 from hooks.errors import FrankenlensError
-from interp.examples import Example
+from interp.examples import Example, with_looked_at
 from interp.hypotheses import Family, Outcome, plot_claims, put_to_test, read_claims, verdict_table
 from interp.page import Account, Section
 from interp.pair import Pair
@@ -98,7 +98,9 @@ def check(config: ClaimsConfig) -> None:
         )
 
 
-def tested(pair: Pair, family: Family, examples: Sequence[Example], config: ClaimsConfig) -> Outcome:
+def tested(
+    pair: Pair, family: Family, examples: Sequence[Example], config: ClaimsConfig, progress: bool = True
+) -> Outcome:
     """One family on one pair, with the settings."""
     return put_to_test(
         pair,
@@ -108,6 +110,7 @@ def tested(pair: Pair, family: Family, examples: Sequence[Example], config: Clai
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
         seed=config.seed,
+        progress=progress,
     )
 
 
@@ -131,8 +134,9 @@ def summarised(
     kept: dict[str, xr.Dataset] = {name: o.dataset() for name, o in outcomes.items() if o.measured}
     data = [dataset.expand_dims(pair=[name]) for name, dataset in kept.items()]
     dataset: xr.Dataset | None = xr.concat(data, "pair", join="outer") if data else None  # type: ignore[assignment]
-    n = len(next(iter(outcomes.values())).examples)
-    account = _account(family, table, n, config, dropped)
+    examples = next(iter(outcomes.values())).examples
+    dataset = None if dataset is None else with_looked_at(dataset, examples)
+    account = _account(family, table, len(examples), config, dropped)
     figures = {"claims": plot_claims(table)}
     return Section("test", "Claims", finding(outcomes), account, {"claims": table}, figures, dataset=dataset)
 
@@ -168,7 +172,8 @@ def _account(
     family: Family, table: pd.DataFrame, n: int, config: ClaimsConfig, dropped: dict[str, int]
 ) -> Account:
     definition = (
-        "one-sided paired tests (the larger p of Student's t and Hall's skewness-corrected t) at alpha "
+        "one-sided paired tests (the largest p of Student's t, Hall's skewness-corrected t and, for verdicts that "
+        "something is small, the chance that no prompt which moves all the way was drawn) at alpha "
         f"{family.alpha:g} for and against each claim; intervals at 1 - 2 alpha, uncorrected (BCa bootstrap); "
         "controls: the donor's activation on another example, or a random update as large; decision "
         f"{family.decision}"

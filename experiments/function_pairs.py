@@ -47,6 +47,12 @@ class FunctionPairs:
     left_out: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
+    @property
+    def examples(self) -> list[Example]:
+        """All of them, of pairs, controls and questions."""
+        pairs = [*self.pairs, *(pair for some in self.controls.values() for pair in some)]
+        return [*(example for pair in pairs for example in pair), *self.questions]
+
 
 def require_functions(data: Path | None, functions: Sequence[str], tasks: Sequence[str]) -> None:
     """Refuse names that the data does not have.

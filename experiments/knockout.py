@@ -17,7 +17,7 @@ import xarray as xr
 from experiments.settings import DataSettings, PairSettings, load_examples, load_pair, publish, require_sound
 from hooks.errors import FrankenlensError
 from interp.decision import null_changes
-from interp.examples import Example
+from interp.examples import Example, with_looked_at
 from interp.generation import greedy
 from interp.grading import Ungraded, grade
 from interp.knockout import (
@@ -202,7 +202,9 @@ def measure(
     )
     figures = {"knockout_routes": plot_routes(table), "knockout_flow": plot_flow(table)}
     title = "Which information routes RL opened or closed"
-    return Section("knockout", title, _finding(tables), account, tables, figures, found)
+    return Section(
+        "knockout", title, _finding(tables), account, tables, figures, with_looked_at(found, examples)
+    )
 
 
 def _prompts(

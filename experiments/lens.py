@@ -17,7 +17,7 @@ import xarray as xr
 from experiments.settings import DataSettings, PairSettings, load_examples, load_pair, publish, require_sound
 from hooks import FrankenlensError, HookedVLM
 from interp.decision import DecisionSet, changed_weights, find_decisions, null_changes
-from interp.examples import Example
+from interp.examples import Example, with_looked_at
 from interp.lens import (
     TunedLens,
     answer_layers,
@@ -129,7 +129,7 @@ def measure(
     figures |= _one_prompt(pair, traces[0], config.batch_size)
     left_out = _left_out(traces, answered, decisions, dropped or {})
     account = _account(config, len(traces), len(answered), len(decisions), len(held_out), left_out)
-    kept = lens[["kl", "entropy"]].astype("float32")
+    kept = with_looked_at(lens[["kl", "entropy"]].astype("float32"), examples)
     return Section("lens", "What each layer would say", " ".join(found), account, tables, figures, kept)
 
 

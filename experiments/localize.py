@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from experiments.function_pairs import FunctionPairs, load_function_pairs, require_functions
 from experiments.settings import DataSettings, PairSettings, load_pair, publish, require_sound
 from hooks.errors import FrankenlensError
+from interp.examples import with_looked_at
 from interp.localization import (
     Swap,
     ablate,
@@ -186,7 +187,8 @@ def measure(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> Section
     sentences += ablation_findings(tables.get("localize_ablation"), partition)
     text = " ".join([*sentences, *(f"{note}." for note in asked.notes)])
     title = f"Which layers of {name.upper()} carry a visual function"
-    return Section("localize", title, text, account, tables, figures, _merged(found))
+    dataset = with_looked_at(_merged(found), asked.examples)
+    return Section("localize", title, text, account, tables, figures, dataset)
 
 
 def swap_table(

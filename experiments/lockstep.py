@@ -21,7 +21,7 @@ from hooks.address import Address
 from hooks.errors import FrankenlensError
 from interp.component_map import component_map
 from interp.decision import find_decisions
-from interp.examples import Example
+from interp.examples import Example, with_looked_at
 from interp.generation import greedy
 from interp.lockstep import EVERYWHERE, Moved, Sampling, confirm, confirmation
 from interp.lockstep.controls import alike, kind_of, overlap
@@ -170,6 +170,7 @@ def measure(
         found = found.merge(steered, join="outer", compat="no_conflicts")
     account = _account(config, chosen, found, dropped or {})
     title = "Components moved while both models generate"
+    found = with_looked_at(found, examples)
     return Section("lockstep", title, " ".join(findings), account, tables, figures, found)
 
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from experiments.settings import DataSettings, PairSettings, load_examples, load_pair, publish, require_sound
 from hooks.errors import FrankenlensError
-from interp.examples import Example
+from interp.examples import Example, with_looked_at
 from interp.fine_grained import (
     METRICS,
     PAPER,
@@ -162,7 +162,8 @@ def measure(
     figures = {"metrics": plot_metrics(table, order)}
     tables_out = {"metrics": table, "metrics_change": change}
     title = "What answers owe to image, description and reasoning"
-    dataset = found[0] if len(found) == 1 else None  # the paper's metrics have questions of their own
+    # the paper's metrics have questions of their own
+    dataset = with_looked_at(found[0], examples) if len(found) == 1 else None
     return Section("metrics", title, finding(table, change), account, tables_out, figures, dataset)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,8 +186,9 @@ class Bench:
         if self._opened is None:
             config = self._settings()
             examples, _ = claims.load_examples(config, config.seed)
-            self._opened = claims.load_pair(config), examples, config
-        outcome = claims.tested(self._opened[0], family, *self._opened[1:])
+            with _no_bars():
+                self._opened = claims.load_pair(config), examples, config
+        outcome = claims.tested(self._opened[0], family, *self._opened[1:], progress=False)
         self.lines += [verdict.line for verdict in outcome.verdicts]
         return {verdict.claim.name: verdict for verdict in outcome.verdicts}
 
@@ -212,6 +214,20 @@ class Bench:
         if self._opened is not None:
             self._opened[0].close()
             self._opened = None
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' bars, which pytest would show below a claim that fails."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 _BENCH: pytest.StashKey[Bench] = pytest.StashKey()

@@ -20,7 +20,7 @@ import xarray as xr
 from experiments.settings import DataSettings, PairSettings, load_examples, load_pair, publish, require_sound
 from hooks.address import Address
 from hooks.errors import FrankenlensError
-from interp.examples import Example
+from interp.examples import Example, with_looked_at
 from interp.forest import plot_transfer
 from interp.grading import grade
 from interp.grafts import Graft
@@ -36,6 +36,10 @@ from interp.variants import Variant, addressed, controls, doses, factors, orders
 
 GROUPS: Mapping[str, Sequence[str]] = {"perception": PERCEPTION, "reasoning": REASONING}
 PAPER_N = 100  # questions a task
+_CONTROLS = {
+    "random": "a random update as large beside every variant",
+    "layers": "as many random layers beside the mixtures, which alone have this control",
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class TransferConfig(PairSettings, DataSettings):
         addresses: more grafts, each alone, e.g. blocks.3.attn.head.1.
         scales: RL's whole update times this; between 0 and 1 it is interpolation.
         ranks: RL's whole update at these ranks.
-        controls: random (an update as large, of random direction), layers (as many layers, drawn at random), or none.
+        controls: random (an update as large, of random direction, beside every variant), layers (as many layers, drawn
+            at random, beside the mixtures), or none.
         draws: of each control.
         correction: of p values, over all variants of one metric and task.
         paper: the paper's definition: its partition and mixtures, the rest from the first donor, n = 100 a task.
@@ -168,9 +173,8 @@ def measure(
     figure = plot_transfer(table, cells)
     tables = {"transfer": table, "table_2": as_table_2(table)}
     account = _account(config, partition, variants, table, left_out)
-    return Section(
-        "transfer", "Transfer", finding(table, cells), account, tables, {"transfer": figure}, dataset=found
-    )
+    figures, data = {"transfer": figure}, with_looked_at(found, examples)
+    return Section("transfer", "Transfer", finding(table, cells), account, tables, figures, dataset=data)
 
 
 def chosen(pair: Pair, partition: Partition, config: TransferConfig) -> list[Variant]:
@@ -184,7 +188,10 @@ def chosen(pair: Pair, partition: Partition, config: TransferConfig) -> list[Var
     if "parts" in config.variants or "region-parts" in config.variants:
         found += parts(vlm, partition if "region-parts" in config.variants else None)
     found += addressed(config.addresses) + doses(vlm, config.scales, config.ranks)
-    return found + controls(found, partition, config.controls, config.draws, config.seed)
+    beside = {"random": found, "layers": [variant for variant in found if variant.kind == "order"]}
+    for kind in dict.fromkeys(config.controls):
+        found = found + controls(beside[kind], partition, [kind], config.draws, config.seed)
+    return found
 
 
 def panels(table: pd.DataFrame) -> list[tuple[str, str]]:
@@ -248,6 +255,8 @@ def _account(
         f"the rest {rest}; {graded}; change against IN paired (bootstrap, 95 %), exact McNemar; "
         "recovery (m − IN)/(RL − IN)"
     )
+    if config.controls:
+        definition += f"; controls: {', '.join(_CONTROLS[kind] for kind in dict.fromkeys(config.controls))}"
     tasks = table.loc[~table["task"].str.endswith(", mean")]
     sizes = sorted({int(n) for n in tasks["n"]})
     n = f"{sizes[0]} questions a task" if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]} questions a task"

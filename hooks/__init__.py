@@ -1,5 +1,11 @@
 """A vision-language model opened up: addresses, hook points, caches, running with hooks."""
 
+import warnings
+
+with warnings.catch_warnings():  # the first import of it warns in a notebook without ipywidgets
+    warnings.filterwarnings("ignore", "IProgress not found")
+    import tqdm.auto  # noqa: F401
+
 from hooks.address import Address
 from hooks.cache import ActivationCache
 from hooks.engine import HookContext

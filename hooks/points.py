@@ -8,6 +8,7 @@ This one table drives our own engine (`hooks.engine`) and whatever else must fin
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from hooks.anatomy import Anatomy, Block, Tower
@@ -40,12 +41,12 @@ class HookPoint:
     part: int | None = None
     inplace: bool = False
 
-    @property
+    @cached_property
     def leaf(self) -> str:
         """The last part of the name, e.g. "hook_pattern"."""
         return self.name.rpartition(".")[2]
 
-    @property
+    @cached_property
     def layer(self) -> int | None:
         """The block's index, None outside the blocks."""
         parts = self.name.split(".")

@@ -140,12 +140,14 @@ def _check_equations(vlm: HookedVLM, taps: Mapping[str, Tensor]) -> None:
                     )
 
 
-def zero_every_point(vlm: HookedVLM, inputs: Mapping[str, Any]) -> dict[str, float]:
+def zero_every_point(vlm: HookedVLM, inputs: Mapping[str, Any], progress: bool = True) -> dict[str, float]:
     """Zero each point in turn; name → largest change of a logit. Raises if one changes nothing."""
     changes = {}
     with _undisturbed(vlm), torch.no_grad():
         bare = _logits(vlm, inputs)
-        for name in tqdm(vlm.hook_points, desc="zeroing every point", leave=False, delay=2):
+        for name in tqdm(
+            vlm.hook_points, desc="zeroing every point", leave=False, delay=2, disable=not progress
+        ):
             with vlm.hooks([(name, lambda activation, hook: torch.zeros_like(activation))]):
                 logits = _logits(vlm, inputs)
             changes[name] = (logits - bare).abs().max().item()

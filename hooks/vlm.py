@@ -219,8 +219,12 @@ class HookedVLM(Traceable):
                 )
         return names
 
-    def verify(self, inputs: Mapping[str, Any] | None = None) -> dict[str, float]:
+    def verify(self, inputs: Mapping[str, Any] | None = None, progress: bool = True) -> dict[str, float]:
         """The long self-check: zero every point in turn.
+
+        Args:
+            inputs: a prompt with an image, as tensors; by default a small random one.
+            progress: show a bar.
 
         Returns:
             name → largest change of a logit.
@@ -229,9 +233,8 @@ class HookedVLM(Traceable):
             FrankenlensError: zeroing a point changes nothing.
         """
         self._require_open()
-        return zero_every_point(
-            self, self._to_device(inputs if inputs is not None else check_inputs(self.processor))
-        )
+        given = inputs if inputs is not None else check_inputs(self.processor)
+        return zero_every_point(self, self._to_device(given), progress)
 
     def module(self, path: str) -> nn.Module:
         """The module at a path of the anatomy."""

@@ -37,13 +37,13 @@ def model_differences(a: nn.Module, b: nn.Module) -> list[str]:
     return found
 
 
-def processor_differences(a: Any, b: Any) -> list[str]:
-    """What differs in tokens, tokenization, image settings and chat template."""
+def processor_differences(a: Any, b: Any, templates: bool = True) -> list[str]:
+    """What differs in tokens, tokenization, image settings and, with `templates`, chat template."""
     settings = (_settings(a, _CLASS_NAMES), _settings(b, _CLASS_NAMES))
     return [
         *tokenizer_differences(a.tokenizer, b.tokenizer),
         *(f"processor setting {line}" for line in _unequal(*settings)),
-        *template_differences(chat_template(a), chat_template(b)),
+        *(template_differences(chat_template(a), chat_template(b)) if templates else ()),
     ]
 
 

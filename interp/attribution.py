@@ -26,16 +26,24 @@ from hooks import FrankenlensError, HookedVLM
 from hooks.engine import HookContext, head_results
 from interp.cells import Donor, cells_of, run_cells
 from interp.component_map import DIRECTIONS, batches_of, roles_of
+from interp.examples import with_looked_at
 from interp.metrics import Metric
 from interp.patching import PatchBatch, cached_names, components, partners
 from interp.prompts import Prompt, PromptBatch, collate
+from interp.rerun import CleanRun
 
 if TYPE_CHECKING:
     from interp.decision import DecisionSet
     from interp.pair import Pair
 
 ATTRIBUTED = ("resid_pre", "attn_out", "mlp_out", "head")
-_STREAMS = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
+_STREAM = {
+    "resid_pre": "hook_resid_pre",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "head": "hook_attn_out",
+}
+"""The stream whose gradient a component's change meets."""
 
 
 def attribute(
@@ -76,9 +84,10 @@ def attribute(
     prompts = {"in": decisions.prompts, "rl": decisions.prompts}
     ways = {d: DIRECTIONS[d] for d in directions}
     models = {"in": pair.in_, "rl": pair.rl}
-    return _attribute(
+    found = _attribute(
         models, prompts, decisions.metric, ways, points, roles, steps, neurons, batch_size, progress
     )
+    return with_looked_at(found, decisions.examples)
 
 
 def attribute_within(
@@ -150,10 +159,9 @@ def verify(
                 donors[name] = Donor(vlm, batch, cached_names(wanted), select)
             for d, direction in enumerate(directions):
                 donor, recipient = DIRECTIONS[direction]
-                cells = cells_of(donors[donor], donors[recipient], ready[recipient], wanted, roles)
-                by_place = {
-                    (names.index(wanted[c.component].name), c.role): c for c in cells if c.kind == "donor"
-                }
+                ends = donors[donor], donors[recipient]
+                cells = cells_of(*ends, ready[recipient], wanted, roles, ["donor"])
+                by_place = {(names.index(wanted[c.component].name), c.role): c for c in cells}
                 places = [
                     (rank, by_place[place]) for rank, place in enumerate(chosen[d]) if place in by_place
                 ]
@@ -221,6 +229,7 @@ def _attribute(
     ends = np.full((2, len(directions), len(first)), np.nan)
     moments = _Moments(some, len(directions), len(names)) if neurons else None
     parts = list(batches_of(first, batch_size))
+    streams = list(dict.fromkeys([*(_STREAM[point] for point in points), *(["hook_mlp_out"] * neurons)]))
     with tqdm(total=len(parts) * len(directions), desc="attributing", disable=not progress, delay=2) as bar:
         for rows in parts:
             select = metric.select(rows)
@@ -230,11 +239,12 @@ def _attribute(
             }
             for d, (donor, recipient) in enumerate(directions.values()):
                 run = runs[recipient]
-                gradients = run.gradients(runs[donor], steps)
+                gradients = run.gradients(runs[donor], streams, steps)
                 masks = torch.stack([run.where(name) for name in names])
                 for c, component in enumerate(wanted):
                     change = _change(runs[donor], run, component.hook, component.head)
-                    of_token = (gradients[_stream(component.hook)] * change).sum(-1)
+                    stream = f"blocks.{component.layer}.{_STREAM[component.point]}"
+                    of_token = (gradients[stream] * change).sum(-1)
                     effect[d, c][:, rows] = _by_role(of_token, masks)
                 if moments is not None:
                     moments.add(d, runs[donor], run, gradients, masks)
@@ -271,11 +281,6 @@ def _by_role(of_token: Float[Tensor, "batch pos"], masks: Tensor) -> Float[np.nd
     return sums.masked_fill(~masks.any(-1), torch.nan).cpu().numpy()
 
 
-def _stream(hook: str) -> str:
-    """The stream whose gradient a component's change meets."""
-    return hook.replace("attn.hook_result", "hook_attn_out")
-
-
 def _change(donor: _Run, recipient: _Run, hook: str, head: int | None) -> Float[Tensor, "batch pos d_model"]:
     """Donor's activation - recipient's."""
     return donor.activation(hook, head) - recipient.activation(hook, head).to(recipient.vlm.device)
@@ -287,11 +292,13 @@ class _Run:
     def __init__(self, vlm: HookedVLM, batch: PromptBatch, metric: Metric) -> None:
         self.vlm, self.batch, self._metric = vlm, batch, metric
         layers = range(vlm.n_layers)
-        leaves = (*_STREAMS, "attn.hook_z", "mlp.hook_post")
-        names = [f"blocks.{i}.{leaf}" for i in layers for leaf in leaves]
-        with torch.no_grad():
-            output, self.cache = vlm.run_with_cache(batch.inputs, names, use_cache=False)
-        self.metric = metric(output.logits, batch).double().cpu().numpy()
+        leaves = (*dict.fromkeys(_STREAM.values()), "attn.hook_z", "mlp.hook_post")
+        with torch.inference_mode(False), torch.no_grad():
+            self._clean = CleanRun(
+                vlm, batch.inputs, [f"blocks.{i}.{leaf}" for i in layers for leaf in leaves]
+            )
+        self.cache = self._clean.cache
+        self.metric = metric(self._clean.logits, batch).double().cpu().numpy()
         self._results: dict[str, Tensor] = {}
 
     def where(self, role: str) -> Tensor:
@@ -307,9 +314,11 @@ class _Run:
             self._results = {hook: head_results(self.vlm.module(self.vlm.hook_points[hook].module), z)}
         return self._results[hook][:, :, head]
 
-    def gradients(self, donor: _Run, steps: int) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+    def gradients(
+        self, donor: _Run, streams: Sequence[str], steps: int
+    ) -> dict[str, Float[Tensor, "batch pos d_model"]]:
         """Gradient of the metric, summed over rows, at every stream: here, or averaged on the way to the donor's."""
-        names = [f"blocks.{i}.{leaf}" for i in range(self.vlm.n_layers) for leaf in _STREAMS]
+        names = [f"blocks.{i}.{leaf}" for i in range(self.vlm.n_layers) for leaf in streams]
         with _differentiable(self.vlm):
             if not steps:
                 return self._at(names, {})
@@ -331,9 +340,7 @@ class _Run:
             taps[hook.name] = value if value.requires_grad else value.detach().clone().requires_grad_()
             return taps[hook.name]
 
-        logits = self.vlm.run_with_hooks(
-            self.batch.inputs, [(name, tap) for name in names], use_cache=False
-        ).logits
+        logits = self._clean.rerun([(name, tap) for name in names], gradients=True)
         total = self._metric(logits, self.batch).sum()
         if not total.requires_grad:
             raise FrankenlensError(

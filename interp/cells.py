@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from interp.prompts import PromptBatch
 from interp.rerun import before_the_decoder
 from interp.sweep.activations import activation_of
 from interp.sweep.batch import BatchSweep
-from interp.sweep.edits import Edit, New, Span
+from interp.sweep.edits import Edit, Span
 
 
 class Donor:
@@ -38,10 +39,10 @@ class Donor:
         A product of a segment rounds as the recipient's own of that segment does, which one of all columns need not.
         """
 
-        def read(name: str) -> Tensor:
-            return self._cache[name] if span is None else self._cache[name][:, span.columns]
+        return activation_of(self.vlm, partial(self._read, span), hook, head)
 
-        return activation_of(self.vlm, read, hook, head)
+    def _read(self, span: Span | None, name: str) -> Float[Tensor, "..."]:
+        return self._cache[name] if span is None else self._cache[name][:, span.columns]
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,17 @@ class Cell:
 
 
 def cells_of(
-    donor: Donor, own: Donor, ready: PatchBatch, wanted: Sequence[Component], roles: Sequence[str]
+    donor: Donor,
+    own: Donor,
+    ready: PatchBatch,
+    wanted: Sequence[Component],
+    roles: Sequence[str],
+    kinds: Sequence[str] = ("donor", "other", "self"),
 ) -> list[Cell]:
+    """Every component at every role that some row has (`self`: at all tokens), by kind of donor; see `Cell`."""
     cells = []
     whole = torch.ones_like(ready.partner, dtype=torch.bool)
-    for kind in ("donor", "other", "self"):
+    for kind in kinds:
         usable = ready.partner >= 0 if kind == "other" else whole
         for c, component in enumerate(wanted):
             early = component.point in BEFORE_THE_DECODER
@@ -95,17 +102,27 @@ def edits_of(
         borrow: take every row's activation from its partner of this batch instead.
     """
 
-    def new(name: str) -> New:
-        def replacement(activation: Tensor, span: Span) -> Tensor:
-            if borrow is None:
-                return source.activation(name, component.head, None if early else span).to(activation)
-            value = borrowed(source.activation(name, component.head), early, borrow)
-            return (value if early else value[:, span.columns]).to(activation)
+    points, head = own.vlm.hook_points, component.head
+    return tuple(
+        Edit(points[name], partial(_moved, source, name, head, early, borrow), where, head)
+        for name in component.hooks
+    )
 
-        return replacement
 
-    points = own.vlm.hook_points
-    return tuple(Edit(points[name], new(name), where, component.head) for name in component.hooks)
+def _moved(
+    source: Donor,
+    name: str,
+    head: int | None,
+    early: bool,
+    borrow: PatchBatch | None,
+    activation: Float[Tensor, "..."],
+    span: Span,
+) -> Float[Tensor, "..."]:
+    """What takes an activation's place: see `interp.sweep.edits.New`."""
+    if borrow is None:
+        return source.activation(name, head, None if early else span).to(activation)
+    value = borrowed(source.activation(name, head), early, borrow)
+    return (value if early else value[:, span.columns]).to(activation)
 
 
 def run_cells(

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from interp.cells import Donor, cells_of, run_cells
+from interp.examples import with_looked_at
 from interp.metrics import Metric
 from interp.patching import (
     BEFORE_THE_DECODER,
@@ -59,7 +60,7 @@ def component_map(
         Variables effect and control_other [direction component role example] (patched - recipient, in the metric's
         units), control_self [direction component] (largest |effect| of the component from the same model, which is
         exactly 0; NaN where no prompt has it), recipient and donor [direction example]; coordinates point, layer,
-        head on component.
+        head on component; all examples that were looked at (`interp.examples.with_looked_at`).
 
     Raises:
         FrankenlensError: an unknown direction, point or role; no decision qualifies.
@@ -69,16 +70,9 @@ def component_map(
             raise FrankenlensError(f"{direction!r} is no direction; choose of {', '.join(DIRECTIONS)}.")
     prompts = {"in": decisions.prompts, "rl": decisions.prompts}
     models = {"in": pair.in_, "rl": pair.rl}
-    return _map(
-        models,
-        prompts,
-        decisions.metric,
-        {d: DIRECTIONS[d] for d in directions},
-        points,
-        roles,
-        batch_size,
-        progress,
-    )
+    ways = {d: DIRECTIONS[d] for d in directions}
+    found = _map(models, prompts, decisions.metric, ways, points, roles, batch_size, progress)
+    return with_looked_at(found, decisions.examples)
 
 
 def patch(

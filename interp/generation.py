@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from hooks import FrankenlensError, HookedVLM

@@ -2,7 +2,7 @@
 
 With w the recipient's weights and d = donor - recipient, a graft writes w + c f(d) at its addresses: f is d itself
 (c = 1: the donor's weights bit for bit; 0 < c < 1: linear interpolation; other c: the update scaled), its best
-approximation of low rank, or a random update of the same norm in every tensor (the control).
+approximation of low rank, or a random update with the norm of either in every tensor (the control).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Graft:
         addresses: components (ranges too), e.g. `("blocks.0-9", "projector")`.
         coefficient: c above.
         form: f above: "delta", "low_rank" or "random".
-        rank: of "low_rank"; vectors (biases, norms) are taken whole.
+        rank: of "low_rank", or of the update that a "random" one has the norm of (None: the whole); vectors (biases,
+            norms) are taken whole.
         seed: of "random".
 
     Raises:
@@ -49,15 +50,20 @@ class Graft:
             raise FrankenlensError("a graft needs a tuple of addresses, such as ('blocks.0-9', 'projector')")
         if self.form not in FORMS:
             raise FrankenlensError(f"there is no form {self.form!r} of a graft; choose {', '.join(FORMS)}")
-        if (self.form == "low_rank") != (self.rank is not None) or (self.rank is not None and self.rank < 1):
-            raise FrankenlensError("rank= (at least 1) goes with form='low_rank', and only with it")
+        if self.form == ("low_rank" if self.rank is None else "delta"):
+            raise FrankenlensError(
+                "rank= goes with form='low_rank' (or 'random', its control), and only with it"
+            )
+        if self.rank is not None and self.rank < 1:
+            raise FrankenlensError(f"rank={self.rank} of form={self.form!r}: give at least 1")
 
     @property
     def name(self) -> str:
         """E.g. `blocks.0-9, projector`, `0.5 x blocks.3`, `rank 4 of blocks.3`, `random like blocks.3`."""
-        forms = {"delta": "", "low_rank": f"rank {self.rank} of ", "random": "random like "}
+        form = "random like " if self.form == "random" else ""
+        form += f"rank {self.rank} of " if self.rank is not None else ""
         factor = "" if self.coefficient == 1 else f"{self.coefficient:g} x "
-        return factor + forms[self.form] + ", ".join(self.addresses)
+        return factor + form + ", ".join(self.addresses)
 
     @property
     def is_copy(self) -> bool:
@@ -159,9 +165,9 @@ def new_weights(
         return theirs
     wide = torch.promote_types(own.dtype, torch.float32)
     delta = theirs.to(own.device, wide) - own.to(wide)
-    if graft.form == "low_rank" and delta.ndim == 2 and graft.rank is not None:
+    if graft.rank is not None and delta.ndim == 2:
         delta = _low_rank(delta, graft.rank)
-    elif graft.form == "random":
+    if graft.form == "random":
         delta = _random(delta, own.dtype, graft.seed + zlib.crc32(name.encode()))
     return (own.to(wide) + graft.coefficient * delta).to(own.dtype)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -101,8 +100,10 @@ def save_sections(sections: Sequence[Section], folder: Path, made: Mapping[str, 
             section.account.columns(table).to_csv(folder / f"{name}.csv", index=False)
         pictures = {}
         for name, figure in section.figures.items():
-            section.account.caption(figure).savefig(folder / f"{name}.png", dpi=150)
-            pictures[name] = _png(figure)
+            file = folder / f"{name}.png"
+            section.account.caption(figure).savefig(file, dpi=150)
+            width = round(110 * figure.get_figwidth())  # on the page, in CSS pixels
+            pictures[name] = {"width": width, "png": base64.b64encode(file.read_bytes()).decode()}
         if section.dataset is not None:
             dataset = section.dataset.copy()
             dataset.attrs |= {"provenance": json.dumps(made), "account": section.account.text}
@@ -122,13 +123,6 @@ def _page(shown: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> str:
     names = [Path(model["name_or_path"]).name for model in made["checkpoints"].values()]
     title = " · ".join(dict.fromkeys(names))
     return environment.from_string(template).render(shown=shown, made=made, style=style, title=title)
-
-
-def _png(figure: Figure) -> str:
-    """As base64."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return base64.b64encode(out.getvalue()).decode()
 
 
 def _table(name: str, table: pd.DataFrame) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Pair:
         rl: RL, opened.
         base: the model that IN was made from, opened.
         trace_format: what delimits reasoning and answer in what they generate.
-        template: a Jinja chat template to use instead of the processor's.
+        template: a Jinja chat template to use instead of the processor's; theirs may then differ.
         system: a system message for every prompt.
 
     Attributes:
@@ -57,7 +57,7 @@ class Pair:
         self.in_, self.rl, self.base = in_, rl, base
         for name, other in self.models.items():
             if name != "in":
-                _require_pair(in_, other, name.upper() if name == "rl" else "Base")
+                _require_pair(in_, other, name.upper() if name == "rl" else "Base", not template)
         processor = _processor(in_, "IN")
         trace_format = _with_ends(trace_format or TraceFormat(), self.models, processor.tokenizer)
         self.builder = PromptBuilder(processor, trace_format, template, system)
@@ -90,7 +90,7 @@ class Pair:
         in_ = HookedVLM.from_pretrained(in_path, **loading)
         if (Path(rl_path) / "adapter_config.json").is_file():
             opened = HookedVLM.from_pretrained(in_path, **{**loading, "check": False})
-            rl = _with_adapter(opened, Path(rl_path), kwargs.get("check", True))
+            rl = _with_adapter(opened, Path(rl_path), kwargs.get("check", True), not template)
         else:
             rl = HookedVLM.from_pretrained(rl_path, **loading)
         opened_base = None if base is None else HookedVLM.from_pretrained(base, **loading)
@@ -160,9 +160,9 @@ def _with_ends(trace_format: TraceFormat, models: Mapping[str, HookedVLM], token
     return replace(trace_format, end_of_turn=tuple(dict.fromkeys(ends)))
 
 
-def _require_pair(in_: HookedVLM, other: HookedVLM, name: str) -> None:
+def _require_pair(in_: HookedVLM, other: HookedVLM, name: str, templates: bool) -> None:
     differences = model_differences(in_.model, other.model)
-    differences += processor_differences(_processor(in_, "IN"), _processor(other, name))
+    differences += processor_differences(_processor(in_, "IN"), _processor(other, name), templates)
     if differences:
         _refuse(name, differences)
 
@@ -177,7 +177,7 @@ def _refuse(name: str, differences: list[str]) -> None:
     )
 
 
-def _with_adapter(vlm: HookedVLM, folder: Path, check: bool) -> HookedVLM:
+def _with_adapter(vlm: HookedVLM, folder: Path, check: bool, templates: bool) -> HookedVLM:
     """`vlm` with the adapter's update merged into its weights; opened anew."""
     from peft import PeftModel
     from safetensors.torch import load_file
@@ -188,7 +188,7 @@ def _with_adapter(vlm: HookedVLM, folder: Path, check: bool) -> HookedVLM:
             f"{folder}: a PEFT adapter without adapter_model.safetensors. Only safetensors are read: save it again "
             "with save_pretrained(folder, safe_serialization=True)."
         )
-    _require_adapter_tokenizer(vlm, folder)
+    _require_adapter_tokenizer(vlm, folder, templates)
     vlm.close()
     adapted = PeftModel.from_pretrained(vlm.model, str(folder))
     loaded = _adapter_tensors(adapted)
@@ -208,13 +208,13 @@ def _adapter_tensors(adapted: Any) -> Mapping[str, torch.Tensor]:
     return get_peft_model_state_dict(adapted)
 
 
-def _require_adapter_tokenizer(vlm: HookedVLM, folder: Path) -> None:
+def _require_adapter_tokenizer(vlm: HookedVLM, folder: Path, templates: bool) -> None:
     """An adapter's folder may hold the tokenizer it was trained with; then it must be IN's."""
     if not (folder / "tokenizer_config.json").is_file():
         return
     own, tokenizer = _processor(vlm, "IN"), AutoTokenizer.from_pretrained(str(folder))
     differences = tokenizer_differences(own.tokenizer, tokenizer)
-    if tokenizer.chat_template is not None:
+    if templates and tokenizer.chat_template is not None:
         differences += template_differences(chat_template(own), tokenizer.chat_template)
     if differences:
         _refuse("the adapter", differences)

@@ -47,18 +47,19 @@ class CleanRun:
             int(name.split(".")[1]): self.cache[name] for name in deepstack if name in self.cache
         }
 
-    def rerun(self, fwd_hooks: Hooks) -> Float[Tensor, "batch pos vocab"]:
-        """Logits [batch pos vocab] with hooks on."""
+    def rerun(self, fwd_hooks: Hooks, gradients: bool = False) -> Float[Tensor, "batch pos vocab"]:
+        """Logits [batch pos vocab] with hooks on; with `gradients`, of what the hooks put in."""
         first = self._first_layer([name for name, _ in fwd_hooks])
         resume = first is not None and self._resumable
-        with torch.no_grad(), self.vlm.hooks(fwd_hooks):
+        with torch.set_grad_enabled(gradients), self.vlm.hooks(fwd_hooks):
             if first is None or not resume:
                 return self.vlm(self.inputs, use_cache=False).logits
             return self._decode(first)
 
     @cached_property
     def _resumable(self) -> bool:
-        same = torch.equal(self._decode(0), self.logits)
+        with torch.no_grad():
+            same = torch.equal(self._decode(0), self.logits)
         if not same:
             warnings.warn(
                 f"{type(self.vlm.model).__name__} cannot be resumed at a stored residual; "
@@ -77,7 +78,6 @@ class CleanRun:
     def _record(self, block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._calls.append((args, kwargs))
 
-    @torch.no_grad()
     def _decode(self, first: int) -> Float[Tensor, "batch pos vocab"]:
         args, kwargs = self._calls[first]
         # A copy: a hook may edit in place, and the stored residual serves every later rerun.

@@ -74,8 +74,17 @@ def publishing(folder: Path | str) -> Iterator[Path]:
         shutil.rmtree(staging)
 
 
-def save_dataset(dataset: xr.Dataset, path: Path) -> None:
-    """Write NetCDF 4, floats compressed; use inside `publishing`."""
+def save_dataset(dataset: xr.Dataset, path: Path | str, provenance: Mapping[str, Any] | None = None) -> None:
+    """Write NetCDF 4, floats compressed; inside `publishing`, all or nothing.
+
+    Args:
+        dataset: the result; as it was, afterwards.
+        path: the file.
+        provenance: what the function `provenance` returns, where the attribute is not set yet; without either,
+            `load_dataset` will not take the file for a result.
+    """
+    if provenance is not None:
+        dataset = dataset.assign_attrs(provenance=json.dumps(provenance))
     packed = {str(name): {"zlib": True} for name, data in dataset.data_vars.items() if data.dtype.kind == "f"}
     dataset.to_netcdf(path, engine="h5netcdf", encoding=packed)
 
@@ -94,7 +103,10 @@ def load_dataset(path: Path | str) -> xr.Dataset:
     except OSError as error:
         raise FrankenlensError(f"{path} is not a NetCDF 4 file: {error}") from error
     if "provenance" not in dataset.attrs:
-        raise FrankenlensError(f"{path} has no provenance, so it is not a result of frankenlens.")
+        raise FrankenlensError(
+            f"{path} has no provenance, so it is not a result of frankenlens. From Python, save it with "
+            "save_dataset(dataset, path, provenance(...)), both of interp.results."
+        )
     return dataset
 
 

@@ -6,6 +6,7 @@ Early layers (2602.12395), here it stays IN's unless asked for, and each of its 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -114,13 +115,14 @@ def controls(
     draws: int = 1,
     seed: int = 0,
 ) -> list[Variant]:
-    """What stands beside each variant of kind "order".
+    """What stands beside each variant.
 
     "random": an update as large in every tensor, of random direction. "layers": RL's update in as many decoder layers,
-    drawn at random; never those of a mixture, nor any set twice. Anything outside the blocks is as in the variant.
+    drawn at random; never those of a mixture, nor any set twice. Anything outside the blocks is as in the variant. Only
+    a mixture (kind "order") has it: a warning names the others.
 
     Args:
-        variants: those of other kinds are passed over.
+        variants: controls among them have none of their own.
         partition: that of the mixtures.
         kinds: of `CONTROLS`.
         draws: of each kind.
@@ -134,16 +136,22 @@ def controls(
             raise FrankenlensError(f"there is no control {kind!r}; choose of {', '.join(CONTROLS)}")
     if draws < 1:
         raise FrankenlensError(f"{draws} draws of each control; give at least 1, or no controls")
-    mixed = [variant for variant in variants if variant.kind == "order"]
-    taken = {_own_layers(variant) for variant in mixed}
+    own = [variant for variant in variants if variant.kind != "control"]
+    others = [variant.name for variant in own if variant.kind != "order"]
+    if "layers" in kinds and others:
+        warnings.warn(
+            f"no control 'layers' stands beside {', '.join(others)}: only a mixture has one (kind 'order')",
+            stacklevel=2,
+        )
+    taken = {_own_layers(variant) for variant in own if variant.kind == "order"}
     rng = np.random.default_rng(seed)
     found = []
-    for variant, draw in product(mixed, range(draws)):
+    for variant, draw in product(own, range(draws)):
         number = f" {draw + 1}" if draw else ""
         if "random" in kinds:
             grafts = tuple(replace(graft, form="random", seed=seed + draw) for graft in variant.grafts)
             found.append(Variant(f"{variant.name} random update{number}", grafts, "control", variant.name))
-        if "layers" in kinds:
+        if "layers" in kinds and variant.kind == "order":
             grafts = (Graft(_other_layers(variant, partition, taken, rng)),)
             found.append(Variant(f"{variant.name} random layers{number}", grafts, "control", variant.name))
     return found

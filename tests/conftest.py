@@ -1,7 +1,25 @@
 """One thread in tests: small tensors gain nothing from more, and two cores may be shared."""
 
+import gc
+from pathlib import Path
+
 import matplotlib
+import pytest
 import torch
 
 torch.set_num_threads(1)
 matplotlib.use("Agg")
+
+HEAVIEST = ("test_notebooks.py", "test_readme.py", "experiments/test_suite.py", "interp/test_sweep.py")
+"""Files of few tests and many seconds, the longest first: begun last, one would keep a single core busy at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / name: place for place, name in enumerate(HEAVIEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays; the garbage collector need not walk through it again and again."""
+    gc.collect()
+    gc.freeze()

@@ -18,7 +18,7 @@ from hooks import HookedVLM
 from interp.freezing import train_only
 
 SUPERVISED = Schedule(80, batch=20, lr=2e-3, warmup=10)
-REINFORCED = RL(steps=20, lr=1e-3, save_every=20)
+REINFORCED = RL(steps=20, prompts=16, samples=8, lr=1e-3, save_every=20)
 
 
 def train_components(

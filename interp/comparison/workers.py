@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 READERS = 4
 """Items at once where files are read: some wait for the disk while others are computed with."""

@@ -82,6 +82,11 @@ class DecisionSet:
         return len(self.rl_traces)
 
     @property
+    def examples(self) -> tuple[Example, ...]:
+        """All that were looked at, with and without a decision."""
+        return tuple(trace.example for trace in self.rl_traces)
+
+    @property
     def prompts(self) -> tuple[Prompt, ...]:
         """The prompts of the decisions, to be collated and patched."""
         return tuple(decision.prompt for decision in self.decisions)

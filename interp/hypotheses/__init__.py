@@ -3,7 +3,7 @@
 from interp.hypotheses.claim import ALPHA, Claim, ClaimError, Family
 from interp.hypotheses.file import read_claims
 from interp.hypotheses.held_out import examples_of, fingerprint, origins
-from interp.hypotheses.judge import judge, scores
+from interp.hypotheses.judge import judge, scores, unseen
 from interp.hypotheses.measure import Measured, measure, resolved
 from interp.hypotheses.one_sided import MIN_TESTED, one_sided
 from interp.hypotheses.plots import plot_claims
@@ -30,5 +30,6 @@ __all__ = [
     "read_claims",
     "resolved",
     "scores",
+    "unseen",
     "verdict_table",
 ]

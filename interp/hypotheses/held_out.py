@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hooks.errors import FrankenlensError
-from interp.examples import Example
+from interp.examples import CONTENT, LOOKED_AT, Example, fingerprint
 from interp.hypotheses.claim import Claim, Family
 
 SHOWN = 3
 
 
-def fingerprint(example: Example) -> str:
-    """SHA-256 of what is asked: images, question and answer, whatever the example is called."""
-    digest = hashlib.sha256(repr((example.question, example.answer)).encode())
-    for image in example.images:
-        digest.update(repr((image.mode, image.size)).encode() + image.tobytes())
-    return digest.hexdigest()
-
-
 def examples_of(result: Path | str) -> frozenset[str]:
-    """The ids of the examples in a result on disk (map.nc, ...).
+    """The ids and fingerprints of all examples that a result on disk (map.nc, ...) was found on.
 
     Raises:
-        FrankenlensError: no such file, no result, or one that keeps no examples.
+        FrankenlensError: no such file, no result, or one that does not keep all examples that were looked at.
     """
     from interp.results import load_dataset
 
     dataset = load_dataset(result)
+    kept = [name for name in (LOOKED_AT, CONTENT) if name in dataset.coords]
+    if kept:
+        return frozenset(str(one) for name in kept for one in dataset[name].to_numpy())
     for name in ("id", "example"):
         if name in dataset.coords:
-            return frozenset(map(str, dataset[name].to_numpy().ravel()))
-    raise FrankenlensError(f"{result} keeps no examples, so it cannot say what a claim was found on")
+            ids = frozenset(map(str, dataset[name].to_numpy().ravel()))
+            looked_at = json.loads(dataset.attrs["provenance"]).get("counts", {}).get("examples", 0)
+            if looked_at > len(ids):
+                raise FrankenlensError(
+                    f"{result} names {len(ids)} of the {looked_at} examples that were looked at, so the others would "
+                    "pass for held out; make it again, or list their ids or fingerprints"
+                )
+            return ids
+    raise FrankenlensError(
+        f"{result} keeps no examples, so it cannot say what a claim was found on; "
+        "interp.examples.with_looked_at adds them"
+    )
 
 
 def reused(claim: Claim, examples: Sequence[Example]) -> list[str]:
@@ -60,8 +65,8 @@ def origins(family: Family, examples: Sequence[Example], allow_reuse: bool = Fal
         if again and not allow_reuse:
             raise FrankenlensError(
                 f"{_at(claim)}{claim.name!r} was found on {len(again)} of the {len(examples)} prompts that are to test "
-                f"it ({_listed(again)}). Give others (another --seed or --data; rows without an `id` are known by "
-                "their number), or say --allow-reuse: it is then marked exploratory."
+                f"it ({_listed(again)}). Give others (another seed or data, --seed or --data; rows without an "
+                "`id` are known by their number), or allow_reuse=True (--allow-reuse): it is then marked exploratory."
             )
         found[claim.name] = "exploratory" if again else "not stated" if claim.found_on is None else "held out"
     return found

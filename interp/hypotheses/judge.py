@@ -9,6 +9,10 @@ only if sum(patched - recipient) / sum(donor - recipient) > r. So the paired tes
 itself. Of an effect or a change in accuracy >= b, d is the example's own minus b; claims that compare two components
 take the difference of the two; "<=" changes the sign of d.
 
+No sample shows what a prompt does that is not in it. A verdict that something is small therefore also has to hold if
+prompts as yet unseen were moved all the way (recovery 1 or -1, the whole decision, right instead of wrong), in such a
+number that n prompts without one of them are no surprise: `unseen`, and the third p of `one_sided`.
+
 Supported: mean(d) <= 0 is rejected at alpha after correction over the family. Refuted: mean(d) >= 0 is, corrected in
 the same way. Each of the two has level alpha. Neither: undecided at this n.
 """
@@ -44,6 +48,13 @@ def scores(claim: Claim, measured: Measured) -> Float[np.ndarray, "*cells exampl
     return claim.sign * orientation * (measured.effect - claim.bound * measured.total)
 
 
+def unseen(claim: Claim, measured: Measured) -> Float[np.ndarray, "*cells"]:
+    """d of an example moved all the way to the bound's side of 0; 0 for a bound of 0, which has none, or beyond it."""
+    whole = np.abs(_whole(measured)) if claim.quantity == "effect" else 1.0
+    left = np.maximum(whole - abs(claim.bound), 0)
+    return np.asarray(claim.sign * np.sign(claim.bound) * left * _scale(claim, measured))
+
+
 def judge(
     family: Family,
     claims: Mapping[str, Claim],
@@ -74,17 +85,18 @@ def judge(
     d = np.full((len(family.claims), n_examples), np.nan)
     beyond = np.full_like(d, np.nan)
     shifts = np.full(len(family.claims), np.nan)
+    away = np.zeros(len(family.claims))
     order = {claim.name: k for k, claim in enumerate(family.claims)}
     for claim in tested:
         own, k = measured[claim.name], order[claim.name]
-        d[k] = scores(claim, own)
+        d[k], away[k] = scores(claim, own), unseen(claim, own)
         if claim.of_an_effect:
             beyond[k] = scores(claim, own) - scores(claim, _control(own))
         shifts[k] = _scale(claim, own) * _distance(claim, claim.alternative)
-    above, below = one_sided(d)
+    above, below = one_sided(d, away)
     p, against, control = (adjusted(x, family.correction) for x in (above, below, one_sided(beyond)[0]))
     chances = (
-        power(d, shifts, family.alpha, family.correction, resamples=resamples, seed=seed)
+        power(d, shifts, family.alpha, family.correction, away, resamples=resamples, seed=seed)
         if n_examples
         else shifts
     )
@@ -107,7 +119,7 @@ def judge(
                 p_against=float(against[k]),
                 p_control=float(control[k]),
                 power=float(chances[k]),
-                **_design(claim, own, d[k], float(shifts[k]), family.level),
+                **_design(claim, own, d[k], float(shifts[k]), family.level, float(away[k])),
                 origin=origin,
                 reason=_untestable(d[k]),
             )
@@ -130,26 +142,33 @@ def _quantity(claim: Claim, effect: np.ndarray, total: np.ndarray, seed: int) ->
     return bootstrap_mean(effect, **settings)
 
 
-def _scale(claim: Claim, own: Measured) -> float:
+def _scale(claim: Claim, own: Measured) -> Float[np.ndarray, "*cells"]:
     """How far the mean of d moves when the quantity moves by 1."""
     if claim.quantity != "recovery":
-        return 1.0
-    orientation = 1 if claim.direction == "rl_to_in" else -1
+        return np.ones(own.effect.shape[:-1])
+    return np.asarray(_whole(own) * (1 if claim.direction == "rl_to_in" else -1))
+
+
+def _whole(own: Measured) -> Float[np.ndarray, "*cells"]:
+    """Mean of donor - recipient over the examples that have a value; NaN where none has."""
     there = ~np.isnan(own.effect)
-    return float(orientation * own.total[there].mean()) if there.any() else math.nan
+    n = there.sum(-1)
+    return np.asarray(np.where(there, own.total, 0).sum(-1) / np.where(n > 0, n, np.nan))
 
 
 def _distance(claim: Claim, value: float | None) -> float:
     return math.nan if value is None else claim.sign * (value - claim.bound)
 
 
-def _design(claim: Claim, own: Measured, d: np.ndarray, shift: float, level: float) -> dict[str, Any]:
+def _design(
+    claim: Claim, own: Measured, d: np.ndarray, shift: float, level: float, away: float
+) -> dict[str, Any]:
     n = int((~np.isnan(d)).sum())
     sd = float(np.nanstd(d, ddof=1)) if n > 1 else math.nan
     tested = not np.isnan(one_sided(d)[0])
-    needed = examples_needed(shift, sd, level) if tested and not math.isnan(shift) else None
-    away = detectable(sd, n, level) / _scale(claim, own) if tested else math.nan
-    return {"n": n, "n_needed": needed, "detectable": claim.bound + claim.sign * away}
+    needed = examples_needed(shift, sd, level, unseen=away) if tested and not math.isnan(shift) else None
+    least = detectable(sd, n, level, unseen=away) / float(_scale(claim, own)) if tested else math.nan
+    return {"n": n, "n_needed": needed, "detectable": claim.bound + claim.sign * least}
 
 
 def _untestable(d: np.ndarray) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from hooks import FrankenlensError
 from hooks.errors import nearest
 from interp.prompts import Prompt, PromptBatch
-from interp.roles import ROLES, Role, RoleScanner
+from interp.roles import ROLES, Role
 from interp.sweep.places import Where, where_label, where_mask
 
 Place = Where | tuple[Where, ...]
@@ -33,7 +33,7 @@ class TraceReader:
         """
         builder = prompt.builder
         self._decode = builder.decode
-        self._scanner = RoleScanner(builder.trace_format, builder._reasoning_open(prompt))
+        self._scanner = builder.scanner(prompt)
         self._ids: list[int] = []
         self._first = self._read = 0
         self.before: list[tuple[str, str]] = [(prompt.roles[prompt.n_prompt_tokens - 1], self._next())]

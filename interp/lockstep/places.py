@@ -10,7 +10,6 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from interp.prompts import Prompt, PromptBatch
-from interp.roles import RoleScanner
 
 _OF_TRACES = {"reasoning", "answer", "template"}
 
@@ -106,7 +105,7 @@ class _TraceReader:
 
     def __init__(self, prompt: Prompt) -> None:
         self._builder = prompt.builder
-        self._scanner = RoleScanner(prompt.builder.trace_format, prompt.builder._reasoning_open(prompt))
+        self._scanner = prompt.builder.scanner(prompt)
         self._ids: list[int] = []
         self._first = self._read = 0
         for token in prompt.trace_ids:

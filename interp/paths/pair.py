@@ -13,6 +13,7 @@ from jaxtyping import Float
 from hooks import FrankenlensError
 from hooks.address import Address
 from interp.component_map import DIRECTIONS
+from interp.examples import with_looked_at
 from interp.paths.effects import path_map
 from interp.paths.in_order import paths_in_order
 from interp.paths.path import Receiver
@@ -64,7 +65,7 @@ def pair_paths(
         found.append(one)
     together = xr.concat(found, pd.Index(list(directions), name="direction"), combine_attrs="override")
     assert isinstance(together, xr.Dataset)
-    return together
+    return with_looked_at(together, decisions.examples)
 
 
 def _in_order(effects: xr.Dataset, call: tuple[Any, Any, Any], settings: Mapping[str, Any]) -> xr.DataArray:

@@ -53,10 +53,10 @@ def _grid(
     title: str,
     colours: str,
 ) -> None:
-    axes.set_title(title, fontsize=9)
     if not columns:
         axes.axis("off")
         return
+    axes.set_title(title, fontsize=9)
     cells = (
         table.pivot(index="method", columns="kind", values=value)
         .reindex(methods)[list(columns)]
@@ -85,15 +85,15 @@ def _grid(
 
 
 def _curves(axes: Axes, alone: pd.DataFrame) -> None:
-    """Mean of each bin of effects, with its standard error."""
-    axes.set_title("single changed components, by their effect", fontsize=9)
-    some = alone.loc[alone["times_noise"] > 0]
+    """Mean of each bin of effects, with its standard error; what a method cannot reach is left out."""
+    axes.set_title("changed components within reach, by effect", fontsize=9)
+    some = alone.loc[(alone["times_noise"] > 0) & alone["in_reach"].astype(bool)]
     if some.empty:
         axes.axis("off")
         return
-    ends = np.log10([some["times_noise"].min(), some["times_noise"].max()])
+    ends = np.log10(some["times_noise"].quantile([0.005, 0.995]).to_numpy())
     edges = np.arange(np.floor(2 * ends[0]), np.ceil(2 * ends[1]) + 1) / 2
-    place = np.digitize(np.log10(some["times_noise"]), edges)
+    place = np.digitize(np.log10(some["times_noise"]).clip(edges[0], edges[-1] - 1e-9), edges)
     for method, (colour, style) in SHOWN.items():
         own = some.loc[some["method"] == method]
         if own.empty:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -178,14 +177,12 @@ def null_table(pairs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(NULL))
 
 
-def by_effect(
-    scores: pd.DataFrame, plants: pd.DataFrame, wanted: Callable[[str], bool] = lambda kind: True
-) -> pd.DataFrame:
+def by_effect(scores: pd.DataFrame, plants: pd.DataFrame) -> pd.DataFrame:
     """Every planted component alone: its effect in multiples of the noise pairs' 95th percentile, and the share of
     unchanged components of its pair that it outranks (its own AUROC), by method.
 
     Returns:
-        Columns pair, kind, method, component, times_noise, auroc.
+        Columns pair, kind, method, component, times_noise, auroc, in_reach (whether the method says something of it).
     """
     limit = plants.loc[plants["component"] == "", "effect"].quantile(NOISE_QUANTILE)
     effects = plants.set_index(["pair", "component"])["effect"] / limit
@@ -193,14 +190,16 @@ def by_effect(
     for key, group in scores.groupby(["pair", "kind", "method"], sort=False):
         pair, kind, method = cast("tuple[str, str, str]", key)
         changed = group["changed"].to_numpy(bool)
-        if not changed.any() or changed.all() or not wanted(kind):
+        if not changed.any() or changed.all():
             continue
         n = int((~changed).sum())
-        names = group.loc[changed, "component"]
-        share = 1 - (ranks(group["score"].to_numpy(float), changed) - 1) / n
-        for name, value in zip(names, share, strict=True):
-            rows.append((pair, kind, method, name, float(effects.loc[pair, name]), float(value)))
-    return pd.DataFrame(rows, columns=["pair", "kind", "method", "component", "times_noise", "auroc"])
+        own, names = group["score"].to_numpy(float), group.loc[changed, "component"]
+        share = 1 - (ranks(own, changed) - 1) / n
+        for name, value, score in zip(names, share, own[changed], strict=True):
+            times = float(effects.loc[pair, name])
+            rows.append((pair, kind, method, name, times, float(value), not np.isnan(score)))
+    columns = ["pair", "kind", "method", "component", "times_noise", "auroc", "in_reach"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _lowest(scores: Scores) -> Scores:

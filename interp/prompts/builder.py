@@ -135,21 +135,22 @@ class PromptBuilder:
                     [ids if name == "input_ids" else [value] * len(ids)], dtype=inputs[name].dtype
                 )
                 inputs[name] = torch.cat([inputs[name][:, :n], tail], dim=1)
-        roles = self._trace_roles(ids, self._reasoning_open(prompt))
+        scanner = self.scanner(prompt)
+        roles = tuple(scanner.feed(piece) for piece in self._pieces(ids))
         return replace(prompt, inputs=inputs, roles=prompt.roles[:n] + roles)
 
     def read_trace(self, prompt: Prompt) -> Trace:
         """What the trace of a prompt says."""
         return self.trace_format.parse(self.decode(prompt.trace_ids), self._reasoning_open(prompt))
 
+    def scanner(self, prompt: Prompt) -> RoleScanner:
+        """Gives the roles of what is written behind a prompt, piece by piece."""
+        return RoleScanner(self.trace_format, self._reasoning_open(prompt))
+
     def _reasoning_open(self, prompt: Prompt) -> bool:
         """Some chat templates open the reasoning themselves: `<|im_start|>assistant <think>`."""
         reasoning = self.trace_format.reasoning
         return reasoning is not None and prompt.prompt_text.rstrip().endswith(reasoning[0])
-
-    def _trace_roles(self, ids: Sequence[int], reasoning_open: bool) -> tuple[Role, ...]:
-        scanner = RoleScanner(self.trace_format, reasoning_open)
-        return tuple(scanner.feed(piece) for piece in self._pieces(ids))
 
     def _pieces(self, ids: Sequence[int]) -> list[str]:
         """The text that each token adds to those before it; `""` for a token that ends inside a character."""

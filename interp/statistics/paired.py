@@ -14,6 +14,7 @@ from scipy import stats
 
 from hooks.errors import FrankenlensError
 
+
 @dataclass(frozen=True)
 class Discordance:
     """Examples on which two right-or-wrong outcomes differ, and McNemar's exact test of them.

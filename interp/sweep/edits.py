@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -51,7 +52,7 @@ class Span:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    @property
+    @cached_property
     def columns(self) -> slice:
         """For indexing the position axis."""
         return slice(self.start, self.stop)
@@ -77,12 +78,12 @@ class Edit:
     where: Bool[Tensor, "batch pos"] | None
     index: int | None = None
 
-    @property
+    @cached_property
     def stage(self) -> Stage | None:
         """None for what lies in the vision tower."""
         return None if self.point.name.startswith("vision.") else _STAGE_OF.get(self.point.leaf)
 
-    @property
+    @cached_property
     def start(self) -> tuple[int, int]:
         """Layer and stage that an edit begins to act at, as numbers that sort; (-1, 0) before the decoder."""
         if self.stage is None:

@@ -29,6 +29,7 @@ class StoredRun:
 
     Attributes:
         logits: of the columns that are read, [batch column vocab]; `columns` says which.
+        blocks, attentions: the decoder's modules, by layer.
         cache: the activations asked for.
         end: one past the last column that is read; nothing later is ever computed again.
     """
@@ -54,13 +55,17 @@ class StoredRun:
             FrankenlensError: nothing is read.
             Unsupported: the architecture does something that is not known here.
         """
-        self._device = device
+        self._device, self._runs_on = device, vlm.device
         self.vlm, self.batch = vlm, batch
         self.columns = reads.any(0).nonzero()[:, 0].to(vlm.device)
         if not len(self.columns):
             raise FrankenlensError("the metric reads no token of this batch.")
         self.end = int(self.columns[-1]) + 1
-        self.blocks = [vlm.module(block.path) for block in vlm.anatomy.text.blocks]
+        text = vlm.anatomy.text.blocks
+        self.blocks = [vlm.module(block.path) for block in text]
+        self.attentions = [vlm.module(block.attention) for block in text]
+        self._mid_norms = [vlm.module(block.mid_norm) for block in text]
+        self._mlps = [vlm.module(block.mlp) for block in text]
         self._calls: list[tuple[tuple, dict[str, Any]]] = []
         self.cache: dict[str, Tensor] = {}
         self._own = {
@@ -114,7 +119,7 @@ class StoredRun:
     def read(self, name: str, span: Span | None = None) -> Float[Tensor, "..."]:
         """A stored activation, its columns in the span if one is given, on the model's device."""
         kept = self.cache[name]
-        return (kept if span is None else kept[:, span.columns]).to(self.vlm.device)
+        return (kept if span is None else kept[:, span.columns]).to(self._runs_on)
 
     def _record(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for value in [*args[1:], *kwargs.values()]:
@@ -167,10 +172,9 @@ class StoredRun:
 
         After the last block only the columns that are read hold anything meant, unless something inside is tapped.
         """
-        block = self.vlm.anatomy.text.blocks[layer]
         wanted = self.reads_within(span) if layer == len(self.blocks) - 1 and tap is None else None
         wanted = None if wanted is None or len(wanted) == len(span) else wanted
-        attention: Any = self.vlm.module(block.attention)
+        attention: Any = self.attentions[layer]
         visible = self._visible[layer][:, :, span.columns, : span.stop]
         if cut is not None:
             visible = visible.repeat(len(cut) // len(visible), 1, 1, 1) & ~cut[:, None]
@@ -192,7 +196,7 @@ class StoredRun:
         }
         with ExitStack() as stack:
             if wanted is not None:
-                norm, mlp = self.vlm.module(block.mid_norm), self.vlm.module(block.mlp)
+                norm, mlp = self._mid_norms[layer], self._mlps[layer]
                 taken = norm.register_forward_pre_hook(lambda _, args: (args[0][:, wanted], *args[1:]))
                 spread = mlp.register_forward_hook(lambda *io: _spread(io[-1], wanted, len(span)))
                 stack.callback(taken.remove)
@@ -208,14 +212,8 @@ class StoredRun:
         self, layer: int, mid: Float[Tensor, "lane column d_model"]
     ) -> Float[Tensor, "lane column d_model"]:
         """The second half of a block."""
-        block = self.vlm.anatomy.text.blocks[layer]
-        out = self.vlm.module(block.mlp)(self.vlm.module(block.mid_norm)(mid))
+        out = self._mlps[layer](self._mid_norms[layer](mid))
         return mid + (out[0] if isinstance(out, tuple) else out)
-
-    @property
-    def attentions(self) -> list[nn.Module]:
-        """The decoder's attention modules."""
-        return [self.vlm.module(block.attention) for block in self.vlm.anatomy.text.blocks]
 
     def _cut(self, name: str, value: Any, span: Span, copies: int) -> Any:
         """One argument of a block for the columns of a span and that many copies of the batch."""

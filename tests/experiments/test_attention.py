@@ -73,6 +73,7 @@ def test_the_page_and_the_dataset_say_what_they_rest_on(out) -> None:
     for text in ("(mass)", "Holm over the layers", f"n = {N}", "Both on RL", "random update"):
         assert text in page
     found = load_dataset(out / "attention.nc")
+    assert found.sizes["looked_at"] == N
     assert found["model"].to_numpy().tolist() == ["in", "rl", "bf16", "random"]
     assert json.loads(found.attrs["provenance"])["counts"] == {"examples": N}
 

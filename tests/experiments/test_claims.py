@@ -5,6 +5,7 @@ import json
 
 import pandas as pd
 import pytest
+from transformers.utils import logging
 
 from experiments import claims as command
 from experiments import embedded
@@ -59,6 +60,7 @@ def test_several_pairs_give_one_table_marked_exploratory(out) -> None:
     assert "supported [exploratory]: all weights carry it" in page
     assert "same weights" in page
     dataset = load_dataset(out / "test.nc")
+    assert dataset.sizes["looked_at"] == 48
     effect, total = (
         dataset[name].isel(pair=0).sel(claim="all weights carry it") for name in ("effect", "total")
     )
@@ -90,7 +92,13 @@ def verdicts_of(monkeypatch):
     """The pair stands aside: verdicts by the claim's name, families as they were registered."""
     families = []
 
-    def tested(pair, family, examples, config):
+    def load_pair(config):
+        assert not logging.is_progress_bar_enabled()
+        return _NoPair()
+
+    def tested(pair, family, examples, config, progress):
+        assert logging.is_progress_bar_enabled()  # as it was
+        assert not progress  # pytest would show the bars with what was captured
         families.append(family)
         none = judge(family, {c.name: c for c in family.claims}, {}, {}, {})
         said = [
@@ -100,7 +108,7 @@ def verdicts_of(monkeypatch):
         return command.Outcome(tuple(said), (), None, {})
 
     monkeypatch.setattr(command, "tested", tested)
-    monkeypatch.setattr(command, "load_pair", lambda config: _NoPair())
+    monkeypatch.setattr(command, "load_pair", load_pair)
     return families
 
 

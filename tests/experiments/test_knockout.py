@@ -64,7 +64,9 @@ def test_right_answers_alone_relative_and_without_nulls(tmp_path):
     assert not (tmp_path / "knockout_nulls.csv").exists()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "the answer is wrong" in page
-    assert set(table["n"]) == {int((load_dataset(tmp_path / "knockout.nc")["why"] == "").sum())}
+    found = load_dataset(tmp_path / "knockout.nc")
+    assert set(table["n"]) == {int((found["why"] == "").sum())}
+    assert found.sizes["looked_at"] == 16 > found.sizes["example"]
 
 
 def test_mistakes_are_one_error_each(tmp_path, capsys):

@@ -54,7 +54,8 @@ def test_the_tables_have_n_intervals_and_controls(out: Path) -> None:
 def test_the_dataset_holds_every_token_and_the_page_its_provenance(out: Path) -> None:
     found = load_dataset(out / "lens.nc")
     assert found["model"].to_numpy().tolist() == ["in", "rl"]
-    assert len(np.unique(found["example"])) == 16 and (found["kl"].sel(layer=9) == 0).all()
+    assert len(np.unique(found["example"])) == found.sizes["looked_at"] == 16
+    assert (found["kl"].sel(layer=9) == 0).all()
     made = json.loads(found.attrs["provenance"])
     assert made["settings"]["tuned_steps"] == 12 and len(made["checkpoints"]["rl"]["weights_sha256"]) == 64
     assert "learnt nothing" in (out / "report.html").read_text(encoding="utf-8")

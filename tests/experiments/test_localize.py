@@ -64,6 +64,9 @@ def test_the_tables_are_those_of_the_analyses_run_by_hand(out) -> None:
     for row in table.to_dict("records"):
         assert row["value"] == pytest.approx(expected[row["outcome"]])
     dataset = load_dataset(out / "localize.nc")
+    sources = {source.id for _, source in pairs}
+    assert sources <= set(dataset["looked_at"].to_numpy().tolist())  # the dataset's own ids are the targets'
+    assert not sources & set(dataset["example"].to_numpy().tolist())
     assert dataset.sizes["example"] == 16 and dataset.sizes["question"] == 24
     ablation = pd.read_csv(out / "localize_ablation.csv")
     assert set(ablation["function"]) == {"counting", "colour at a place", "sum", "all"}

@@ -49,6 +49,7 @@ def test_components_are_chosen_on_one_half_and_tried_on_the_other(out):
     examples, _ = load_examples(LockstepConfig(**SMALL), 0)
     found = load_dataset(out / "lockstep.nc")
     assert found["example"].to_numpy().tolist() == [example.id for example in examples[1::2]]
+    assert set(found["looked_at"].to_numpy().tolist()) == {example.id for example in examples}
     assert found["condition"].to_numpy().tolist() == ["top 2", "top 2, random 1"]
     assert found["size"].to_numpy().tolist() == [2, 2]
     made = json.loads(found.attrs["provenance"])

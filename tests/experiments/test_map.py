@@ -10,6 +10,7 @@ from experiments.cli import main
 from experiments.map import MapConfig, run
 from experiments.settings import load_examples
 from hooks.errors import FrankenlensError
+from interp.hypotheses import examples_of, fingerprint
 from interp.results import load_dataset
 from interp.tasks import REASONING, sample
 
@@ -45,6 +46,13 @@ def test_the_dataset_has_the_axes_and_the_controls(out):
     assert decisions["n_qualify"] == result.sizes["example"] == made["counts"]["decisions"]
     assert len(made["checkpoints"]["rl"]["weights_sha256"]) == 64
     assert made["settings"]["seed"] == 0
+
+
+def test_the_dataset_names_all_that_were_looked_at_not_only_those_with_a_decision(out):
+    examples, _ = load_examples(MapConfig(**SMALL), 0)
+    assert load_dataset(out / "map.nc").sizes["example"] < len(examples) == SMALL["n"]
+    expected = {example.id for example in examples} | {fingerprint(example) for example in examples}
+    assert examples_of(out / "map.nc") == expected
 
 
 def test_the_table_and_the_page_agree_with_the_dataset(out):

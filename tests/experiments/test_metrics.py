@@ -49,6 +49,7 @@ def test_rl_with_the_image_is_what_its_own_generation_says(out):
 
 def test_the_change_is_the_difference_of_the_two_columns(out):
     found = load_dataset(out / "metrics.nc")
+    assert found.sizes["looked_at"] == 16  # with an image, and in words
     table = change_table(found).set_index("measure")
     for metric in ("vis", "v2r", "rea"):
         in_, rl = (found["value"].sel(model=m, metric=metric).to_numpy() for m in ("in", "rl"))

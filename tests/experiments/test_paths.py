@@ -50,6 +50,7 @@ def test_every_path_of_each_sender_is_there_and_in_order_they_are_the_whole(
         for sender, n in zip(SENDERS, (10, 2), strict=True)
     }
     assert effects["complete"].all()
+    assert effects.sizes["looked_at"] == SMALL["n"] >= effects.sizes["example"]
     assert float(np.abs(effects["in_order"] - effects["whole"]).max()) < 1e-4
     sums = effects["direct"].groupby("path_sender").sum().sel(path_sender=list(SENDERS))
     rest = effects["whole"].to_numpy() - sums.transpose("direction", "path_sender", "example").to_numpy()

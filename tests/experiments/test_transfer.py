@@ -58,6 +58,7 @@ def test_table_page_and_dataset_agree(out):
     chosen = found["right"].sel(variant="I:R:R").where(found["task"].isin(REASONING), drop=True)
     assert one["accuracy"] == pytest.approx(float(chosen.mean()))
     assert one["n"] == chosen.size == 8
+    assert set(found["looked_at"].to_numpy()) == set(found["id"].to_numpy())
     made = json.loads(found.attrs["provenance"])
     assert set(made["checkpoints"]) == {"in", "rl", "base"}
     page = (out / "report.html").read_text(encoding="utf-8")

@@ -19,6 +19,20 @@ def test_zeroing_every_point_changes_the_logits(family: str) -> None:
     assert min(changes.values()) > 1e-3
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_bar_of_the_long_self_check_can_be_left_out(progress: bool, monkeypatch) -> None:
+    drawn = []
+
+    def bar(names, disable, **_):
+        drawn.append(not disable)
+        return names
+
+    monkeypatch.setattr("hooks.selfcheck.tqdm", bar)
+    given = tiny("llava")
+    HookedVLM(given.model, given.processor).verify(progress=progress)
+    assert drawn == [progress]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_opening_leaves_no_trace(family: str) -> None:
     given = tiny(family)

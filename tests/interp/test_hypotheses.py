@@ -15,7 +15,17 @@ from experiments import embedded
 from hooks import FrankenlensError
 from interp.decision import find_decisions
 from interp.examples import Example
-from interp.hypotheses import Claim, Family, Measured, fingerprint, judge, origins, put_to_test, scores
+from interp.hypotheses import (
+    Claim,
+    Family,
+    Measured,
+    fingerprint,
+    judge,
+    origins,
+    put_to_test,
+    scores,
+    unseen,
+)
 from interp.hypotheses.measure import measure, resolved
 from interp.hypotheses.one_sided import MIN_TESTED, adjusted, detectable, examples_needed, one_sided
 from interp.pair import Pair
@@ -23,36 +33,45 @@ from interp.statistics import adjust
 from interp.tasks import sample
 
 BOUND = 0.2
-Draw = Callable[[np.random.Generator, tuple[int, ...]], tuple[np.ndarray, np.ndarray]]
 
 
-def _normal(rng, shape):
-    total = rng.normal(3, 1, shape)
-    return BOUND * total + rng.normal(0, 1, shape), total
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """A distribution of prompts on which a recovery is exactly `BOUND`: what there is to move, and what is moved."""
 
+    total: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+    effect: Callable[[np.random.Generator, np.ndarray], np.ndarray]
 
-def _few_carry_it_all(rng, shape):
-    """A fifth of the prompts move all the way, the others not at all; denominators are lognormal."""
-    total = rng.lognormal(0, 0.7, shape)
-    return total * (rng.random(shape) < BOUND), total
+    def __call__(self, rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        total = self.total(rng, shape)
+        return self.effect(rng, total), total
 
+    def families(
+        self, rng: np.random.Generator, shape: tuple[int, int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """[family claim example], every claim of a family on the same examples.
 
-def _skewed_left(rng, shape):
-    """Every prompt moves by the same, whatever there is to move: the scores are a mirrored exponential."""
-    total = rng.exponential(1, shape)
-    return np.full(shape, BOUND), total
-
-
-def _heavy_tails(rng, shape):
-    total = rng.lognormal(0, 0.5, shape)
-    return BOUND * total + rng.standard_t(3, shape), total
+        What there is to move is theirs in common, and on two examples in three what is moved.
+        """
+        total = np.broadcast_to(self.total(rng, (shape[0], 1, shape[2])), shape)
+        common = self.effect(rng, total[:, :1])
+        return np.where(rng.random(shape) < 2 / 3, common, self.effect(rng, total)), total
 
 
 DRAWS: dict[str, Draw] = {
-    "normal": _normal,
-    "few carry it all": _few_carry_it_all,
-    "skewed left": _skewed_left,
-    "heavy tails": _heavy_tails,
+    "normal": Draw(
+        lambda rng, shape: rng.normal(3, 1, shape), lambda rng, t: BOUND * t + rng.normal(0, 1, t.shape)
+    ),
+    # a fifth of the prompts move all the way, the others not at all
+    "few carry it all": Draw(
+        lambda rng, shape: rng.lognormal(0, 0.7, shape), lambda rng, t: t * (rng.random(t.shape) < BOUND)
+    ),
+    # every prompt moves by the same, whatever there is to move: the scores are a mirrored exponential
+    "skewed left": Draw(lambda rng, shape: rng.exponential(1, shape), lambda rng, t: np.full(t.shape, BOUND)),
+    "heavy tails": Draw(
+        lambda rng, shape: rng.lognormal(0, 0.5, shape),
+        lambda rng, t: BOUND * t + rng.standard_t(3, t.shape),
+    ),
 }
 
 
@@ -85,7 +104,7 @@ def test_claims_on_their_bound_are_supported_and_refuted_no_oftener_than_alpha(n
 
 
 def test_students_t_alone_would_not_keep_its_size() -> None:
-    effect, total = _skewed_left(np.random.default_rng(0), (6000, 40))
+    effect, total = DRAWS["skewed left"](np.random.default_rng(0), (6000, 40))
     d = scores(_claim(), _measured(effect, total))
     t = d.mean(-1) / stats.sem(d, axis=-1)
     assert (stats.t.sf(t, 39) <= 0.05).mean() > 0.085
@@ -93,10 +112,12 @@ def test_students_t_alone_would_not_keep_its_size() -> None:
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_holm_keeps_the_family_wise_rate_over_1000_families(name) -> None:
-    """Families of ten claims on their bound, on the same prompts."""
+    """Families of ten claims on their bound, on the same prompts, so that they err together."""
     rng = np.random.default_rng(1)
-    effect, total = DRAWS[name](rng, (1000, 10, 60))
-    above, _ = one_sided(scores(_claim(), _measured(effect, total)))
+    effect, total = DRAWS[name].families(rng, (1000, 10, 60))
+    d = scores(_claim(), _measured(effect, total))
+    assert np.corrcoef(d[:, 0].ravel(), d[:, 1].ravel())[0, 1] > 0.4
+    above, _ = one_sided(d)
     wrong = (adjusted(above, "holm") <= 0.05).any(-1).mean()
     assert wrong <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 1000)
     assert (above <= 0.05).any(-1).mean() > 2 * wrong  # uncorrected, it would not be kept
@@ -130,7 +151,7 @@ def test_predicted_power_is_the_observed_one_within_ten_points(name) -> None:
 
 def test_power_of_a_family_counts_its_correction() -> None:
     rng, n = np.random.default_rng(3), 60
-    effect, total = _normal(rng, (1500, 4, n))
+    effect, total = DRAWS["normal"](rng, (1500, 4, n))
     effect[:, 0] += 0.1 * total[:, 0]
     claims = [_claim(str(k), expected=0.3) for k in range(4)]
     above, _ = one_sided(scores(claims[0], _measured(effect, total)))
@@ -155,6 +176,73 @@ def test_examples_needed_and_detectable_are_the_noncentral_t() -> None:
     assert power_at(n, shift) >= 0.8 > power_at(n - 1, shift)
     assert power_at(50, detectable(sd, 50, level)) == pytest.approx(0.8, abs=1e-4)
     assert examples_needed(-0.1, sd, level) is None
+
+
+def _one_in_a_hundred(rng: np.random.Generator, draws: int, n: int) -> Measured:
+    """Recovery 0.01: one example in a hundred moves all the way, the others by as good as nothing."""
+    total = rng.lognormal(0, 0.3, (draws, n))
+    return _measured(
+        total * np.where(rng.random((draws, n)) < 0.01, 1, rng.normal(0, 1e-3, (draws, n))), total
+    )
+
+
+def test_few_examples_that_carry_all_are_not_overlooked() -> None:
+    """60 examples without one of them are no proof that there is none; 600 are seen to hold some."""
+    claim = _claim(at_least=None, at_most=0.01)
+    own = _one_in_a_hundred(np.random.default_rng(6), 2000, 60)
+    assert (one_sided(scores(claim, own))[0] <= 0.05).mean() > 0.4
+    assert (one_sided(scores(claim, own), unseen(claim, own))[0] <= 0.05).mean() == 0
+    looser = _claim(at_least=None, at_most=0.05)
+    own = _one_in_a_hundred(np.random.default_rng(6), 200, 600)
+    assert (one_sided(scores(looser, own), unseen(looser, own))[0] <= 0.05).mean() > 0.8
+
+
+def test_the_p_of_unseen_examples_is_the_binomial_chance_of_none() -> None:
+    d = np.random.default_rng(7).normal(0, 1e-3, 60)
+    d += -0.02 - d.mean()
+    q = 0.02 / (0.02 + 0.98)  # (1 - q) (-0.02) + q 0.98 = 0
+    above, below = one_sided(d, 0.98)
+    assert float(below) == pytest.approx(stats.binom.pmf(0, 60, q))
+    assert float(above) == float(one_sided(d)[0])
+    assert float(one_sided(-d, -0.98)[0]) == pytest.approx(float(below))
+
+
+@pytest.mark.parametrize(
+    ("changes", "moved_all_the_way"),
+    [
+        ({"at_least": 0.2}, 0.8 * 2),
+        ({"at_least": None, "at_most": 0.2}, -0.8 * 2),
+        ({"at_least": -0.2}, -0.8 * 2),
+        ({"at_least": 0.0}, 0),
+        ({"at_least": 1.2}, 0),
+        ({"at_least": 0.5, "quantity": "effect"}, 1.5),
+        ({"at_least": None, "at_most": 0.05, "quantity": "accuracy", "body": "weights"}, -0.95),
+    ],
+)
+def test_what_an_unseen_example_scores(changes, moved_all_the_way) -> None:
+    """Of 2 nats on average; "all the way" is on the bound's side of 0, and nowhere for a bound of 0 or beyond all."""
+    total = np.array([1.0, 3.0, 2.0, np.nan])
+    own = _measured(np.array([0.1, 0.2, 0.3, np.nan]), total)
+    assert float(unseen(_claim(**changes), own)) == pytest.approx(moved_all_the_way)
+    there = _measured(np.full(3, 2.0), np.full(3, 2.0))
+    if changes == {"at_least": 0.2}:
+        np.testing.assert_allclose(scores(_claim(), there), moved_all_the_way)
+
+
+def test_examples_needed_and_detectable_reckon_with_the_unseen() -> None:
+    """Against the share of simulated samples that pass."""
+    sd, level, away = 0.1, 0.05, -0.8
+    rng = np.random.default_rng(8)
+
+    def passed(n: int, mean: float) -> float:
+        return float((one_sided(rng.normal(mean, sd, (4000, n)), away)[0] <= level).mean())
+
+    assert passed(60, detectable(sd, 60, level, unseen=away)) == pytest.approx(0.8, abs=0.03)
+    assert passed(60, detectable(sd, 60, level)) < 0.5
+    alone, n = (examples_needed(0.03, sd, level, unseen=one) for one in (0.0, away))
+    assert n is not None and alone is not None
+    assert passed(n, 0.03) == pytest.approx(0.8, abs=0.03)
+    assert n > 1.2 * alone
 
 
 @pytest.mark.parametrize("direction", ["rl_to_in", "in_to_rl"])

@@ -137,6 +137,22 @@ def test_a_pair_that_differs_is_refused_with_what_differs(in_, rl, message):
         Pair(opened(in_), opened(rl))
 
 
+def test_own_templates_may_differ_where_one_is_given(in_, rl, folders, tmp_path):
+    given = in_.processor.chat_template
+    rl.processor.chat_template = "You may think. " + given
+    assert Pair(opened(in_), opened(rl), template=given).builder.template == given
+    rl.processor.patch_size = 3
+    with pytest.raises(FrankenlensError, match="processor setting patch_size"):
+        Pair(opened(in_), opened(rl), template=given)
+    adapter(tmp_path, tiny("llava", 1))
+    tokenizer = tiny("llava", 1).processor.tokenizer
+    tokenizer.chat_template = "You may think. " + given
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(FrankenlensError, match="chat template"):
+        Pair.from_pretrained(folders / "in", tmp_path, check=False)
+    assert Pair.from_pretrained(folders / "in", tmp_path, check=False, template=given)
+
+
 def test_another_architecture_is_refused(in_):
     with pytest.raises(
         FrankenlensError, match=r"architecture: LlavaForCond.* and Qwen2_5_VLForConditionalGeneration"

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar as reference
+from statsmodels.stats.multitest import multipletests
 
 from hooks import FrankenlensError
 from interp.statistics import adjust, examples_for_mean, examples_for_shares, mcnemar, sign_flip
@@ -56,6 +57,9 @@ def test_holm_and_benjamini_hochberg_by_their_definitions() -> None:
         found = adjust(p, method)
         assert np.isnan(found[2])
         np.testing.assert_allclose(np.sort(found[~np.isnan(found)]), np.minimum(expected, 1))
+    tied = np.array([0.2, 0.01, 0.3, 0.01, 0.2, 0.9])
+    for method, theirs in (("holm", "holm"), ("bh", "fdr_bh")):
+        np.testing.assert_array_equal(adjust(tied, method), tuple(multipletests(tied, method=theirs))[1])
     with pytest.raises(FrankenlensError, match="holm or bh"):
         adjust(p, "none")
 

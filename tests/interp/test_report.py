@@ -53,7 +53,7 @@ def test_the_headline_stands_beside_pairs_that_learnt_nothing(page):
     result = synthetic_result()
     value = float(result["denominator"].sel(direction="rl_to_in"))
     assert f"{value:.2f} [" in page.text
-    assert "learnt nothing (bf16): 0.000 [" in page.text
+    assert "learnt nothing (bf16): 0.00050 [" in page.text
     assert "learnt nothing (random, own decisions): 0.20 [" in page.text
     assert "48 of 600 qualify" in page.text
     assert "differ somewhere on 311" in page.text

@@ -58,8 +58,17 @@ def test_loading_what_is_no_result(tmp_path):
     with pytest.raises(FrankenlensError, match="not a NetCDF"):
         load_dataset(tmp_path / "map.nc")
     xr.Dataset({"x": 1}).to_netcdf(tmp_path / "other.nc", engine="h5netcdf")
-    with pytest.raises(FrankenlensError, match="no provenance"):
+    with pytest.raises(
+        FrankenlensError, match=r"no provenance.*provenance\(\.\.\.\)\), both of interp.results"
+    ):
         load_dataset(tmp_path / "other.nc")
+
+
+def test_a_dataset_saved_from_python_is_a_result(tmp_path):
+    own, made = xr.Dataset({"x": 1}), provenance({}, {"seed": 3}, {"examples": 5}, {})
+    save_dataset(own, tmp_path / "own.nc", made)
+    assert not own.attrs
+    assert json.loads(load_dataset(tmp_path / "own.nc").attrs["provenance"]) == made
 
 
 def test_the_table_is_tidy(summary, tmp_path):

@@ -171,6 +171,34 @@ def test_text_for_people():
     assert interval_text(np.nan, np.nan, np.nan) == "–"
 
 
+@pytest.mark.parametrize(
+    ("value", "low", "high", "text"),
+    [
+        (0.00012, 0.00003, 0.00021, "0.00012 [0.00003, 0.00021]"),
+        (-0.0003, -0.0042, 0.0035, "−0.0003 [−0.0042, 0.0035]"),
+        (0.00012, -0.5, 0.5, "0.00 [−0.50, 0.50]"),
+        (0.0, 0.0, 0.0, "0.000 [0.000, 0.000]"),
+        (3e-9, -1e-9, 4.26e-8, "3.0e−09 [−1.0e−09, 4.3e−08]"),
+        (12.3456, 11.0, 13.0, "12.35 [11.00, 13.00]"),
+        (12.3456, np.nan, np.nan, "12.35 [no interval]"),
+        (0.0123, np.nan, np.nan, "0.012 [no interval]"),
+        (0.000123, np.nan, np.nan, "0.00012 [no interval]"),
+        (1200.0, np.nan, np.nan, "1200 [no interval]"),
+        (0.0, np.nan, np.nan, "0 [no interval]"),
+    ],
+)
+def test_digits_follow_the_magnitude_with_and_without_an_interval(value, low, high, text):
+    assert interval_text(value, low, high) == text
+
+
+@given(st.floats(1e-6, 1e6), st.floats(0, 1))
+def test_two_digits_of_the_largest_count(largest, share):
+    value, high = (
+        float(part.strip("[],")) for part in interval_text(share * largest, 0, largest).split()[::2]
+    )
+    assert abs(high - largest) <= 0.05 * largest and abs(value - share * largest) <= 0.05 * largest
+
+
 def test_overlap():
     a, b = bootstrap_mean(np.arange(10.0)), bootstrap_mean(np.arange(10.0) + 100)
     assert a.overlaps(a)

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Duo:
             builder.build(Example(f"e{i}", shown[i], QUESTIONS[i], "5"), TRACES[i]) for i in range(3)
         ]
         n = len(self.prompts)
+        self._activations: dict[tuple[str, int, str], torch.Tensor] = {}
         self.metrics = {
             "last": LogitDifference(torch.arange(n) + 30, torch.arange(n) + 40),
             "trace": TraceLogLikelihood(),
@@ -68,21 +70,28 @@ class Duo:
             text = self.recipient.hook_points[intervention.hook].axes[0] == "batch"
             if text and not where.any():
                 continue
+            hook = self._hook(intervention, row, batch, where)
             with torch.no_grad():
-                hook = self._hook(intervention, batch, where)
                 logits = self.recipient.run_with_hooks(batch.inputs, [(intervention.hook, hook)]).logits
             for number, metric in enumerate(self.metrics.values()):
                 found[number, row] = float(metric.select([row])(logits, batch)[0])
         return found
 
-    def _hook(self, i: Intervention, batch: Any, where: torch.Tensor) -> Any:
+    def _activation(self, model: str, row: int, name: str) -> torch.Tensor:
+        """Of a plain run of one prompt, made once."""
+        key = (model, row, name)
+        if key not in self._activations:
+            with torch.no_grad():
+                inputs = collate([self.prompts[row]]).inputs
+                _, cache = getattr(self, model).run_with_cache(inputs, name)
+            self._activations[key] = cache[name]
+        return self._activations[key].clone()
+
+    def _hook(self, i: Intervention, row: int, batch: Any, where: torch.Tensor) -> Any:
         tokens = where[0].nonzero()[:, 0]
-        with torch.no_grad():
-            _, donated = self.donor.run_with_cache(batch.inputs, i.hook)
-            tower = "vision." if i.hook.startswith("vision.") else ""
-            pre_name = f"{tower}blocks.{self._layer(i)}.hook_resid_pre"
-            _, pre = self.recipient.run_with_cache(batch.inputs, pre_name)
-        (before,) = pre.values()
+        donated = self._activation("donor", row, i.hook)
+        tower = "vision." if i.hook.startswith("vision.") else ""
+        before = self._activation("recipient", row, f"{tower}blocks.{self._layer(i)}.hook_resid_pre")
 
         def new(own: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
             if i.kind == "replace":
@@ -93,7 +102,7 @@ class Duo:
             return before if i.kind == "skip" and i.hook.endswith("post") else torch.zeros_like(own)
 
         def write(activation: torch.Tensor, hook: Any) -> torch.Tensor:
-            out, other = activation.clone(), donated[i.hook]
+            out, other = activation.clone(), donated
             if hook.point.axes[0] != "batch":
                 return self._on_patches(i, batch, activation, new(out, other))
             if i.kind == "knockout":
@@ -141,6 +150,7 @@ class Duo:
         layer = self.recipient.hook_points[i.hook].layer
         return 0 if layer is None else min(layer, self.recipient.n_layers - 1)
 
+    @cached_property
     def tolerance(self) -> float:
         """1e-5 x the largest logit, for metrics that add up logits of several tokens too."""
         with torch.no_grad():
@@ -227,9 +237,9 @@ def test_every_kind_at_every_point_is_one_full_forward_each(family: str) -> None
         expected = pair.expected(intervention)
         got = found.value.values[:, number]
         np.testing.assert_array_equal(np.isnan(got[0]), np.isnan(expected[0]), err_msg=intervention.name)
-        np.testing.assert_allclose(got, expected, rtol=0, atol=pair.tolerance(), err_msg=intervention.name)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=pair.tolerance, err_msg=intervention.name)
         moved.append(float(np.nanmax(np.abs(expected - found.clean.values))))
-    assert np.median(moved) > 100 * pair.tolerance()
+    assert np.median(moved) > 100 * pair.tolerance
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -255,7 +265,7 @@ def test_drawn_sites(family: str, data: st.DataObject) -> None:
     for number, intervention in enumerate(wanted):
         expected = pair.expected(intervention)
         np.testing.assert_allclose(
-            found.value.values[:, number], expected, rtol=0, atol=pair.tolerance(), err_msg=intervention.name
+            found.value.values[:, number], expected, rtol=0, atol=pair.tolerance, err_msg=intervention.name
         )
 
 
@@ -270,13 +280,13 @@ def test_sliding_windows() -> None:
         np.testing.assert_allclose(
             found["value"].isel(intervention=number),
             pair.expected(intervention),
-            atol=pair.tolerance(),
+            atol=pair.tolerance,
             rtol=0,
         )
     inputs = collate(pair.prompts[:1]).inputs
     with torch.no_grad():
         moved = (pair.recipient(inputs).logits - whole.recipient(inputs).logits)[0, -1].abs().max()
-    assert moved > 100 * pair.tolerance()
+    assert moved > 100 * pair.tolerance
 
 
 @pytest.mark.parametrize("family", ("qwen2_5_vl", "qwen3_vl", "llava"))
@@ -307,10 +317,10 @@ def test_left_padding_gives_what_right_padding_gives(family: str) -> None:
         )
         assert sweeper.shortcuts == "tokens and layers"
         found[side] = torch.stack([value for _, value in sorted(sweeper.run(range(len(wanted))))])
-    assert (found["left"] - found["right"]).abs().max() <= pair.tolerance()
+    assert (found["left"] - found["right"]).abs().max() <= pair.tolerance
     for number, intervention in enumerate(wanted):
         expected = pair.expected(intervention)[1]
-        np.testing.assert_allclose(found["left"][number, 0], expected, rtol=0, atol=pair.tolerance())
+        np.testing.assert_allclose(found["left"][number, 0], expected, rtol=0, atol=pair.tolerance)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -336,7 +346,7 @@ def test_mean_and_resample(family: str) -> None:
                 batch.inputs, [(hook, lambda a, hook, v=value: torch.where(where[..., None], v, a))]
             ).logits
             np.testing.assert_allclose(
-                found.value.values[0, number], metric(logits, batch), rtol=0, atol=pair.tolerance()
+                found.value.values[0, number], metric(logits, batch), rtol=0, atol=pair.tolerance
             )
         _, cache = pair.recipient.run_with_cache(batch.inputs, early)
         seen = cache[early]
@@ -346,11 +356,10 @@ def test_mean_and_resample(family: str) -> None:
         ):
             logits = pair.recipient.run_with_hooks(batch.inputs, [(early, lambda a, hook, v=value: v)]).logits
             np.testing.assert_allclose(
-                found.value.values[0, 2 + number], metric(logits, batch), rtol=0, atol=pair.tolerance()
+                found.value.values[0, 2 + number], metric(logits, batch), rtol=0, atol=pair.tolerance
             )
             assert (
-                np.abs(found.value.values[0, 2 + number] - found.clean.values[0]).max()
-                > 100 * pair.tolerance()
+                np.abs(found.value.values[0, 2 + number] - found.clean.values[0]).max() > 100 * pair.tolerance
             )
 
 
@@ -389,7 +398,7 @@ def test_bf16_is_as_far_off_as_bf16_itself() -> None:
     for row, prompt in enumerate(pair.prompts):
         batch = collate([prompt])
         for number, i in enumerate(wanted):
-            hook = (i.hook, pair._hook(i, batch, where_mask(i.where, batch)))
+            hook = (i.hook, pair._hook(i, row, batch, where_mask(i.where, batch)))
             with torch.no_grad():
                 logits = half.run_with_hooks(batch.inputs, [hook]).logits
             plain[number, row] = float(metric["last"].select([row])(logits, batch)[0])
@@ -409,7 +418,7 @@ def test_an_unknown_attention_goes_the_longer_way_and_says_so() -> None:
     for size in (3, 1):  # every batch is checked
         with pytest.warns(UserWarning, match="cannot be taken up at a stored token"):
             found = sweep(pair.recipient, pair.prompts, wanted, pair.metrics, batch_size=size, progress=False)
-        np.testing.assert_allclose(found.value, eager.value, rtol=0, atol=pair.tolerance())
+        np.testing.assert_allclose(found.value, eager.value, rtol=0, atol=pair.tolerance)
 
 
 def test_tokens_that_look_at_later_ones_are_not_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,7 +432,7 @@ def test_tokens_that_look_at_later_ones_are_not_taken_up(monkeypatch: pytest.Mon
     wanted = Intervention("blocks.1.hook_mlp_out", "zero", 3)
     with pytest.warns(UserWarning, match="look at later ones"):
         found = sweep(pair.recipient, pair.prompts, [wanted], pair.metrics, progress=False)
-    np.testing.assert_allclose(found.value[:, 0], pair.expected(wanted), rtol=0, atol=pair.tolerance())
+    np.testing.assert_allclose(found.value[:, 0], pair.expected(wanted), rtol=0, atol=pair.tolerance)
 
 
 def first_five(batch: PromptBatch) -> torch.Tensor:
@@ -443,7 +452,7 @@ def test_means_are_told_apart_and_are_of_all_prompts(tmp_path: Path) -> None:
     found = sweep(pair.recipient, pair.prompts, both, metric, progress=False).value.values[0]
     for number, one in enumerate(both):
         alone = sweep(pair.recipient, pair.prompts, [one], metric, progress=False).value.values[0, 0]
-        np.testing.assert_allclose(found[number], alone, rtol=0, atol=pair.tolerance())
+        np.testing.assert_allclose(found[number], alone, rtol=0, atol=pair.tolerance)
     sweep(pair.recipient, pair.prompts[:2], both[:1], metric, batch_size=1, out=tmp_path, progress=False)
     with pytest.raises(FrankenlensError, match="is of other prompts"):
         sweep(pair.recipient, pair.prompts, both[:1], metric, batch_size=1, out=tmp_path, progress=False)
@@ -459,7 +468,7 @@ def test_means_are_told_apart_and_are_of_all_prompts(tmp_path: Path) -> None:
 
     with torch.no_grad():
         logits = pair.recipient.run_with_hooks(batch.inputs, [(keys.hook, write)]).logits
-    np.testing.assert_allclose(got, metric(logits, batch), rtol=0, atol=pair.tolerance())
+    np.testing.assert_allclose(got, metric(logits, batch), rtol=0, atol=pair.tolerance)
 
 
 def test_edited_scores_stay_masked() -> None:
@@ -471,7 +480,7 @@ def test_edited_scores_stay_masked() -> None:
     together = sweep(pair.recipient, pair.prompts, wanted, metric, progress=False).value.values[0]
     for row, prompt in enumerate(pair.prompts):
         alone = sweep(pair.recipient, [prompt], wanted, metric, progress=False).value.values[0]
-        np.testing.assert_allclose(together[:, row], alone[:, 0], rtol=0, atol=pair.tolerance())
+        np.testing.assert_allclose(together[:, row], alone[:, 0], rtol=0, atol=pair.tolerance)
     batch = collate(pair.prompts[:1])
 
     def write(scores: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -479,7 +488,7 @@ def test_edited_scores_stay_masked() -> None:
 
     with torch.no_grad():
         logits = pair.recipient.run_with_hooks(batch.inputs, [(wanted[0].hook, write)]).logits
-    np.testing.assert_allclose(together[0, 0], metric(logits, batch)[0], rtol=0, atol=pair.tolerance())
+    np.testing.assert_allclose(together[0, 0], metric(logits, batch)[0], rtol=0, atol=pair.tolerance)
 
 
 def test_a_batch_without_images_beside_one_with_them() -> None:
@@ -500,7 +509,7 @@ def test_a_batch_without_images_beside_one_with_them() -> None:
         progress=False,
     )
     assert np.isnan(found.value.values[0, :, 0]).all()
-    assert (np.abs(found.value.values[0, :, 1] - found.clean.values[0, 1]) > 100 * pair.tolerance()).all()
+    assert (np.abs(found.value.values[0, :, 1] - found.clean.values[0, 1]) > 100 * pair.tolerance).all()
 
 
 def test_a_budget_makes_lanes_fewer_and_numbers_no_other() -> None:
@@ -508,7 +517,7 @@ def test_a_budget_makes_lanes_fewer_and_numbers_no_other() -> None:
     wanted = [Intervention(f"blocks.{i}.attn.hook_z", "zero", "all", h) for i in range(3) for h in range(4)]
     free = sweep(pair.recipient, pair.prompts, wanted, pair.metrics, progress=False)
     tight = sweep(pair.recipient, pair.prompts, wanted, pair.metrics, max_memory="2MB", progress=False)
-    np.testing.assert_allclose(tight.value, free.value, rtol=0, atol=pair.tolerance())
+    np.testing.assert_allclose(tight.value, free.value, rtol=0, atol=pair.tolerance)
     with pytest.raises(FrankenlensError, match=r"max_memory of 0 MiB is too small .* takes about \d+ MiB"):
         sweep(pair.recipient, pair.prompts, wanted, pair.metrics, max_memory=1000, progress=False)
     assert parse_bytes("2GiB") == 2 * 2**30
@@ -611,7 +620,7 @@ def test_maps_are_sweeps_with_named_axes() -> None:
     for layer, position in ((2, 5), (0, 48)):
         wanted = Intervention(f"blocks.{layer}.hook_resid_pre", "replace", position)
         got = found.value.sel(layer=layer, position=position)
-        np.testing.assert_allclose(got, pair.expected(wanted)[0], rtol=0, atol=pair.tolerance())
+        np.testing.assert_allclose(got, pair.expected(wanted)[0], rtol=0, atol=pair.tolerance)
     assert np.isnan(found.value.sel(position=48)).any()  # the shortest prompt ends before
     heads = head_map(
         pair.recipient, pair.prompts, metric, roles=("image", "decision"), kind="zero", progress=False
@@ -619,6 +628,6 @@ def test_maps_are_sweeps_with_named_axes() -> None:
     assert heads.value.shape == (3, 4, 2, 3)
     wanted = Intervention("blocks.1.attn.hook_result", "zero", "image", 3)
     got = heads.value.sel(layer=1, head=3, role="image")
-    np.testing.assert_allclose(got, pair.expected(wanted)[0], rtol=0, atol=pair.tolerance())
+    np.testing.assert_allclose(got, pair.expected(wanted)[0], rtol=0, atol=pair.tolerance)
     with pytest.raises(FrankenlensError, match="at least one role"):
         head_map(pair.recipient, pair.prompts, metric, roles=(), kind="zero")

@@ -14,7 +14,7 @@ from statsmodels.stats.proportion import proportion_confint
 from transformers import AutoModelForImageTextToText
 
 from experiments import embedded
-from hooks import FrankenlensError, HookedVLM
+from hooks import FrankenlensError, HookedVLM, weight_slices
 from interp.examples import Example
 from interp.grafts import Graft, everything, grafted, save_grafted
 from interp.pair import Pair, weights_sha256
@@ -135,13 +135,17 @@ def test_controls_are_as_large_and_elsewhere() -> None:
     in_, rl = (HookedVLM.from_pretrained(embedded.path(stage), check=False) for stage in ("in", "rl"))
     partition = thirds(9)
     mixed = orders(partition, in_)
-    found = controls([*mixed, *factors(in_)], partition, seed=3)
-    assert len(found) == 2 * len(mixed)
-    assert found == controls([*mixed, *factors(in_)], partition, seed=3)
+    single = [*addressed(["blocks.3.attn.head.1", "projector"]), *doses(in_, (0.5,), (2,))]
+    with pytest.warns(
+        UserWarning, match=r"no control 'layers' stands beside blocks.3.attn.head.1, projector, 0.5 x"
+    ):
+        found = controls([*mixed, *single], partition, seed=3)
+    assert len(found) == 2 * len(mixed) + len(single)
+    assert found == controls(mixed, partition, seed=3) + controls(single, partition, ["random"], seed=3)
     own = {name: weight.detach().clone() for name, weight in in_.model.named_parameters()}
     theirs = {name: weight.detach() for name, weight in rl.model.named_parameters()}
     for control in found:
-        variant = next(v for v in mixed if v.name == control.control_of)
+        variant = next(v for v in [*mixed, *single] if v.name == control.control_of)
         with torch.no_grad(), grafted(in_, rl, variant.grafts):
             changed = {
                 n: (w - own[n]).norm() for n, w in in_.model.named_parameters() if not torch.equal(w, own[n])
@@ -167,6 +171,26 @@ def test_controls_are_as_large_and_elsewhere() -> None:
     for wanted, why in ((["magic"], "no control"), (["layers"], "layers are left")):
         with pytest.raises(FrankenlensError, match=why):
             controls(mixed, partition, wanted, draws=40)
+
+
+def test_the_control_of_an_address_stands_beside_it_in_the_table(pair: Pair) -> None:
+    own = addressed(["projector"])
+    variants = [*own, *controls(own, thirds(9), ["random"])]
+    name = weight_slices(pair.in_.model, pair.in_.anatomy, "projector")[0].parameter
+    theirs = pair.rl.model.get_parameter(name).detach().clone()
+
+    def is_rls(vlm: HookedVLM) -> Outcomes:
+        right = float(torch.equal(vlm.model.get_parameter(name), theirs))
+        ids = tuple(map(str, range(10)))
+        return Outcomes(ids, ("",) * 10, (right,) * 10, ("",) * 10)
+
+    before = weights_sha256(pair.in_.model)
+    found = transfer(pair.in_, pair.rl, variants, {"is RL's": is_rls}, progress=False)
+    assert weights_sha256(pair.in_.model) == before
+    table = transfer_table(found, resamples=100).set_index("variant")
+    row = table.loc["projector random update"]
+    assert (row["kind"], row["control_of"]) == ("control", "projector")
+    assert (row["accuracy"], row["excess"]) == (0, 1) and np.isnan(row["p_adjusted"])
 
 
 def test_random_layers_are_no_mixture_and_no_set_twice() -> None:

@@ -22,7 +22,6 @@ from interp.planting import (
     trial,
 )
 from interp.planting.table import auroc
-from interp.statistics import bootstrap_mean
 from interp.tasks import REASONING, sample
 
 CHANGED = ("blocks.3.mlp", "blocks.0.attn.head.0")
@@ -149,7 +148,7 @@ def test_a_method_says_nothing_of_what_it_cannot_reach(subject) -> None:
 
 def test_nothing_is_claimed_on_an_identical_pair_nor_moved_on_noise(opened, examples) -> None:
     among = candidates(opened.in_)
-    methods = chosen([name for name in METHODS if not name.startswith("patch z")])
+    methods = chosen(["patch, both ways", "attribution RL → IN", "graft RL → IN", "skip", "knockout"])
     for noise in ("none", "bf16", "gaussian"):
         found = trial(opened.in_, opened.rl, Plant(noise=noise), examples, methods, among)
         assert not found["changed"].any()
@@ -162,20 +161,20 @@ def test_nothing_is_claimed_on_an_identical_pair_nor_moved_on_noise(opened, exam
 
 def test_exact_patching_finds_three_of_rls_components_among_noise(opened) -> None:
     """The bar: 50 pairs, every other weight with noise of rounding size; invisible plants are counted like others."""
-    garden = Garden(opened, PlantedConfig(n=8))
+    garden = Garden(opened, PlantedConfig())
     found = []
     for i in range(50):
         plant, among = garden.plant(FIRST, i)
         assert len(plant.components) == 3
         assert plant.noise == "gaussian"
         pair = Pair(opened.in_, planted(opened.in_, opened.rl, plant))
-        drawn = [e for task in REASONING for e in sample(task, 2, seed=plant.seed, split="map")]
+        drawn = [e for task in REASONING for e in sample(task, 1, seed=plant.seed, split="map")]
         decisions = find_decisions(pair, drawn, "soft", max_new_tokens=24, progress=False)
         effects = METHODS["patch RL → IN"].run(Subject(pair, decisions, among))
         changed = np.array([plant.holds(component.name) for component in among])
         found.append(auroc(np.abs(effects.mean(axis=1)), changed))
         pair.rl.close()
-    assert float(bootstrap_mean(np.array(found)).value) >= 0.9, np.mean(found)
+    assert np.mean(found) >= 0.9, found
 
 
 def test_an_unknown_method_is_named(opened) -> None:
