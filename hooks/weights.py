@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Shaped
@@ -30,7 +31,8 @@ def weight_slices(model: nn.Module, anatomy: Anatomy, address: Address | str) ->
     """The weights that an address (a range too) names.
 
     A head owns its rows of W_Q (and b_Q) and its columns of W_O; the output bias belongs to no head. Keys and values
-    that grouped query heads share are `kv_head`.
+    that grouped query heads share are `kv_head`. A neuron owns its row of every matrix into the MLP (two rows where
+    gate and up are one matrix) and its column of the matrix out of it.
     `embed` is the unembedding too where the two are tied; `vision` leaves out the projector inside the tower.
 
     Raises:
@@ -107,10 +109,16 @@ def _slices_of_unit(model: nn.Module, block: Block, unit: str, i: int) -> Iterat
     d = block.d_head
     fused = len(block.qkv) == 1
     if unit == "neuron":
+        width = _d_mlp(model, block)
         for child, module in model.get_submodule(block.mlp).named_children():
             name = f"{block.mlp}.{child}"
-            if hasattr(module, "in_features"):
-                yield (name, 1, i, 1) if name == block.mlp_out else (name, 0, i, 1)
+            if not hasattr(module, "in_features"):
+                continue
+            rows: Any = module.out_features
+            if name == block.mlp_out:
+                yield name, 1, i, 1
+            else:  # gate and up may be one matrix, one above the other
+                yield from ((name, 0, first + i, 1) for first in range(0, rows, width))
     elif unit == "head":
         yield block.qkv[0], 0, i * d, d
         yield block.out, 1, i * d, d

@@ -152,7 +152,7 @@ def grafted(recipient: HookedVLM, donor: HookedVLM, grafts: Graft | Sequence[Gra
                     continue
                 part = piece.of(target)
                 stack.callback(_put_back, part, part.detach().clone())
-                part.copy_(new_weights(part, piece.of(source), one, piece.parameter))
+                part.copy_(new_weights(part, piece.of(source), one, _label(piece)))
         with torch.enable_grad():
             yield recipient
 
@@ -168,7 +168,7 @@ def new_weights(
     if graft.rank is not None and delta.ndim == 2:
         delta = _low_rank(delta, graft.rank)
     if graft.form == "random":
-        delta = _random(delta, own.dtype, graft.seed + zlib.crc32(name.encode()))
+        delta = random_update(delta, own.dtype, graft.seed + zlib.crc32(name.encode()))
     return (own.to(wide) + graft.coefficient * delta).to(own.dtype)
 
 
@@ -187,6 +187,10 @@ def save_grafted(
         recipient.model.save_pretrained(folder)
         if recipient.processor is not None:
             recipient.processor.save_pretrained(folder)
+
+
+def _label(piece: WeightSlice) -> str:
+    return piece.parameter if piece.dim is None else f"{piece.parameter} {piece.start}"
 
 
 def _put_back(part: Tensor, kept: Tensor) -> None:
@@ -217,7 +221,7 @@ def _low_rank(delta: Float[Tensor, "row column"], rank: int) -> Float[Tensor, "r
     return (u[:, :rank] * s[:rank]) @ v[:, :rank].T
 
 
-def _random(delta: Float[Tensor, "*shape"], dtype: torch.dtype, seed: int) -> Float[Tensor, "*shape"]:
+def random_update(delta: Float[Tensor, "*shape"], dtype: torch.dtype, seed: int) -> Float[Tensor, "*shape"]:
     """A random update of the same norm.
 
     In half precision the update's own entries, shuffled: a Gaussian of that norm would mostly round away.

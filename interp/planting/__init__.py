@@ -9,10 +9,11 @@ from interp.planting.plants import (
     Plant,
     candidates,
     draw,
+    on_grid,
     planted,
     truth,
 )
-from interp.planting.trial import effect_of_plant, trial
+from interp.planting.trial import claims_possible, effect_of_plant, trial
 
 __all__ = [
     "CHANGES",
@@ -26,8 +27,10 @@ __all__ = [
     "Subject",
     "candidates",
     "chosen",
+    "claims_possible",
     "draw",
     "effect_of_plant",
+    "on_grid",
     "planted",
     "relative_norm",
     "trial",

@@ -139,14 +139,14 @@ def compared(subject: Subject) -> Effects:
 
 @torch.no_grad()
 def relative_norm(in_: HookedVLM, rl: HookedVLM, address: str) -> float:
-    """|W_RL - W_IN| / |W_IN| over all weights that an address owns."""
+    """|W_RL - W_IN| / |W_IN| over all weights that an address owns; NaN where these are all 0 in IN."""
     own, theirs = (dict(v.model.named_parameters(remove_duplicate=False)) for v in (in_, rl))
     moved = size = 0.0
     for piece in weight_slices(in_.model, in_.anatomy, address):
         before = piece.of(own[piece.parameter]).double()
         moved += float((piece.of(theirs[piece.parameter]).to(before) - before).square().sum())
         size += float(before.square().sum())
-    return (moved / size) ** 0.5
+    return (moved / size) ** 0.5 if size else float("nan")
 
 
 METHODS: dict[str, Method] = {
@@ -203,8 +203,8 @@ def _patched(subject: Subject, direction: str, inner: bool) -> Effects:
         ready = PatchBatch(batch, select.reads(batch), partners(batch))
         cells = [
             cell
-            for cell in cells_of(ends[donor], ends[recipient], ready, parts, _ROLES)
-            if cell.kind == "donor" and _ROLES[cell.role] == _role(parts[cell.component])
+            for cell in cells_of(ends[donor], ends[recipient], ready, parts, _ROLES, ["donor"])
+            if _ROLES[cell.role] == _role(parts[cell.component])
         ]
         with tqdm(disable=True) as bar:
             values = run_cells(models[recipient], ready, select, cells, bar)

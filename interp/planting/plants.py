@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from hooks import Address, FrankenlensError, HookedVLM, weight_slices
 from hooks.weights import WeightSlice
+from interp.grafts import Graft, random_update, require_graftable
 from interp.patching import Component, components
 
 CHANGES = ("donor", "random", "rotated")
 NOISES = ("none", "gaussian", "bf16")
 DECODER = ("mlp_out", "head")
 EVERYWHERE = (*DECODER, "vision", "projector")
+_DIGITS = 8  # significant bits of bfloat16
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Plant:
 
     Attributes:
         components: addresses whose weights change; none makes a null pair.
-        change: "donor": the donor's weights; "random": a Gaussian update with the norm of the donor's, slice by slice;
-            "rotated": Gaussian noise of the size of the weights is added and the sum brought back to their norm.
+        change: "donor": the donor's weights; "random": a Gaussian update with the norm of the donor's, slice by slice
+            (in half precision the donor's own update, shuffled: a Gaussian would mostly round away); "rotated":
+            Gaussian noise of the size of the weights is added and the sum brought back to their norm.
         noise: what befalls every other weight: "none"; "gaussian": an update with the norm of what rounding to bfloat16
             changes, tensor by tensor; "bf16": that rounding.
         decoys: MLPs (`blocks.3.mlp`) whose neurons are permuted: their weights move, what they compute does not.
@@ -70,11 +73,24 @@ def planted(in_: HookedVLM, donor: HookedVLM, plant: Plant) -> HookedVLM:
         plant: what changes.
 
     Raises:
-        FrankenlensError: an address names nothing in the model.
+        FrankenlensError: an address names nothing in the model, or twice the same weights; the donor does not differ
+            there; weights are not in memory (offloaded); rounding would change nothing.
     """
-    changed = [piece for one in plant.components for piece in weight_slices(in_.model, in_.anatomy, one)]
+    own, theirs = (dict(vlm.model.named_parameters()) for vlm in (in_, donor))
+    offloaded = [name for some in (own, theirs) for name, p in some.items() if p.is_meta]
+    if offloaded:
+        raise FrankenlensError(f"{offloaded[0]} is offloaded; load both models into memory (device_map=None)")
+    changed = []
+    if plant.components:
+        ((_, changed),) = require_graftable(in_, donor, [Graft(plant.components)])
+    if plant.change != "rotated":
+        _require_a_difference(changed, own, theirs, plant)
+    if plant.noise == "bf16" and all(on_grid(p) for p in own.values()):
+        raise FrankenlensError(
+            "every weight of IN is a bfloat16 number already, so that rounding changes nothing"
+        )
     model = copy.deepcopy(in_.model)
-    own, theirs, new = (dict(m.named_parameters()) for m in (in_.model, donor.model, model))
+    new = dict(model.named_parameters())
     for name, parameter in new.items():
         parameter.copy_(_noisy(own[name], plant, name))
     for piece in changed:
@@ -84,6 +100,11 @@ def planted(in_: HookedVLM, donor: HookedVLM, plant: Plant) -> HookedVLM:
     for one in plant.decoys:
         _permute_neurons(model, in_, one, plant.seed)
     return HookedVLM(model, in_.processor, check=False)
+
+
+def on_grid(weight: Float[Tensor, "..."]) -> bool:
+    """Whether every entry is a bfloat16 number."""
+    return bool((weight.to(torch.bfloat16).to(weight.dtype) == weight).all())
 
 
 def draw(candidates: Sequence[Component], n: int, seed: int) -> tuple[str, ...]:
@@ -120,13 +141,33 @@ def _span(ends: tuple[int, int]) -> range:
     return range(ends[0], ends[1] + 1)
 
 
+def _require_a_difference(
+    changed: Sequence[WeightSlice], own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], plant: Plant
+) -> None:
+    pairs = ((p.of(own[p.parameter]), p.of(theirs[p.parameter])) for p in changed)
+    if changed and all(torch.equal(before, after.to(before)) for before, after in pairs):
+        raise FrankenlensError(
+            f"the donor has IN's own weights in {', '.join(plant.components)}, so nothing would change there; name "
+            'components that were trained, or give change="rotated"'
+        )
+
+
 def _noisy(weight: Float[Tensor, "*shape"], plant: Plant, name: str) -> Float[Tensor, "*shape"]:
-    rounded = weight.to(torch.bfloat16).to(weight.dtype)
     if plant.noise == "none":
         return weight
     if plant.noise == "bf16":
-        return rounded
-    return weight + _gaussian(weight, (rounded - weight).norm(), plant.seed, "noise " + name)
+        return weight.to(torch.bfloat16).to(weight.dtype)
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    noise = _gaussian(wide, _rounding_norm(wide), plant.seed, "noise " + name)
+    return (wide + noise).to(weight.dtype)
+
+
+def _rounding_norm(weight: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+    """Of what rounding to bfloat16 changes; of weights on its grid, what it would on average: sqrt(sum gap^2 / 12)."""
+    if not on_grid(weight):
+        return (weight.to(torch.bfloat16).to(weight.dtype) - weight).norm()
+    gaps = torch.ldexp((weight != 0).to(weight), torch.frexp(weight).exponent - _DIGITS)
+    return (gaps.square().sum() / 12).sqrt()
 
 
 def _changed(
@@ -134,30 +175,36 @@ def _changed(
 ) -> Float[Tensor, "*shape"]:
     if plant.change == "donor":
         return theirs.to(own)
+    wide = own.to(torch.promote_types(own.dtype, torch.float32))
     if plant.change == "random":
-        return own + _gaussian(own, (theirs.to(own) - own).norm(), plant.seed, name)
-    size = own.std(correction=0) * own.numel() ** 0.5
-    moved = own + _gaussian(own, size, plant.seed, name)
-    return moved * (own.norm() / moved.norm())
+        delta = theirs.to(wide) - wide
+        return (wide + random_update(delta, own.dtype, _seed(plant.seed, name))).to(own.dtype)
+    if not wide.any():
+        return own  # biases that were never trained have no direction to turn from
+    size = wide.std(correction=0) * wide.numel() ** 0.5
+    moved = wide + _gaussian(wide, size, plant.seed, name)
+    return (moved * (wide.norm() / moved.norm())).to(own.dtype)
 
 
 def _gaussian(
     like: Float[Tensor, "*shape"], norm: Float[Tensor, ""], seed: int, name: str
 ) -> Float[Tensor, "*shape"]:
     """Of that norm; the same for the same seed and name, whatever else is planted."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
-    noise = torch.randn(like.shape, generator=generator).to(like)
+    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(_seed(seed, name))).to(like)
     return noise * (norm / noise.norm())
 
 
+def _seed(seed: int, name: str) -> int:
+    return seed * 1_000_003 + zlib.crc32(name.encode())
+
+
 def _permute_neurons(model: nn.Module, in_: HookedVLM, address: str, seed: int) -> None:
+    """One order for the rows of every matrix into the MLP and the columns of the one out of it."""
     parameters = dict(model.named_parameters())
-    first: list[WeightSlice] = weight_slices(in_.model, in_.anatomy, f"{address}.neuron.0")
-    order: Tensor | None = None
+    first = weight_slices(in_.model, in_.anatomy, f"{address}.neuron.0")
+    n = next(parameters[piece.parameter].shape[1] for piece in first if piece.dim == 1)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(_seed(seed, address)))
     for piece in first:
-        parameter, dim = parameters[piece.parameter], piece.dim
-        assert dim is not None
-        if order is None:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(address.encode()))
-            order = torch.randperm(parameter.shape[dim], generator=generator)
-        parameter.copy_(parameter.index_select(dim, order.to(parameter.device)))
+        assert piece.dim is not None
+        window = parameters[piece.parameter].narrow(piece.dim, piece.start, n)
+        window.copy_(window.index_select(piece.dim, order.to(window.device)))

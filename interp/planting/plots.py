@@ -32,15 +32,17 @@ def plot_found(found: pd.DataFrame, null: pd.DataFrame, alone: pd.DataFrame) -> 
     """
     methods = list(dict.fromkeys([*found["method"], *null["method"]]))
     kinds, nulls = list(dict.fromkeys(found["kind"])), list(dict.fromkeys(null["kind"]))
-    wide = 2.2 + 0.62 * (len(kinds) + len(nulls))
+    wide = 2.2 + 0.62 * (len(kinds) + 2 * len(nulls))
     figure = Figure(figsize=(wide + 4.4, max(3.6, 0.3 * len(methods) + 1.7)), layout="constrained")
-    ratios = [max(1, len(kinds)), max(1, len(nulls)), 6]
-    axes = figure.subplots(1, 3, width_ratios=ratios)
+    ratios = [max(1, len(kinds)), *[max(1, len(nulls))] * 2, 6]
+    axes = figure.subplots(1, 4, width_ratios=ratios)
     reached = found.assign(auroc=found["auroc"].where(found["in_reach"] > 0))
     _grid(axes[0], reached, methods, kinds, "auroc", "AUROC by what was planted", "RdBu")
-    _grid(axes[1], null, methods, nulls, "claimed", "null pairs\nwith a claim", "Reds")
-    axes[1].set_yticklabels([])
-    _curves(axes[2], alone)
+    _grid(axes[1], null, methods, nulls, "tested", "null pairs with\na claim, by tests alone", "Reds")
+    _grid(axes[2], null, methods, nulls, "claimed", "… and with the\nrefusal of recoveries", "Reds")
+    for one in axes[1:3]:
+        one.set_yticklabels([])
+    _curves(axes[3], alone)
     return figure
 
 

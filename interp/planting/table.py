@@ -26,7 +26,8 @@ FOUND = (
         "auroc_low",
         "auroc_high",
     ),
-    *("precision", "precision_low", "precision_high", "auroc_visible", "rank", "found", "refused"),
+    *("precision", "precision_low", "precision_high", "auroc_visible", "rank", "found_tested", "found"),
+    "refused",
 )
 NULL = ("kind", "method", "n_pairs", "tested", "claimed", "claimed_low", "claimed_high")
 Scores = Float[np.ndarray, " component"]
@@ -93,8 +94,8 @@ def by_pair(scores: pd.DataFrame, plants: pd.DataFrame) -> pd.DataFrame:
         pair, kind, method, auroc, auroc_visible (invisible plants left out of both sides), precision, rank (median of
         the changed ones), n_changed, n_in_reach (of these, about which the method says something), n_visible, tested
         (whether the method has p values), claims (components with a corrected p below 0.05), claims_kept (0 where
-        recoveries are refused; equal to claims for methods that move nothing), found (visible changed components among
-        claims_kept), refused.
+        recoveries are refused; equal to claims for methods that move nothing), found_tested and found (visible changed
+        components among claims and claims_kept), refused.
     """
     unseen = set(map(tuple, plants.loc[invisible(plants), ["pair", "component"]].to_numpy()))
     rows = []
@@ -121,6 +122,7 @@ def by_pair(scores: pd.DataFrame, plants: pd.DataFrame) -> pd.DataFrame:
                 "tested": bool(group["p"].notna().any()),
                 "claims": int(claimed.sum()),
                 "claims_kept": int(kept.sum()),
+                "found_tested": int((claimed & changed & ~hidden).sum()),
                 "found": int((kept & changed & ~hidden).sum()),
                 "refused": refused,
             }
@@ -132,8 +134,9 @@ def found_table(pairs: pd.DataFrame) -> pd.DataFrame:
     """One row per kind and method over the pairs with a plant; intervals (95 %) are bootstraps over pairs.
 
     Columns: n_pairs, n_changed, n_invisible, in_reach (share of the changed components about which the method says
-    something), auroc and precision with _low and _high, auroc_visible, rank (median over pairs), found (share of
-    visible changed components that are claimed), refused (share of pairs).
+    something), auroc and precision with _low and _high, auroc_visible (over the pairs that have both kinds), rank
+    (median over pairs), found_tested (share of visible changed components with a corrected p below 0.05) and found
+    (of these, those whose recoveries are not refused), NaN where nothing is tested, refused (share of pairs).
     """
     some = pairs.loc[pairs["n_changed"] > 0]
     rows = []
@@ -149,7 +152,8 @@ def found_table(pairs: pd.DataFrame) -> pd.DataFrame:
         row["auroc_visible"] = group["auroc_visible"].mean()
         row["rank"] = group["rank"].median()
         visible = int(group["n_visible"].sum())
-        row["found"] = group["found"].sum() / visible if visible and group["tested"].any() else np.nan
+        for name in ("found_tested", "found"):
+            row[name] = group[name].sum() / visible if visible and group["tested"].any() else np.nan
         row["refused"] = group["refused"].mean()
         rows.append(row)
     return pd.DataFrame(rows, columns=list(FOUND))
@@ -183,8 +187,15 @@ def by_effect(scores: pd.DataFrame, plants: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Columns pair, kind, method, component, times_noise, auroc, in_reach (whether the method says something of it).
+
+    Raises:
+        FrankenlensError: the noise pairs do not move the output at all.
     """
     limit = plants.loc[plants["component"] == "", "effect"].quantile(NOISE_QUANTILE)
+    if not limit > 0:
+        raise FrankenlensError(
+            f"the noise pairs' 95th percentile is {limit}; nothing can be measured against it"
+        )
     effects = plants.set_index(["pair", "component"])["effect"] / limit
     rows = []
     for key, group in scores.groupby(["pair", "kind", "method"], sort=False):

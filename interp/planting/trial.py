@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from hooks import HookedVLM
+from hooks import FrankenlensError, HookedVLM
 from interp.decision import DecisionSet, find_decisions, null_pair_denominator, recovery_refused
 from interp.examples import Example
 from interp.pair import Pair
@@ -16,7 +18,7 @@ from interp.patching import Component
 from interp.planting.methods import Method, Subject
 from interp.planting.plants import Plant, planted, truth
 from interp.roles import TraceFormat
-from interp.statistics import adjust, sign_flips
+from interp.statistics import MIN_EXAMPLES, adjust, sign_flips
 
 ALPHA = 0.05
 
@@ -43,30 +45,35 @@ def trial(
         max_new_tokens, batch_size, trace_format: as everywhere.
 
     Returns:
-        One row per method and component: score, |mean effect| over examples (a relative norm for `compare`; NaN where
-        the method cannot say); effect; p, of a sign flip test over examples, and p_corrected (Holm, over the
-        components of this pair and method); changed (the truth); n; refused: why no recovery of this pair is given, by
-        the rule of `interp.decision.recovery_refused`; denominator, nats.
+        One row per method and component: score, |mean effect| over the examples that have one (a relative norm for
+        `compare`; NaN where the method cannot say); effect; p, of a sign flip test over examples, and p_corrected
+        (Holm, over the components of this pair and method), NaN where so few examples could prove nothing
+        (`claims_possible`); changed (the truth); n; refused: why no recovery of this pair is given, by the rule of
+        `interp.decision.recovery_refused`; denominator, nats.
+
+    Raises:
+        FrankenlensError: as `planted`; the plant lies outside the components; no prompt can be scored.
     """
-    model = planted(in_, donor, plant)
-    pair = Pair(in_, model, trace_format=trace_format)
-    decisions = find_decisions(
-        pair, examples, "soft", max_new_tokens=max_new_tokens, batch_size=batch_size, progress=False
-    )
-    refused, size = "no prompt qualifies", 0.0
-    if len(decisions):
-        refused = recovery_refused(decisions, null_pair_denominator(pair, decisions, plant.seed, batch_size))
-        size = float(np.mean(decisions.rl_values - decisions.in_values))
     changed = truth(among, plant).numpy()
-    subject, tables = Subject(pair, decisions, among, batch_size), []
-    for name, method in methods.items():
-        effects = method.run(subject) if len(decisions) else np.full((len(among), 0), np.nan)
-        table = _scored(effects, method.tests)
-        table.insert(0, "method", name)
-        table.insert(1, "component", [component.name for component in among])
-        tables.append(table.assign(changed=changed, refused=refused if method.moves else ""))
-    model.close()
-    return pd.concat(tables, ignore_index=True).assign(n=len(decisions), denominator=size)
+    if plant.components and not changed.any():
+        raise FrankenlensError(
+            f"none of the {len(among)} components to choose among lies in {', '.join(plant.components)}; plant whole "
+            "heads, MLPs, layers, or with `EVERYWHERE` vision blocks and the projector"
+        )
+    with _planted_pair(in_, donor, plant, trace_format) as pair:
+        settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": False}
+        decisions = find_decisions(pair, examples, "soft", **settings)
+        if not len(decisions):
+            why = "; ".join(f"{n}: {reason}" for reason, n in decisions.excluded.items())
+            raise FrankenlensError(f"no prompt can be scored on this pair ({why}); give others")
+        refused = recovery_refused(decisions, null_pair_denominator(pair, decisions, plant.seed, batch_size))
+        subject, tables = Subject(pair, decisions, among, batch_size), []
+        for name, method in methods.items():
+            table = _scored(method.run(subject), method.tests)
+            table.insert(0, "method", name)
+            table.insert(1, "component", [component.name for component in among])
+            tables.append(table.assign(changed=changed, refused=refused if method.moves else ""))
+    return pd.concat(tables, ignore_index=True).assign(n=len(decisions), denominator=_size(decisions))
 
 
 def effect_of_plant(
@@ -85,22 +92,45 @@ def effect_of_plant(
         Nats: the mean over examples of sum_t KL(p || q) + KL(q || p) between the planted copy and IN along the copy's
         own greedy text (the soft metric's denominator).
     """
+    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": False}
+    with _planted_pair(in_, donor, plant, trace_format) as pair:
+        effect = _size(find_decisions(pair, examples, "soft", **settings))
+    if not np.isfinite(effect):
+        raise FrankenlensError(
+            f"the effect of {plant} is {effect}: no prompt can be scored, or the model overflows"
+        )
+    return effect
+
+
+@contextmanager
+def _planted_pair(
+    in_: HookedVLM, donor: HookedVLM, plant: Plant, trace_format: TraceFormat | None
+) -> Iterator[Pair]:
     model = planted(in_, donor, plant)
-    pair = Pair(in_, model, trace_format=trace_format)
-    found = find_decisions(
-        pair, examples, "soft", max_new_tokens=max_new_tokens, batch_size=batch_size, progress=False
-    )
-    model.close()
-    return _size(found)
+    try:
+        yield Pair(in_, model, trace_format=trace_format)
+    finally:
+        model.close()
 
 
 def _size(found: DecisionSet) -> float:
-    return float(np.mean(found.rl_values - found.in_values)) if len(found) else 0.0
+    return float(np.mean(found.rl_values - found.in_values)) if len(found) else float("nan")
 
 
 def _scored(effects: Float[np.ndarray, "component example"], tests: bool) -> pd.DataFrame:
-    means = effects.mean(axis=1) if effects.shape[1] else np.full(len(effects), np.nan)
+    known = ~np.isnan(effects)
+    n = known.sum(axis=1)
+    means = np.where(n > 0, np.where(known, effects, 0.0).sum(axis=1) / np.maximum(n, 1), np.nan)
     p = np.full(len(effects), np.nan)
-    if tests and effects.shape[1]:
-        p = sign_flips(effects)
+    resamples = max(9999, math.ceil(4 * len(effects) / ALPHA))
+    if tests and claims_possible(len(effects), effects.shape[1]):
+        p = sign_flips(effects, resamples=resamples)
     return pd.DataFrame({"score": np.abs(means), "effect": means, "p": p, "p_corrected": adjust(p, "holm")})
+
+
+def claims_possible(n_components: int, n_examples: int) -> bool:
+    """Whether the smallest p of sign flips, 2 / 2^n, corrected for so many components, can lie below 0.05.
+
+    And whether there are examples enough for the refusal of recoveries, which takes an interval.
+    """
+    return n_examples >= MIN_EXAMPLES and n_components * 2.0 ** (1 - n_examples) < ALPHA

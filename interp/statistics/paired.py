@@ -73,7 +73,7 @@ def sign_flip(
 def sign_flips(
     differences: Real[np.ndarray, "row example"], *, resamples: int = 9999, seed: int = 0
 ) -> Float[np.ndarray, " row"]:
-    """`sign_flip` of every row against 0; rows without a missing value are done together."""
+    """`sign_flip` of every row against 0; rows without a missing value are done together, flips in batches."""
     values = np.asarray(differences, dtype=np.float64)
     p = np.full(len(values), np.nan)
     whole = ~np.isnan(values).any(axis=1) & (values != 0).any(axis=1) & (values.shape[1] > 1)
@@ -88,6 +88,7 @@ def sign_flips(
             rng=seed,
             vectorized=True,
             axis=1,
+            batch=max(1, _ENTRIES // values[whole].size),
         ).pvalue
     return p
 
@@ -105,6 +106,8 @@ def _benjamini_hochberg(p: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " t
     return fdrcorrection(p)[1]
 
 
+_ENTRIES = 1 << 22
+"""Numbers that are flipped at once."""
 CORRECTIONS = {"holm": _holm, "bh": _benjamini_hochberg}
 
 

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import embedded, planted
-from experiments.planted import KINDS, Garden, PlantedConfig, run
+from experiments import embedded, planting
+from experiments.planted import run
+from experiments.planting import KINDS, Garden, PlantedConfig
 from experiments.retraining import plants
 from experiments.triple.rl import RL
 from experiments.triple.supervised import Schedule
@@ -22,17 +23,19 @@ METHODS = ("patch RL → IN", "graft RL → IN", "compare")
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> PlantedConfig:
     out = tmp_path_factory.mktemp("planted")
-    kinds = ("rl", "decoys", "vision", "identical", "noise")
+    kinds = ("rl", "decoys", "identical", "noise")
     return PlantedConfig(
         kinds=kinds,
         methods=METHODS,
         out=out,
-        n=4,
-        pairs=2,
+        components=("projector", "blocks.3.mlp"),
+        n=16,
+        pairs=1,
         others=1,
+        nulls=1,
         noise_pairs=5,
         max_new_tokens=16,
-        batch_size=4,
+        batch_size=16,
     )
 
 
@@ -46,9 +49,16 @@ def test_all_files_are_written(section, config) -> None:
     tables = {"planted.csv", "planted_null.csv", "planted_pairs.csv", "plants.csv", "scores.csv"}
     assert names == {*tables, "planted.png", "report.html", "finished"}
     found = pd.read_csv(config.out / "planted.csv")
-    assert found.groupby("kind")["n_pairs"].first().to_dict() == {"rl": 2, "decoys": 1, "vision": 1}
+    assert found.groupby("kind")["n_pairs"].first().to_dict() == {"rl": 1, "decoys": 1, "named": 1}
     assert set(pd.read_csv(config.out / "planted_null.csv")["kind"]) == {"identical", "noise"}
     assert "5 noise pairs" in found["definition"][0]
+    pairs = pd.read_csv(config.out / "planted_pairs.csv")
+    plants = pd.read_csv(config.out / "plants.csv", keep_default_na=False)
+    assert len(plants) == 5 + 3 + 3 + 2  # noise pairs, and every changed component of every pair
+    limit = plants.loc[plants["component"] == "", "effect"].quantile(0.95)
+    seen = plants.loc[(plants["component"] != "") & (plants["effect"] > limit)].groupby("pair").size()
+    for _, row in pairs.iterrows():
+        assert row["n_visible"] == seen.get(row["pair"], 0) <= row["n_changed"]
 
 
 def test_the_table_is_a_recount_of_the_scores(section, config) -> None:
@@ -58,10 +68,22 @@ def test_the_table_is_a_recount_of_the_scores(section, config) -> None:
         own = scores.loc[(scores["kind"] == "rl") & (scores["method"] == method)]
         each = [auroc(one["score"].to_numpy(), one["changed"].to_numpy()) for _, one in own.groupby("pair")]
         assert found.loc[("rl", method), "auroc"] == pytest.approx(np.mean(each))
-        assert own.groupby("pair")["changed"].sum().tolist() == [3, 3]
+        assert own.groupby("pair")["changed"].sum().tolist() == [3]
     decoys = scores.loc[(scores["kind"] == "decoys") & (scores["method"] == "compare")]
     assert decoys.nlargest(3, "score")["changed"].sum() == 0  # permuted neurons weigh more than any plant
     assert found.loc[("decoys", "graft RL → IN"), "auroc"] > found.loc[("decoys", "compare"), "auroc"] - 0.1
+
+
+def test_changes_are_claimed_and_null_pairs_are_not(section, config) -> None:
+    """A large change among the components that are named; nothing where nothing changed."""
+    pairs = pd.read_csv(config.out / "planted_pairs.csv").set_index(["kind", "method"])
+    named = pairs.loc[("named", "graft RL → IN")]
+    assert named["tested"] and not named["refused"] and named["found"] >= 1 and named["n_changed"] == 2
+    for kind in ("identical", "noise"):
+        row = pairs.loc[(kind, "patch RL → IN")]
+        assert row["tested"] and row["refused"] and row["claims_kept"] == 0
+    assert pairs.loc[("identical", "patch RL → IN"), "claims"] == 0
+    assert not pairs.loc["rl"].loc["compare", "tested"].any()
 
 
 def test_finished_pairs_are_not_made_again(section, config, monkeypatch) -> None:
@@ -70,14 +92,17 @@ def test_finished_pairs_are_not_made_again(section, config, monkeypatch) -> None
     def never(*args, **kwargs):
         raise AssertionError("made again")
 
-    monkeypatch.setattr(planted, "trial", never)
-    monkeypatch.setattr(planted, "effect_of_plant", never)
+    monkeypatch.setattr(planting, "trial", never)
+    monkeypatch.setattr(planting, "effect_of_plant", never)
     run(config)
     assert (config.out / "scores.csv").read_text() == before
     with pytest.raises(AssertionError, match="made again"):  # one pair more is
-        run(dataclasses.replace(config, pairs=3))
+        run(dataclasses.replace(config, pairs=2))
     with pytest.raises(AssertionError, match="made again"):  # other settings are another experiment
         run(dataclasses.replace(config, n=5))
+    monkeypatch.setattr(plants, "SUPERVISED", Schedule(1, batch=2, lr=1e-3))
+    with pytest.raises(AssertionError, match="made again"):  # so is other training
+        run(config)
 
 
 @pytest.mark.parametrize(
@@ -85,10 +110,12 @@ def test_finished_pairs_are_not_made_again(section, config, monkeypatch) -> None
     [
         ({"kinds": ("rl", "nois")}, "Did you mean 'noise'"),
         ({"methods": ("patch",)}, "there is no method 'patch'"),
-        ({"pairs": 0}, "--pairs is 0"),
+        ({"pairs": 0}, "--pairs is 0; give 1 to 999"),
+        ({"others": 1000}, "--others is 1000"),
+        ({"kinds": ("named",)}, "needs --components"),
         ({"in_": "x"}, "--in and --rl go together"),
         ({"kinds": ("supervised",), "in_": "x", "rl": "y"}, "only such a model can be trained"),
-        ({"changed": 45}, "only 45 components to choose from"),
+        ({"changed": 45}, "only 45 components that RL moved"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, words, tmp_path) -> None:
@@ -128,7 +155,9 @@ def test_every_kind_has_a_plant_and_seeds_do_not_meet(config) -> None:
         ("blocks.3-5",),
         ("blocks.6-8",),
     ]
-    assert made["vision"][0].components == ("vision.blocks.0",)
+    assert {plant.components[0][:14] for plant in made["vision"]} == {"vision.blocks."}
+    assert [plant.components for plant in made["projector"]] == [("projector",)] * 3
+    assert made["named"][0].components == config.components
     for plant in made["decoys"]:
         assert len(plant.decoys) == 3 and not set(plant.decoys) & set(plant.components)
     pair.close()

@@ -1,6 +1,7 @@
 """A head's weights are its own: checked by what they do, not by where they lie."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -104,3 +105,37 @@ def test_a_component_the_model_does_not_have(opened, address: str, match: str) -
     vlm, _ = opened
     with pytest.raises(FrankenlensError, match=match):
         weight_slices(vlm.model, vlm.anatomy, address)
+
+
+class _FusedMLP(torch.nn.Module):
+    """Gate and up in one matrix, as Phi-3 has them."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        d_mlp, d_model = mlp.gate_proj.weight.shape
+        self.gate_up_proj = torch.nn.Linear(d_model, 2 * d_mlp, bias=False)
+        self.gate_up_proj.weight.data = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach()
+        self.down_proj, self.act_fn = mlp.down_proj, mlp.act_fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+def test_a_neuron_of_a_fused_mlp_owns_its_gate_and_its_up() -> None:
+    bare = tiny("llava")
+    layer: Any = bare.model.get_submodule("model.language_model.layers.1")
+    layer.mlp = _FusedMLP(layer.mlp)
+    vlm = HookedVLM(bare.model, check=False)
+    d_mlp = layer.mlp.down_proj.in_features
+    slices = weight_slices(vlm.model, vlm.anatomy, "blocks.1.mlp.neuron.3")
+    rows = [(s.parameter.split(".")[-2], s.dim, s.start, s.length) for s in slices]
+    assert rows == [("gate_up_proj", 0, 3, 1), ("gate_up_proj", 0, d_mlp + 3, 1), ("down_proj", 1, 3, 1)]
+    inputs = bare.inputs()
+    with torch.no_grad():
+        _, before = vlm.run_with_cache(inputs, "blocks.1.mlp.hook_post")
+        for piece in slices[:2]:
+            piece.of(vlm.model.get_parameter(piece.parameter)).zero_()
+        _, after = vlm.run_with_cache(inputs, "blocks.1.mlp.hook_post")
+    moved = (after["blocks.1.mlp.hook_post"] - before["blocks.1.mlp.hook_post"]).abs().flatten(0, -2).amax(0)
+    assert moved[3] > 1e-3 and moved.sum() == moved[3]

@@ -57,6 +57,23 @@ def test_the_other_way_and_in_steps_it_is_bit_for_bit_too(duo) -> None:
     assert recipient.n_layers == 3
 
 
+@torch.no_grad()
+def test_random_updates_of_heads_that_share_a_tensor_differ(duo) -> None:
+    recipient, donor, _ = duo
+    both = "blocks.1.attn.head.0-1"
+    pieces = slices_of(recipient, [Graft((both,))])[0][1]
+    weights = dict(recipient.model.named_parameters())
+    before = [piece.of(weights[piece.parameter]).clone() for piece in pieces]
+    with grafted(recipient, donor, Graft((both,), form="random")):
+        after = [piece.of(weights[piece.parameter]).clone() for piece in pieces]
+    updates: dict[str, list[torch.Tensor]] = {}
+    for piece, old, new in zip(pieces, before, after, strict=True):
+        updates.setdefault(piece.parameter, []).append((new - old).flatten())
+    for name, (first, second) in updates.items():
+        if len(first) > 50:
+            assert abs(float(torch.cosine_similarity(first, second, dim=0))) < 0.5, name
+
+
 def test_everything_is_every_weight_once(duo) -> None:
     recipient = duo[0]
     ((_, pieces),) = slices_of(recipient, [Graft(everything(recipient))])

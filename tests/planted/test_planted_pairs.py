@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from experiments import embedded
-from experiments.planted import FIRST, Garden, PlantedConfig
+from experiments.planting import FIRST, Garden, PlantedConfig
 from hooks import FrankenlensError, HookedVLM
-from interp.decision import find_decisions
+from interp.decision import find_decisions, null_pair_denominator, recovery_refused
 from interp.pair import Pair
 from interp.planting import (
     EVERYWHERE,
@@ -18,6 +18,7 @@ from interp.planting import (
     Subject,
     candidates,
     chosen,
+    claims_possible,
     planted,
     trial,
 )
@@ -146,17 +147,57 @@ def test_a_method_says_nothing_of_what_it_cannot_reach(subject) -> None:
         np.testing.assert_array_equal(silent, np.isin(kinds, points))
 
 
-def test_nothing_is_claimed_on_an_identical_pair_nor_moved_on_noise(opened, examples) -> None:
+def _prompts(seed: int):
+    """As many as a claim takes."""
+    return [example for task in REASONING for example in sample(task, 3, seed=seed, split="map")]
+
+
+def test_nothing_is_claimed_on_an_identical_pair_and_something_on_a_planted_one(opened) -> None:
+    among, methods = candidates(opened.in_), chosen(["patch RL → IN", "attribution RL → IN"])
+    same = trial(opened.in_, opened.rl, Plant(noise="none"), _prompts(6), methods, among)
+    assert not same["changed"].any() and (same["refused"] != "").all()
+    assert (same["score"] == 0).all() and (same["p_corrected"] == 1).all()
+    plant = Plant(("blocks.0.mlp", "blocks.3.mlp"))
+    found = trial(opened.in_, opened.rl, plant, _prompts(6), methods, among)
+    assert found["changed"].sum() == 2 * 2 and (found["refused"] == "").all()
+    assert (found.loc[found["component"] == "blocks.3.mlp", "p_corrected"] < 0.05).all()
+
+
+def test_recoveries_of_noise_are_refused_all_but_always(opened) -> None:
+    """The rule compares with one random draw, so that it errs now and then; the README has the rate."""
+    refused = []
+    for seed in (6, 7, 8):
+        for noise in ("bf16", "gaussian"):
+            pair = Pair(opened.in_, planted(opened.in_, opened.rl, Plant(noise=noise)))
+            decisions = find_decisions(pair, _prompts(seed), "soft", max_new_tokens=24, progress=False)
+            refused.append(recovery_refused(decisions, null_pair_denominator(pair, decisions)))
+            pair.rl.close()
+    assert sum("learnt nothing" in reason for reason in refused) >= 5, refused
+
+
+def test_too_few_prompts_for_a_claim_give_no_p_at_all(opened, examples) -> None:
+    assert [claims_possible(45, n) for n in (10, 11)] == [False, True]  # 45 x 2 / 2^n < 0.05
+    assert not claims_possible(1, 7)
     among = candidates(opened.in_)
-    methods = chosen(["patch, both ways", "attribution RL → IN", "graft RL → IN", "skip", "knockout"])
-    for noise in ("none", "bf16", "gaussian"):
-        found = trial(opened.in_, opened.rl, Plant(noise=noise), examples, methods, among)
-        assert not found["changed"].any()
-        moving = found.loc[found["method"].str.contains("→|both")]
-        assert (moving["refused"] != "").all()
-        if noise == "none":
-            assert (found["score"].dropna() == 0).all()
-            assert (found["p_corrected"].dropna() == 1).all()
+    few = trial(opened.in_, opened.rl, Plant(CHANGED), examples, chosen(["patch RL → IN"]), among)
+    assert few["p"].isna().all() and few["score"].notna().all()
+
+
+def test_prompts_without_an_image_silence_no_method(subject) -> None:
+    from interp.planting.trial import _scored
+
+    effects = METHODS["patch RL → IN"].run(subject)
+    holed = effects.copy()
+    holed[0, 0] = np.nan
+    assert _scored(holed, False)["effect"][0] == pytest.approx(effects[0, 1:].mean())
+    assert np.isnan(_scored(np.full((1, 3), np.nan), True)["score"][0])
+
+
+def test_plants_that_no_candidate_holds_are_refused(opened, examples) -> None:
+    methods, among = chosen(["compare"]), candidates(opened.in_)
+    for address in ("projector", "blocks.3.mlp.neuron.5", "embed"):
+        with pytest.raises(FrankenlensError, match="none of the 45 components"):
+            trial(opened.in_, opened.rl, Plant((address,)), examples, methods, among)
 
 
 def test_exact_patching_finds_three_of_rls_components_among_noise(opened) -> None:

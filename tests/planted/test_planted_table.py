@@ -96,6 +96,7 @@ def test_pairs_are_counted_as_by_hand(measured) -> None:
     assert (first["rank"], first["n_visible"], first["claims"], first["found"]) == (2.0, 1, 2, 1)
     second = pairs.loc["rl 1", "m"]
     assert (second["auroc"], second["claims"], second["claims_kept"], second["found"]) == (1.0, 2, 0, 0)
+    assert second["found_tested"] == 2
     found = found_table(by_pair(scores, plants)).iloc[0]
     assert (found["auroc"], found["n_changed"], found["n_invisible"]) == (0.75, 4, 1)
     assert found["found"] == pytest.approx(1 / 3)
@@ -117,11 +118,18 @@ def test_visibility_needs_noise_pairs(measured) -> None:
         by_pair(scores, plants.loc[plants["component"] != ""])
 
 
+def test_noise_that_moves_nothing_is_no_measure(measured) -> None:
+    scores, plants = measured
+    with pytest.raises(FrankenlensError, match="95th percentile is 0"):
+        by_effect(scores, plants.assign(effect=plants["effect"].where(plants["component"] != "", 0.0)))
+
+
 def test_the_figure_shows_what_the_tables_hold(measured) -> None:
     scores, plants = measured
     pairs = by_pair(scores, plants)
     figure = plot_found(found_table(pairs), null_table(pairs), by_effect(scores, plants))
-    grid, nulls, _ = figure.axes
+    grid, alone, nulls, _ = figure.axes
     assert [text.get_text() for text in grid.texts] == ["0.75", "–"]
+    assert [text.get_text() for text in alone.texts] == ["1.00", "–"]
     assert [text.get_text() for text in nulls.texts] == ["0.50", "–"]
     assert [label.get_text() for label in grid.get_xticklabels()] == ["rl (2)"]

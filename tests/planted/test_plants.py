@@ -1,5 +1,6 @@
 """Plants are what they say they are: which weights moved, by how much, and nothing else."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -82,6 +83,48 @@ def test_updates_match_a_norm_slice_by_slice(models, change) -> None:
                 assert moved > 0.3 * float(before.norm())
             if address == COMPONENTS[0]:  # a plant is the same whether it stands alone or not
                 assert torch.equal(piece.of(alone[piece.parameter]), after)
+
+
+def test_half_precision_has_noise_of_its_own_rounding_and_updates_that_stay(models) -> None:
+    """Weights that are bfloat16 numbers already, as most checkpoints' are."""
+    halves = [copy.deepcopy(vlm.model).bfloat16() for vlm in models]
+    in_, rl = (HookedVLM(model, models[0].processor, check=False) for model in halves)
+    own = _weights(in_)
+    noisy = _weights(planted(in_, rl, Plant()))
+    matrices = [name for name, p in own.items() if p.ndim == 2]
+    for name in matrices:
+        value = own[name].float()
+        gaps = torch.where(value == 0, 0.0, torch.exp2(value.abs().log2().floor() - 7))
+        expected = float((gaps.square().sum() / 12).sqrt())
+        assert float((noisy[name].float() - value).norm()) == pytest.approx(expected, rel=0.15), name
+    random = _weights(planted(in_, rl, Plant(COMPONENTS, "random", noise="none")))
+    for address in COMPONENTS:
+        for piece in weight_slices(in_.model, in_.anatomy, address):
+            before, donor, after = (piece.of(w[piece.parameter]).float() for w in (own, _weights(rl), random))
+            assert float((after - before).norm()) == pytest.approx(float((donor - before).norm()), rel=0.2)
+    with pytest.raises(FrankenlensError, match="rounding changes nothing"):
+        planted(in_, rl, Plant(noise="bf16"))
+
+
+def test_biases_of_zero_stay_zero_and_nothing_overflows(models) -> None:
+    in_ = HookedVLM(copy.deepcopy(models[0].model), models[0].processor, check=False)
+    layer = in_.model.get_submodule(in_.anatomy.text.blocks[2].qkv[0])
+    with torch.no_grad():
+        layer.bias.zero_()  # type: ignore[union-attr]
+    made = _weights(planted(in_, models[1], Plant(COMPONENTS, "rotated", noise="none")))
+    assert all(torch.isfinite(p).all() for p in made.values())
+
+
+def test_a_donor_that_does_not_differ_and_weights_that_are_elsewhere_are_refused(models) -> None:
+    in_, rl = models
+    with pytest.raises(FrankenlensError, match="IN's own weights in blocks.5.mlp"):
+        planted(in_, in_, Plant(("blocks.5.mlp",)))
+    with pytest.raises(FrankenlensError, match="both name weights"):
+        planted(in_, rl, Plant(("blocks.5", "blocks.5.mlp")))
+    elsewhere = HookedVLM(copy.deepcopy(in_.model), in_.processor, check=False)
+    elsewhere.model.to(device="meta")  # type: ignore[call-arg]
+    with pytest.raises(FrankenlensError, match="is offloaded"):
+        planted(elsewhere, rl, Plant(COMPONENTS))
 
 
 @torch.no_grad()
