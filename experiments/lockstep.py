@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +20,9 @@ from hooks.address import Address
 from hooks.errors import FrankenlensError
 from interp.component_map import component_map
 from interp.decision import find_decisions
-from interp.examples import Example, with_looked_at
+from interp.examples import Example, fingerprint, with_looked_at
 from interp.generation import greedy
+from interp.hypotheses import examples_of
 from interp.lockstep import EVERYWHERE, Moved, Sampling, confirm, confirmation
 from interp.lockstep.controls import alike, kind_of, overlap
 from interp.lockstep.plots import plot_confirmation, plot_followed
@@ -191,8 +191,8 @@ def _chosen(pair: Pair, examples: Sequence[Example], config: LockstepConfig) -> 
         return _Chosen(sets, [], examples, f"components given: {', '.join(config.components)}", {})
     if config.map is not None:
         summary = load_dataset(config.map)
-        seen = _looked_at(summary, config)
-        fresh = [example for example in examples if example.id not in seen]
+        seen = examples_of(config.map)
+        fresh = [one for one in examples if one.id not in seen and fingerprint(one) not in seen]
         if not fresh:
             raise FrankenlensError(
                 f"all {len(examples)} questions were looked at when {config.map} was made, and components must be "
@@ -245,15 +245,6 @@ def _pick(vlm: HookedVLM, summary: xr.Dataset, k: int) -> tuple[tuple[str, ...],
     if not picked:
         raise FrankenlensError("the map has no component that can be moved; give --components.")
     return tuple(picked), ", ".join(passed)
-
-
-def _looked_at(summary: xr.Dataset, config: LockstepConfig) -> set[str]:
-    """Ids of the questions that a map looked at, whether or not they had a decision."""
-    made = json.loads(summary.attrs["provenance"])["settings"]
-    if str(made.get("data")) != str(config.data):
-        return set()
-    examples, _ = load_examples(replace(config, n=int(made["n"])), int(made["seed"]))
-    return {example.id for example in examples}
 
 
 def _sampling(config: LockstepConfig) -> Sampling:

@@ -99,4 +99,5 @@ def _legend(figure: Figure, controls: Sequence[str]) -> None:
         marker, grey = _CONTROLS[name]
         entries.append(mark(marker, grey, grey, f"control: {name}"))
     entries.append(Line2D([], [], color=_VARIANT, alpha=0.15, linewidth=7, label="RL, 95 % interval"))
-    figure.legend(handles=entries, loc="outside upper left", fontsize=7, frameon=False, ncols=3)
+    columns = min(3, max(1, int(figure.get_figwidth() // 2.4)))
+    figure.legend(handles=entries, loc="outside upper left", fontsize=7, frameon=False, ncols=columns)

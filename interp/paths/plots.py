@@ -58,7 +58,8 @@ def plot_path_map(table: pd.DataFrame) -> Figure:
             f"{DIRECTIONS.get(direction, direction)} (n = {n})\nlayer of the {cells}", fontsize=8
         )
     _draw_bar(figure, grid, norm, key)
-    figure.legend(handles=_legend(), loc="outside upper center", ncols=3, fontsize=7, frameon=False)
+    columns = min(3, max(1, int(figure.get_figwidth() // 2.8)))
+    figure.legend(handles=_legend(), loc="outside upper center", ncols=columns, fontsize=7, frameon=False)
     return figure
 
 

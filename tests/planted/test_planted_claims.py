@@ -153,14 +153,20 @@ def test_holm_keeps_the_family_wise_rate_of_claims_on_the_same_prompts(pool) -> 
         assert wrong <= BAR < (p <= ALPHA).any(-1).mean()  # uncorrected, it would not be kept
 
 
-def test_an_identical_pair_supports_none(pair) -> None:
-    copy = planted(pair.in_, pair.rl, Plant(noise="none"))
+@pytest.mark.parametrize(
+    ("noise", "decision"), [("none", "first"), ("none", "soft"), ("bf16", "soft"), ("gaussian", "soft")]
+)
+def test_an_identical_pair_and_one_of_noise_support_none(pair, noise, decision) -> None:
+    copy = planted(pair.in_, pair.rl, Plant(noise=noise))
     claims = tuple(
         Claim(f"{name} {at}", found_on=frozenset(), **{**own, at: bound})
         for name, own in NULLS.items()
         for at, bound in (("at_least", -0.1), ("at_most", 0.1))
     )
-    outcome = put_to_test(Pair(pair.in_, copy), Family("f", claims), _asked(40, 3), progress=False)
+    if noise != "none":  # an effect of noise is there, if small; a recovery is a share of nothing
+        claims = tuple(claim for claim in claims if claim.quantity == "recovery")
+    family = Family("f", claims, decision=decision)
+    outcome = put_to_test(Pair(pair.in_, copy), family, _asked(40, 3), max_new_tokens=24, progress=False)
     assert {v.verdict for v in outcome.verdicts} == {"refused"}
     copy.close()
 
