@@ -8,7 +8,6 @@ This one table drives our own engine (`hooks.engine`) and whatever else must fin
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from hooks.anatomy import Anatomy, Block, Tower
@@ -41,12 +40,12 @@ class HookPoint:
     part: int | None = None
     inplace: bool = False
 
-    @cached_property
+    @property
     def leaf(self) -> str:
         """The last part of the name, e.g. "hook_pattern"."""
         return self.name.rpartition(".")[2]
 
-    @cached_property
+    @property
     def layer(self) -> int | None:
         """The block's index, None outside the blocks."""
         parts = self.name.split(".")

@@ -19,6 +19,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
+def pytest_runtest_setup() -> None:
+    """A test's random numbers do not depend on which tests ran before it."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_finish() -> None:
     """What the imports made stays; the garbage collector need not walk through it again and again."""
     gc.collect()
