@@ -13,33 +13,61 @@ from hooks.errors import FrankenlensError, nearest
 
 # command -> module with `run(settings)`, its settings, what it does; imported only when asked for
 COMMANDS = {
-    "map": ("experiments.map", "MapConfig", "which components carry what RL changed in a pair"),
-    "suite": ("experiments.suite", "SuiteConfig", "all analyses of a pair on one page"),
-    "metrics": ("experiments.metrics", "MetricsConfig", "what answers owe to image, description, reasoning"),
-    "transfer": ("experiments.transfer", "TransferConfig", "which of RL's weights bring its gains to IN"),
+    "map": ("experiments.commands.map", "MapConfig", "which components carry what RL changed in a pair"),
+    "suite": ("experiments.commands.suite", "SuiteConfig", "all analyses of a pair on one page"),
+    "metrics": (
+        "experiments.commands.metrics",
+        "MetricsConfig",
+        "what answers owe to image, description, reasoning",
+    ),
+    "transfer": (
+        "experiments.commands.transfer",
+        "TransferConfig",
+        "which of RL's weights bring its gains to IN",
+    ),
     "train-triple": ("experiments.triple.train", "TrainTriple", "make the embedded Base, IN and RL again"),
-    "freeze": ("experiments.freeze", "FreezeConfig", "what RL loses with a component frozen"),
-    "compare": ("experiments.compare", "CompareConfig", "what each stage of training changed in the weights"),
-    "localize": ("experiments.localize", "LocalizeConfig", "which layers carry a visual function"),
+    "freeze": ("experiments.commands.freeze", "FreezeConfig", "what RL loses with a component frozen"),
+    "compare": (
+        "experiments.commands.compare",
+        "CompareConfig",
+        "what each stage of training changed in the weights",
+    ),
+    "localize": ("experiments.commands.localize", "LocalizeConfig", "which layers carry a visual function"),
     "attention": (
-        "experiments.attention",
+        "experiments.commands.attention",
         "AttentionConfig",
         "how much reasoning looks at the image, IN and RL",
     ),
     "lens": (
-        "experiments.lens",
+        "experiments.commands.lens",
         "LensConfig",
         "what each layer of IN and RL would say, and which parts write it",
     ),
-    "knockout": ("experiments.knockout", "KnockoutConfig", "which information routes RL opened or closed"),
+    "knockout": (
+        "experiments.commands.knockout",
+        "KnockoutConfig",
+        "which information routes RL opened or closed",
+    ),
     "lockstep": (
-        "experiments.lockstep",
+        "experiments.commands.lockstep",
         "LockstepConfig",
         "RL's components moved into IN while both generate",
     ),
-    "test": ("experiments.claims", "ClaimsConfig", "whether claims in a file hold on held-out prompts"),
-    "planted": ("experiments.planted", "PlantedConfig", "which method finds a change that was planted"),
-    "paths": ("experiments.paths", "PathsConfig", "by which paths RL's components act on the decision"),
+    "test": (
+        "experiments.commands.claims",
+        "ClaimsConfig",
+        "whether claims in a file hold on held-out prompts",
+    ),
+    "planted": (
+        "experiments.commands.planted",
+        "PlantedConfig",
+        "which method finds a change that was planted",
+    ),
+    "paths": (
+        "experiments.commands.paths",
+        "PathsConfig",
+        "by which paths RL's components act on the decision",
+    ),
 }
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from experiments.settings import DataSettings, load_examples
 from hooks.errors import FrankenlensError, nearest
-from interp.examples import Example
-from interp.readers import FUNCTIONS as PAPER_FUNCTIONS
-from interp.readers import read_vision_functions
-from interp.tasks import TASKS, counterfactual_pairs, neutral_pairs, sample
+from interp.questions.examples import Example
+from interp.questions.readers import FUNCTIONS as PAPER_FUNCTIONS
+from interp.questions.readers import read_vision_functions
+from interp.questions.tasks import TASKS, counterfactual_pairs, neutral_pairs, sample
 
 SYNTHETIC: Mapping[str, str] = {
     "count": "counting",
@@ -84,7 +84,7 @@ def load_function_pairs(
         functions: which; all there are where none is named.
         tasks: synthetic tasks whose questions the ablations are scored on as well.
         seed: of the synthetic ones.
-        distinct: see `interp.readers.read_vision_functions`.
+        distinct: see `interp.questions.readers.read_vision_functions`.
 
     Raises:
         FrankenlensError: the data cannot be read.

@@ -19,9 +19,8 @@ from experiments.retraining import plants
 from experiments.retraining.triple import require_triple
 from experiments.settings import DataSettings, PairSettings, checkpoints, load_examples
 from hooks import FrankenlensError, HookedVLM
-from interp.examples import Example, fingerprint
-from interp.pair import Pair
-from interp.patching import Component
+from interp.map.components import Component
+from interp.pair.pair import Pair
 from interp.planting import (
     DECODER,
     EVERYWHERE,
@@ -34,6 +33,7 @@ from interp.planting import (
     relative_norm,
     trial,
 )
+from interp.questions.examples import Example, fingerprint
 from interp.regions import NAMES, thirds
 
 TRAINED = ("supervised", "reinforced")

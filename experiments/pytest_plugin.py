@@ -181,7 +181,7 @@ class Bench:
         return found
 
     def _test(self, family: Family) -> dict[str, Verdict]:
-        from experiments import claims
+        from experiments.commands import claims
 
         if self._opened is None:
             config = self._settings()
@@ -195,7 +195,7 @@ class Bench:
     def _settings(self) -> Any:
         import tyro
 
-        from experiments.claims import ClaimsConfig
+        from experiments.commands.claims import ClaimsConfig
         from experiments.settings import require_sound
 
         args = shlex.split(self._config.getoption("--frankenlens-options"))

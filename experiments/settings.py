@@ -12,13 +12,13 @@ import tyro
 
 from experiments import embedded
 from hooks.errors import FrankenlensError
-from interp.examples import Example
-from interp.page import Section, save_sections
-from interp.pair import Pair
-from interp.readers import ReadReport, read_gsm8k, read_jsonl, read_math500, read_mathvista
-from interp.results import provenance, publishing
-from interp.roles import TraceFormat
-from interp.tasks import REASONING, sample
+from interp.pair.pair import Pair
+from interp.prompts.roles import TraceFormat
+from interp.questions.examples import Example
+from interp.questions.readers import ReadReport, read_gsm8k, read_jsonl, read_math500, read_mathvista
+from interp.questions.tasks import REASONING, sample
+from interp.results.files import provenance, publishing
+from interp.results.page import Section, save_sections
 
 MATHVISTA = ("general-vqa", "math-targeted-vqa")
 LISTED = 20  # rows that could not be read, named one by one

@@ -82,7 +82,7 @@ class ActivationCache(Mapping[str, Tensor]):
     def to_transformer_lens(self, fold_ln: bool = True, center_unembed: bool = False) -> Any:
         """As a `transformer_lens.ActivationCache`, on which its attribution, decomposition and head tools work.
 
-        See `hooks.transformer_lens` for what differs from the cache of TransformerLens's own bridge.
+        See `hooks.transformer_lens.export` for what differs from the cache of TransformerLens's own bridge.
 
         Args:
             fold_ln: attributions include the final norm's gain and sum to the model's logit.
@@ -95,6 +95,6 @@ class ActivationCache(Mapping[str, Tensor]):
             raise FrankenlensError(
                 "this cache was not made by a HookedVLM, so there are no weights to attribute to."
             )
-        from hooks.transformer_lens import to_transformer_lens
+        from hooks.transformer_lens.export import to_transformer_lens
 
         return to_transformer_lens(self, self._vlm, fold_ln, center_unembed)

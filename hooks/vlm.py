@@ -15,10 +15,10 @@ from hooks.cache import ActivationCache
 from hooks.engine import Hook, HookContext, HookFunction, attached, hook_by_keyword
 from hooks.errors import FrankenlensError, nearest
 from hooks.loading import load_model
+from hooks.nnsight.traceable import Traceable
 from hooks.points import HookPoint, hook_point_table
 from hooks.processors import load_processor
 from hooks.selfcheck import check_inputs, self_check, zero_every_point
-from hooks.traceable import Traceable
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 FwdHooks = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
@@ -304,7 +304,7 @@ class _Keeper:
 # Keywords of TransformerLens that Hugging Face's **kwargs would swallow without a word.
 _FOREIGN = {
     "stop_at_layer": "a hook that raises, or names_filter",
-    "start_at_layer": "interp.rerun.CleanRun",
+    "start_at_layer": "interp.sweep.rerun.CleanRun",
     "remove_batch_dim": "cache[name][0]",
     "incl_bwd": "retain_grad() inside a hook",
     "bwd_hooks": "retain_grad() inside a hook",

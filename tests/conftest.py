@@ -10,7 +10,12 @@ import torch
 torch.set_num_threads(1)
 matplotlib.use("Agg")
 
-HEAVIEST = ("test_notebooks.py", "test_readme.py", "experiments/test_suite.py", "interp/test_sweep.py")
+HEAVIEST = (
+    "test_notebooks.py",
+    "test_readme.py",
+    "experiments/commands/test_suite.py",
+    "interp/sweep/test_sweep.py",
+)
 """Files of few tests and many seconds, the longest first: begun last, one would keep a single core busy at the end."""
 
 

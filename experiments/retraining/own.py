@@ -24,11 +24,11 @@ from experiments.triple.rl import RL
 from hooks import FrankenlensError, HookedVLM
 from hooks.loading import load_model
 from hooks.processors import load_processor
-from interp.examples import Example
-from interp.generation import greedy
-from interp.grading import judge, reference_fault
-from interp.pair import Pair, weights_sha256
+from interp.pair.generation import greedy
+from interp.pair.pair import Pair, weights_sha256
 from interp.prompts import Prompt, PromptBuilder
+from interp.questions.examples import Example
+from interp.questions.grading import judge, reference_fault
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,7 +35,7 @@ class Outcome:
     """How a model answers.
 
     Attributes:
-        right: 1 or 0 per question; NaN where the answer is neither right nor wrong (`interp.grading`).
+        right: 1 or 0 per question; NaN where the answer is neither right nor wrong (`interp.questions.grading`).
         unreadable: share of replies without an answer that can be read; they count as wrong.
     """
 

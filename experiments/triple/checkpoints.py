@@ -18,7 +18,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from experiments.triple.model import CHAT_TEMPLATE, build_tokenizer
 from hooks.processors import image_only, load_processor
-from interp.tasks.scenes import IMAGE_SIZE
+from interp.questions.tasks.scenes import IMAGE_SIZE
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, patch: int) -> ProcessorMixin:

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Shaped
 from experiments.triple.checkpoints import load
 from experiments.triple.model import THINK
 from experiments.triple.replies import Reply, greedy_replies
-from interp.examples import Example
-from interp.tasks import PERCEPTION, REASONING, Split, grade, sample
+from interp.questions.examples import Example
+from interp.questions.tasks import PERCEPTION, REASONING, Split, grade, sample
 
 TASK_NAMES = (*PERCEPTION, *REASONING)
 GROUPS: Mapping[str, tuple[str, ...]] = {"perception": PERCEPTION, "reasoning": REASONING}

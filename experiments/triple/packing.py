@@ -30,10 +30,10 @@ from experiments.triple.model import (
     VISION_START,
 )
 from experiments.triple.teacher import explain
-from interp.tasks import CELLS, COLOURS, SHAPES, TASKS, Split
-from interp.tasks.questions import ATTRIBUTES, counts
-from interp.tasks.sampling import draw
-from interp.tasks.scenes import GRID, Scene, decode, render_batch
+from interp.questions.tasks import CELLS, COLOURS, SHAPES, TASKS, Split
+from interp.questions.tasks.questions import ATTRIBUTES, counts
+from interp.questions.tasks.sampling import draw
+from interp.questions.tasks.scenes import GRID, Scene, decode, render_batch
 
 IMAGE_TOKENS = GRID * GRID
 IGNORED = -100  # label that the cross entropy leaves out

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
 from experiments.triple.model import ANSWER, END, END_THINK, SPECIAL, THINK
-from interp.examples import Example
+from interp.questions.examples import Example
 
 MAX_REPLY = 16  # tokens; the longest gold reply has 12
 _REPLY = re.compile(

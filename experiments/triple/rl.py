@@ -15,8 +15,8 @@ from transformers.processing_utils import ProcessorMixin
 from experiments.triple.clock import CpuClock
 from experiments.triple.replies import MAX_REPLY, read, suppressed
 from experiments.triple.resuming import train_from_last
-from interp.tasks import REASONING, TASKS, render
-from interp.tasks.sampling import draw
+from interp.questions.tasks import REASONING, TASKS, render
+from interp.questions.tasks.sampling import draw
 
 PERCEPTION_MIX = ("colour_at", "shape_at", "count", "count", "exists")
 """Perception tasks among the prompts; counting, the first to suffer, comes twice."""

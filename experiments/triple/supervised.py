@@ -25,8 +25,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from experiments.triple.model import EMPTY
 from experiments.triple.packing import IGNORED, Packer, Turn, describe, draw_turns, grids, patches
-from interp.tasks import CELLS, PERCEPTION, REASONING
-from interp.tasks.scenes import Scene, decode, render_batch, sample_scene
+from interp.questions.tasks import CELLS, PERCEPTION, REASONING
+from interp.questions.tasks.scenes import Scene, decode, render_batch, sample_scene
 
 Rows = tuple[list[Scene], list[list[Turn]]]
 Loss = Callable[[Qwen2_5_VLForConditionalGeneration, np.random.Generator], Float[Tensor, ""]]

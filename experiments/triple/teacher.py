@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from interp.tasks.questions import Arguments, Solution, Task
-from interp.tasks.scenes import CELLS, Scene, decode
+from interp.questions.tasks.questions import Arguments, Solution, Task
+from interp.questions.tasks.scenes import CELLS, Scene, decode
 
 
 def explain(

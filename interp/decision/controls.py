@@ -17,7 +17,7 @@ from hooks.errors import FrankenlensError
 from interp.decision.result import DecisionSet
 from interp.decision.traces import next_tokens, trace_logits
 from interp.metrics import LogitDifference, evaluate
-from interp.pair import Pair
+from interp.pair.pair import Pair
 from interp.prompts import Prompt, collate
 from interp.statistics import Interval, bootstrap_mean
 

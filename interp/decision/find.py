@@ -16,13 +16,13 @@ from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from interp.decision.result import Decision, DecisionSet
 from interp.decision.traces import Divergence, diverging, next_tokens, trace_logits
-from interp.examples import Example
-from interp.generation import greedy
-from interp.grading import Ungraded, grade
 from interp.metrics import LogitDifference, Metric, SoftDifference, evaluate
-from interp.pair import Pair
+from interp.pair.generation import greedy
+from interp.pair.pair import Pair
 from interp.prompts import Prompt
-from interp.roles import count_faults
+from interp.prompts.roles import count_faults
+from interp.questions.examples import Example
+from interp.questions.grading import Ungraded, grade
 
 Choice = Literal["first", "decisive", "soft"]
 Grader = Callable[[str | None, Example], bool]

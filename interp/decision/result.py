@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from interp.examples import Example
 from interp.metrics import Metric
 from interp.prompts import Prompt
+from interp.questions.examples import Example
 from interp.statistics import Interval, bootstrap_mean
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hooks import FrankenlensError, HookedVLM
-from interp.examples import Example
 from interp.fine_grained.replies import replies
 from interp.prompts import Prompt, PromptBuilder
+from interp.questions.examples import Example
 
 REQUEST = "Describe the image in detail: every object, number, word and relation that can be seen."
 MODEL = "model"

@@ -9,7 +9,6 @@ import xarray as xr
 from jaxtyping import Float, Shaped
 
 from hooks import FrankenlensError, HookedVLM
-from interp.examples import Example
 from interp.fine_grained.descriptions import MODEL, TEMPLATE, Describe, described_by_model
 from interp.fine_grained.questions import (
     APART,
@@ -21,9 +20,10 @@ from interp.fine_grained.questions import (
     require_askable,
 )
 from interp.fine_grained.replies import replies
-from interp.grading import Grade, judge
 from interp.prompts import PromptBuilder
-from interp.transfer import Metric, Outcomes
+from interp.questions.examples import Example
+from interp.questions.grading import Grade, judge
+from interp.transfer.transfer import Metric, Outcomes
 
 Judge = Callable[[str | None, Example], Grade]
 """How an answer (None: there is none) is graded."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from PIL import Image
 
 from hooks.errors import FrankenlensError
-from interp.examples import Example
 from interp.fine_grained.descriptions import MODEL, TEMPLATE, Describe, require_known, with_descriptions
-from interp.grading import require_gradable
 from interp.prompts import Prompt, PromptBuilder
+from interp.questions.examples import Example
+from interp.questions.grading import require_gradable
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "vis": ("image", "black"),
@@ -64,7 +64,7 @@ def questions(
 
     Args:
         builder: makes them.
-        examples: problems with or without images; `meta["grader"]` as in `interp.grading`.
+        examples: problems with or without images; `meta["grader"]` as in `interp.questions.grading`.
         describe: a function of an example; None: `meta["description"]`.
         template: of the problem with its description, with {description} and {question}.
         metrics: of `METRICS`.

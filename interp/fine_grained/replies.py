@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hooks import HookedVLM
-from interp.generation import greedy
+from interp.pair.generation import greedy
 from interp.prompts import Prompt
 
 

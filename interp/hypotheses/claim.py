@@ -13,8 +13,8 @@ from typing import Literal, get_args
 
 from hooks.address import Address
 from hooks.errors import FrankenlensError, nearest
+from interp.prompts.roles import ROLES
 from interp.regions import NAMES
-from interp.roles import ROLES
 
 Quantity = Literal["recovery", "effect", "accuracy"]
 Body = Literal["activation", "weights"]

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hooks.errors import FrankenlensError
-from interp.examples import CONTENT, LOOKED_AT, Example, fingerprint
 from interp.hypotheses.claim import Claim, Family
+from interp.questions.examples import CONTENT, LOOKED_AT, Example, fingerprint
 
 SHOWN = 3
 
@@ -19,7 +19,7 @@ def examples_of(result: Path | str) -> frozenset[str]:
     Raises:
         FrankenlensError: no such file, no result, or one that does not keep all examples that were looked at.
     """
-    from interp.results import load_dataset
+    from interp.results.files import load_dataset
 
     dataset = load_dataset(result)
     kept = [name for name in (LOOKED_AT, CONTENT) if name in dataset.coords]
@@ -37,7 +37,7 @@ def examples_of(result: Path | str) -> frozenset[str]:
             return ids
     raise FrankenlensError(
         f"{result} keeps no examples, so it cannot say what a claim was found on; "
-        "interp.examples.with_looked_at adds them"
+        "interp.questions.examples.with_looked_at adds them"
     )
 
 

@@ -11,18 +11,19 @@ from tqdm.auto import tqdm
 
 from hooks import Address, FrankenlensError, HookedVLM
 from hooks.errors import nearest
-from interp.cells import Cell, Donor, edits_of, run_cells
-from interp.component_map import DIRECTIONS, batches_of
 from interp.decision import DecisionSet
-from interp.examples import Example
-from interp.grafts import Graft, grafted, require_graftable
 from interp.hypotheses.claim import Claim, ClaimError, Family
+from interp.map.cells import Cell, Donor, edits_of, run_cells
+from interp.map.component_map import DIRECTIONS, batches_of
+from interp.map.components import BEFORE_THE_DECODER, Component, cached_names, components
 from interp.metrics import evaluate
-from interp.pair import Pair
-from interp.patching import BEFORE_THE_DECODER, Component, PatchBatch, cached_names, components, partners
+from interp.pair.pair import Pair
 from interp.prompts import collate
+from interp.prompts.pairing import PatchBatch, partners
+from interp.questions.examples import Example
 from interp.regions import parse_partition
-from interp.transfer import answers
+from interp.transfer.grafts import Graft, grafted, require_graftable
+from interp.transfer.transfer import answers
 
 Moved = tuple[str, str, str, tuple[str, ...]]
 """Body, role, direction, addresses."""

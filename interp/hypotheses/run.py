@@ -10,12 +10,12 @@ import xarray as xr
 
 from hooks.errors import FrankenlensError
 from interp.decision import DecisionSet, find_decisions, null_pair_denominator, recovery_refused
-from interp.examples import Example
 from interp.hypotheses.claim import Family
 from interp.hypotheses.held_out import origins
 from interp.hypotheses.judge import Verdict, judge
 from interp.hypotheses.measure import Measured, measure, resolved
-from interp.pair import Pair, weights_sha256
+from interp.pair.pair import Pair, weights_sha256
+from interp.questions.examples import Example
 
 SAME = "IN and RL hold the same weights, so there is nothing to move"
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from hooks import FrankenlensError, HookedVLM
 from hooks.anatomy import Block
 from hooks.engine import HookContext, HookFunction
-from interp.generation import greedy_batch
 from interp.knockout.cut import Cut, Knockout, blocks_of, require_cuts, together
 from interp.knockout.places import Place, Unfolding, parts_of, place_label
+from interp.pair.generation import greedy_batch
 from interp.prompts import PromptBatch
 from interp.sweep.places import patch_mask
 
@@ -176,8 +176,8 @@ def greedy_knockout(
         max_new_tokens: the most that is written.
 
     Returns:
-        Token ids per row as of `interp.generation.greedy_batch`, and how many edges were cut in each row (0: the model
-        wrote no such tokens).
+        Token ids per row as of `interp.pair.generation.greedy_batch`, and how many edges were cut in each row (0: the
+        model wrote no such tokens).
 
     Raises:
         FrankenlensError: see `knocked_out`.

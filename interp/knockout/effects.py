@@ -19,9 +19,9 @@ from interp.knockout.lanes import Lane, Part, run_cuts
 from interp.knockout.places import Unfolding
 from interp.metrics import Metric
 from interp.prompts import Prompt, PromptBatch, collate
-from interp.rerun import CleanRun
 from interp.sweep.batch import LANE_TOKENS, cropped
 from interp.sweep.edits import Span
+from interp.sweep.rerun import CleanRun
 from interp.sweep.stored import StoredRun, Unsupported
 
 

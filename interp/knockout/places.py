@@ -15,7 +15,7 @@ from torch import Tensor
 from hooks import FrankenlensError
 from hooks.errors import nearest
 from interp.prompts import Prompt, PromptBatch
-from interp.roles import ROLES, Role
+from interp.prompts.roles import ROLES, Role
 from interp.sweep.places import Where, where_label, where_mask
 
 Place = Where | tuple[Where, ...]

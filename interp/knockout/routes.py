@@ -19,14 +19,14 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from interp.decision import Change, changed_weights
-from interp.examples import Example
 from interp.knockout.attached import missing
 from interp.knockout.cut import Knockout, layers_label, require_cuts
 from interp.knockout.effects import CutBatch, cut_lanes
 from interp.knockout.random_edges import control_kinds, controls
 from interp.metrics import AnswerLogProbability, Metric
-from interp.pair import Pair
+from interp.pair.pair import Pair
 from interp.prompts import Prompt, collate
+from interp.questions.examples import Example
 
 ROUTES = {
     "image -> question": Knockout("image", "question"),

@@ -29,7 +29,7 @@ from interp.lens.head import OutputHead, freeze
 from interp.lens.logit_lens import along
 from interp.lens.streams import CHUNK, batches, run_at, stream_name
 from interp.lens.tokens import Tokens, Where, tokens_of, words
-from interp.pair import Pair
+from interp.pair.pair import Pair
 from interp.prompts import Prompt, PromptBatch
 
 TokenIds = int | Sequence[int] | Int[Tensor, " n"]

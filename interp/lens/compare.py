@@ -15,7 +15,7 @@ from interp.decision import Change, changed_weights
 from interp.lens.logit_lens import along, divergence, log_probabilities, require_top_k
 from interp.lens.streams import Streams, read_streams, resolve_layers
 from interp.lens.tokens import Tokens, Where, tokens_of
-from interp.pair import Pair
+from interp.pair.pair import Pair
 from interp.prompts import Prompt
 
 Nulls = Mapping[str, tuple[HookedVLM, Change]]

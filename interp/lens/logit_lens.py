@@ -22,7 +22,7 @@ from hooks import FrankenlensError, HookedVLM
 from interp.lens.streams import Streams, read_streams, resolve_layers
 from interp.lens.tokens import Where, tokens_of, words
 from interp.lens.tuned_lens import TunedLens
-from interp.pair import Pair
+from interp.pair.pair import Pair
 from interp.prompts import Prompt
 
 MODELS = ("in", "rl")

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 
 from hooks import FrankenlensError
 from interp.prompts import Prompt
-from interp.roles import ROLES
+from interp.prompts.roles import ROLES
 from interp.statistics import Interval, adjust, bootstrap_difference, bootstrap_mean, sign_flip
 
 BEFORE_ANSWER = "before answer"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooks import FrankenlensError
 from interp.prompts import Prompt
-from interp.roles import ROLES
+from interp.prompts.roles import ROLES
 
 Where = str | Sequence[int] | Sequence[Sequence[int]]
 """A role, "decision" (each prompt's last token) or "all"; positions (negative: from the end) in every prompt; or a list

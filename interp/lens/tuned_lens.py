@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from hooks import FrankenlensError, HookedVLM
 from interp.lens.streams import Streams, read_streams, resolve_layers
 from interp.lens.tokens import Tokens, Where, tokens_of
-from interp.pair import weights_sha256
+from interp.pair.pair import weights_sha256
 from interp.prompts import Prompt
 
 _KIND = "frankenlens tuned lens 1"

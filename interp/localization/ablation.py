@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 
 from hooks import Address, FrankenlensError, HookedVLM
 from hooks.engine import HookContext, HookFunction
-from interp.generation import greedy, greedy_batch
-from interp.grading import Ungraded, grade
 from interp.localization.outcomes import Grader
 from interp.localization.pools import GENERATED, Pool
+from interp.pair.generation import greedy, greedy_batch
 from interp.prompts import Prompt, PromptBatch, collate
+from interp.questions.grading import Ungraded, grade
 
 KINDS = ("skip", "zero", "mean", "resample")
 

@@ -10,12 +10,12 @@ import pandas as pd
 import xarray as xr
 
 from hooks.errors import FrankenlensError
-from interp.examples import Example
+from interp.questions.examples import Example
 from interp.statistics import bootstrap_mean, wilson_interval
 
 Grader = Callable[[str | None, Example], bool]
 """Whether an answer (None: there is none) is right for an example, compared with `example.answer`; may raise
-`interp.grading.Ungraded`."""
+`interp.questions.grading.Ungraded`."""
 OUTCOMES = ("unchanged", "source", "broke")
 AMONG = ("differing", "all")
 """Pairs that are counted: those whose two clean answers differ, or all whose clean answers can be read."""

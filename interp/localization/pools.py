@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks.errors import FrankenlensError
-from interp.roles import ROLES
+from interp.prompts.roles import ROLES
 
 GENERATED = len(ROLES)
 """Kind of the tokens that follow the prompt; those of the prompt are numbered by their role."""

@@ -33,12 +33,12 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.engine import HookContext, HookFunction
-from interp.examples import Example
-from interp.generation import greedy_batch
-from interp.grading import Ungraded, grade
 from interp.localization.outcomes import NOT_COUNTED, OUTCOMES, Grader, outcome, same_answer
-from interp.patching import image_shapes
+from interp.pair.generation import greedy_batch
 from interp.prompts import Prompt, PromptBatch, PromptBuilder, collate
+from interp.prompts.pairing import image_shapes
+from interp.questions.examples import Example
+from interp.questions.grading import Ungraded, grade
 
 WHAT = ("kv", "resid")
 Hooks = list[tuple[str, HookFunction]]

@@ -42,7 +42,7 @@ def follow(
     Args:
         parent: the donor or the recipient.
         written: what `lockstep` returned.
-        own: the parent's own tokens after each prompt (`interp.generation.greedy`).
+        own: the parent's own tokens after each prompt (`interp.pair.generation.greedy`).
         batch_size: prompts a forward.
     """
     chosen = _choices(

@@ -12,9 +12,6 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from interp.component_map import DIRECTIONS
-from interp.examples import Example
-from interp.grading import grade
 from interp.localization.outcomes import Grader, by_function
 from interp.lockstep.agreement import Followed, follow
 from interp.lockstep.controls import random_components, single
@@ -22,7 +19,10 @@ from interp.lockstep.moved import EVERYWHERE, Moved, require_roles, sites
 from interp.lockstep.outcomes import Questions, graded, questions
 from interp.lockstep.run import Written, alone, lockstep
 from interp.lockstep.sampling import Sampling
-from interp.pair import Pair
+from interp.map.component_map import DIRECTIONS
+from interp.pair.pair import Pair
+from interp.questions.examples import Example
+from interp.questions.grading import grade
 from interp.statistics import (
     adjust,
     bootstrap_difference,

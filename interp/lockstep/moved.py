@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hooks import Address, FrankenlensError, HookedVLM
 from hooks.errors import nearest
 from interp.prompts import Prompt
-from interp.roles import ROLES
+from interp.prompts.roles import ROLES
 
 WHEN = ("prefill", "generated", *ROLES)
 """Tokens that can be named: all that were given, all that are written, or those of a role."""

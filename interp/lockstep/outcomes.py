@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hooks import FrankenlensError, HookedVLM
-from interp.examples import Example
-from interp.grading import Ungraded
 from interp.localization.outcomes import Grader
 from interp.lockstep.refusals import require_fits
 from interp.lockstep.run import Written
 from interp.prompts import Prompt, PromptBuilder
+from interp.questions.examples import Example
+from interp.questions.grading import Ungraded
 
 
 @dataclass(frozen=True)

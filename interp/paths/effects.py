@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from hooks import HookedVLM
 from hooks.address import Address
-from interp.component_map import batches_of
+from interp.map.component_map import batches_of
 from interp.metrics import Metric
 from interp.paths.job import Job, complete_senders, paths_between
 from interp.paths.path import Between, Path, Receiver, require_paths

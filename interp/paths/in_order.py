@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from hooks import FrankenlensError, HookedVLM
 from hooks.address import Address
 from hooks.engine import HookContext
-from interp.component_map import batches_of
+from interp.map.component_map import batches_of
 from interp.metrics import Metric
 from interp.paths.job import Job, complete_senders
 from interp.paths.path import Path, Receiver, require_paths

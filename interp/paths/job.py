@@ -10,7 +10,6 @@ from torch import Tensor
 from hooks import FrankenlensError, HookedVLM
 from hooks.address import Address
 from interp.metrics import Metric
-from interp.patching import PatchBatch, image_shapes, partners
 from interp.paths.path import (
     Between,
     Path,
@@ -23,6 +22,7 @@ from interp.paths.path import (
 )
 from interp.paths.run import PathRun
 from interp.prompts import Prompt, PromptBatch, collate
+from interp.prompts.pairing import PatchBatch, image_shapes, partners
 from interp.sweep.places import Where, where_label, where_mask
 
 

@@ -12,16 +12,16 @@ from jaxtyping import Float
 
 from hooks import FrankenlensError
 from hooks.address import Address
-from interp.component_map import DIRECTIONS
-from interp.examples import with_looked_at
+from interp.map.component_map import DIRECTIONS
 from interp.paths.effects import path_map
 from interp.paths.in_order import paths_in_order
 from interp.paths.path import Receiver
+from interp.questions.examples import with_looked_at
 from interp.statistics import adjust, bootstrap_mean, bootstrap_ratio, sign_flip
 
 if TYPE_CHECKING:
     from interp.decision import DecisionSet
-    from interp.pair import Pair
+    from interp.pair.pair import Pair
 
 
 def pair_paths(

@@ -13,14 +13,14 @@ from hooks import FrankenlensError, HookedVLM
 from hooks.address import Address
 from hooks.engine import HookContext
 from hooks.selfcheck import tolerance
-from interp.cells import Donor
+from interp.map.cells import Donor
 from interp.metrics import Metric
-from interp.patching import PatchBatch, borrowed
 from interp.paths.path import Between, Path, Receiver, sender_hook, writes_at
 from interp.prompts import PromptBatch
-from interp.rerun import CleanRun
+from interp.prompts.pairing import PatchBatch, borrowed
 from interp.sweep.activations import activation_of
 from interp.sweep.edits import Edit, Span
+from interp.sweep.rerun import CleanRun
 
 KEPT = 8
 """Intermediate values kept for the next path; paths of one sender or layer follow one another."""

@@ -17,16 +17,17 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM, weight_slices
 from hooks.errors import nearest
-from interp.attribution import attribute
-from interp.cells import Donor, cells_of, run_cells
-from interp.component_map import DIRECTIONS, batches_of
 from interp.decision import DecisionSet
-from interp.grafts import Graft, grafted
+from interp.map.attribution import attribute
+from interp.map.cells import Donor, cells_of, run_cells
+from interp.map.component_map import DIRECTIONS, batches_of
+from interp.map.components import BEFORE_THE_DECODER, Component, cached_names
 from interp.metrics import evaluate
-from interp.pair import Pair
-from interp.patching import BEFORE_THE_DECODER, Component, PatchBatch, cached_names, partners
+from interp.pair.pair import Pair
 from interp.prompts import collate
+from interp.prompts.pairing import PatchBatch, partners
 from interp.sweep import Intervention, sweep
+from interp.transfer.grafts import Graft, grafted
 
 Effects = Float[np.ndarray, "component example"]
 INTO, OUT = "rl_to_in", "in_to_rl"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from hooks import Address, FrankenlensError, HookedVLM, weight_slices
 from hooks.weights import WeightSlice
-from interp.grafts import Graft, random_update, require_graftable
-from interp.patching import Component, components
+from interp.map.components import Component, components
+from interp.transfer.grafts import Graft, random_update, require_graftable
 
 CHANGES = ("donor", "random", "rotated")
 NOISES = ("none", "gaussian", "bf16")

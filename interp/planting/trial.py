@@ -12,12 +12,12 @@ from jaxtyping import Float
 
 from hooks import FrankenlensError, HookedVLM
 from interp.decision import DecisionSet, find_decisions, null_pair_denominator, recovery_refused
-from interp.examples import Example
-from interp.pair import Pair
-from interp.patching import Component
+from interp.map.components import Component
+from interp.pair.pair import Pair
 from interp.planting.methods import Method, Subject
 from interp.planting.plants import Plant, planted, truth
-from interp.roles import TraceFormat
+from interp.prompts.roles import TraceFormat
+from interp.questions.examples import Example
 from interp.statistics import MIN_EXAMPLES, adjust, sign_flips
 
 ALPHA = 0.05

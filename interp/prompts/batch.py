@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooks.errors import FrankenlensError
 from interp.prompts.prompt import TOKEN_TENSORS, Prompt
-from interp.roles import PADDING_CODE, ROLE_CODES, ROLES
+from interp.prompts.roles import PADDING_CODE, ROLE_CODES, ROLES
 
 PaddingSide = Literal["left", "right"]
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hooks.errors import FrankenlensError
-from interp.examples import Example
 from interp.prompts.prompt import TOKEN_TENSORS, Prompt
 from interp.prompts.question import question_span, question_tokens
-from interp.roles import Role, RoleScanner, Trace, TraceFormat
+from interp.prompts.roles import Role, RoleScanner, Trace, TraceFormat
+from interp.questions.examples import Example
 
 
 class PromptBuilder:
@@ -125,7 +125,7 @@ class PromptBuilder:
         if self.image_token_id in ids:
             raise FrankenlensError(
                 f"prompt {prompt.example.id!r}: the trace holds the image placeholder {self.image_token!r}; suppress "
-                "it while generating (interp.generation.greedy does)"
+                "it while generating (interp.pair.generation.greedy does)"
             )
         n = prompt.n_prompt_tokens
         inputs = dict(prompt.inputs)

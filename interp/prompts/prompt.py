@@ -11,8 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooks.errors import FrankenlensError
-from interp.examples import Example
-from interp.roles import ROLES, Trace
+from interp.prompts.roles import ROLES, Trace
+from interp.questions.examples import Example
 
 if TYPE_CHECKING:
     from interp.prompts.builder import PromptBuilder

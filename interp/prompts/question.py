@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hooks.errors import FrankenlensError
-from interp.examples import Example
+from interp.questions.examples import Example
 
 STAND_IN = "frankenlensquestionstandin"
 

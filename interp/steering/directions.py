@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from hooks import FrankenlensError, HookContext, HookedVLM
 from hooks.errors import nearest
 from interp.lockstep.moved import WHEN
-from interp.pair import Pair
+from interp.pair.pair import Pair
 from interp.prompts import Prompt, PromptBatch, collate
 
 

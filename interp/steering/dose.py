@@ -11,14 +11,14 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from interp.examples import Example
-from interp.grading import grade
 from interp.localization.outcomes import Grader, by_function
 from interp.lockstep.moved import EVERYWHERE
 from interp.lockstep.outcomes import graded, questions
 from interp.lockstep.run import alone
 from interp.lockstep.sampling import Sampling
 from interp.prompts import PromptBuilder
+from interp.questions.examples import Example
+from interp.questions.grading import grade
 from interp.statistics import adjust, bootstrap_difference, mcnemar, mean_of, share_of, sign_flip
 from interp.steering.directions import Direction, random_directions
 from interp.steering.steer import Steering, steer

@@ -81,7 +81,7 @@ def steer(
 def steer_hooks(
     direction: Direction, coefficient: float, batch: PromptBatch, when: tuple[str, ...] = EVERYWHERE
 ) -> FwdHooks:
-    """The same as hooks, for `HookedVLM.generate` or `interp.generation.greedy_batch` on `batch`.
+    """The same as hooks, for `HookedVLM.generate` or `interp.pair.generation.greedy_batch` on `batch`.
 
     Args:
         direction, coefficient: what is added.

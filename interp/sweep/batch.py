@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
 from interp.prompts import PromptBatch
-from interp.rerun import CleanRun
 from interp.sweep.brigade import run_lanes
 from interp.sweep.edits import Edit, Span, needed_names
 from interp.sweep.places import of_vision
+from interp.sweep.rerun import CleanRun
 from interp.sweep.stored import StoredRun, Unsupported
 
 Read = Callable[[Float[Tensor, "batch pos vocab"], PromptBatch], Float[Tensor, "metric batch"]]

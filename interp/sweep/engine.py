@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from interp.metrics import Metric
-from interp.patching import image_shapes
 from interp.prompts import Prompt, collate
+from interp.prompts.pairing import image_shapes
 from interp.sweep.activations import activation_of
 from interp.sweep.batch import BatchSweep
 from interp.sweep.intervention import Bound, Intervention, Means, bind, has_tokens, mean_key, validate
@@ -317,7 +317,7 @@ def _about(
     interventions: Sequence[Intervention],
     metrics: Mapping[str, Metric],
 ) -> dict[str, Any]:
-    from interp.pair import weights_sha256
+    from interp.pair.pair import weights_sha256
 
     first = weights_sha256(recipient.model)
     return {

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.points import HookPoint
-from interp.patching import PatchBatch, borrowed, partners
 from interp.prompts import PromptBatch
+from interp.prompts.pairing import PatchBatch, borrowed, partners
 from interp.sweep.activations import of_index
 from interp.sweep.edits import Edit, New, Span
 from interp.sweep.places import LEADING, Where, cut_patches, where_label, where_mask

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from hooks import HookedVLM
-from interp.examples import Example
 from interp.metrics import LogitDifference
 from interp.prompts import Prompt, PromptBuilder
-from interp.roles import TraceFormat
+from interp.prompts.roles import TraceFormat
+from interp.questions.examples import Example
 from tests.families import WORDS, redraw, tiny_processor
 
 LAYERS, WIDTH, HEADS, BATCH, TOKENS, TEXT = 12, 256, 8, 4, 264, 64

@@ -9,7 +9,7 @@ import pytest
 from experiments import embedded
 from experiments.triple import checkpoints, evaluate
 from experiments.triple.replies import greedy_replies
-from interp.tasks import PERCEPTION, REASONING
+from interp.questions.tasks import PERCEPTION, REASONING
 
 MEGABYTE = 10**6
 

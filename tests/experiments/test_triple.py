@@ -22,9 +22,9 @@ from experiments.triple.supervised import Schedule, fresh_rows, train, turns_los
 from experiments.triple.teacher import explain
 from experiments.triple.train import TrainTriple, run
 from hooks.errors import FrankenlensError
-from interp.tasks import PERCEPTION, REASONING, TASKS, sample
-from interp.tasks.sampling import draw
-from interp.tasks.scenes import render_batch, sample_scene
+from interp.questions.tasks import PERCEPTION, REASONING, TASKS, sample
+from interp.questions.tasks.sampling import draw
+from interp.questions.tasks.scenes import render_batch, sample_scene
 
 TINY = ModelSize(
     layers=2, hidden=32, heads=2, kv_heads=1, mlp=32, vision_layers=1, vision_hidden=16, vision_heads=2

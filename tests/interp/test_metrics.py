@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hooks.errors import FrankenlensError
-from interp.examples import Example
 from interp.metrics import (
     AnswerLogProbability,
     KLToReference,
@@ -16,6 +15,7 @@ from interp.metrics import (
     TraceLogLikelihood,
 )
 from interp.prompts import PromptBuilder, collate
+from interp.questions.examples import Example
 from tests.families import tiny_processor
 
 TRACES = ("<think> red 3 </think> answer 5 6 <|im_end|>", "1 2", None)

@@ -13,13 +13,13 @@ from scipy import stats
 
 from experiments import embedded
 from interp.decision import find_decisions
-from interp.examples import Example
 from interp.hypotheses import Claim, Family, Measured, judge, one_sided, put_to_test, scores, unseen
 from interp.hypotheses.measure import measure, resolved
 from interp.hypotheses.one_sided import adjusted, power
-from interp.pair import Pair
+from interp.pair.pair import Pair
 from interp.planting import Plant, planted
-from interp.tasks import REASONING, sample
+from interp.questions.examples import Example
+from interp.questions.tasks import REASONING, sample
 
 ALPHA, N_DRAWS, N_FAMILIES = 0.05, 200, 1000
 N_PROMPTS = 100  # of a draw; 60 of them have a first divergence

@@ -9,12 +9,12 @@ import torch
 
 from experiments import embedded
 from hooks import HookedVLM, weight_slices
-from interp.component_map import component_map
 from interp.decision import find_decisions
-from interp.pair import Pair
+from interp.map.component_map import component_map
+from interp.map.summary import strongest, summarise
+from interp.pair.pair import Pair
 from interp.planting import Subject, candidates
-from interp.summary import strongest, summarise
-from interp.tasks import REASONING, sample
+from interp.questions.tasks import REASONING, sample
 
 N_PLANTS, N_PROMPTS, TOP, BAR = 24, 8, 3, 23
 

@@ -10,7 +10,7 @@ from experiments import embedded
 from experiments.planting import FIRST, Garden, PlantedConfig
 from hooks import FrankenlensError, HookedVLM
 from interp.decision import find_decisions, null_pair_denominator, recovery_refused
-from interp.pair import Pair
+from interp.pair.pair import Pair
 from interp.planting import (
     EVERYWHERE,
     METHODS,
@@ -23,7 +23,7 @@ from interp.planting import (
     trial,
 )
 from interp.planting.table import auroc
-from interp.tasks import REASONING, sample
+from interp.questions.tasks import REASONING, sample
 
 CHANGED = ("blocks.3.mlp", "blocks.0.attn.head.0")
 

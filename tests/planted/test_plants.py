@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from experiments import embedded
 from hooks import FrankenlensError, HookedVLM, weight_slices
 from interp.comparison import by_address, compare
-from interp.pair import weights_sha256
+from interp.pair.pair import weights_sha256
 from interp.planting import DECODER, EVERYWHERE, Plant, candidates, draw, planted, relative_norm, truth
 from interp.prompts import PromptBuilder
-from interp.tasks import sample
+from interp.questions.tasks import sample
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""The commands of `frankenlens`: one file per question asked of a pair."""

@@ -1,0 +1,1 @@
+"""A cache as TransformerLens's `ActivationCache`. TransformerLens itself is imported when one is exported."""

@@ -1,0 +1,205 @@
+"""The component map: every component patched at every role, in both directions, with two controls.
+
+`component_map` moves activations between the two models of a pair (RL into IN: sufficient? IN into RL: necessary?),
+`patch` between two prompts of one model. Both return the effects; `interp.map.summary.summarise` turns them into
+recoveries with intervals.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+from tqdm.auto import tqdm
+
+from hooks import FrankenlensError, HookedVLM
+from interp.map.cells import Donor, cells_of, run_cells
+from interp.map.components import BEFORE_THE_DECODER, POINTS, Component, cached_names, components
+from interp.metrics import Metric
+from interp.prompts import Prompt, collate
+from interp.prompts.pairing import PatchBatch, image_shapes, partners
+from interp.prompts.roles import ROLES
+from interp.questions.examples import with_looked_at
+
+if TYPE_CHECKING:
+    from interp.decision import DecisionSet
+    from interp.pair.pair import Pair
+
+DIRECTIONS = {"rl_to_in": ("rl", "in"), "in_to_rl": ("in", "rl")}
+MAP_POINTS = tuple(point for point in POINTS if point != "z")
+
+
+def component_map(
+    pair: "Pair",
+    decisions: "DecisionSet",
+    directions: Sequence[str] = tuple(DIRECTIONS),
+    points: Sequence[str] = MAP_POINTS,
+    roles: Sequence[str] | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Patch every component of a pair at every role, on the prompts of `decisions`.
+
+    Args:
+        pair: IN and RL, opened.
+        decisions: what is measured, and the prompts up to each decision.
+        directions: "rl_to_in" (sufficient?), "in_to_rl" (necessary?).
+        points: see `interp.map.components.components`.
+        roles: of `ROLES`, "decision" and "all"; by default those that occur.
+        batch_size: prompts a forward.
+
+    Returns:
+        Variables effect and control_other [direction component role example] (patched - recipient, in the metric's
+        units), control_self [direction component] (largest |effect| of the component from the same model, which is
+        exactly 0; NaN where no prompt has it), recipient and donor [direction example]; coordinates point, layer,
+        head on component; all examples that were looked at (`interp.questions.examples.with_looked_at`).
+
+    Raises:
+        FrankenlensError: an unknown direction, point or role; no decision qualifies.
+    """
+    for direction in directions:
+        if direction not in DIRECTIONS:
+            raise FrankenlensError(f"{direction!r} is no direction; choose of {', '.join(DIRECTIONS)}.")
+    prompts = {"in": decisions.prompts, "rl": decisions.prompts}
+    models = {"in": pair.in_, "rl": pair.rl}
+    ways = {d: DIRECTIONS[d] for d in directions}
+    found = _map(models, prompts, decisions.metric, ways, points, roles, batch_size, progress)
+    return with_looked_at(found, decisions.examples)
+
+
+def patch(
+    vlm: HookedVLM,
+    clean: Sequence[Prompt],
+    corrupt: Sequence[Prompt],
+    metric: Metric,
+    points: Sequence[str] = MAP_POINTS,
+    roles: Sequence[str] | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Patch one model's activations on clean prompts into its runs on corrupt ones (counterfactual images, say).
+
+    Args:
+        vlm: the opened model.
+        clean: prompts the activations come from.
+        corrupt: prompts they go to, row by row with the same roles at the same positions.
+        metric: read on the corrupt run; see `interp.metrics`.
+        points, roles, batch_size: as in `component_map`.
+
+    Returns:
+        As `component_map`, with the one direction "clean_to_corrupt".
+
+    Raises:
+        FrankenlensError: a row whose clean and corrupt tokens do not line up.
+    """
+    if len(clean) != len(corrupt):
+        raise FrankenlensError(f"{len(clean)} clean and {len(corrupt)} corrupt prompts; they go in pairs.")
+    for row, (one, other) in enumerate(zip(clean, corrupt, strict=True)):
+        if one.roles != other.roles or image_shapes(one) != image_shapes(other):
+            raise FrankenlensError(
+                f"row {row} ({one.example.id} / {other.example.id}): {len(one)} and {len(other)} tokens,"
+                " other roles, or images of other sizes;"
+                " the two prompts must line up token by token. Give images of equal size and the same question."
+            )
+    models, prompts = {"clean": vlm, "corrupt": vlm}, {"clean": clean, "corrupt": corrupt}
+    direction = {"clean_to_corrupt": ("clean", "corrupt")}
+    return _map(models, prompts, metric, direction, points, roles, batch_size, progress)
+
+
+def _map(
+    models: Mapping[str, HookedVLM],
+    prompts: Mapping[str, Sequence[Prompt]],
+    metric: Metric,
+    directions: Mapping[str, tuple[str, str]],
+    points: Sequence[str],
+    roles: Sequence[str] | None,
+    batch_size: int,
+    progress: bool,
+) -> xr.Dataset:
+    first = next(iter(prompts.values()))
+    if not first:
+        raise FrankenlensError(
+            "no prompt qualifies for this decision, so there is nothing to patch; see its counts."
+        )
+    roles = roles_of(first, roles)
+    wanted = components(next(iter(models.values())), points)
+    shape = (len(directions), len(wanted), len(roles), len(first))
+    effect, other = np.full(shape, np.nan), np.full(shape, np.nan)
+    itself = np.full(shape[:2], np.nan)
+    ends = np.full((2, len(directions), len(first)), np.nan)
+    total = _n_runs(wanted, roles) * len(directions) * -(-len(first) // batch_size)
+    with tqdm(total=total, desc="patching", unit="run", disable=not progress) as bar:
+        for rows in batches_of(first, batch_size):
+            select = metric.select(rows)
+            ready, donors = {}, {}
+            for name, vlm in models.items():
+                batch = collate([prompts[name][i] for i in rows]).to(vlm.device)
+                ready[name] = PatchBatch(batch, select.reads(batch), partners(batch))
+                donors[name] = Donor(vlm, batch, cached_names(wanted), select)
+            for d, (donor, recipient) in enumerate(directions.values()):
+                cells = cells_of(donors[donor], donors[recipient], ready[recipient], wanted, roles)
+                found = run_cells(models[recipient], ready[recipient], select, cells, bar)
+                for cell, values in zip(cells, found, strict=True):
+                    if cell.kind == "self":
+                        itself[d, cell.component] = np.fmax(
+                            itself[d, cell.component], np.fmax.reduce(np.abs(values), axis=None)
+                        )
+                    else:
+                        kept = effect if cell.kind == "donor" else other
+                        kept[d, cell.component, cell.role, rows] = values
+                ends[0, d, rows], ends[1, d, rows] = donors[recipient].metric, donors[donor].metric
+        bar.total = bar.n  # roles that no row of a batch has are not run
+        bar.refresh()
+    return _dataset(
+        effect, other, itself, ends, list(directions), wanted, roles, [p.example.id for p in first], metric
+    )
+
+
+def roles_of(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str]:
+    if roles is None:
+        present = {role for prompt in prompts for role in prompt.roles}
+        return [*(role for role in ROLES if role in present), "decision", "all"]
+    valid = (*ROLES, "decision", "all")
+    for role in roles:
+        if role not in valid:
+            raise FrankenlensError(f"{role!r} is no role; choose of {', '.join(valid)}.")
+    return list(roles)
+
+
+def batches_of(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
+    """Row numbers by batch; rows with the same roles stand together, so that they can be each other's control."""
+    order = sorted(
+        range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].roles, image_shapes(prompts[i]), i)
+    )
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _n_runs(wanted: Sequence[Component], roles: Sequence[str]) -> int:
+    early = sum(component.point in BEFORE_THE_DECODER for component in wanted)
+    cells = (len(wanted) - early) * len(roles) + early * ("image" in roles)
+    return 2 * cells + len(wanted)
+
+
+def _dataset(effect, other, itself, ends, directions, wanted, roles, examples, metric) -> xr.Dataset:
+    dims = ("direction", "component", "role", "example")
+    units = {"units": metric.units}
+    return xr.Dataset(
+        {
+            "effect": (dims, effect, units),
+            "control_other": (dims, other, units),
+            "control_self": (dims[:2], itself, units),
+            "recipient": (("direction", "example"), ends[0], units),
+            "donor": (("direction", "example"), ends[1], units),
+        },
+        coords={
+            "direction": directions,
+            "component": [c.name for c in wanted],
+            "role": roles,
+            "example": examples,
+            "point": ("component", [c.point for c in wanted]),
+            "layer": ("component", [-1 if c.layer is None else c.layer for c in wanted]),
+            "head": ("component", [-1 if c.head is None else c.head for c in wanted]),
+        },
+        attrs={"metric": metric.name, "units": metric.units},
+    )

@@ -1,0 +1,80 @@
+"""The components that a map patches: what one patch moves, and the hook points that carry it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hooks import FrankenlensError, HookedVLM
+from hooks.errors import nearest
+
+POINTS = ("resid_pre", "attn_out", "mlp_out", "head", "z", "vision", "projector")
+BEFORE_THE_DECODER = ("vision", "projector")
+
+
+@dataclass(frozen=True)
+class Component:
+    """What one patch moves: the address (or hook) that names it, the hook points that carry it, and the head.
+
+    Only the projector of a DeepStack model has several: what it adds in the decoder is as much its output.
+    """
+
+    name: str
+    point: str
+    hooks: tuple[str, ...]
+    layer: int | None = None
+    head: int | None = None
+
+    @property
+    def hook(self) -> str:
+        """The hook point of a component that has one."""
+        return self.hooks[0]
+
+
+def components(vlm: HookedVLM, points: Sequence[str] = POINTS) -> list[Component]:
+    """Every component of a model that the named points offer, dead ones left out.
+
+    Args:
+        vlm: the opened model.
+        points: of `POINTS`. `head` is the head's result, through its own model's W_O; `z` stops before it.
+
+    Raises:
+        FrankenlensError: an unknown point.
+    """
+    for point in points:
+        if point not in POINTS:
+            raise FrankenlensError(
+                f"{point!r} is no patching point; choose of {', '.join(POINTS)}. {nearest(point, POINTS)}"
+            )
+    found: list[Component] = []
+    for point in POINTS:
+        if point in points:
+            found += _components_at(vlm, point)
+    return [component for component in found if component.hook in vlm.hook_points]
+
+
+def _components_at(vlm: HookedVLM, point: str) -> Iterator[Component]:
+    if point == "projector":
+        deepstack = (name for name in vlm.hook_points if name.endswith("hook_deepstack"))
+        yield Component("projector", point, ("projector.hook_out", *deepstack))
+        return
+    if point == "vision":
+        for layer in range(len(vlm.anatomy.vision.blocks)):
+            yield Component(
+                f"vision.blocks.{layer}", point, (f"vision.blocks.{layer}.hook_resid_post",), layer
+            )
+        return
+    for layer, block in enumerate(vlm.anatomy.text.blocks):
+        name = f"blocks.{layer}"
+        if point == "resid_pre":
+            yield Component(f"{name}.hook_resid_pre", point, (f"{name}.hook_resid_pre",), layer)
+        elif point in ("attn_out", "mlp_out"):
+            yield Component(f"{name}.{point[:-4]}", point, (f"{name}.hook_{point}",), layer)
+        else:
+            hook = f"{name}.attn.hook_result" if point == "head" else f"{name}.attn.hook_z"
+            for head in range(block.n_heads):
+                label = f"{name}.attn.head.{head}" if point == "head" else f"{hook}.{head}"
+                yield Component(label, point, (hook,), layer, head)
+
+
+def cached_names(wanted: Sequence[Component]) -> list[str]:
+    """The hook points a donor run must keep; per-head results are made again from z, which is smaller."""
+    return list(dict.fromkeys(name.replace("hook_result", "hook_z") for c in wanted for name in c.hooks))

@@ -1,0 +1,289 @@
+"""The component map as a figure for a paper, and its strongest components with intervals."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import FuncNorm, Normalize
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from interp.map.summary import headline, strongest
+from interp.statistics import interval_text
+
+DIRECTIONS = {
+    "rl_to_in": "RL → IN: is it sufficient?",
+    "in_to_rl": "IN → RL: is it necessary?",
+}
+TITLES = {
+    "resid_pre": "residual stream",
+    "attn_out": "attention",
+    "mlp_out": "MLP",
+    "head": "heads",
+    "z": "heads before $W_O$",
+    "vision": "vision",
+}
+_ROLES = ("image", "question", "template", "reasoning", "answer", "decision", "all")
+_MISSING = "#d9d9d9"
+_COLOURS = "RdBu_r"
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One heat map: rows from the bottom up."""
+
+    title: str
+    across: str
+    up: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    recovery: Float[np.ndarray, "row column"]
+    unsure: Bool[np.ndarray, "row column"]
+    control: Bool[np.ndarray, "row column"]
+
+
+def plot_map(summary: xr.Dataset) -> Figure:
+    """Recovery of every component, one line of heat maps per direction.
+
+    Layer by role for the residual stream, attention and MLP; layer by head at the decision; vision blocks and
+    projector. One diverging colour scale (square root, so that single heads show beside whole layers). Pale and
+    struck through: the interval includes 0. Dot: not told apart from the donor on another example. Grey: no
+    example has such tokens. Where recovery is refused, the figure holds the reason and no map.
+
+    Args:
+        summary: what `interp.map.summary.summarise` returns.
+    """
+    if summary.attrs["refused"]:
+        return _refusal(summary)
+    directions = [str(name) for name in summary["direction"].to_numpy()]
+    panels = {name: _panels(summary.sel(direction=name)) for name in directions}
+    widths = [1.1 + 0.21 * len(panel.columns) for panel in panels[directions[0]]]
+    tallest = max(len(panel.rows) for panel in panels[directions[0]])
+    height = 1.45 + min(0.24 * tallest, 5.5)
+    text = textwrap.wrap(denominator_text(summary), int(16 * sum(widths)))
+    notes = 3 if sum(widths) > 6.5 else 1  # of the legend, side by side
+    heights = [0.15 + 0.17 * len(text), *[height] * len(directions), 0.2 + 0.5 / notes]
+    figure = Figure(figsize=(sum(widths) + 1.2, sum(heights)), layout="constrained")
+    head, *lines, legend = _stacked(figure, heights)
+    head.text(0.01, 0.5, "\n".join(text), va="center", fontsize=9)
+    norm = _scale(summary)
+    for line, name in zip(lines, directions, strict=True):
+        line.suptitle(_direction_title(summary, name), x=0.01, ha="left", fontsize=9, fontweight="bold")
+        grid = list(np.atleast_1d(line.subplots(1, len(panels[name]), width_ratios=widths)))
+        for axes, panel in zip(grid, panels[name], strict=True):
+            _draw_panel(axes, panel, norm)
+        _draw_bar(line, grid, norm)
+    _draw_legend(legend, summary, notes)
+    return figure
+
+
+def plot_strongest(summary: xr.Dataset, direction: str, k: int = 10) -> Figure:
+    """The `k` strongest components (`interp.map.summary.strongest`) with intervals, beside the control.
+
+    Where recovery is refused, the effects are shown instead, in the metric's units.
+
+    Args:
+        summary: what `interp.map.summary.summarise` returns.
+        direction: one of the map's.
+        k: how many.
+    """
+    table = strongest(summary, direction, k)
+    refused = bool(summary.attrs["refused"])
+    figure = Figure(figsize=(6.8, 1.0 + 0.32 * max(len(table), 1)), layout="constrained")
+    axes = figure.add_subplot()
+    places = np.arange(float(len(table)))[::-1]
+    axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    if refused:
+        _draw_intervals(axes, table, "effect_mean", places, "#b2182b", "the donor on this example")
+    else:
+        _draw_intervals(
+            axes, table, "control_other_recovery", places - 0.2, "0.6", "the donor on another example"
+        )
+        _draw_intervals(axes, table, "recovery", places + 0.12, "#b2182b", "the donor on this example")
+        figure.legend(loc="outside lower right", fontsize=7, frameon=False, ncols=2)
+    labels = [
+        f"{component}  ·  {role}" for component, role in zip(table["component"], table["role"], strict=True)
+    ]
+    axes.set_yticks(places, labels, fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel(f"patched − recipient ({summary.attrs['units']})" if refused else "recovery", fontsize=8)
+    axes.set_title(_direction_title(summary, direction), fontsize=9, loc="left")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def denominator_text(summary: xr.Dataset) -> str:
+    """What a recovery of 1 is worth, with its interval, beside pairs that learnt nothing."""
+    what, found = headline(summary)
+    text = f"{what} = {interval_text(found.value, found.low, found.high)} {summary.attrs['units']}"
+    if "null" in summary.dims:
+        ends = (summary["null_denominator" + suffix].to_numpy() for suffix in ("", "_low", "_high"))
+        nulls = zip(summary["null"].to_numpy(), *ends, strict=True)
+        text += ". Pairs that learnt nothing: "
+        text += "; ".join(f"{name} {interval_text(*interval)}" for name, *interval in nulls)
+    return text
+
+
+def _direction_title(summary: xr.Dataset, direction: str) -> str:
+    n = int(summary["n"].sel(direction=direction).max())
+    return f"{DIRECTIONS.get(direction, direction)}   (n = {n})"
+
+
+def _refusal(summary: xr.Dataset) -> Figure:
+    figure = Figure(figsize=(9, 1.3), layout="constrained")
+    axes = figure.add_subplot()  # notebooks show no figure that is without axes
+    axes.set_axis_off()
+    text = f"No recovery is given: {summary.attrs['refused']}."
+    axes.text(0, 0.65, "\n".join(textwrap.wrap(text, 95)), fontsize=10, va="center", fontweight="bold")
+    axes.text(0, 0.1, "\n".join(textwrap.wrap(denominator_text(summary), 130)), fontsize=8, va="center")
+    return figure
+
+
+def _stacked(figure: Figure, heights: Sequence[float]) -> list[SubFigure]:
+    return list(np.atleast_1d(np.asarray(figure.subfigures(len(heights), 1, height_ratios=list(heights)))))
+
+
+def _draw_intervals(
+    axes: Axes, table: pd.DataFrame, name: str, places: Float[np.ndarray, " k"], colour: str, label: str
+) -> None:
+    value = table[name].to_numpy()
+    reach = np.stack([value - table[f"{name}_low"].to_numpy(), table[f"{name}_high"].to_numpy() - value])
+    # a missing interval (one example) is drawn as a bare point
+    axes.errorbar(
+        value,
+        places,
+        xerr=np.nan_to_num(reach),
+        fmt="o",
+        color=colour,
+        markersize=4,
+        linewidth=1.2,
+        label=label,
+    )
+
+
+def _panels(one: xr.Dataset) -> list[_Panel]:
+    """The heat maps of one direction, those points that the map has, in reading order."""
+    points = one["point"].to_numpy()
+    found = [_by_role(one, point) for point in ("resid_pre", "attn_out", "mlp_out") if point in points]
+    found += [_by_head(one, point) for point in ("head", "z") if point in points]
+    if np.isin(points, ["vision", "projector"]).any():
+        found.append(_vision(one))
+    return found
+
+
+def _by_role(one: xr.Dataset, point: str) -> _Panel:
+    part = one.isel(component=one["point"].to_numpy() == point)
+    roles = [role for role in _ROLES if role in part["role"].to_numpy()]
+    roles += [str(role) for role in part["role"].to_numpy() if role not in roles]
+    part = part.sel(role=roles).sortby("layer").transpose("component", "role", ...)
+    layers = tuple(str(layer) for layer in part["layer"].to_numpy())
+    return _Panel(TITLES[point], "tokens", "layer", layers, tuple(roles), *_cells(part))
+
+
+def _by_head(one: xr.Dataset, point: str) -> _Panel:
+    part = one.isel(component=one["point"].to_numpy() == point)
+    role = "decision" if "decision" in part["role"].to_numpy() else str(part["role"].to_numpy()[-1])
+    part = part.sel(role=role)
+    layer, head = part["layer"].to_numpy().astype(int), part["head"].to_numpy().astype(int)
+    shape = (layer.max() + 1, head.max() + 1)
+    recovery, unsure, control = _cells(part)
+    grids = np.full(shape, np.nan), np.zeros(shape, bool), np.zeros(shape, bool)
+    for grid, cells in zip(grids, (recovery, unsure, control), strict=True):
+        grid[layer, head] = cells
+    rows, columns = (tuple(str(i) for i in range(n)) for n in shape)
+    return _Panel(f"{TITLES[point]}, {role}", "head", "layer", rows, columns, *grids)
+
+
+def _vision(one: xr.Dataset) -> _Panel:
+    part = one.isel(component=np.isin(one["point"].to_numpy(), ["vision", "projector"]))
+    kept = [role for role in part["role"].to_numpy() if (part["n"].sel(role=role) > 0).any()]
+    part = part.sel(role=kept or [str(part["role"].to_numpy()[0])]).transpose("component", "role", ...)
+    rows = tuple(str(name).replace("vision.blocks.", "") for name in part["component"].to_numpy())
+    columns = tuple(str(role) for role in part["role"].to_numpy())
+    return _Panel(TITLES["vision"], "tokens", "block", rows, columns, *_cells(part))
+
+
+def _cells(part: xr.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Recovery; whether its interval includes 0 (or there is none); whether the control cannot be told from it."""
+    recovery = part["recovery"].to_numpy()
+    seen = ~np.isnan(recovery)
+    above, below = part["recovery_low"] > 0, part["recovery_high"] < 0
+    beaten = (above & (part["excess_low"] > 0)) | (below & (part["excess_high"] < 0))
+    sure = (above | below).to_numpy()
+    compared = part["excess_low"].notnull()
+    return recovery, seen & ~sure, seen & sure & (compared & ~beaten).to_numpy()
+
+
+def _scale(summary: xr.Dataset) -> Normalize:
+    """Symmetric about 0, at least to ±1 and at most to ±1.5, growing with the square root."""
+    size = np.abs(summary["recovery"].to_numpy())
+    reach = float(np.clip(np.nanmax(size), 1.0, 1.5)) if np.isfinite(size).any() else 1.0
+    root = (lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x))
+    return FuncNorm(root, vmin=-reach, vmax=reach)
+
+
+def _draw_bar(line: SubFigure, axes: list[Axes], norm: Normalize) -> None:
+    colours = ScalarMappable(norm, _COLOURS)
+    bar = line.colorbar(colours, ax=axes, extend="both", pad=0.01, aspect=28, shrink=0.9)
+    bar.set_ticks([-1, -0.5, -0.2, -0.05, 0, 0.05, 0.2, 0.5, 1])
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label("recovery", fontsize=8)
+
+
+def _draw_panel(axes: Axes, panel: _Panel, norm: Normalize) -> None:
+    axes.set_facecolor(_MISSING)
+    colours = matplotlib.colormaps[_COLOURS](norm(np.nan_to_num(panel.recovery)))
+    pale = panel.unsure[..., None]
+    colours = np.where(pale, 0.35 * colours + 0.65, colours)
+    colours[..., 3] = ~np.isnan(panel.recovery)
+    axes.imshow(colours, origin="lower", aspect="auto", interpolation="nearest")
+    for row, column in np.argwhere(panel.unsure):
+        axes.plot(
+            [column - 0.5, column + 0.5],
+            [row - 0.5, row + 0.5],
+            color="0.75",
+            linewidth=0.4,
+            solid_capstyle="butt",
+        )
+    rows, columns = np.nonzero(panel.control)
+    axes.plot(columns, rows, ".", color="black", markersize=3.5, linestyle="none")
+    axes.set_title(panel.title, fontsize=8)
+    step = -(-len(panel.rows) // 14)
+    axes.set_yticks(range(0, len(panel.rows), step), panel.rows[::step], fontsize=7)
+    step = -(-len(panel.columns) // 16)
+    words = panel.across == "tokens"
+    axes.set_xticks(
+        range(0, len(panel.columns), step), panel.columns[::step], fontsize=7, rotation=90 if words else 0
+    )
+    axes.set_ylabel(panel.up, fontsize=7)
+    if not words:
+        axes.set_xlabel(panel.across, fontsize=7)
+    axes.tick_params(length=2)
+
+
+def _draw_legend(legend: SubFigure, summary: xr.Dataset, columns: int) -> None:
+    level = f"{100 * summary.attrs['confidence']:.0f} %"
+    matched = "not told apart from the donor on another example"
+    legend.legend(
+        handles=[
+            Patch(facecolor="#f7f7f7", edgecolor="0.75", hatch="//", label=f"{level} interval includes 0"),
+            Line2D([], [], color="black", marker=".", linestyle="none", label=matched),
+            Patch(facecolor=_MISSING, label="no example has such tokens"),
+        ],
+        loc="center left",
+        ncols=columns,
+        fontsize=7,
+        frameon=False,
+    )

@@ -1,0 +1,220 @@
+"""IN and RL (and Base): models that may exchange activations and weights, checked when they are put together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from hooks import HookedVLM
+from hooks.errors import FrankenlensError
+from interp.pair.agreement import (
+    chat_template,
+    model_differences,
+    processor_differences,
+    template_differences,
+    tokenizer_differences,
+)
+from interp.prompts import PromptBuilder
+from interp.prompts.roles import TraceFormat
+
+SHOWN = 5  # differences that the message of a refusal lists
+
+
+class Pair:
+    """The instruction-tuned model IN, the model RL that reinforcement learning made of it, and perhaps their Base.
+
+    Arguments:
+        in_: IN, opened.
+        rl: RL, opened.
+        base: the model that IN was made from, opened.
+        trace_format: what delimits reasoning and answer in what they generate.
+        template: a Jinja chat template to use instead of the processor's; theirs may then differ.
+        system: a system message for every prompt.
+
+    Attributes:
+        builder: makes prompts for all of them (with IN's processor).
+
+    Raises:
+        FrankenlensError: architecture, vocabulary, processor or chat template differ; says in what.
+    """
+
+    def __init__(
+        self,
+        in_: HookedVLM,
+        rl: HookedVLM,
+        base: HookedVLM | None = None,
+        trace_format: TraceFormat | None = None,
+        template: str | None = None,
+        system: str | None = None,
+    ) -> None:
+        self.in_, self.rl, self.base = in_, rl, base
+        for name, other in self.models.items():
+            if name != "in":
+                _require_pair(in_, other, name.upper() if name == "rl" else "Base", not template)
+        processor = _processor(in_, "IN")
+        trace_format = _with_ends(trace_format or TraceFormat(), self.models, processor.tokenizer)
+        self.builder = PromptBuilder(processor, trace_format, template, system)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        in_path: str | Path,
+        rl_path: str | Path,
+        base: str | Path | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device_map: str | dict | None = None,
+        trace_format: TraceFormat | None = None,
+        template: str | None = None,
+        system: str | None = None,
+        **kwargs: Any,
+    ) -> Pair:
+        """Load the models; folders or repository ids, safetensors only.
+
+        Arguments:
+            rl_path: a checkpoint, or the folder of a PEFT adapter, which is merged into a second copy of IN.
+            dtype, device_map, kwargs: passed to `HookedVLM.from_pretrained` for every model.
+            trace_format, template, system: see the class.
+
+        Raises:
+            FrankenlensError: a model cannot be loaded, or they are no pair.
+        """
+        loading = {"dtype": dtype, "device_map": device_map, **kwargs}
+        in_ = HookedVLM.from_pretrained(in_path, **loading)
+        if (Path(rl_path) / "adapter_config.json").is_file():
+            opened = HookedVLM.from_pretrained(in_path, **{**loading, "check": False})
+            rl = _with_adapter(opened, Path(rl_path), kwargs.get("check", True), not template)
+        else:
+            rl = HookedVLM.from_pretrained(rl_path, **loading)
+        opened_base = None if base is None else HookedVLM.from_pretrained(base, **loading)
+        return cls(in_, rl, opened_base, trace_format, template, system)
+
+    @property
+    def models(self) -> dict[str, HookedVLM]:
+        """The models by name: `in`, `rl`, and `base` where there is one."""
+        models = {"in": self.in_, "rl": self.rl}
+        return models if self.base is None else {**models, "base": self.base}
+
+    @property
+    def processor(self) -> Any:
+        """The processor that prompts are made with."""
+        return self.builder.processor
+
+    @property
+    def trace_format(self) -> TraceFormat:
+        """What delimits reasoning and answer, with the tokenizer's own end of turn."""
+        return self.builder.trace_format
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the models come from, and a hash of all weights of each; for a result's attributes."""
+        return {
+            name: {
+                "name_or_path": getattr(vlm.model, "name_or_path", ""),
+                "class": type(vlm.model).__name__,
+                "dtype": str(vlm.model.dtype),
+                "weights_sha256": weights_sha256(vlm.model),
+            }
+            for name, vlm in self.models.items()
+        }
+
+    def close(self) -> None:
+        """Close every model."""
+        for vlm in self.models.values():
+            vlm.close()
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over name, type, shape and bytes of every tensor of the state dict, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _processor(vlm: HookedVLM, name: str) -> Any:
+    if getattr(vlm.processor, "tokenizer", None) is None:
+        raise FrankenlensError(
+            f"{name} has no processor (tokenizer and images), so no prompt can be made: open it as "
+            "HookedVLM(model, processor), with the processor of the model it was made from."
+        )
+    return vlm.processor
+
+
+def _with_ends(trace_format: TraceFormat, models: Mapping[str, HookedVLM], tokenizer: Any) -> TraceFormat:
+    """The format with every end of turn that a model's generation settings name."""
+    ends = list(trace_format.end_of_turn)
+    for vlm in models.values():
+        ids = getattr(vlm.model.generation_config, "eos_token_id", None)
+        known = [ids] if isinstance(ids, int) else list(ids or ())
+        ends += [token for token in tokenizer.convert_ids_to_tokens(known) if token is not None]
+    return replace(trace_format, end_of_turn=tuple(dict.fromkeys(ends)))
+
+
+def _require_pair(in_: HookedVLM, other: HookedVLM, name: str, templates: bool) -> None:
+    differences = model_differences(in_.model, other.model)
+    differences += processor_differences(_processor(in_, "IN"), _processor(other, name), templates)
+    if differences:
+        _refuse(name, differences)
+
+
+def _refuse(name: str, differences: list[str]) -> None:
+    lines = "\n  ".join(differences[:SHOWN])
+    more = f"\n  … and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+    raise FrankenlensError(
+        f"IN and {name} are no pair; they differ in (IN's and {name}'s):\n  {lines}{more}\n"
+        "A pair shares architecture, vocabulary, processor and chat template: compare a checkpoint with the one it was "
+        "trained from, loaded with the same dtype and with the same processor files."
+    )
+
+
+def _with_adapter(vlm: HookedVLM, folder: Path, check: bool, templates: bool) -> HookedVLM:
+    """`vlm` with the adapter's update merged into its weights; opened anew."""
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise FrankenlensError(
+            f"{folder}: a PEFT adapter without adapter_model.safetensors. Only safetensors are read: save it again "
+            "with save_pretrained(folder, safe_serialization=True)."
+        )
+    _require_adapter_tokenizer(vlm, folder, templates)
+    vlm.close()
+    adapted = PeftModel.from_pretrained(vlm.model, str(folder))
+    loaded = _adapter_tensors(adapted)
+    for name, tensor in load_file(file).items():
+        if name not in loaded or not torch.equal(loaded[name].cpu(), tensor.to(loaded[name].dtype)):
+            raise FrankenlensError(
+                f"{folder}: adapter tensor {name} has no place in IN; is it the adapter of another model?"
+            )
+    merged = adapted.merge_and_unload()
+    merged.name_or_path = str(folder)
+    return HookedVLM(merged.eval(), vlm.processor, check=check)
+
+
+def _adapter_tensors(adapted: Any) -> Mapping[str, torch.Tensor]:
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(adapted)
+
+
+def _require_adapter_tokenizer(vlm: HookedVLM, folder: Path, templates: bool) -> None:
+    """An adapter's folder may hold the tokenizer it was trained with; then it must be IN's."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return
+    own, tokenizer = _processor(vlm, "IN"), AutoTokenizer.from_pretrained(str(folder))
+    differences = tokenizer_differences(own.tokenizer, tokenizer)
+    if templates and tokenizer.chat_template is not None:
+        differences += template_differences(chat_template(own), tokenizer.chat_template)
+    if differences:
+        _refuse("the adapter", differences)

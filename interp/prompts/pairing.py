@@ -1,0 +1,72 @@
+"""How two prompts line up: whose activation a row may borrow, and when two images correspond patch by patch.
+
+For two models on the same tokens (cross-model activation patching, CMAP, Prakash et al. 2402.14811) and for one model
+on two prompts that differ in their images (Meng et al. 2202.05262; Zhang & Nanda 2309.16042).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooks.errors import FrankenlensError
+from interp.prompts.batch import PromptBatch
+from interp.prompts.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class PatchBatch:
+    """One batch ready for patching: where each role stands, and which other example each row may borrow from."""
+
+    batch: PromptBatch
+    reads: Bool[Tensor, "batch pos"]
+    partner: Int[Tensor, " batch"]
+
+    def where(self, role: str) -> Bool[Tensor, "batch pos"]:
+        """The tokens of a role; "decision" are the positions whose next token is decided, "all" every real token."""
+        return self.reads if role == "decision" else self.batch.mask(role)
+
+
+def borrowed(value: Float[Tensor, "..."], early: bool, rows: PatchBatch) -> Float[Tensor, "..."]:
+    """A donor's value with every row's part replaced by its partner's; rows without one keep their own."""
+    source = [own if other < 0 else other for own, other in enumerate(rows.partner.tolist())]
+    if not early:
+        return value[source]
+    # Images of all rows follow one another along the first axis: patches, image tokens, or whole images.
+    sizes = [image_size(prompt) for prompt in rows.batch.prompts]
+    if any(size * value.shape[0] % sum(sizes) for size in sizes):
+        raise FrankenlensError(
+            f"{value.shape[0]} rows of the vision side do not divide over images of sizes {sizes}."
+        )
+    pieces = value.split([size * value.shape[0] // sum(sizes) for size in sizes])
+    return torch.cat([pieces[row] for row in source])
+
+
+def image_size(prompt: Prompt) -> int:
+    """How much of the vision side's first axis a prompt takes: its patches where they are packed, else its images."""
+    if "image_grid_thw" in prompt.inputs:
+        return int(prompt.inputs["image_grid_thw"].prod(-1).sum())
+    pixels = prompt.inputs.get("pixel_values")
+    return 0 if pixels is None else pixels.flatten(0, -4).shape[0]
+
+
+def image_shapes(prompt: Prompt) -> tuple[int, ...]:
+    """What must be equal for two prompts' images to correspond patch by patch."""
+    for name in ("image_grid_thw", "pixel_values"):
+        if name in prompt.inputs:
+            tensor = prompt.inputs[name]
+            return tuple(tensor.flatten().tolist()) if name == "image_grid_thw" else tuple(tensor.shape)
+    return ()
+
+
+def partners(batch: PromptBatch) -> Int[Tensor, " batch"]:
+    """For each row the next row (cyclic) with the same role at every position and images of the same size; else -1."""
+    groups: dict[tuple, list[int]] = {}
+    for row, prompt in enumerate(batch.prompts):
+        groups.setdefault((prompt.roles, image_shapes(prompt)), []).append(row)
+    found = torch.full((len(batch),), -1)
+    for members in groups.values():
+        for here, there in zip(members, members[1:] + members[:1], strict=True):
+            found[here] = there if len(members) > 1 else -1
+    return found.to(batch.roles.device)

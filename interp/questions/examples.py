@@ -1,0 +1,62 @@
+"""The unit of data that every analysis takes: images, a question and the answer that counts as right."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from PIL import Image
+
+LOOKED_AT = "looked_at"
+CONTENT = "looked_at_content"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about zero or more images.
+
+    Attributes:
+        id: unique within its data set; results are labelled by it.
+        images: in the order in which the question refers to them.
+        question: the user's text, without template or image placeholders.
+        answer: the reference answer, compared exactly (`interp.questions.tasks.grade`).
+        task: name of the task, `""` where there is only one.
+        reasoning: a reference chain of thought, without delimiters; None where there is none.
+        meta: whatever else is known (the synthetic scenes: see `interp.questions.tasks`).
+    """
+
+    id: str
+    images: tuple[Image.Image, ...]
+    question: str
+    answer: str
+    task: str = ""
+    reasoning: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def fingerprint(example: Example) -> str:
+    """SHA-256 of what is asked: images, question and answer, whatever the example is called."""
+    digest = hashlib.sha256(repr((example.question, example.answer)).encode())
+    for image in example.images:
+        digest.update(repr((image.mode, image.size)).encode() + image.tobytes())
+    return digest.hexdigest()
+
+
+def with_looked_at(dataset: xr.Dataset, examples: Sequence[Example]) -> xr.Dataset:
+    """A result that names all examples it was found on, those without a value (no decision, say) among them.
+
+    Args:
+        dataset: the result.
+        examples: all that were looked at; `interp.hypotheses.examples_of` reads them again.
+
+    Returns:
+        A copy with the coordinates looked_at (ids) and looked_at_content (fingerprints), of a dimension of their own.
+    """
+    once = {(example.id, fingerprint(example)) for example in examples}
+    ids, contents = zip(*sorted(once), strict=True) if once else ((), ())
+    coords = {LOOKED_AT: np.array(ids, str), CONTENT: (LOOKED_AT, np.array(contents, str))}
+    return dataset.drop_dims(LOOKED_AT, errors="ignore").assign_coords(coords)

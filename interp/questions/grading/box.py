@@ -1,0 +1,67 @@
+"""Bounding boxes, compared by their intersection over union."""
+
+from __future__ import annotations
+
+import re
+
+from interp.questions.grading.extract import extract
+from interp.questions.grading.grade import Grade
+
+Box = tuple[float | int, float | int, float | int, float | int]
+
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+_BETWEEN = r"[\s,;()\[\]]+"
+_RUN = re.compile(rf"(?<![\w.]){_NUMBER}(?:{_BETWEEN}{_NUMBER})*")
+_NAMED = re.compile(r"\b[xy]_?[12]\s*[=:]\s*")
+
+
+def judge_box(answer: str, reference: str, threshold: float = 0.5) -> Grade:
+    """Whether the answer's box and the reference's overlap by an IoU above the threshold.
+
+    Boxes are (x1, y1, x2, y2), both in the units of the reference: an answer in thousandths of the image is to be
+    brought to its pixels first.
+    """
+    wanted = boxes_in(reference)
+    if len(wanted) != 1 or _area(wanted[0]) <= 0:
+        return Grade(
+            None, why=f"the reference {reference!r} is not one box x1,y1,x2,y2 with x1 < x2 and y1 < y2"
+        )
+    read, _ = extract(answer)
+    found = boxes_in(read)
+    if not found:
+        longest = max(map(len, _runs(read)), default=0)
+        if longest > 4:
+            return Grade(None, read, f"the answer holds {longest} numbers in a row, not the 4 of a box")
+        return Grade(False, read, "no box x1,y1,x2,y2 in the answer")
+    if len(found) > 1:
+        return Grade(None, read, f"the answer holds {len(found)} different boxes")
+    if _area(found[0]) <= 0:
+        return Grade(False, read, "the answer's box is empty (x1 >= x2 or y1 >= y2)")
+    return Grade(iou(found[0], wanted[0]) > threshold, read)
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes (x1, y1, x2, y2); 0 where either is empty."""
+    if _area(a) <= 0 or _area(b) <= 0:
+        return 0.0
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(0.0, width) * max(0.0, height)
+    return shared / (_area(a) + _area(b) - shared)
+
+
+def boxes_in(text: str) -> list[Box]:
+    """The different boxes of a text: runs of four numbers, or of several times four, brackets and commas between."""
+    found: list[Box] = []
+    for run in (run for run in _runs(text) if len(run) % 4 == 0):
+        found += [(run[i], run[i + 1], run[i + 2], run[i + 3]) for i in range(0, len(run), 4)]
+    return list(dict.fromkeys(found))
+
+
+def _runs(text: str) -> list[list[float]]:
+    runs = _RUN.findall(_NAMED.sub("", text))
+    return [[float(number) for number in re.findall(_NUMBER, run)] for run in runs]
+
+
+def _area(box: Box) -> float:
+    return float((box[2] - box[0]) * (box[3] - box[1])) if box[0] < box[2] and box[1] < box[3] else 0.0

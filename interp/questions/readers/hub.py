@@ -1,0 +1,171 @@
+"""Public data sets through `datasets`: MathVista, MATH-500, GSM8K; from the hub, its cache, or a local copy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hooks.errors import FrankenlensError
+from interp.questions.examples import Example
+from interp.questions.grading import extract
+from interp.questions.readers.report import Failure, ReadReport, RowError
+from interp.questions.readers.rows import gradable, text_of
+
+Row = Mapping[str, Any]
+_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
+
+
+def read_mathvista(
+    source: str | Path = "AI4Math/MathVista",
+    *,
+    split: str = "testmini",
+    category: str | None = None,
+    n: int | None = None,
+) -> tuple[list[Example], ReadReport]:
+    """MathVista. The question is the benchmark's own `query` (with hint and options); the task is its category.
+
+    Multiple choice is graded by option, integers and floats as numbers (what rounds to the row's `precision` is
+    right, as in the benchmark), lists as mathematics, other text by its letters. No description comes with it.
+
+    Args:
+        source: name on the hub, or a local file or folder.
+        split: testmini has the answers.
+        category: "general-vqa" or "math-targeted-vqa"; both by default.
+        n: at most so many examples, the first.
+
+    Raises:
+        FrankenlensError: it cannot be loaded, a column is missing, or no row can be read.
+    """
+    columns = ("pid", "query", "decoded_image", "answer", "question_type", "answer_type", "metadata")
+
+    def wanted(row: Row) -> bool:
+        return category is None or (row["metadata"] or {}).get("category") == category
+
+    return _read(
+        source, split, columns, _mathvista, n=n, wanted=wanted, what=f"of the category {category!r} "
+    )
+
+
+def read_math500(
+    source: str | Path = "HuggingFaceH4/MATH-500", *, split: str = "test", n: int | None = None
+) -> tuple[list[Example], ReadReport]:
+    """MATH-500: text-only problems, graded by math-verify; arguments and errors as `read_mathvista`."""
+    return _read(source, split, ("problem", "answer", "unique_id"), _math500, n=n)
+
+
+def read_gsm8k(
+    source: str | Path = "openai/gsm8k", *, split: str = "test", n: int | None = None
+) -> tuple[list[Example], ReadReport]:
+    """GSM8K: text-only problems, graded as numbers; arguments and errors as `read_mathvista`."""
+    return _read(source, split, ("question", "answer"), _gsm8k, config="main", n=n)
+
+
+def _mathvista(index: int, row: Row) -> Example:
+    image, choices = row["decoded_image"], row.get("choices")
+    if not isinstance(image, Image.Image):
+        raise RowError("the field 'decoded_image' holds no image")
+    known = row["metadata"] or {}
+    meta: dict[str, Any] = {key: known[key] for key in ("category", "task", "source") if known.get(key)}
+    meta |= {"unit": row.get("unit"), "question": row.get("question")}
+    if row["question_type"] == "multi_choice":
+        if not choices:
+            raise RowError("a multiple-choice question without choices")
+        meta |= {"grader": "choice", "choices": tuple(choices)}
+    elif row["answer_type"] in ("integer", "float"):
+        meta["grader"] = "number"
+        if row["answer_type"] == "float" and row.get("precision") is not None:
+            meta["decimals"] = int(row["precision"])
+    else:
+        meta["grader"] = "math" if row["answer_type"] == "list" else "text"
+    question, answer = text_of(row, "query"), text_of(row, "answer")
+    task = str(known.get("category") or "mathvista")
+    return Example(f"mathvista-{row['pid']}", (image.convert("RGB"),), question, answer, task, meta=meta)
+
+
+def _math500(index: int, row: Row) -> Example:
+    meta = {"grader": "math", "subject": row.get("subject"), "level": row.get("level")}
+    return Example(
+        f"math-500-{row['unique_id']}",
+        (),
+        text_of(row, "problem"),
+        text_of(row, "answer"),
+        "math-500",
+        row.get("solution"),
+        meta,
+    )
+
+
+def _gsm8k(index: int, row: Row) -> Example:
+    solution = text_of(row, "answer")
+    answer, stated = extract(solution)
+    if not stated or "####" not in solution:
+        raise RowError("the field 'answer' has no '#### result'")
+    chain = re.sub(r"<<[^<>]*>>", "", solution.rpartition("####")[0]).strip()
+    question = text_of(row, "question")
+    return Example(f"gsm8k-{index}", (), question, answer, "gsm8k", chain, {"grader": "number"})
+
+
+def _read(
+    source: str | Path,
+    split: str,
+    columns: Sequence[str],
+    to_example: Callable[[int, Row], Example],
+    *,
+    config: str | None = None,
+    n: int | None = None,
+    wanted: Callable[[Row], bool] | None = None,
+    what: str = "",
+) -> tuple[list[Example], ReadReport]:
+    rows = _load(str(source), split, config)
+    missing = [name for name in columns if name not in rows.column_names]
+    if missing:
+        raise FrankenlensError(
+            f"{source} has no column {', '.join(missing)}; there are {', '.join(rows.column_names)}"
+        )
+    places = range(len(rows))
+    if wanted is not None:
+        small = rows.select_columns([name for name in columns if name != "decoded_image"])
+        places = [i for i, row in enumerate(small) if wanted(row)]
+    examples: list[Example] = []
+    failures: list[Failure] = []
+    for place in places:
+        if n is not None and len(examples) == n:
+            break
+        try:
+            examples.append(gradable(to_example(place, rows[place])))
+        except (RowError, OSError) as error:  # OSError: an image that cannot be decoded
+            failures.append(Failure(place + 1, str(error)))
+    if not examples:
+        first = f"; row {failures[0].row}: {failures[0].reason}" if failures else ""
+        raise FrankenlensError(f"{source}, split {split}: no row {what}can be read{first}")
+    n_rows = len(examples) + len(failures)
+    return examples, ReadReport(f"{source} ({split})", n_rows, len(examples), tuple(failures))
+
+
+def _load(source: str, split: str, config: str | None) -> Any:
+    """The rows of a split, as a `datasets.Dataset`."""
+    import datasets
+
+    path = Path(source)
+    try:
+        if path.is_file():
+            if path.suffix not in _FORMATS:
+                raise FrankenlensError(f"{source}: give a file of the kind {', '.join(_FORMATS)}")
+            return datasets.load_dataset(_FORMATS[path.suffix], data_files=source, split="train")
+        if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            found = datasets.load_from_disk(source)
+            return found[split] if isinstance(found, datasets.DatasetDict) else found
+        return datasets.load_dataset(source, None if path.is_dir() else config, split=split)
+    except FrankenlensError:
+        raise
+    except Exception as error:  # the hub, the network, the file system and pyarrow each raise their own
+        reason = str(error).strip().split("\n")[0]
+        raise FrankenlensError(
+            f"the data set {source!r} (split {split!r}) cannot be loaded: {type(error).__name__}: {reason}. Give a "
+            "local copy (a parquet or JSON file, or a folder that save_to_disk wrote), or load it once with a network, "
+            "after which it is in the cache."
+        ) from error

@@ -1,0 +1,95 @@
+"""A user's own questions: a JSONL file beside a folder of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hooks.errors import FrankenlensError
+from interp.questions.examples import Example
+from interp.questions.readers.report import Failure, ReadReport, RowError
+from interp.questions.readers.rows import Row, gradable, image_at, objects, text_of, without_markers
+
+META = ("grader", "choices", "tolerance", "decimals", "iou", "description")
+"""Fields that go into `meta` where a row has them: see `interp.questions.grading` and `interp.fine_grained`."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of a row's fields. `image` holds a path or a list of paths; the last four may be absent."""
+
+    question: str = "question"
+    answer: str = "answer"
+    image: str = "image"
+    id: str = "id"
+    task: str = "task"
+    reasoning: str = "reasoning"
+
+
+def read_jsonl(
+    path: str | Path, images: str | Path | None = None, fields: Fields | None = None
+) -> tuple[list[Example], ReadReport]:
+    """Examples of a JSONL file, and a report that counts every row that could not be read.
+
+    A row may also name its grader, and have the fields of `META`; a row whose own reference its grader does not
+    accept is not read.
+
+    Arguments:
+        path: one JSON object per line.
+        images: folder that relative image paths start from; by default the file's own.
+        fields: names of the fields.
+
+    Raises:
+        FrankenlensError: no such file, no rows, or a required field (question, answer, image) that no row has.
+    """
+    path, fields = Path(path), fields or Fields()
+    rows, failures = objects(path)
+    n_rows = len(rows) + len(failures)
+    _require_fields(path, rows, fields)
+    root = path.parent if images is None else Path(images)
+    examples: list[Example] = []
+    renamed: list[int] = []
+    used: set[str] = set()
+    for n, row in rows:
+        try:
+            example = _example(n, row, root, fields, used)
+        except RowError as error:
+            failures.append(Failure(n, str(error)))
+            continue
+        if example.id != str(row.get(fields.id, n)):
+            renamed.append(n)
+        used.add(example.id)
+        examples.append(example)
+    failures.sort(key=lambda failure: failure.row)
+    return examples, ReadReport(str(path), n_rows, len(examples), tuple(failures), tuple(renamed))
+
+
+def _require_fields(path: Path, rows: Sequence[tuple[int, Row]], fields: Fields) -> None:
+    present = dict.fromkeys(key for _, row in rows for key in row)
+    for role in ("question", "answer", "image"):
+        if getattr(fields, role) not in present:
+            raise FrankenlensError(
+                f"{path}: no row has the field {getattr(fields, role)!r} for the {role}. Fields there: "
+                f"{', '.join(present)}. Name the right one as Fields({role}=...)."
+            )
+
+
+def _example(n: int, row: Row, root: Path, fields: Fields, used: set[str]) -> Example:
+    paths = row.get(fields.image)
+    paths = [] if paths is None else [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
+        raise RowError(f"the field {fields.image!r} must hold a path or a list of paths")
+    question = without_markers(text_of(row, fields.question), len(paths))
+    reasoning = row.get(fields.reasoning)
+    name = str(row.get(fields.id, n))
+    example = Example(
+        id=f"{name}#{n}" if name in used else name,
+        images=tuple(image_at(root / p) for p in paths),
+        question=question,
+        answer=text_of(row, fields.answer),
+        task=str(row.get(fields.task) or ""),
+        reasoning=None if reasoning is None else str(reasoning),
+        meta={"row": n, "images": paths} | {key: row[key] for key in META if row.get(key) is not None},
+    )
+    return gradable(example)

@@ -1,0 +1,98 @@
+"""What the readers of JSONL files share: lines to objects, fields to text and images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from hooks.errors import FrankenlensError
+from interp.questions.examples import Example
+from interp.questions.grading import GRADERS, reference_fault
+from interp.questions.readers.report import Failure, RowError
+
+IMAGE_MARKER = "<image>"
+Row = Mapping[str, Any]
+
+
+def objects(path: Path) -> tuple[list[tuple[int, Row]], list[Failure]]:
+    """The JSON objects of a file with their line numbers, and the lines that hold none.
+
+    Raises:
+        FrankenlensError: no such file, or no objects.
+    """
+    if not path.is_file():
+        raise FrankenlensError(f"{path}: no such file; give a JSONL file with one object per line")
+    rows: list[tuple[int, Row]] = []
+    failures: list[Failure] = []
+    for n, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            failures.append(Failure(n, f"no JSON: {error}"))
+            continue
+        if isinstance(row, dict):
+            rows.append((n, row))
+        else:
+            failures.append(Failure(n, f"a JSON {type(row).__name__}, not an object"))
+    if not rows:
+        first = f"; row {failures[0].row}: {failures[0].reason}" if failures else ""
+        raise FrankenlensError(f"{path} holds no JSON objects{first}")
+    return rows, failures
+
+
+def text_of(row: Row, name: str) -> str:
+    """A field's text; a number is written out."""
+    value = row.get(name)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"the field {name!r} must hold text, found {value!r}")
+    return value
+
+
+def without_markers(question: str, n_images: int) -> str:
+    """Many data sets write `<image>` before the question, once per image; the chat template does that itself."""
+    text, markers = question.lstrip(), 0
+    while text.startswith(IMAGE_MARKER):
+        text, markers = text[len(IMAGE_MARKER) :].lstrip(), markers + 1
+    if markers > n_images or IMAGE_MARKER in text:
+        raise RowError(
+            f"the question has {question.count(IMAGE_MARKER)} {IMAGE_MARKER} markers and the row {n_images} images; "
+            "markers may only stand before the question, at most one per image"
+        )
+    if markers and not text:
+        raise RowError(f"the question holds nothing but {IMAGE_MARKER}")
+    return text if markers else question
+
+
+def image_at(path: Path) -> Image.Image:
+    """An image file as RGB."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise RowError(f"image {path} does not exist") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RowError(f"image {path} cannot be read: {error}") from error
+
+
+def gradable(example: Example) -> Example:
+    """The example, if its grader is known and would accept the reference itself."""
+    grader, choices = example.meta.get("grader"), example.meta.get("choices", ())
+    if not isinstance(choices, (list, tuple)) or not all(isinstance(choice, str) for choice in choices):
+        raise RowError(f"the choices must be a list of texts, found {choices!r}")
+    if grader is not None and grader not in GRADERS:
+        raise RowError(f"there is no grader {grader!r}, only {', '.join(GRADERS)}")
+    try:
+        fault = reference_fault(example)
+    except (TypeError, ValueError) as error:
+        raise RowError(f"the settings of the grader {grader!r} cannot be read: {error}") from error
+    if fault:
+        raise RowError(fault)
+    return example

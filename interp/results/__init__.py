@@ -1,0 +1,14 @@
+"""Results on disk and on one page: provenance, tables, figures, datasets, all or none."""
+
+from interp.results.files import load_dataset, provenance, publishing, save_dataset
+from interp.results.page import Account, Section, save_sections
+
+__all__ = [
+    "Account",
+    "Section",
+    "load_dataset",
+    "provenance",
+    "publishing",
+    "save_dataset",
+    "save_sections",
+]

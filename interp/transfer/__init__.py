@@ -1,0 +1,28 @@
+"""Weights of some addresses from a donor: grafts, merges, and what they bring of RL's gains to IN (2602.12395)."""
+
+from interp.transfer.grafts import Graft, grafted, random_update, save_grafted
+from interp.transfer.merging import MergeReport, Recipe, merge
+from interp.transfer.table import as_table_2, transfer_table
+from interp.transfer.transfer import answers, transfer
+from interp.transfer.variants import Variant, addressed, controls, doses, factors, orders, parts
+
+__all__ = [
+    "Graft",
+    "MergeReport",
+    "Recipe",
+    "Variant",
+    "addressed",
+    "answers",
+    "as_table_2",
+    "controls",
+    "doses",
+    "factors",
+    "grafted",
+    "merge",
+    "orders",
+    "parts",
+    "random_update",
+    "save_grafted",
+    "transfer",
+    "transfer_table",
+]

@@ -1,0 +1,218 @@
+"""Transfer: do RL's weights, put into IN, bring RL's answers with them? Table 2 of 2602.12395; controls are variants.
+
+`interp.transfer.variants` lists what can be put in, `interp.transfer.table` makes the table of what is measured here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from tqdm.auto import tqdm
+
+from hooks import FrankenlensError, HookedVLM
+from interp.localization.outcomes import Grader
+from interp.pair.generation import greedy
+from interp.pair.pair import weights_sha256
+from interp.prompts import Prompt, PromptBuilder
+from interp.questions.examples import Example
+from interp.questions.grading import Ungraded, grade
+from interp.results.files import publishing
+from interp.transfer.grafts import grafted, require_graftable
+from interp.transfer.variants import Variant
+
+NO_ANSWER = "no answer can be read"
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What one model did on the examples of a metric.
+
+    Attributes:
+        examples: ids, the same ones in the same order for every model.
+        tasks: one per example; "" where there is only one.
+        right: 1 or 0; NaN where the example could not be measured, and `why` says why not.
+        why: the reason of a NaN, or what is wrong with the form of an answer that counts as wrong; "" otherwise.
+    """
+
+    examples: tuple[str, ...]
+    tasks: tuple[str, ...]
+    right: tuple[float, ...]
+    why: tuple[str, ...]
+
+
+Metric = Callable[[HookedVLM], Outcomes]
+"""Runs a model and grades what it did."""
+
+
+def answers(
+    builder: PromptBuilder,
+    examples: Sequence[Example],
+    *,
+    grader: Grader = grade,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+) -> Metric:
+    """The metric "is the greedy answer right?".
+
+    Prompts are built once, so that every variant gets the same ones. A prompt that cannot be built, or a grader that
+    cannot tell, leaves the example out; an answer that cannot be read is wrong, as it is for the user.
+
+    Raises:
+        FrankenlensError: no examples, or none that a prompt can be made of.
+    """
+    prompts: dict[int, Prompt] = {}
+    unbuilt = [""] * len(examples)
+    for row, example in enumerate(examples):
+        try:
+            prompts[row] = builder.build(example)
+        except FrankenlensError as error:
+            unbuilt[row] = str(error)
+    if not prompts:
+        raise FrankenlensError(f"no prompt can be made: {unbuilt[0] if unbuilt else 'there are no examples'}")
+
+    def measure(vlm: HookedVLM) -> Outcomes:
+        right, why = [float("nan")] * len(examples), list(unbuilt)
+        written = greedy(vlm, list(prompts.values()), max_new_tokens, batch_size)
+        for (row, prompt), ids in zip(prompts.items(), written, strict=True):
+            answer = builder.read_trace(prompt.with_tokens(ids)).answer
+            if answer is None:
+                cut_off = len(ids) == max_new_tokens and ids[-1] not in builder.end_ids
+                why[row] = f"{NO_ANSWER}: cut off at {max_new_tokens} tokens" if cut_off else NO_ANSWER
+            try:
+                right[row] = float(grader(answer, prompt.example))
+            except Ungraded as error:
+                why[row] = str(error)
+            except Exception as error:  # a grader may be the user's code
+                why[row] = f"the grader failed: {type(error).__name__}: {error}"
+        ids, tasks = zip(*((example.id, example.task) for example in examples), strict=True)
+        return Outcomes(ids, tasks, tuple(right), tuple(why))
+
+    return measure
+
+
+def transfer(
+    recipient: HookedVLM,
+    donor: HookedVLM,
+    variants: Sequence[Variant],
+    metrics: Mapping[str, Metric],
+    others: Mapping[str, HookedVLM] | None = None,
+    *,
+    keep: Path | None = None,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Every variant, in memory, on the same examples; and IN, RL and other models as they are.
+
+    Args:
+        recipient: IN; its own weights, bit for bit, afterwards.
+        donor: RL.
+        variants: see the functions above.
+        metrics: by name.
+        others: further models by name, e.g. "Base", or merges of `interp.transfer.merging`.
+        keep: folder for what each model did, named by the hash of its weights as grafted; the same call goes on where
+            it was killed. One folder per set of metrics: what these depend on is not looked at.
+        progress: a bar.
+
+    Returns:
+        right [variant example] (NaN: left out) and why [variant example], with the coordinates kind and control_of
+        [variant], metric, task and id [example]. The first variants are the models: others, IN, RL.
+
+    Raises:
+        FrankenlensError: before anything runs: no metrics, names that are not unique, an address that names nothing,
+            models that do not align, or grafts that overlap.
+    """
+    _require_sound(recipient, donor, variants, metrics, others or {})
+    models = {**(others or {}), "IN": recipient, "RL": donor}
+    rows: list[list[Outcomes]] = []
+    with tqdm(total=len(models) + len(variants), desc="transfer", disable=not progress, delay=1) as bar:
+        for name, vlm in models.items():
+            rows.append(_measured(name, vlm, metrics, rows[:1], keep))
+            bar.update()
+        for variant in variants:
+            with grafted(recipient, donor, variant.grafts) as vlm:
+                rows.append(_measured(variant.name, vlm, metrics, rows[:1], keep))
+            bar.update()
+    names = [*models, *(variant.name for variant in variants)]
+    found = _dataset(names, list(metrics), rows)
+    return found.assign_coords(
+        kind=("variant", ["model"] * len(models) + [variant.kind for variant in variants]),
+        control_of=("variant", [""] * len(models) + [variant.control_of for variant in variants]),
+    )
+
+
+def _require_sound(
+    recipient: HookedVLM,
+    donor: HookedVLM,
+    variants: Sequence[Variant],
+    metrics: Mapping[str, Metric],
+    others: Mapping[str, HookedVLM],
+) -> None:
+    if not metrics:
+        raise FrankenlensError('a transfer needs a metric, such as {"accuracy": answers(builder, examples)}')
+    names = ["IN", "RL", *others, *(variant.name for variant in variants)]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise FrankenlensError(f"two variants are named {', '.join(twice)}; names must be unique")
+    for variant in variants:
+        try:
+            require_graftable(recipient, donor, variant.grafts)
+        except FrankenlensError as error:
+            raise FrankenlensError(f"variant {variant.name!r}: {error}") from error
+
+
+def _measured(
+    name: str,
+    vlm: HookedVLM,
+    metrics: Mapping[str, Metric],
+    before: Sequence[Sequence[Outcomes]],
+    keep: Path | None,
+) -> list[Outcomes]:
+    found = [metric(vlm) for metric in metrics.values()] if keep is None else _kept(keep, vlm, metrics)
+    expected = before[0] if before else found
+    for metric, own, other in zip(metrics, found, expected, strict=True):
+        if own.examples != other.examples:
+            raise FrankenlensError(
+                f"metric {metric!r} returned other examples for {name} than for the first model"
+            )
+    return found
+
+
+def _kept(keep: Path, vlm: HookedVLM, metrics: Mapping[str, Metric]) -> list[Outcomes]:
+    """Read what was measured of these very weights, or measure and write it."""
+    file = keep / f"{weights_sha256(vlm.model)}.json"
+    old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    new = {name: metric(vlm) for name, metric in metrics.items() if name not in old}
+    if new:
+        with publishing(keep) as staging:
+            text = json.dumps({**old, **{name: asdict(own) for name, own in new.items()}})
+            (staging / file.name).write_text(text, encoding="utf-8")
+    return [
+        new[name] if name in new else Outcomes(*(tuple(column) for column in old[name].values()))
+        for name in metrics
+    ]
+
+
+def _dataset(names: Sequence[str], metrics: Sequence[str], rows: Sequence[Sequence[Outcomes]]) -> xr.Dataset:
+    first = rows[0]
+    labels = [metric for metric, own in zip(metrics, first, strict=True) for _ in own.examples]
+    ids = [example for own in first for example in own.examples]
+    return xr.Dataset(
+        {
+            "right": (("variant", "example"), [[x for own in row for x in own.right] for row in rows]),
+            "why": (
+                ("variant", "example"),
+                np.array([[x for own in row for x in own.why] for row in rows], str),
+            ),
+        },
+        coords={
+            "variant": list(names),
+            "example": [f"{metric}: {one}" for metric, one in zip(labels, ids, strict=True)],
+            "metric": ("example", labels),
+            "task": ("example", [task for own in first for task in own.tasks]),
+            "id": ("example", ids),
+        },
+    )

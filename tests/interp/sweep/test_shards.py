@@ -1,0 +1,154 @@
+"""A sweep that is killed loses nothing: finished parts are on disk, sound, and not computed again."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hooks import FrankenlensError
+from interp.metrics import LogitDifference
+from interp.sweep import Intervention, sweep
+from interp.sweep import engine as engine
+from interp.sweep.shards import ShardStore
+from tests.interp.sweep.test_sweep import duo
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch):
+    """A sweep of 3 batches x 12 interventions in shards of 3."""
+    monkeypatch.setattr(engine, "SHARD", 3)
+    pair = duo("qwen2_5_vl")
+    wanted = [Intervention(f"blocks.{i}.attn.hook_z", "zero", "image", h) for i in range(3) for h in range(4)]
+
+    def run(out: Path | None):
+        return sweep(
+            pair.recipient, pair.prompts, wanted, pair.metrics, batch_size=1, out=out, progress=False
+        )
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")
+    }
+
+
+def test_shards_change_no_number(job, tmp_path: Path) -> None:
+    assert job(tmp_path / "a").equals(job(None))
+    assert len(contents(tmp_path / "a")) == 1 + 3 * (1 + 4)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_and_resumed_byte_for_byte(job, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        begun = time.perf_counter()
+        whole = job(tmp_path / "whole")
+        took = time.perf_counter() - begun
+        rng, cut_short = random.Random(0), 0
+        for trial in range(20):
+            folder = tmp_path / str(trial)
+            child = os.fork()
+            if child == 0:
+                try:
+                    job(folder)
+                finally:
+                    os._exit(0)
+            time.sleep(rng.uniform(0.02, 1.0) * took)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            cut_short += not folder.is_dir() or contents(folder) != contents(tmp_path / "whole")
+            assert job(folder).equals(whole)
+            assert contents(folder) == contents(tmp_path / "whole")
+        assert cut_short >= 10
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_is_there_is_not_computed_again(job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = job(tmp_path / "a")
+
+    def never(*args, **kwargs):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(engine, "BatchSweep", never)
+    assert job(tmp_path / "a").equals(whole)
+    next((tmp_path / "a").glob("00001-0002*")).unlink()
+    with pytest.raises(AssertionError, match="computed again"):
+        job(tmp_path / "a")
+
+
+def test_a_damaged_shard_is_made_again_and_said_so(job, tmp_path: Path) -> None:
+    whole = job(tmp_path / "a")
+    before = contents(tmp_path / "a")
+    for name, spoil in (
+        ("00000-0001", lambda b: b[:-3]),
+        ("00002-0000", lambda b: b[:-1] + bytes([b[-1] ^ 1])),
+    ):
+        path = tmp_path / "a" / f"{name}.safetensors"
+        path.write_bytes(spoil(path.read_bytes()))
+        with pytest.warns(UserWarning, match=f"{name}.safetensors is damaged and is made again"):
+            assert job(tmp_path / "a").equals(whole)
+        assert contents(tmp_path / "a") == before
+
+
+def test_two_processes_on_one_folder_do_not_spoil_it(job, tmp_path: Path) -> None:
+    whole = job(tmp_path / "whole")
+    child = os.fork()
+    if child == 0:
+        try:
+            job(tmp_path / "shared")
+        finally:
+            os._exit(0)
+    mine = job(tmp_path / "shared")
+    assert os.waitpid(child, 0)[1] == 0
+    assert mine.equals(whole)
+    assert contents(tmp_path / "shared") == contents(tmp_path / "whole")
+
+
+def test_a_folder_serves_one_sweep(job, tmp_path: Path) -> None:
+    job(tmp_path / "a")
+    pair = duo("qwen2_5_vl")
+    other = [Intervention("blocks.0.attn.hook_z", "zero", "image", 0)]
+    with pytest.raises(FrankenlensError, match=r"holds another sweep \(other interventions\)"):
+        sweep(pair.recipient, pair.prompts, other, pair.metrics, out=tmp_path / "a", progress=False)
+    with pytest.raises(FrankenlensError, match=r"holds another sweep \(other recipient, donor|other donor"):
+        sweep(
+            pair.donor,
+            pair.prompts,
+            [Intervention(f"blocks.{i}.attn.hook_z", "zero", "image", h) for i in range(3) for h in range(4)],
+            pair.metrics,
+            out=tmp_path / "a",
+            progress=False,
+        )
+
+
+def test_other_prompts_are_another_sweep(tmp_path: Path) -> None:
+    pair = duo("qwen2_5_vl")
+    metric = LogitDifference(torch.tensor([30]), torch.tensor([40]))
+    wanted = [Intervention("blocks.0.hook_mlp_out", "zero")]
+    sweep(pair.recipient, pair.prompts[:1], wanted, metric, out=tmp_path, progress=False)
+    with pytest.raises(FrankenlensError, match="is of other prompts or interventions"):
+        sweep(pair.recipient, pair.prompts[1:2], wanted, metric, out=tmp_path, progress=False)
+
+
+def test_values_of_every_shape_come_back(tmp_path: Path) -> None:
+    store = ShardStore(tmp_path, {"a": 1})
+    rng = np.random.default_rng(0)
+    for shape in ((2, 3), (0, 4), (1,)):
+        values = rng.normal(size=shape)
+        values.flat[:1] = np.nan
+        store.save("x", "of", values)
+        np.testing.assert_array_equal(store.load("x", "of"), values)
+    assert store.load("y", "of") is None
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(FrankenlensError, match="cannot write to"):
+        ShardStore(blocked / "x", {})
