@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hooks.errors import FrankenlensError, nearest
-
-if TYPE_CHECKING:
-    from hooks.vlm import HookedVLM
+from hooks.opened import Opened
 
 
 class NotCached(FrankenlensError, KeyError):
@@ -42,7 +40,7 @@ class ActivationCache(Mapping[str, Tensor]):
     A negative layer counts from the last one that was cached.
     """
 
-    def __init__(self, activations: dict[str, Tensor], vlm: HookedVLM | None = None) -> None:
+    def __init__(self, activations: dict[str, Tensor], vlm: Opened | None = None) -> None:
         self._activations, self._vlm = activations, vlm
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from hooks.errors import FrankenlensError
+from hooks.extras import require_installed
 
 
 def load_model(
@@ -20,7 +21,10 @@ def load_model(
 
     Raises:
         FrankenlensError: no such checkpoint, a pickle checkpoint, an unknown architecture, or missing weights.
+        MissingPackage: `device_map` without accelerate.
     """
+    if device_map is not None:
+        require_installed("device_map", "accelerate")
     folder = Path(path_or_id)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks.errors import FrankenlensError
-
-if TYPE_CHECKING:
-    from hooks.vlm import HookedVLM
-
+from hooks.opened import Opened
 
 _EQUATIONS = (
     "hook_resid_pre",
@@ -58,7 +55,7 @@ def tolerance(logits: Float[Tensor, "..."]) -> float:
     )
 
 
-def self_check(vlm: HookedVLM, inputs: Mapping[str, Any]) -> dict[str, str]:
+def self_check(vlm: Opened, inputs: Mapping[str, Any]) -> dict[str, str]:
     """Prove every listed point in two forwards and one backward.
 
     Returns:
@@ -100,9 +97,7 @@ def self_check(vlm: HookedVLM, inputs: Mapping[str, Any]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def rounding_spread(
-    vlm: HookedVLM, inputs: Mapping[str, Any], bare: Float[Tensor, "batch pos vocab"]
-) -> float:
+def rounding_spread(vlm: Opened, inputs: Mapping[str, Any], bare: Float[Tensor, "batch pos vocab"]) -> float:
     """How far the logits move when every residual stream before a block is off by one step of its own rounding."""
     generator = torch.Generator().manual_seed(0)
 
@@ -116,7 +111,7 @@ def rounding_spread(
 
 
 @torch.no_grad()
-def _check_equations(vlm: HookedVLM, taps: Mapping[str, Tensor]) -> None:
+def _check_equations(vlm: Opened, taps: Mapping[str, Tensor]) -> None:
     """The residual stream adds up, and `hook_post` is what the MLP's last layer reads; a wrong place cannot do that."""
     towers = (("blocks", vlm.anatomy.text), ("vision.blocks", vlm.anatomy.vision))
     for prefix, tower in towers:
@@ -140,7 +135,7 @@ def _check_equations(vlm: HookedVLM, taps: Mapping[str, Tensor]) -> None:
                     )
 
 
-def zero_every_point(vlm: HookedVLM, inputs: Mapping[str, Any], progress: bool = True) -> dict[str, float]:
+def zero_every_point(vlm: Opened, inputs: Mapping[str, Any], progress: bool = True) -> dict[str, float]:
     """Zero each point in turn; name → largest change of a logit. Raises if one changes nothing."""
     changes = {}
     with _undisturbed(vlm), torch.no_grad():
@@ -157,12 +152,12 @@ def zero_every_point(vlm: HookedVLM, inputs: Mapping[str, Any], progress: bool =
     return changes
 
 
-def _logits(vlm: HookedVLM, inputs: Mapping[str, Any]) -> Float[Tensor, "batch pos vocab"]:
+def _logits(vlm: Opened, inputs: Mapping[str, Any]) -> Float[Tensor, "batch pos vocab"]:
     run: Any = vlm.model
     return run(**inputs, use_cache=False).logits
 
 
-def _reason(vlm: HookedVLM, name: str, fired: bool) -> str:
+def _reason(vlm: Opened, name: str, fired: bool) -> str:
     if not fired:
         return "it does not fire in a forward pass with an image; this architecture computes it elsewhere."
     layer = getattr(vlm.model.config, "vision_feature_layer", None)
@@ -172,7 +167,7 @@ def _reason(vlm: HookedVLM, name: str, fired: bool) -> str:
 
 
 @contextmanager
-def _undisturbed(vlm: HookedVLM) -> Iterator[None]:
+def _undisturbed(vlm: Opened) -> Iterator[None]:
     """Evaluation mode, and afterwards the training flags and the M-RoPE offset that a forward pass leaves behind."""
     training = {module: module.training for module in vlm.model.modules()}
     stateful = [module for module in vlm.model.modules() if hasattr(module, "rope_deltas")]

@@ -18,6 +18,7 @@ from hooks.loading import load_model
 from hooks.nnsight.traceable import Traceable
 from hooks.points import HookPoint, hook_point_table
 from hooks.processors import load_processor
+from hooks.refusals import refuse_checkpointing, refuse_foreign
 from hooks.selfcheck import check_inputs, self_check, zero_every_point
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -134,7 +135,7 @@ class HookedVLM(Traceable):
 
     def __call__(self, inputs: Mapping[str, Any], **kwargs: Any) -> Any:
         """Run the model on processor tensors, with whatever hooks are on. Returns Hugging Face's own output."""
-        self._require_open()
+        self.require_open()
         run: Any = self.model
         return run(**self._to_device(inputs), **kwargs)
 
@@ -154,7 +155,7 @@ class HookedVLM(Traceable):
         refuse_foreign(kwargs)
         names, keep = self.names(names_filter), _Keeper()
         layer = self._hooks_of([(name, keep) for name in names])
-        with self._attached(layer):
+        with self.attached(layer):
             output = self(inputs, **kwargs)
         _require_fired(layer)
         return output, ActivationCache({name: keep.kept[name] for name in names}, self)
@@ -169,7 +170,7 @@ class HookedVLM(Traceable):
         if fwd_hooks:
             refuse_checkpointing(self.model)
         layer = self._hooks_of(fwd_hooks)
-        with self._attached(layer):
+        with self.attached(layer):
             output = self(inputs, **kwargs)
         _require_fired(layer)
         return output
@@ -179,9 +180,9 @@ class HookedVLM(Traceable):
 
         Returns what `model.generate` returns: token ids [batch pos], or its output object if that is asked for.
         """
-        self._require_open()
+        self.require_open()
         layer = self._hooks_of(fwd_hooks)
-        with self._attached(layer):
+        with self.attached(layer):
             model: Any = self.model
             output = model.generate(**self._to_device(inputs), **kwargs)
         _require_fired(layer)
@@ -190,8 +191,8 @@ class HookedVLM(Traceable):
     @contextmanager
     def hooks(self, fwd_hooks: FwdHooks = ()) -> Iterator["HookedVLM"]:
         """Keep hook functions on for the length of the context; contexts nest, outer hooks act first."""
-        self._require_open()
-        with self._attached(self._hooks_of(fwd_hooks)):
+        self.require_open()
+        with self.attached(self._hooks_of(fwd_hooks)):
             yield self
 
     def names(self, wanted: NamesFilter = None) -> list[str]:
@@ -232,7 +233,7 @@ class HookedVLM(Traceable):
         Raises:
             FrankenlensError: zeroing a point changes nothing.
         """
-        self._require_open()
+        self.require_open()
         given = inputs if inputs is not None else check_inputs(self.processor)
         return zero_every_point(self, self._to_device(given), progress)
 
@@ -256,7 +257,8 @@ class HookedVLM(Traceable):
         ]
 
     @contextmanager
-    def _attached(self, layer: list[Hook]) -> Iterator[None]:
+    def attached(self, layer: list[Hook]) -> Iterator[None]:
+        """Keep hooks on that are made already, after those that stand; `hooks` makes them from functions."""
         self._layers_of_hooks.append(layer)
         try:
             self._install()
@@ -277,7 +279,8 @@ class HookedVLM(Traceable):
     def _to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Raise if this HookedVLM was closed."""
         if self._closed:
             raise FrankenlensError(
                 "this HookedVLM is closed; open the model again with HookedVLM(model, processor)."
@@ -299,41 +302,6 @@ class _Keeper:
             copy = activation.detach().clone()
         self._last = weakref.ref(activation), version, copy
         self.kept[hook.name] = copy
-
-
-# Keywords of TransformerLens that Hugging Face's **kwargs would swallow without a word.
-_FOREIGN = {
-    "stop_at_layer": "a hook that raises, or names_filter",
-    "start_at_layer": "interp.sweep.rerun.CleanRun",
-    "remove_batch_dim": "cache[name][0]",
-    "incl_bwd": "retain_grad() inside a hook",
-    "bwd_hooks": "retain_grad() inside a hook",
-    "device": "cache.to(device)",
-    "return_type": "the output's .logits",
-    "return_cache_object": "dict(cache)",
-    "reset_hooks_end": "nothing: hooks end with their context",
-    "clear_contexts": "nothing: contexts end with their hook",
-    "pos_slice": "slicing the cache",
-}
-
-
-def refuse_checkpointing(model: nn.Module) -> None:
-    """Refuse hooks that would be gone when checkpointing repeats the forward pass during backward."""
-    modules = model.modules() if model.training else ()
-    if torch.is_grad_enabled() and any(
-        getattr(module, "gradient_checkpointing", False) for module in modules
-    ):
-        raise FrankenlensError(
-            "gradient checkpointing repeats the forward pass during backward, when these hooks are gone: call "
-            "backward inside `with vlm.hooks(...)`, or model.gradient_checkpointing_disable()."
-        )
-
-
-def refuse_foreign(kwargs: Mapping[str, Any]) -> None:
-    """Refuse keywords of TransformerLens that have another name here."""
-    for name in kwargs:
-        if name in _FOREIGN:
-            raise FrankenlensError(f"{name!r} of TransformerLens does not exist here; use {_FOREIGN[name]}.")
 
 
 def _require_fired(layer: Sequence[Hook]) -> None:

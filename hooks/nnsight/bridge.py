@@ -10,12 +10,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
 from hooks.engine import Hook, HookContext
 from hooks.errors import FrankenlensError
+from hooks.opened import Opened
+from hooks.refusals import refuse_checkpointing, refuse_foreign
 
 try:
     from nnsight.intervention.envoy import Envoy
@@ -30,9 +32,6 @@ except (ImportError, AttributeError) as error:
         f"`trace` needs nnsight 0.8 (pip install 'nnsight==0.8.1'): {error}. Without it, run_with_cache and "
         "run_with_hooks reach the same hook points."
     ) from error
-
-if TYPE_CHECKING:
-    from hooks.vlm import HookedVLM
 
 
 class HookInterleaver(Interleaver):
@@ -58,7 +57,7 @@ class Bridge(Envoy):
 
     _batcher_class = HookBatcher
 
-    def __init__(self, vlm: HookedVLM) -> None:
+    def __init__(self, vlm: Opened) -> None:
         # Envoy.__init__ would wrap every module; what the inherited methods need is set here instead.
         self._vlm = weakref.ref(vlm)
         self._parent, self.path, self.interleaver = None, "", HookInterleaver()
@@ -70,7 +69,7 @@ class Bridge(Envoy):
         raise AttributeError(name)
 
     @property
-    def vlm(self) -> HookedVLM:
+    def vlm(self) -> Opened:
         """The opened model."""
         vlm = self._vlm()
         assert vlm is not None
@@ -97,7 +96,7 @@ class Bridge(Envoy):
             Hook(serve, HookContext(point), partial(_waited_for, interleaver, name))
             for name, point in self.vlm.hook_points.items()
         ]
-        with self.vlm._attached(sleeping):
+        with self.vlm.attached(sleeping):
             return super().interleave(fn, *args, **kwargs)
 
     def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
@@ -114,24 +113,22 @@ def _waited_for(interleaver: Interleaver, name: str) -> bool:
 _BRIDGES: weakref.WeakKeyDictionary[Any, Bridge] = weakref.WeakKeyDictionary()
 
 
-def bridge_of(vlm: HookedVLM) -> Bridge:
+def bridge_of(vlm: Opened) -> Bridge:
     """The one bridge of an opened model."""
     if vlm not in _BRIDGES:
         _BRIDGES[vlm] = Bridge(vlm)
     return _BRIDGES[vlm]
 
 
-def places(vlm: Any) -> Mapping[str, Place | str]:
+def places(vlm: Opened) -> Mapping[str, Place | str]:
     """Name → where nnsight finds the hook point, or the reason why it cannot."""
     return bridge_of(vlm).places
 
 
-def trace(vlm: Any, inputs: Mapping[str, Any] | None, remote: Any, kwargs: dict[str, Any]) -> VLMTracer:
+def trace(vlm: Opened, inputs: Mapping[str, Any] | None, remote: Any, kwargs: dict[str, Any]) -> VLMTracer:
     """See `HookedVLM.trace`."""
-    from hooks.vlm import refuse_checkpointing, refuse_foreign
-
     _refuse_remote(remote)
-    vlm._require_open()
+    vlm.require_open()
     refuse_foreign(kwargs)
     refuse_checkpointing(vlm.model)
     if inputs is None and "input_ids" in kwargs:
@@ -139,10 +136,10 @@ def trace(vlm: Any, inputs: Mapping[str, Any] | None, remote: Any, kwargs: dict[
     return VLMTracer(bridge_of(vlm), "__call__", *([] if inputs is None else [inputs]), **kwargs)
 
 
-def session(vlm: Any, remote: Any) -> Tracer:
+def session(vlm: Opened, remote: Any) -> Tracer:
     """See `HookedVLM.session`."""
     _refuse_remote(remote)
-    vlm._require_open()
+    vlm.require_open()
     return Tracer()
 
 

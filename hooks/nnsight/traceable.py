@@ -28,13 +28,15 @@ class Traceable:
         """
         from hooks.nnsight.bridge import trace
 
-        return trace(self, inputs, remote, kwargs)
+        own: Any = self
+        return trace(own, inputs, remote, kwargs)
 
     def session(self, *, remote: Any = False) -> Any:
         """nnsight's session: traces of one or several models that share values without saving them."""
         from hooks.nnsight.bridge import session
 
-        return session(self, remote)
+        own: Any = self
+        return session(own, remote)
 
     @property
     def blocks(self) -> Any:
@@ -66,10 +68,12 @@ class Traceable:
         from hooks.nnsight.bridge import places
         from hooks.nnsight.names import put
 
-        put("hook_embed", value, places(self))
+        own: Any = self
+        put("hook_embed", value, places(own))
 
     def _named(self, path: str) -> Any:
         from hooks.nnsight.bridge import places
         from hooks.nnsight.names import get
 
-        return get(path, places(self))
+        own: Any = self
+        return get(path, places(own))

@@ -17,12 +17,13 @@ Three things differ from the cache of TransformerLens's own bridge, and are mean
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hooks.errors import FrankenlensError
+from hooks.opened import Opened
 from hooks.transformer_lens.lens_model import LensModel, Norm
 
 try:
@@ -32,12 +33,9 @@ except ImportError as error:
         f"to_transformer_lens needs transformer-lens (pip install transformer-lens): {error}."
     ) from error
 
-if TYPE_CHECKING:
-    from hooks.vlm import HookedVLM
-
 
 def to_transformer_lens(
-    activations: Mapping[str, Tensor], vlm: HookedVLM, fold_ln: bool = True, center_unembed: bool = False
+    activations: Mapping[str, Tensor], vlm: Opened, fold_ln: bool = True, center_unembed: bool = False
 ) -> LensCache:
     """The decoder's activations as TransformerLens's cache; see the module for what works and what differs.
 
@@ -65,7 +63,7 @@ def to_transformer_lens(
     return VLMLensCache(kept, LensModel(vlm, fold_ln, center_unembed))
 
 
-def _scales(kept: Mapping[str, Tensor], vlm: HookedVLM) -> dict[str, Tensor]:
+def _scales(kept: Mapping[str, Tensor], vlm: Opened) -> dict[str, Tensor]:
     """What each norm divided by, which TransformerLens's `apply_ln` reads."""
     found = {}
     for layer, block in enumerate(vlm.anatomy.text.blocks):
@@ -81,7 +79,7 @@ def _scales(kept: Mapping[str, Tensor], vlm: HookedVLM) -> dict[str, Tensor]:
     return found
 
 
-def _deepstack(kept: Mapping[str, Tensor], vlm: HookedVLM) -> dict[str, Tensor]:
+def _deepstack(kept: Mapping[str, Tensor], vlm: Opened) -> dict[str, Tensor]:
     """What is added between blocks, layer by layer, where both sides of the gap are cached."""
     found = {}
     for layer in range(len(vlm.anatomy.deepstack)):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from hooks.anatomy import Block
 from hooks.errors import FrankenlensError
+from hooks.opened import Opened
 from hooks.selfcheck import tolerance
-
-if TYPE_CHECKING:
-    from hooks.vlm import HookedVLM
 
 _AFTER_UNEMBEDDING = ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale")
 
@@ -77,7 +75,7 @@ class LensModel:
     Weights are the model's own, read when they are used; nothing is copied before.
     """
 
-    def __init__(self, vlm: HookedVLM, fold_ln: bool, center_unembed: bool) -> None:
+    def __init__(self, vlm: Opened, fold_ln: bool, center_unembed: bool) -> None:
         self._vlm, self.fold_ln, self.center_unembed = vlm, fold_ln, center_unembed
         self.tokenizer = getattr(vlm.processor, "tokenizer", None)
         config = vlm.model.config.get_text_config()
@@ -175,12 +173,12 @@ class FinalNorm(nn.Module):
 class LensBlock:
     """`blocks[l].attn.W_O [head d_head d_model]`, `.mlp.W_out [d_mlp d_model]` and their biases."""
 
-    def __init__(self, vlm: HookedVLM, block: Block) -> None:
+    def __init__(self, vlm: Opened, block: Block) -> None:
         self.attn, self.mlp = _Out(vlm, block.out, block.n_heads), _Out(vlm, block.mlp_out)
 
 
 class _Out:
-    def __init__(self, vlm: HookedVLM, path: str, heads: int | None = None) -> None:
+    def __init__(self, vlm: Opened, path: str, heads: int | None = None) -> None:
         self._vlm, self._path, self._heads = vlm, path, heads
 
     @property

@@ -4,21 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from hooks.errors import FrankenlensError
-from interp.prompts.roles import ROLES, Trace
+from interp.prompts.roles import ROLES, RoleScanner, Trace, TraceFormat
 from interp.questions.examples import Example
-
-if TYPE_CHECKING:
-    from interp.prompts.builder import PromptBuilder
 
 TOKEN_TENSORS = {"input_ids": 0, "attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
 """Tensors with one value per token, and the value of a token of generated text."""
+
+
+@runtime_checkable
+class PromptSource(Protocol):
+    """What a prompt, and whoever continues it, asks of what built it; `interp.prompts.builder.PromptBuilder` is one."""
+
+    processor: Any
+    tokenizer: Any
+    image_token: str
+    image_token_id: int
+    trace_format: TraceFormat
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end the assistant's turn."""
+        ...
+
+    @cached_property
+    def suppressed_ids(self) -> tuple[int, ...]:
+        """Special tokens that no answer holds."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """A token to pad with."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without anything added."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        ...
+
+    def build(self, example: Example, trace: str | Sequence[int] | None = None) -> Prompt:
+        """The prompt of an example, followed by a trace if one is given."""
+        ...
+
+    def with_trace(self, prompt: Prompt, ids: Sequence[int]) -> Prompt:
+        """The prompt with its trace replaced."""
+        ...
+
+    def read_trace(self, prompt: Prompt) -> Trace:
+        """What the trace of a prompt says."""
+        ...
+
+    def scanner(self, prompt: Prompt) -> RoleScanner:
+        """Gives the roles of what is written behind a prompt, piece by piece."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +87,7 @@ class Prompt:
     roles: tuple[str, ...] = field(repr=False)
     prompt_text: str
     n_prompt_tokens: int
-    builder: PromptBuilder = field(repr=False)
+    builder: PromptSource = field(repr=False)
 
     def __len__(self) -> int:
         return self.inputs["input_ids"].shape[1]

@@ -1,0 +1,43 @@
+"""What a run under hooks refuses: keywords that would be swallowed, and backward passes that the hooks would miss."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hooks.errors import FrankenlensError
+
+# Keywords of TransformerLens that Hugging Face's **kwargs would swallow without a word.
+_FOREIGN = {
+    "stop_at_layer": "a hook that raises, or names_filter",
+    "start_at_layer": "interp.sweep.rerun.CleanRun",
+    "remove_batch_dim": "cache[name][0]",
+    "incl_bwd": "retain_grad() inside a hook",
+    "bwd_hooks": "retain_grad() inside a hook",
+    "device": "cache.to(device)",
+    "return_type": "the output's .logits",
+    "return_cache_object": "dict(cache)",
+    "reset_hooks_end": "nothing: hooks end with their context",
+    "clear_contexts": "nothing: contexts end with their hook",
+    "pos_slice": "slicing the cache",
+}
+
+
+def refuse_checkpointing(model: nn.Module) -> None:
+    """Refuse hooks that would be gone when checkpointing repeats the forward pass during backward."""
+    modules = model.modules() if model.training else ()
+    if torch.is_grad_enabled() and any(
+        getattr(module, "gradient_checkpointing", False) for module in modules
+    ):
+        raise FrankenlensError(
+            "gradient checkpointing repeats the forward pass during backward, when these hooks are gone: call "
+            "backward inside `with vlm.hooks(...)`, or model.gradient_checkpointing_disable()."
+        )
+
+
+def refuse_foreign(kwargs: Mapping[str, Any]) -> None:
+    """Refuse keywords of TransformerLens that have another name here."""
+    for name in kwargs:
+        if name in _FOREIGN:
+            raise FrankenlensError(f"{name!r} of TransformerLens does not exist here; use {_FOREIGN[name]}.")
