@@ -20,7 +20,7 @@ from experiments.retraining.recipe import Outcome, frozen_or_not, require_kept
 from experiments.settings import DataSettings, PairSettings, load_examples
 from experiments.triple.evaluate import write_json
 from experiments.triple.resuming import train_from_last
-from experiments.triple.rl import RL
+from experiments.triple.rl import RL, require_grpo
 from hooks import FrankenlensError, HookedVLM
 from hooks.loading import load_model
 from hooks.processors import load_processor
@@ -132,6 +132,7 @@ class OwnRecipe:
         return trace_format.parse(self.builder.decode(ids), opened).answer
 
     def _trainer(self, model: PreTrainedModel, seed: int, unfinished: Path) -> Any:
+        require_grpo()
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 

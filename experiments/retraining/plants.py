@@ -11,7 +11,7 @@ from experiments.retraining.recipe import require_kept
 from experiments.triple import checkpoints
 from experiments.triple.clock import CpuClock
 from experiments.triple.packing import Packer
-from experiments.triple.rl import RL, train_rl
+from experiments.triple.rl import RL, require_grpo, train_rl
 from experiments.triple.supervised import Schedule, traces, train, turns_loss
 from experiments.triple.train import QUESTIONS, REASONING_SHARE
 from hooks import HookedVLM
@@ -39,6 +39,8 @@ def train_components(
     """
     finished, unfinished = folder / "model", folder / "unfinished"
     if not finished.is_dir():
+        if rl:
+            require_grpo()
         unfinished.mkdir(parents=True, exist_ok=True)
         model, processor = checkpoints.load(in_folder)
         with train_only(model, components) as frozen:

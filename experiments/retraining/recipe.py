@@ -14,6 +14,7 @@ import yaml
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
+from experiments.triple.rl import require_grpo
 from hooks import FrankenlensError, HookedVLM
 from hooks.errors import nearest
 from interp.freezing import Frozen, freeze
@@ -115,8 +116,10 @@ def read_trl(path: Path | None) -> dict[str, Any]:
     """Arguments of `GRPOConfig` from a YAML or JSON file; {} without a file.
 
     Raises:
+        MissingPackage: there is no TRL to take them.
         FrankenlensError: no such file, no mapping, an argument that GRPOConfig lacks or that has an option of its own.
     """
+    require_grpo()
     if path is None:
         return {}
     try:

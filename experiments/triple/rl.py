@@ -5,21 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 
 from experiments.triple.clock import CpuClock
 from experiments.triple.replies import MAX_REPLY, read, suppressed
 from experiments.triple.resuming import train_from_last
+from hooks.extras import require_installed
 from interp.questions.tasks import REASONING, TASKS, render
 from interp.questions.tasks.sampling import draw
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 PERCEPTION_MIX = ("colour_at", "shape_at", "count", "count", "exists")
 """Perception tasks among the prompts; counting, the first to suffer, comes twice."""
+
+
+def require_grpo() -> None:
+    """Refuse to train by RL, before anything else is done for it, where the packages for it are missing.
+
+    Raises:
+        MissingPackage: names them, and the extra that brings them.
+    """
+    require_installed("training by GRPO", "trl", "datasets", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,9 @@ def exact_answer(completions: list[Any], answer: list[str], **_: Any) -> list[fl
 
 def build_prompts(settings: RL, seed: int) -> Dataset:
     """The prompts of a whole run in order: columns prompt, image, answer, task; training scenes only."""
+    require_grpo()
+    from datasets import Dataset
+
     rng = np.random.default_rng([seed, 3])
     rows = []
     for _ in range(settings.steps * settings.prompts):
@@ -82,6 +97,7 @@ def build_trainer(
     trl: Mapping[str, Any] | None = None,
 ):
     """A `GRPOTrainer` on the CPU, ready to train the model in place; `trl` overrides arguments of `GRPOConfig`."""
+    require_grpo()
     from trl import GRPOConfig  # heavy, and only needed here
 
     from experiments.triple.shared_prefix import SharedPrefixGRPOTrainer

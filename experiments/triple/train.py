@@ -19,7 +19,7 @@ from experiments.triple import checkpoints, evaluate
 from experiments.triple.clock import CpuClock
 from experiments.triple.model import ModelSize, build_model, build_tokenizer
 from experiments.triple.packing import Packer
-from experiments.triple.rl import RL, train_rl
+from experiments.triple.rl import RL, require_grpo, train_rl
 from experiments.triple.supervised import (
     Schedule,
     align_loss,
@@ -78,10 +78,11 @@ def run(config: TrainTriple) -> dict[str, Any]:
     """Trains what is not there yet and measures all of it; returns what `results.json` holds.
 
     Raises:
-        FrankenlensError: if `seeds` is below 1, or `out` holds a run with other settings.
+        FrankenlensError: if `seeds` is below 1, `out` holds a run with other settings, or TRL is not installed.
     """
     if config.seeds < 1:
         raise FrankenlensError(f"seeds is {config.seeds}; at least one RL run is needed")
+    require_grpo()
     torch.set_num_threads(config.threads)
     config.out.mkdir(parents=True, exist_ok=True)
     _check_settings(config)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.extras import MissingPackage
 from interp.localization.outcomes import Grader
 from interp.lockstep.refusals import require_fits
 from interp.lockstep.run import Written
@@ -64,5 +65,7 @@ def graded(written: Written, grader: Grader) -> tuple[float, str]:
         return float(grader(written.answer, written.prompt.example)), written.why
     except Ungraded as error:
         return float("nan"), str(error)
+    except MissingPackage:
+        raise
     except Exception as error:  # a grader may be the user's code
         return float("nan"), f"the grader failed: {type(error).__name__}: {error}"

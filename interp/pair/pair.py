@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
+from hooks.extras import require_installed
 from interp.pair.agreement import (
     chat_template,
     model_differences,
@@ -85,10 +86,14 @@ class Pair:
 
         Raises:
             FrankenlensError: a model cannot be loaded, or they are no pair.
+            MissingPackage: RL is an adapter, and peft is not installed.
         """
+        adapter = (Path(rl_path) / "adapter_config.json").is_file()
+        if adapter:
+            require_installed("an RL checkpoint that is a PEFT adapter", "peft")
         loading = {"dtype": dtype, "device_map": device_map, **kwargs}
         in_ = HookedVLM.from_pretrained(in_path, **loading)
-        if (Path(rl_path) / "adapter_config.json").is_file():
+        if adapter:
             opened = HookedVLM.from_pretrained(in_path, **{**loading, "check": False})
             rl = _with_adapter(opened, Path(rl_path), kwargs.get("check", True), not template)
         else:

@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks.errors import FrankenlensError, nearest
+from hooks.extras import require_installed
 from interp.comparison import Checkpoint, align
 from interp.comparison.names import Names
 from interp.results.files import publishing
@@ -37,6 +38,7 @@ from interp.results.files import publishing
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 ON_BASE = METHODS[2:]  # add updates to a base
 COLLINEAR = 0.9995  # mergekit's dot_threshold
+_FEATURE = "a merge recipe"
 _SETTINGS = (".json", ".jinja", ".model", ".txt", ".py")
 
 
@@ -131,11 +133,12 @@ class Recipe:
             name: makes DARE's masks differ between tensors.
 
         Raises:
-            FrankenlensError: as `check`.
+            FrankenlensError: as `check`, or mergekit is not installed.
         """
+        self.check(len(tensors), base is not None)
+        require_installed(_FEATURE, "mergekit")
         from mergekit.merge_methods import merge_tensors
 
-        self.check(len(tensors), base is not None)
         given = list(tensors) if base is None else [base, *tensors]
         wide = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -214,12 +217,13 @@ def merge(
 
     Raises:
         FrankenlensError: before anything is written: the recipe does not fit, a folder is no safetensors checkpoint,
-            checkpoints do not align, or `out` is not empty.
+            checkpoints do not align, `out` is not empty, or mergekit is not installed.
     """
-    from mergekit.io.tensor_writer import TensorWriter
-
     out = Path(out)
     recipe.check(len(models), base is not None)
+    require_installed(_FEATURE, "mergekit")
+    from mergekit.io.tensor_writer import TensorWriter
+
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FrankenlensError(f"{out} is not empty; choose another folder for the merged checkpoint")
     opened = [Checkpoint(folder) for folder in ([] if base is None else [base]) + list(models)]

@@ -15,6 +15,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.extras import MissingPackage
 from interp.localization.outcomes import Grader
 from interp.pair.generation import greedy
 from interp.pair.pair import weights_sha256
@@ -87,6 +88,8 @@ def answers(
                 right[row] = float(grader(answer, prompt.example))
             except Ungraded as error:
                 why[row] = str(error)
+            except MissingPackage:
+                raise
             except Exception as error:  # a grader may be the user's code
                 why[row] = f"the grader failed: {type(error).__name__}: {error}"
         ids, tasks = zip(*((example.id, example.task) for example in examples), strict=True)

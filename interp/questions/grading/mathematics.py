@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 from hooks.errors import FrankenlensError
+from hooks.extras import require_installed
 from interp.questions.grading.extract import extract
 from interp.questions.grading.grade import Grade
 
@@ -21,8 +22,9 @@ def judge_math(answer: str, reference: str, timeout: int = TIMEOUT) -> Grade:
     of a numeral (52_8) is dropped. A comparison that times out or fails is ungraded.
 
     Raises:
-        FrankenlensError: called outside the main thread, where math-verify's alarm cannot ring.
+        FrankenlensError: math-verify is not installed, or this is not the main thread, where alone its alarm rings.
     """
+    require_installed('the grader "math"', "math_verify")
     if threading.current_thread() is not threading.main_thread():
         raise FrankenlensError(
             "math-verify grades in the main thread only; grade there, or name another grader"

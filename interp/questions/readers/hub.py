@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from hooks.errors import FrankenlensError
+from hooks.extras import require_installed
 from interp.questions.examples import Example
 from interp.questions.grading import extract
 from interp.questions.readers.report import Failure, ReadReport, RowError
@@ -148,6 +149,7 @@ def _read(
 
 def _load(source: str, split: str, config: str | None) -> Any:
     """The rows of a split, as a `datasets.Dataset`."""
+    require_installed("reading a public data set", "datasets")
     import datasets
 
     path = Path(source)

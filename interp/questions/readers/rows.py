@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from hooks.errors import FrankenlensError
+from hooks.extras import MissingPackage
 from interp.questions.examples import Example
 from interp.questions.grading import GRADERS, reference_fault
 from interp.questions.readers.report import Failure, RowError
@@ -83,7 +84,12 @@ def image_at(path: Path) -> Image.Image:
 
 
 def gradable(example: Example) -> Example:
-    """The example, if its grader is known and would accept the reference itself."""
+    """The example, if its grader is known and would accept the reference itself.
+
+    Raises:
+        RowError: says what is wrong with it.
+        MissingPackage: its grader needs a package that is not installed.
+    """
     grader, choices = example.meta.get("grader"), example.meta.get("choices", ())
     if not isinstance(choices, (list, tuple)) or not all(isinstance(choice, str) for choice in choices):
         raise RowError(f"the choices must be a list of texts, found {choices!r}")
@@ -91,6 +97,8 @@ def gradable(example: Example) -> Example:
         raise RowError(f"there is no grader {grader!r}, only {', '.join(GRADERS)}")
     try:
         fault = reference_fault(example)
+    except MissingPackage:
+        raise  # no fault of the row
     except (TypeError, ValueError) as error:
         raise RowError(f"the settings of the grader {grader!r} cannot be read: {error}") from error
     if fault:
