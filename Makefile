@@ -1,18 +1,32 @@
-# Every target creates .venv where there is none and installs what pyproject.toml asks for, at the versions of constraints.txt.
+# Every target creates .venv where there is none and installs what it needs, at the versions of constraints.txt: the core
+# alone for the demo, everything for the rest.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Each stamp is made when its installation has gone through, and both are deleted before the next begins: what was
+# broken off counts as nothing. Everything includes the core.
+CORE := $(VENV)/.core
 INSTALLED := $(VENV)/.installed
+
+define install
+rm -f $(CORE) $(INSTALLED)
+$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'
+endef
 
 .PHONY: demo test test-slow check benchmarks notebooks figures
 .DEFAULT_GOAL := test
+.NOTPARALLEL:
+
+$(CORE): pyproject.toml constraints.txt
+	$(call install,.)
+	touch $(CORE)
 
 $(INSTALLED): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+	$(call install,.[dev])
+	touch $(CORE) $(INSTALLED)
 
-demo: $(INSTALLED)  ## the component map of the embedded pair, written to out/demo
+demo: $(CORE)  ## the component map of the embedded pair, written to out/demo
 	$(BIN)/frankenlens map --out out/demo
 
 # A worker a core and a thread each; a file's tests stay together, since they share models, in the order of conftest.py.
