@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, block after block."""
+"""The README's Python runs as it stands, block after block, through the front door alone."""
 
 import re
 from pathlib import Path
@@ -15,6 +15,7 @@ def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     matplotlib.use("Agg")
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 4
+    assert re.findall(r"^\s*(?:from|import) .*", "".join(blocks), re.MULTILINE) == ["import frankenlens as fl"]
     names: dict = {}
     for number, block in enumerate(blocks):
         path = tmp_path / f"block_{number}.py"  # nnsight reads the source of a trace
