@@ -48,6 +48,11 @@ class LogitDifference:
     Attributes:
         a, b: token ids, one per prompt.
         position: the position whose next token is meant; None: each prompt's last.
+
+    Example:
+        >>> metric = fl.LogitDifference(a=torch.tensor([2]), b=torch.tensor([0]))
+        >>> metric.of_next(torch.tensor([[1.0, 0.0, 3.5]]))
+        tensor([2.5000])
     """
 
     a: Int[Tensor, " n"]

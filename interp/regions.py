@@ -22,6 +22,10 @@ class Partition:
 
     Raises:
         FrankenlensError: regions leave a layer out, or share one.
+
+    Example:
+        >>> fl.thirds(28).address("Mid")
+        'blocks.10-18'
     """
 
     name: str
@@ -76,6 +80,10 @@ def of_sizes(sizes: Sequence[int], names: Sequence[str] = NAMES, name: str | Non
 
     Raises:
         FrankenlensError: not one name per size, or a size below 1.
+
+    Example:
+        >>> print(fl.of_sizes([2, 7], ["reads", "writes"]))
+        2/7: reads 0-1, writes 2-8
     """
     if len(sizes) != len(names) or min(sizes, default=0) < 1:
         raise FrankenlensError(f"{list(sizes)} and {list(names)}: give one size of at least 1 per region")
@@ -94,6 +102,12 @@ def thirds(n_layers: int, how: str = "paper") -> Partition:
 
     Raises:
         FrankenlensError: another `how`, or fewer than three layers.
+
+    Example:
+        >>> print(fl.thirds(28))
+        thirds (paper): Early 0-9, Mid 10-18, Late 19-27
+        >>> print(fl.thirds(28, "code"))
+        thirds (code): Early 0-8, Mid 9-17, Late 18-27
     """
     if how not in ("paper", "code") or n_layers < 3:
         raise FrankenlensError(f"thirds({n_layers}, {how!r}): give at least 3 layers, and 'paper' or 'code'")
@@ -109,6 +123,10 @@ def parse_partition(text: str, n_layers: int) -> Partition:
 
     Raises:
         FrankenlensError: it is none of these, or does not cover the model.
+
+    Example:
+        >>> print(fl.parse_partition("8/12/8", 28))
+        8/12/8: Early 0-7, Mid 8-19, Late 20-27
     """
     if text in ("paper", "code"):
         return thirds(n_layers, text)

@@ -72,6 +72,11 @@ def spectrum(delta: Float[Tensor, "row column"], top: int = TOP) -> Spectrum:
     A small matrix: by a float64 SVD. A larger one: from the eigenvalues of its Gram matrix in float32, faster than an
     SVD; where that is not exact enough, from a Gram matrix in float64: if one of the `top` largest is not trusted, or
     the many small ones (of a low-rank update, say) could together move the nuclear norm by more than 1e-4.
+
+    Example:
+        >>> found = fl.comparison.spectrum(torch.diag(torch.tensor([3.0, 4.0])))
+        >>> found.values, found.stable_rank
+        (array([4., 3.]), 1.5625)
     """
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
     return blockwise(lambda: iter((tall,)), delta.shape, float(delta.abs().max()), top)

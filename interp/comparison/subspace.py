@@ -69,6 +69,12 @@ def principal_angles(a: Float[Tensor, "n k"], b: Float[Tensor, "n k"]) -> Float[
     """Between the spans of orthonormal columns, in radians, ascending.
 
     By sines where they are small and by cosines elsewhere (Björck & Golub 1973).
+
+    Example:
+        >>> plane = torch.eye(3)[:, :2]
+        >>> turned = torch.tensor([[1.0, 0], [0, 0], [0, 1]])  # shares one direction with it
+        >>> fl.principal_angles(plane, turned) / np.pi
+        array([0. , 0.5], dtype=float32)
     """
     cosines = torch.linalg.svdvals(a.T @ b).clamp(max=1)
     sines = torch.linalg.svdvals(b - a @ (a.T @ b)).clamp(max=1).flip(0)

@@ -72,6 +72,11 @@ def in_words(example: Example, template: str = TEMPLATE) -> Example:
 
     Raises:
         FrankenlensError: it has no description.
+
+    Example:
+        >>> examples = fl.with_descriptions(fl.tasks.sample("exists", 1, seed=0, split="map"), fl.tasks.describe_scene)
+        >>> fl.in_words(examples[0], "{description} , {question}").question.split(" , ")[-2:]
+        ['c4 yellow triangle', 'is there a yellow square ?']
     """
     text = example.meta.get("description")
     if not text:

@@ -63,6 +63,10 @@ class Claim:
 
     Raises:
         ClaimError: a field that is no choice, no address, missing or contradicts another.
+
+    Example:
+        >>> fl.Claim("carries a fifth", "blocks.8.attn.head.2", role="reasoning", at_least=0.2).text
+        'recovery of blocks.8.attn.head.2 (activation, at reasoning, RL into IN) >= 0.2'
     """
 
     name: str

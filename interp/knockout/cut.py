@@ -34,6 +34,10 @@ class Knockout:
 
     Raises:
         FrankenlensError: an unknown tower, mass or role, layers that run backwards, no layers, or no heads.
+
+    Example:
+        >>> fl.Knockout("image", "reasoning", layers=(3, 5), heads=(0, 2)).name
+        'image -> reasoning @ 3-5 heads 0,2'
     """
 
     source: Place
@@ -120,6 +124,10 @@ def windows(cut: Knockout, n_layers: int, width: int) -> list[Knockout]:
 
     Raises:
         FrankenlensError: a width that the tower does not hold.
+
+    Example:
+        >>> [cut.name for cut in fl.knockout.windows(fl.Knockout("image", "decision"), 4, 3)]
+        ['image -> decision @ 0-2', 'image -> decision @ 1-3']
     """
     _require_width(width, n_layers)
     return [replace(cut, layers=(one.first, one.last)) for one in swap.windows(n_layers, width)]
@@ -130,6 +138,10 @@ def around(cut: Knockout, n_layers: int, width: int) -> list[Knockout]:
 
     Raises:
         FrankenlensError: a width that the tower does not hold.
+
+    Example:
+        >>> [cut.layers for cut in fl.knockout.around(fl.Knockout("image", "decision"), 4, 3)]
+        [(0, 1), (0, 2), (1, 3), (2, 3)]
     """
     _require_width(width, n_layers)
     before, after = (width - 1) // 2, width // 2

@@ -45,6 +45,11 @@ def image_grids(prompt: Prompt) -> list[ImageGrid]:
 
     Raises:
         FrankenlensError: the prompt has no image tokens, or they form no grid that is known here.
+
+    Example:
+        >>> (grid,) = fl.image_grids(pair.builder.build(fl.tasks.sample("sum", 1, seed=0, split="map")[0]))
+        >>> grid.positions.shape
+        (4, 4)
     """
     positions = prompt.positions("image").numpy()
     named = f"prompt {prompt.example.id!r}"

@@ -62,6 +62,12 @@ def logit_lens(
     Raises:
         FrankenlensError: no prompts, an empty role, no such layer or position, a tuned lens of another model; before
             anything runs. Or the lens of the last layer is not, bit for bit, the model's output.
+
+    Example:
+        >>> prompt = pair.builder.build(fl.tasks.sample("sum", 1, seed=0, split="map")[0])
+        >>> lens = fl.logit_lens(pair, [prompt], where="decision", top_k=1, progress=False)
+        >>> dict(lens["word"].sizes)
+        {'model': 2, 'layer': 10, 'token': 1, 'rank': 1}
     """
     tokens = tokens_of(prompts, where)
     models = model.models if isinstance(model, Pair) else {"": model}

@@ -74,12 +74,22 @@ def singles(n_layers: int, what: str = "kv") -> list[Swap]:
 
 
 def suffixes(n_layers: int, what: str = "kv") -> list[Swap]:
-    """For each layer k, every layer from k on: the released code's way."""
+    """For each layer k, every layer from k on: the released code's way.
+
+    Example:
+        >>> [swap.name for swap in fl.localization.suffixes(3)]
+        ['kv 0-2', 'kv 1-2', 'kv 2-2']
+    """
     return [Swap(layer, n_layers - 1, what) for layer in range(n_layers)]
 
 
 def windows(n_layers: int, width: int, what: str = "kv") -> list[Swap]:
-    """Every run of `width` neighbouring layers."""
+    """Every run of `width` neighbouring layers.
+
+    Example:
+        >>> [swap.name for swap in fl.localization.windows(4, 3)]
+        ['kv 0-2', 'kv 1-3']
+    """
     return [Swap(layer, layer + width - 1, what) for layer in range(n_layers - width + 1)]
 
 

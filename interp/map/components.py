@@ -38,6 +38,10 @@ def components(vlm: HookedVLM, points: Sequence[str] = POINTS) -> list[Component
 
     Raises:
         FrankenlensError: an unknown point.
+
+    Example:
+        >>> [one.name for one in fl.components(pair.in_, ("head",))][:2]
+        ['blocks.0.attn.head.0', 'blocks.0.attn.head.1']
     """
     for point in points:
         if point not in POINTS:

@@ -28,6 +28,12 @@ def greedy(
 
     Returns:
         Token ids per prompt, in the order of `prompts`. The last one ends the turn unless `max_new_tokens` ran out.
+
+    Example:
+        >>> examples = fl.tasks.sample("sum", 1, seed=0, split="map")
+        >>> (ids,) = fl.greedy(pair.rl, [pair.builder.build(examples[0])], max_new_tokens=8)
+        >>> pair.builder.decode(ids)
+        '<think> count cross 2 , count green 1'
     """
     written: list[list[int]] = [[] for _ in prompts]
     if not prompts:

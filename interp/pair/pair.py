@@ -87,6 +87,11 @@ class Pair:
         Raises:
             FrankenlensError: a model cannot be loaded, or they are no pair.
             MissingPackage: RL is an adapter, and peft is not installed.
+
+        Example:
+            >>> pair = fl.Pair.from_pretrained(fl.embedded.path("in"), fl.embedded.path("rl"))
+            >>> sorted(pair.models), pair.in_.n_layers
+            (['in', 'rl'], 9)
         """
         adapter = (Path(rl_path) / "adapter_config.json").is_file()
         if adapter:

@@ -87,6 +87,11 @@ class Path:
         sender: the component whose output is changed.
         receiver: the input that the change arrives at.
         through: receivers on the way, in order; each passes on the change of its component's own output.
+
+    Example:
+        >>> path = fl.Path.parse("blocks.3.attn.head.1 -> blocks.7.attn.head.0.q")
+        >>> path.sender.layer, path.receiver.via
+        (3, 'q')
     """
 
     sender: Address

@@ -80,6 +80,12 @@ class Prompt:
         prompt_text: the rendered chat template, image placeholders not expanded.
         n_prompt_tokens: tokens before the trace.
         builder: what built it; knows the tokenizer and the trace format.
+
+    Example:
+        >>> (example,) = fl.tasks.sample("sum", 1, seed=0, split="map")
+        >>> prompt = pair.builder.build(example, "<think> count red")
+        >>> sorted(set(prompt.roles)), len(prompt.positions("image")), len(prompt.trace_ids)
+        (['image', 'question', 'reasoning', 'template'], 16, 3)
     """
 
     example: Example

@@ -54,6 +54,16 @@ class TraceFormat:
 
     Raises:
         FrankenlensError: an empty delimiter.
+
+    Example:
+        >>> trace = fl.TraceFormat().parse("<think> 2 red , 1 blue </think> answer 3")
+        >>> trace.reasoning, trace.answer, trace.ok
+        ('2 red , 1 blue', '3', True)
+        >>> boxed = fl.TraceFormat(answer=(r"\boxed{", "}"))
+        >>> boxed.parse(r"<think> half of 3 </think> \boxed{\frac{3}{2}}").answer
+        '\\frac{3}{2}'
+        >>> boxed.parse("<think> half of 3").why
+        "'<think>' is not closed by '</think>'"
     """
 
     reasoning: tuple[str, str] | None = ("<think>", "</think>")
@@ -239,7 +249,13 @@ class RoleScanner:
 
 
 def count_faults(traces: Iterable[Trace]) -> dict[str, int]:
-    """How many traces do not parse, by reason, the commonest first."""
+    """How many traces do not parse, by reason, the commonest first.
+
+    Example:
+        >>> form = fl.TraceFormat()
+        >>> fl.count_faults(map(form.parse, ["<think> 2 </think> answer 2", "answer 2", "answer 3", "<think> 2"]))
+        {"no '<think>'": 2, "'<think>' is not closed by '</think>'": 1}
+    """
     counts: dict[str, int] = {}
     for trace in traces:
         if not trace.ok:

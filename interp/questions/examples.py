@@ -39,7 +39,15 @@ class Example:
 
 
 def fingerprint(example: Example) -> str:
-    """SHA-256 of what is asked: images, question and answer, whatever the example is called."""
+    """SHA-256 of what is asked: images, question and answer, whatever the example is called.
+
+    Example:
+        >>> import dataclasses
+        >>> (example,) = fl.tasks.sample("sum", 1, seed=0, split="map")
+        >>> copy = dataclasses.replace(example, id="another name")
+        >>> fl.fingerprint(copy) == fl.fingerprint(example)
+        True
+    """
     digest = hashlib.sha256(repr((example.question, example.answer)).encode())
     for image in example.images:
         digest.update(repr((image.mode, image.size)).encode() + image.tobytes())

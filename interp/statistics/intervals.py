@@ -55,6 +55,10 @@ def interval_text(value: SupportsFloat, low: SupportsFloat, high: SupportsFloat)
 
     Two digits, three where all is below 0.1, and as many as the largest of the three needs to show two that count; a
     power of ten below 1e-6. A value without interval has the same digits, less the zeros it would end in.
+
+    Example:
+        >>> fl.interval_text(0.314, 0.25, 0.381)
+        '0.31 [0.25, 0.38]'
     """
     value, low, high = float(value), float(low), float(high)
     if math.isnan(value):
@@ -103,6 +107,12 @@ def bootstrap_ratio(
     Returns:
         Interval over the cells. The ends are NaN where n < MIN_EXAMPLES, everything is NaN where n = 0 or the
         denominator sums to 0.
+
+    Example:
+        >>> moved, whole = np.array([1.0, 2, 0, 1, 2, 1, 1, 0]), np.array([2.0, 3, 1, 2, 2, 2, 3, 1])
+        >>> recovery = fl.bootstrap_ratio(moved, whole)
+        >>> fl.interval_text(recovery.value, recovery.low, recovery.high)
+        '0.50 [0.33, 0.69]'
     """
     top = np.asarray(numerator, dtype=np.float64)
     shape, n_examples = top.shape[:-1], top.shape[-1]
@@ -127,7 +137,13 @@ def bootstrap_ratio(
 
 
 def bootstrap_mean(values: Real[np.ndarray, "*cells example"], **settings) -> Interval:
-    """Mean over examples with its bootstrap interval; `settings` as in `bootstrap_ratio`."""
+    """Mean over examples with its bootstrap interval; `settings` as in `bootstrap_ratio`.
+
+    Example:
+        >>> mean = fl.bootstrap_mean(np.array([3.0, 1, 2, 5, np.nan, 4, 2, 3, 4]))
+        >>> fl.interval_text(mean.value, mean.low, mean.high), int(mean.n)
+        ('3.00 [2.25, 3.88]', 8)
+    """
     return bootstrap_ratio(values, np.ones(values.shape[-1]), **settings)
 
 
@@ -137,6 +153,12 @@ def bootstrap_difference(
     """Mean of a - b over the examples that have both, with its paired bootstrap interval.
 
     `settings` as in `bootstrap_ratio`.
+
+    Example:
+        >>> rl, in_ = np.array([3.0, 1, 2, 5, 4, 2, 3, 4]), np.array([2.0, 1, 1, 4, 2, 2, 3, 2])
+        >>> gain = fl.bootstrap_difference(rl, in_)
+        >>> fl.interval_text(gain.value, gain.low, gain.high)
+        '0.88 [0.38, 1.50]'
     """
     return bootstrap_mean(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), **settings)
 
@@ -146,6 +168,11 @@ def wilson_interval(successes: int, n: int, *, confidence: float = 0.95) -> Inte
 
     Raises:
         ValueError: `successes` is negative or exceeds `n`.
+
+    Example:
+        >>> share = fl.wilson_interval(9, 10)
+        >>> fl.interval_text(share.value, share.low, share.high)
+        '0.90 [0.60, 0.98]'
     """
     if n == 0 and successes == 0:
         nan = np.array(np.nan)

@@ -36,6 +36,10 @@ def mcnemar(after: Real[np.ndarray, " example"], before: Real[np.ndarray, " exam
 
     Raises:
         FrankenlensError: a value is none of 0, 1 and NaN.
+
+    Example:
+        >>> fl.mcnemar(np.array([1, 1, 1, 1, 0]), np.array([0, 0, 0, 1, 1]))
+        Discordance(n=5, gained=3, lost=1, p=0.625)
     """
     a, b = _paired(after, before)
     if not np.isin(np.concatenate([a, b]), (0, 1)).all():
@@ -55,6 +59,10 @@ def sign_flip(
     """Two-sided p of mean(after - before) when the sign of each example's difference is a coin's.
 
     Exact where 2^n does not exceed `resamples`; NaN where no example has both values.
+
+    Example:
+        >>> fl.sign_flip(np.array([2.0, 1, 3, 2]), np.zeros(4))  # 2 of the 16 choices of signs are as far from 0
+        0.125
     """
     a, b = _paired(after, before)
     differences = a - b
@@ -116,6 +124,12 @@ def adjust(p: Float[np.ndarray, "*tests"], method: str = "holm") -> Float[np.nda
 
     Raises:
         FrankenlensError: an unknown method.
+
+    Example:
+        >>> fl.adjust(np.array([0.01, 0.04, np.nan]))
+        array([0.02, 0.04,  nan])
+        >>> fl.adjust(np.array([0.01, 0.04, 0.04]), "bh")
+        array([0.03, 0.04, 0.04])
     """
     if method not in CORRECTIONS:
         raise FrankenlensError(f"there is no correction {method!r}; choose holm or bh")
@@ -142,6 +156,10 @@ def examples_for_shares(
 
     Raises:
         FrankenlensError: no difference, or one larger than the share of discordant examples.
+
+    Example:
+        >>> fl.examples_for_shares(0.10, 0.20)
+        155
     """
     if not 0 < abs(difference) <= discordant <= 1:
         raise FrankenlensError(
@@ -158,6 +176,10 @@ def examples_for_mean(mean: float, sd: float, *, alpha: float = 0.05, power: flo
 
     Raises:
         FrankenlensError: a mean of 0 or a standard deviation that is not positive.
+
+    Example:
+        >>> fl.examples_for_mean(0.5, sd=1.0)
+        34
     """
     from statsmodels.stats.power import TTestPower
 

@@ -66,6 +66,13 @@ def sweep(
     Raises:
         FrankenlensError: an intervention that cannot act where it is asked to, a metric that reads a token that is
             not there, prompts that do not line up, a budget too small for one row; before anything runs.
+
+    Example:
+        >>> prompts = [pair.builder.build(one) for one in fl.tasks.sample("sum", 2, seed=0, split="map")]
+        >>> metric = fl.LogitDifference(torch.tensor([10, 10]), torch.tensor([11, 11]))
+        >>> zeros = [fl.Intervention("blocks.5.attn.hook_z", "zero", index=head) for head in range(pair.rl.n_heads)]
+        >>> dict(fl.sweep(pair.rl, prompts, zeros, metric, progress=False)["value"].sizes)
+        {'metric': 1, 'intervention': 4, 'example': 2}
     """
     named = dict(metrics) if isinstance(metrics, Mapping) else {metrics.name: metrics}
     given = donor_prompts if donor_prompts is not None else prompts

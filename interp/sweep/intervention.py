@@ -40,6 +40,12 @@ class Intervention:
         value: broadcastable to the activation (of the head or neuron).
         source: for `knockout`, the keys.
         label: name in the result; by default made of the rest.
+
+    Example:
+        >>> fl.Intervention("blocks.5.attn.hook_result", "replace", "decision", index=1).name
+        'replace blocks.5.attn.hook_result.1 @ decision'
+        >>> fl.Intervention("blocks.5.attn.hook_attn_scores", "knockout", "reasoning", source="image").name
+        'knockout blocks.5.attn.hook_attn_scores @ image -> reasoning'
     """
 
     hook: str

@@ -37,6 +37,12 @@ class Graft:
 
     Raises:
         FrankenlensError: no addresses, an unknown form, or a rank where none is meant or none where one is.
+
+    Example:
+        >>> fl.Graft(("blocks.0-9", "projector")).name
+        'blocks.0-9, projector'
+        >>> fl.Graft(("blocks.3",), coefficient=0.5, form="low_rank", rank=4).name
+        '0.5 x rank 4 of blocks.3'
     """
 
     addresses: tuple[str, ...]
@@ -138,6 +144,15 @@ def grafted(recipient: HookedVLM, donor: HookedVLM, grafts: Graft | Sequence[Gra
 
     Raises:
         FrankenlensError: as `slices_of`; parameters of different shape; weights that are not in memory (offloaded).
+
+    Example:
+        >>> inputs = pair.builder.build(fl.tasks.sample("sum", 1, seed=0, split="map")[0]).inputs
+        >>> before = pair.in_(inputs).logits
+        >>> with fl.grafted(pair.in_, pair.rl, fl.Graft(("blocks.0-2.attn",))) as vlm:
+        ...     torch.equal(vlm(inputs).logits, before)
+        False
+        >>> torch.equal(pair.in_(inputs).logits, before)
+        True
     """
     wanted = [grafts] if isinstance(grafts, Graft) else list(grafts)
     work = require_graftable(recipient, donor, wanted)

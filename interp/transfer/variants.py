@@ -51,6 +51,11 @@ def orders(partition: Partition, vlm: HookedVLM, rest: str = "recipient") -> lis
     Raises:
         FrankenlensError: the partition does not cover the model, has one region or more than `MAX_REGIONS`, or another
             `rest`.
+
+    Example:
+        >>> mixtures = fl.orders(fl.thirds(pair.in_.n_layers), pair.in_)
+        >>> [(variant.name, *variant.grafts[0].addresses) for variant in mixtures[:2]]
+        [('I:R:R', 'blocks.3-5', 'blocks.6-8'), ('I:I:R', 'blocks.6-8')]
     """
     partition.require(vlm.n_layers)
     if rest not in ("recipient", "early"):
@@ -96,7 +101,12 @@ def parts(vlm: HookedVLM, partition: Partition | None = None) -> list[Variant]:
 
 
 def addressed(addresses: Sequence[str]) -> list[Variant]:
-    """One variant per address, e.g. `blocks.3.attn.head.1`."""
+    """One variant per address, e.g. `blocks.3.attn.head.1`.
+
+    Example:
+        >>> [variant.name for variant in fl.addressed(["blocks.0", "blocks.3.attn.head.1"])]
+        ['blocks.0', 'blocks.3.attn.head.1']
+    """
     return [Variant(address, (Graft((address,)),), "address") for address in addresses]
 
 

@@ -20,6 +20,10 @@ def judge_box(answer: str, reference: str, threshold: float = 0.5) -> Grade:
 
     Boxes are (x1, y1, x2, y2), both in the units of the reference: an answer in thousandths of the image is to be
     brought to its pixels first.
+
+    Example:
+        >>> fl.grading.judge_box("[10, 10, 50, 50]", "12,10,52,50").right
+        True
     """
     wanted = boxes_in(reference)
     if len(wanted) != 1 or _area(wanted[0]) <= 0:
@@ -41,7 +45,12 @@ def judge_box(answer: str, reference: str, threshold: float = 0.5) -> Grade:
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2); 0 where either is empty."""
+    """Intersection over union of two boxes (x1, y1, x2, y2); 0 where either is empty.
+
+    Example:
+        >>> fl.grading.iou((0, 0, 2, 2), (1, 0, 3, 2))
+        0.3333333333333333
+    """
     if _area(a) <= 0 or _area(b) <= 0:
         return 0.0
     width = min(a[2], b[2]) - max(a[0], b[0])

@@ -20,6 +20,12 @@ def judge_choice(answer: str, reference: str, options: Sequence[str]) -> Grade:
     """Whether the answer names the option that is right, by letter (A is the first) or by text.
 
     An answer whose letter and text disagree, or that names several options, is left ungraded.
+
+    Example:
+        >>> fl.grading.judge_choice("(B)", "blue", ["red", "blue"]).right
+        True
+        >>> fl.grading.judge_choice("red or blue", "blue", ["red", "blue"])
+        Grade(right=None, read='red or blue', why='the answer names 2 options: red, blue')
     """
     wanted = _of_reference(reference, options)
     if isinstance(wanted, str):

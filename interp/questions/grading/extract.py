@@ -14,6 +14,10 @@ def extract(text: str) -> tuple[str, bool]:
     """The last statement of an answer, whole, and whether there was one; without one, the text itself.
 
     Nothing inside the statement is searched: "3.5" stays "3.5", "1:3" stays "1:3".
+
+    Example:
+        >>> fl.grading.extract("2 + 1 = 3, so the answer is 3.")
+        ('3', True)
     """
     text = text.rpartition("</think>")[2]
     if (inside := boxed(text)) is not None:

@@ -40,6 +40,13 @@ def judge(answer: str | None, example: Example) -> Grade:
 
     Raises:
         FrankenlensError: there is no such rule.
+
+    Example:
+        >>> one = fl.Example("1", (), "What is half of 3?", "1.5", meta={"grader": "number"})
+        >>> fl.grading.judge("It is 3/2.", one)
+        Grade(right=True, read='3/2', why='')
+        >>> fl.grading.judge("1 or 2", one)
+        Grade(right=None, read='1 or 2', why='several numbers: 1, 2')
     """
     rule = _rule(example)
     return Grade(False, "", "no answer") if answer is None else rule(answer, example)

@@ -59,6 +59,12 @@ def judge_number(
         answer, reference: texts.
         tolerance: greatest difference allowed.
         decimals: the reference is rounded to so many; what rounds to it is right.
+
+    Example:
+        >>> fl.grading.judge_number("about 1,250 m", "1250").right
+        True
+        >>> fl.grading.judge_number("3.14", "3.14159", decimals=2).right
+        True
     """
     wanted = read_number(reference)
     if not isinstance(wanted, Number):

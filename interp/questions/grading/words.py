@@ -16,7 +16,12 @@ def judge_exact(answer: str, reference: str) -> Grade:
 
 
 def judge_text(answer: str, reference: str) -> Grade:
-    """Same letters: case, the form of Unicode, and punctuation and spaces at the ends do not count."""
+    """Same letters: case, the form of Unicode, and punctuation and spaces at the ends do not count.
+
+    Example:
+        >>> fl.grading.judge_text("Red.", "red").right
+        True
+    """
     if not plain(reference):
         return Grade(None, why=f"the reference {reference!r} holds no text")
     read, _ = extract(answer)

@@ -14,6 +14,11 @@ def describe_scene(example: Example) -> str:
 
     Raises:
         FrankenlensError: the example is not of `interp.questions.tasks.sample`.
+
+    Example:
+        >>> (example,) = fl.tasks.sample("sum", 1, seed=0, split="map")
+        >>> fl.tasks.describe_scene(example).split(" , ")[:2]
+        ['a1 purple square', 'c1 purple square']
     """
     if "objects" not in example.meta:
         raise FrankenlensError(

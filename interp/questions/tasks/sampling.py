@@ -29,6 +29,11 @@ def sample(task: str, n: int, seed: int, split: Split) -> list[Example]:
 
     Raises:
         FrankenlensError: if the task or the split is unknown.
+
+    Example:
+        >>> (example,) = fl.tasks.sample("sum", 1, seed=0, split="map")
+        >>> example.question, example.answer, example.images[0].size
+        ('sum of cross and green ?', '3', (56, 56))
     """
     rng = _rng(task, seed, split)
     return [
@@ -58,6 +63,11 @@ def counterfactual_pairs(task: str, n: int, seed: int, split: Split = "map") -> 
 
     Raises:
         FrankenlensError: if the task or the split is unknown.
+
+    Example:
+        >>> ((one, other),) = fl.tasks.counterfactual_pairs("count", 1, seed=0)
+        >>> one.question == other.question, one.answer, other.answer
+        (True, '0', '1')
     """
     rng = _rng(task, seed, split, salt=1)
     pairs: list[tuple[Example, Example]] = []
@@ -106,7 +116,13 @@ def neutral_pairs(task: str, n: int, seed: int, split: Split = "map") -> list[tu
 
 
 def grade(prediction: str | None, example: Example) -> bool:
-    """True if the prediction is the answer, word for word; None (nothing that parses) is wrong."""
+    """True if the prediction is the answer, word for word; None (nothing that parses) is wrong.
+
+    Example:
+        >>> (example,) = fl.tasks.sample("sum", 1, seed=0, split="map")
+        >>> fl.tasks.grade(example.answer, example), fl.tasks.grade(None, example)
+        (True, False)
+    """
     return prediction is not None and prediction.split() == example.answer.split()
 
 
@@ -115,6 +131,11 @@ def chain(example: Example) -> str:
 
     Raises:
         FrankenlensError: if the example has none, which is so for users' own data.
+
+    Example:
+        >>> (example,) = fl.tasks.sample("sum", 1, seed=0, split="map")
+        >>> fl.tasks.chain(example)
+        'count cross 2 , count green 1'
     """
     if example.reasoning is None:
         raise FrankenlensError(
