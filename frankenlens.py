@@ -231,5 +231,9 @@ def _same(one: str, other: str) -> bool:
 
 _require_own()
 
+# As `experiments` does, and read when torch is first imported: OpenMP threads that wait by spinning stall a small model
+# on cores that other work shares.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 if __name__ == "__main__":
     sys.exit(main())
