@@ -9,11 +9,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from interp.attention.shift import PAIR
 from interp.localization.plots import ALPHA, draw_heads, shade_regions
 from interp.regions import Partition
 
-PAIR = "RL − IN"
-"""The comparison of the pair; all others are models that learnt nothing."""
 TITLES = {"own": "each model's own traces", "in": "both on IN's traces", "rl": "both on RL's traces"}
 _COLOURS = {"before": "#1f77b4", "after": "#d62728"}
 _NULLS = ("#7f7f7f", "#b8860b", "#2ca02c")

@@ -34,6 +34,13 @@ from interp.statistics import adjust, bootstrap_difference, bootstrap_mean, sign
 MODELS = ("in", "rl")
 TRACES = ("own", "in", "rl")
 """Whose traces are read: each model its own, both IN's, or both RL's."""
+PAIR = "RL − IN"
+"""The comparison of the pair; all others are of models that learnt nothing."""
+NULLS = {
+    "bf16": ("rl", "RL rounded to bfloat16 − RL"),
+    "random": ("in", "IN with a random update of RL's norm − IN"),
+}
+"""Model that learnt nothing (`interp.decision.null_changes`) to the one it was made from, and the comparison's name."""
 
 
 def attention_shift(
@@ -226,6 +233,34 @@ def shift(
         "head": -1 if per == "layer" else np.tile(found["head"].to_numpy(), len(layers)),
     }
     return pd.DataFrame(cells | _compared(sides[0], sides[1], correction, **settings))
+
+
+def shifts(found: xr.Dataset, *, measure: str = "mass", **settings) -> pd.DataFrame:
+    """RL − IN on every choice of traces, and each model that learnt nothing against the one it was made from.
+
+    Args:
+        found: what `attention_shift` returns.
+        measure: "mass" or "mean".
+        settings: per, correction and the rest, as in `shift`.
+
+    Returns:
+        Columns traces, comparison (`PAIR`, or of `NULLS`), measure, and those of `shift`.
+
+    Raises:
+        FrankenlensError: as `shift`.
+    """
+    compared = [(traces, MODELS, PAIR) for traces in TRACES]
+    there = set(found["model"].to_numpy().tolist())
+    for name in [name for name in NULLS if name in there]:
+        origin, comparison = NULLS[name]
+        compared += [(traces, (origin, name), comparison) for traces in MODELS]
+    tables = []
+    for traces, models, comparison in compared:
+        table = shift(found, traces, models=models, measure=measure, **settings)
+        tables.append(table.assign(traces=traces, comparison=comparison, measure=measure))
+    whole = pd.concat(tables, ignore_index=True)
+    front = ["traces", "comparison", "measure"]
+    return whole.loc[:, [*front, *(name for name in whole if name not in front)]]
 
 
 def _compared(

@@ -5,6 +5,7 @@ from interp.comparison.aggregate import aggregate, layers, regions, trends, with
 from interp.comparison.alignment import align
 from interp.comparison.checkpoint import Checkpoint
 from interp.comparison.controls import gaussian_spectrum
+from interp.comparison.findings import energy_finding, spectra_finding
 from interp.comparison.singular_values import Spectrum, spectrum
 from interp.comparison.subspace import Subspace, energy_outside, leading, principal_angles
 from interp.comparison.table import compare, spectra
@@ -17,6 +18,7 @@ __all__ = [
     "align",
     "by_address",
     "compare",
+    "energy_finding",
     "energy_outside",
     "every_address",
     "gaussian_spectrum",
@@ -25,6 +27,7 @@ __all__ = [
     "principal_angles",
     "regions",
     "spectra",
+    "spectra_finding",
     "spectrum",
     "trends",
     "with_regions",

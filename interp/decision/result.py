@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,19 @@ class DecisionSet:
     def prompts(self) -> tuple[Prompt, ...]:
         """The prompts of the decisions, to be collated and patched."""
         return tuple(decision.prompt for decision in self.decisions)
+
+    def having(self, role: str) -> DecisionSet:
+        """Those whose prompt has a token of a role before the decision; all have some of "all" and "decision"."""
+        if role in ("all", "decision"):
+            return self
+        rows = [row for row, prompt in enumerate(self.prompts) if role in prompt.roles]
+        return replace(
+            self,
+            decisions=tuple(self.decisions[row] for row in rows),
+            metric=self.metric.select(rows),
+            in_values=self.in_values[rows],
+            rl_values=self.rl_values[rows],
+        )
 
     def denominator(self, **settings: Any) -> Interval:
         """Mean of RL's metric minus IN's over the decisions, in the metric's units, with its bootstrap interval.

@@ -12,8 +12,9 @@ mean[f(i,p) = y and f(b,p) = y], what it would be if the description said nothin
 
 from interp.fine_grained.descriptions import MODEL, REQUEST, described_by_model, in_words, with_descriptions
 from interp.fine_grained.measure import Judge, ask, fine_grained, metrics_of
+from interp.fine_grained.plots import plot_metrics
 from interp.fine_grained.questions import METRICS, PAPER, PAPER_N, TEMPLATE, VARIANTS, Questions, questions
-from interp.fine_grained.table import fine_grained_table
+from interp.fine_grained.table import change_table, fine_grained_table
 
 __all__ = [
     "METRICS",
@@ -26,11 +27,13 @@ __all__ = [
     "Judge",
     "Questions",
     "ask",
+    "change_table",
     "described_by_model",
     "fine_grained",
     "fine_grained_table",
     "in_words",
     "metrics_of",
+    "plot_metrics",
     "questions",
     "with_descriptions",
 ]

@@ -10,7 +10,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Shaped
 
 from interp.fine_grained.questions import APART, NEEDS
-from interp.statistics import mcnemar, wilson_interval
+from interp.statistics import bootstrap_difference, mcnemar, wilson_interval
 
 
 def fine_grained_table(found: xr.Dataset, confidence: float = 0.95) -> pd.DataFrame:
@@ -37,6 +37,26 @@ def fine_grained_table(found: xr.Dataset, confidence: float = 0.95) -> pd.DataFr
                 {"measure": f"accuracy, {variant}", "task": task} | _share(values, why, unread, confidence)
             )
     return pd.DataFrame([row for row in rows if row["n"] or row["left_out"]])
+
+
+def change_table(found: xr.Dataset, seed: int = 0) -> pd.DataFrame:
+    """RL − IN of every metric on the questions that both have.
+
+    Args:
+        found: what `ask` returns of "in" and of "rl", along a dimension `model`.
+        seed: of the intervals.
+
+    Returns:
+        Columns measure, change, low, high (paired bootstrap, 95 %), gained, lost, n, p (McNemar, exact, not corrected).
+    """
+    rows = []
+    for metric in found["metric"].to_numpy().tolist():
+        in_, rl = (found["value"].sel(model=name, metric=metric).to_numpy() for name in ("in", "rl"))
+        test, change = mcnemar(rl, in_), bootstrap_difference(rl, in_, seed=seed)
+        ends = {"change": change.value, "low": change.low, "high": change.high}
+        counts = {"gained": test.gained, "lost": test.lost, "n": test.n, "p": test.p}
+        rows.append({"measure": metric} | {name: float(end) for name, end in ends.items()} | counts)
+    return pd.DataFrame(rows)
 
 
 def _metric_row(found: xr.Dataset, metric: str, confidence: float) -> dict[str, float | int]:

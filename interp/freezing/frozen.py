@@ -271,6 +271,15 @@ def frozen_rows(model: nn.Module | HookedVLM, addresses: Sequence[str | Address]
     return rows
 
 
+def n_frozen(vlm: HookedVLM, addresses: Sequence[str | Address]) -> int:
+    """How many weights `freeze` would freeze; none where there are no addresses."""
+    if not addresses:
+        return 0
+    named = dict(vlm.model.named_parameters())
+    rows = frozen_rows(vlm, addresses)
+    return sum(named[name].numel() if own is None else own.kept.numel() for name, own in rows.items())
+
+
 def _parameter_at(model: nn.Module, name: str) -> Any:
     try:
         return model.get_parameter(name)

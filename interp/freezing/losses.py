@@ -23,6 +23,7 @@ from interp.statistics import (
     wilson_interval,
 )
 
+Right = Float[np.ndarray, " question"]
 UNFROZEN = "unfrozen"
 IN = "IN"
 COLOURS = {"region": "#b2182b", "random": "#7f7f7f", "other": "#2166ac", "rerun": "#b8860b"}
@@ -108,6 +109,28 @@ def losses(
     front += ["change", "change_low", "change_high", "gained", "lost", "p", "p_holm"]
     table = pd.concat(tables, ignore_index=True)
     return table.reindex(columns=front + [column for column in table if column not in front])
+
+
+def task_table(runs: Sequence[Retrained], models: Mapping[str, Right], tasks: Sequence[str]) -> pd.DataFrame:
+    """Accuracy of every model on every task.
+
+    Args:
+        runs: what was trained.
+        models: further models, by name, on the same questions; they come first.
+        tasks: of the questions; "" where there is only one.
+
+    Returns:
+        Columns model, rl_seed ("" of a model that was not trained here), and one per task.
+    """
+    of, every = np.array(tasks), [(name, "", right) for name, right in models.items()]
+    every += [(run.arm, str(run.seed), run.right) for run in runs]
+    rows = []
+    for name, seed, right in every:
+        accuracy = {
+            task or "questions": float(np.nanmean(right[of == task])) for task in dict.fromkeys(tasks)
+        }
+        rows.append({"model": name, "rl_seed": seed} | accuracy)
+    return pd.DataFrame(rows)
 
 
 def plot_losses(table: pd.DataFrame) -> Figure:

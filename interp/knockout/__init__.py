@@ -6,8 +6,9 @@ from interp.knockout.effects import knockout_effects
 from interp.knockout.patches import patch_centres, region
 from interp.knockout.places import Place, before_answer, before_reasoning
 from interp.knockout.plots import plot_flow, plot_routes
-from interp.knockout.route_table import route_table
+from interp.knockout.route_table import null_route_table, route_table
 from interp.knockout.routes import PAPER_ROUTES, ROUTES, routes, up_to_the_answer
+from interp.knockout.traces import answered_traces, wrong
 
 __all__ = [
     "PAPER_ROUTES",
@@ -16,6 +17,7 @@ __all__ = [
     "Cutting",
     "Knockout",
     "Place",
+    "answered_traces",
     "around",
     "before_answer",
     "before_reasoning",
@@ -24,6 +26,7 @@ __all__ = [
     "knockout_effects",
     "knockout_hooks",
     "missing",
+    "null_route_table",
     "patch_centres",
     "plot_flow",
     "plot_routes",
@@ -34,4 +37,5 @@ __all__ = [
     "suffixes",
     "up_to_the_answer",
     "windows",
+    "wrong",
 ]

@@ -71,5 +71,24 @@ def route_table(
     return table
 
 
+MADE_OF = {"bf16": "rl", "random": "in"}
+"""Model that learnt nothing (`interp.decision.null_changes`) to the one it was made from."""
+
+
+def null_route_table(found: xr.Dataset, **settings) -> pd.DataFrame:
+    """The same differences for models that learnt nothing, each against the model that it was made from.
+
+    Args:
+        found: what `routes` returns with `nulls`.
+        settings: relative, correction and the rest, as in `route_table`.
+
+    Returns:
+        The columns of `route_table`, and null (the model's name).
+    """
+    names = [name for name in found["model"].to_numpy().tolist() if name in MADE_OF]
+    parts = [route_table(found, models=(MADE_OF[name], name), **settings).assign(null=name) for name in names]
+    return pd.concat(parts, ignore_index=True)
+
+
 def _interval(label: str, interval: Interval) -> dict[str, np.ndarray]:
     return {label: interval.value, f"{label}_low": interval.low, f"{label}_high": interval.high}

@@ -3,17 +3,23 @@
 from interp.localization.ablation import KINDS, Ablation, ablate, layers_of
 from interp.localization.accuracy import accuracy
 from interp.localization.outcomes import AMONG, OUTCOMES, Grader, layer_contributions, outcome, outcome_shares
+from interp.localization.pairs import SYNTHETIC, FunctionPairs, folder_pairs, synthetic_pairs
 from interp.localization.swap import Swap, singles, suffixes, swap_hooks, vision_swap, windows
+from interp.localization.together import in_one, swap_table
 
 __all__ = [
     "AMONG",
     "KINDS",
     "OUTCOMES",
+    "SYNTHETIC",
     "Ablation",
+    "FunctionPairs",
     "Grader",
     "Swap",
     "ablate",
     "accuracy",
+    "folder_pairs",
+    "in_one",
     "layer_contributions",
     "layers_of",
     "outcome",
@@ -21,6 +27,8 @@ __all__ = [
     "singles",
     "suffixes",
     "swap_hooks",
+    "swap_table",
+    "synthetic_pairs",
     "vision_swap",
     "windows",
 ]

@@ -1,6 +1,7 @@
 """Lockstep generation: two models read the same tokens while one takes some of the other's activations."""
 
 from interp.lockstep.agreement import Followed, follow
+from interp.lockstep.choosing import Choice, independent
 from interp.lockstep.confirm import confirm, confirmation
 from interp.lockstep.controls import random_components
 from interp.lockstep.moved import EVERYWHERE, WHEN, Moved
@@ -10,6 +11,7 @@ from interp.lockstep.sampling import Sampling
 __all__ = [
     "EVERYWHERE",
     "WHEN",
+    "Choice",
     "Followed",
     "Moved",
     "Sampling",
@@ -17,6 +19,7 @@ __all__ = [
     "confirm",
     "confirmation",
     "follow",
+    "independent",
     "lockstep",
     "random_components",
 ]

@@ -1,5 +1,6 @@
 """Planted truth: pairs whose changed components are known, and how well each localizing method finds them."""
 
+from interp.planting.kinds import DRAWN, KINDS, MOST, NULLS, TRAINED, VISIBILITY, Draws
 from interp.planting.methods import INTEGRATED, METHODS, Method, Subject, chosen, relative_norm
 from interp.planting.plants import (
     CHANGES,
@@ -18,10 +19,17 @@ from interp.planting.trial import claims_possible, effect_of_plant, trial
 __all__ = [
     "CHANGES",
     "DECODER",
+    "DRAWN",
     "EVERYWHERE",
     "INTEGRATED",
+    "KINDS",
     "METHODS",
+    "MOST",
     "NOISES",
+    "NULLS",
+    "TRAINED",
+    "VISIBILITY",
+    "Draws",
     "Method",
     "Plant",
     "Subject",

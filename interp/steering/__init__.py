@@ -1,5 +1,6 @@
 """Steering: what RL added to the activations at a site, added to a model while it generates."""
 
+from interp.steering.both import pair_directions, steer_both
 from interp.steering.directions import (
     Direction,
     differences,
@@ -17,8 +18,10 @@ __all__ = [
     "dose_response",
     "dose_table",
     "mean_difference",
+    "pair_directions",
     "principal_directions",
     "random_directions",
     "steer",
+    "steer_both",
     "steer_hooks",
 ]

@@ -2,7 +2,7 @@
 
 from interp.transfer.grafts import Graft, grafted, random_update, save_grafted
 from interp.transfer.merging import MergeReport, Recipe, merge
-from interp.transfer.table import as_table_2, transfer_table
+from interp.transfer.table import as_table_2, shown_cells, transfer_table, unmeasured
 from interp.transfer.transfer import answers, transfer
 from interp.transfer.variants import Variant, addressed, controls, doses, factors, orders, parts
 
@@ -23,6 +23,8 @@ __all__ = [
     "parts",
     "random_update",
     "save_grafted",
+    "shown_cells",
     "transfer",
     "transfer_table",
+    "unmeasured",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -64,6 +65,20 @@ def as_table_2(table: pd.DataFrame) -> pd.DataFrame:
     wide = chosen.pivot(index=["metric", "task"], columns="variant", values="accuracy")[names] * 100
     rows = list(dict.fromkeys(zip(chosen["metric"], chosen["task"], strict=True)))
     return wide.loc[rows].reset_index().rename_axis(columns=None)
+
+
+def shown_cells(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """The (metric, task) that a figure shows: means of groups where there are any, otherwise up to four."""
+    cells = list(dict.fromkeys(zip(table["metric"], table["task"], strict=True)))
+    return [cell for cell in cells if cell[1].endswith(", mean")] or cells[:4]
+
+
+def unmeasured(found: xr.Dataset) -> dict[str, int]:
+    """Reason to number of examples for which some variant has no value; of what `interp.transfer.transfer` returns."""
+    missing, why = found["right"].isnull().to_numpy(), found["why"].to_numpy()
+    rows, places = missing.nonzero()
+    once = {(int(place), str(why[row, place])) for row, place in zip(rows, places, strict=True)}
+    return dict(Counter(reason for _, reason in sorted(once)))
 
 
 def _cells(

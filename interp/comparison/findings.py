@@ -1,0 +1,61 @@
+"""What training changed in the weights, in a sentence per stage with n, interval and control."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from interp.comparison.aggregate import TRENDS
+from interp.comparison.plots import STAGES
+from interp.regions import Partition
+from interp.statistics import interval_text
+
+
+def energy_finding(by_region: pd.DataFrame, stage: str) -> str:
+    """The norm of a stage's update beside rounding, where its energy lies, and how much of it bfloat16 would not keep.
+
+    Args:
+        by_region: what `interp.comparison.regions` returns.
+        stage: of its rows.
+    """
+    some: Any = by_region.loc[by_region["stage"] == stage]
+    total, size = ((some[name] ** 2).sum() ** 0.5 for name in ("fro_norm", "reference_norm"))
+    rounding = (some["rounding_norm"] ** 2).sum() ** 0.5
+    if not total:
+        return f"{STAGES[stage]} is zero."
+    shares = ", ".join(
+        f"{row.region} {100 * row.energy_share:.1f} % (of entries {100 * row.entries_share:.1f} %)"
+        for row in some.itertuples()
+        if row.energy_share >= 0.0005
+    )
+    same, random = (
+        (some[name] * some["n"]).sum() / some["n"].sum() for name in ("sparsity", "sparsity_random")
+    )
+    return (
+        f"{STAGES[stage]} has norm {total:.3g}, {total / size:.2g} of W_IN's (rounding to bfloat16 alone: "
+        f"{rounding / size:.2g}). Energy: {shares}. Unchanged in bfloat16: {100 * same:.1f} % of the entries "
+        f"(Gaussian update of that norm: {100 * random:.1f} %)."
+    )
+
+
+def spectra_finding(found: pd.DataFrame, stage: str, partition: Partition) -> str:
+    """How fast the singular values of a stage's update fall, per region, beside a Gaussian's.
+
+    Args:
+        found: what `interp.comparison.trends` returns per region.
+        stage: of its rows.
+        partition: the regions that are told.
+    """
+    rank = TRENDS[1]
+    some = found[(found["stage"] == stage) & (found["rank"] == rank)]
+    rows: Sequence[Any] = [row for row in some.itertuples() if row.region in partition.regions]
+    if not rows:
+        return f"{STAGES[stage]} has no matrix with {rank} singular values that differ from 0."
+    texts = (
+        f"{row.region} {interval_text(row.log_ratio, row.low, row.high)} "
+        f"(n = {row.n} matrices; Gaussian {row.random:.2f})"
+        for row in rows
+    )
+    return f"log(σ_{rank} / σ_1) of {STAGES[stage]}: {', '.join(texts)}."
