@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
     from interp import comparison, knockout, localization, planting, statistics, steering
     from interp.attention import (
         AttentionView, attention_mass, attention_shift, attention_view, plot_head_shift, plot_shift, shift,
+        shifts,
     )
     from interp.comparison import Checkpoint, by_address, compare, energy_outside, principal_angles, spectra
     from interp.comparison.plots import plot_directions, plot_energy, plot_spectra
@@ -39,7 +40,8 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
         recovery_refused, two_by_two,
     )
     from interp.fine_grained import (
-        ask, described_by_model, fine_grained, fine_grained_table, in_words, metrics_of, questions, with_descriptions,
+        ask, change_table, described_by_model, fine_grained, fine_grained_table, in_words, metrics_of, plot_metrics,
+        questions, with_descriptions,
     )
     from interp.freezing import Frozen, freeze, frozen_rows, train_only
     from interp.freezing.losses import losses, plot_losses
@@ -47,8 +49,8 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
         Claim, ClaimError, Family, Verdict, examples_of, plot_claims, put_to_test, read_claims, verdict_table,
     )
     from interp.knockout import (
-        PAPER_ROUTES, ROUTES, Knockout, greedy_knockout, knocked_out, knockout_effects, knockout_hooks, plot_flow,
-        plot_routes, route_table, routes, up_to_the_answer,
+        PAPER_ROUTES, ROUTES, Knockout, greedy_knockout, knocked_out, knockout_effects, knockout_hooks,
+        null_route_table, plot_flow, plot_routes, route_table, routes, up_to_the_answer,
     )
     from interp.lens import (
         ImageGrid, OutputHead, TunedLens, answer_layers, compare_lenses, direct_logit_attribution, grouped,
@@ -56,7 +58,9 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
     )
     from interp.lens.plots import plot_answers, plot_apart, plot_attribution, plot_image, plot_own, plot_tokens
     from interp.lens.tables import answer_table, apart_table, attribution_table, own_table
-    from interp.localization import Ablation, Swap, ablate, layer_contributions, outcome_shares, swap_hooks, vision_swap
+    from interp.localization import (
+        Ablation, Swap, ablate, layer_contributions, outcome_shares, swap_hooks, swap_table, vision_swap,
+    )
     from interp.localization.plots import plot_ablations, plot_head_ablations, plot_swaps
     from interp.lockstep import Moved, Sampling, Written, confirm, confirmation, follow, lockstep, random_components
     from interp.lockstep.plots import plot_confirmation, plot_followed
@@ -68,7 +72,7 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
         AnswerLogProbability, KLToReference, LogitDifference, Metric, SoftDifference, TraceLogLikelihood, evaluate,
     )
     from interp.pair import Pair, greedy
-    from interp.paths import Path, Receiver, path_effects, path_map, paths_in_order
+    from interp.paths import Path, Receiver, path_effects, path_map, paths_in_order, strongest_senders
     from interp.paths.pair import pair_paths, path_table, sender_table
     from interp.paths.plots import plot_path_graph, plot_path_map
     from interp.planting import Plant, planted, trial
@@ -88,8 +92,8 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
         examples_for_shares, interval_text, mcnemar, sign_flip, wilson_interval,
     )
     from interp.steering import (
-        Direction, Steering, dose_response, dose_table, mean_difference, principal_directions, random_directions,
-        steer, steer_hooks,
+        Direction, Steering, dose_response, dose_table, mean_difference, pair_directions, principal_directions,
+        random_directions, steer, steer_both, steer_hooks,
     )
     from interp.steering.plots import plot_dose
     from interp.sweep import Intervention, head_map, residual_map, sweep
@@ -108,24 +112,26 @@ _NAMES = {  # module -> its names here; one that is no attribute is a module
     "hooks.nnsight.remote": "RemoteVLM",
     "hooks.processors": "load_processor",
     "interp": "comparison knockout localization planting statistics steering",
-    "interp.attention": "AttentionView attention_mass attention_shift attention_view plot_head_shift plot_shift shift",
+    "interp.attention": "AttentionView attention_mass attention_shift attention_view plot_head_shift plot_shift shift "
+    "shifts",
     "interp.comparison": "Checkpoint by_address compare energy_outside principal_angles spectra",
     "interp.comparison.plots": "plot_directions plot_energy plot_spectra",
     "interp.decision": "Decision DecisionSet changed_weights find_decisions null_changes null_pair_denominator "
     "recovery_refused two_by_two",
-    "interp.fine_grained": "ask described_by_model fine_grained fine_grained_table in_words metrics_of questions "
-    "with_descriptions",
+    "interp.fine_grained": "ask change_table described_by_model fine_grained fine_grained_table in_words metrics_of "
+    "plot_metrics questions with_descriptions",
     "interp.freezing": "Frozen freeze frozen_rows train_only",
     "interp.freezing.losses": "losses plot_losses",
     "interp.hypotheses": "Claim ClaimError Family Verdict examples_of plot_claims put_to_test read_claims "
     "verdict_table",
     "interp.knockout": "PAPER_ROUTES ROUTES Knockout greedy_knockout knocked_out knockout_effects knockout_hooks "
-    "plot_flow plot_routes route_table routes up_to_the_answer",
+    "null_route_table plot_flow plot_routes route_table routes up_to_the_answer",
     "interp.lens": "ImageGrid OutputHead TunedLens answer_layers compare_lenses direct_logit_attribution grouped "
     "image_grids logit_lens train_tuned_lens",
     "interp.lens.plots": "plot_answers plot_apart plot_attribution plot_image plot_own plot_tokens",
     "interp.lens.tables": "answer_table apart_table attribution_table own_table",
-    "interp.localization": "Ablation Swap ablate layer_contributions outcome_shares swap_hooks vision_swap",
+    "interp.localization": "Ablation Swap ablate layer_contributions outcome_shares swap_hooks swap_table "
+    "vision_swap",
     "interp.localization.plots": "plot_ablations plot_head_ablations plot_swaps",
     "interp.lockstep": "Moved Sampling Written confirm confirmation follow lockstep random_components",
     "interp.lockstep.plots": "plot_confirmation plot_followed",
@@ -134,7 +140,7 @@ _NAMES = {  # module -> its names here; one that is no attribute is a module
     "interp.metrics": "AnswerLogProbability KLToReference LogitDifference Metric SoftDifference TraceLogLikelihood "
     "evaluate",
     "interp.pair": "Pair greedy",
-    "interp.paths": "Path Receiver path_effects path_map paths_in_order",
+    "interp.paths": "Path Receiver path_effects path_map paths_in_order strongest_senders",
     "interp.paths.pair": "pair_paths path_table sender_table",
     "interp.paths.plots": "plot_path_graph plot_path_map",
     "interp.planting": "Plant planted trial",
@@ -150,8 +156,8 @@ _NAMES = {  # module -> its names here; one that is no attribute is a module
     "interp.results.forest": "plot_transfer",
     "interp.statistics": "Interval adjust bootstrap_difference bootstrap_mean bootstrap_ratio examples_for_mean "
     "examples_for_shares interval_text mcnemar sign_flip wilson_interval",
-    "interp.steering": "Direction Steering dose_response dose_table mean_difference principal_directions "
-    "random_directions steer steer_hooks",
+    "interp.steering": "Direction Steering dose_response dose_table mean_difference pair_directions "
+    "principal_directions random_directions steer steer_both steer_hooks",
     "interp.steering.plots": "plot_dose",
     "interp.sweep": "Intervention head_map residual_map sweep",
     "interp.transfer": "Graft MergeReport Recipe Variant addressed answers as_table_2 controls doses factors grafted "
