@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -14,6 +15,13 @@ def test_it_runs(path):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
     assert any(cell.get("outputs") for cell in notebook.cells)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_comes_in_by_the_front_door(path):
+    code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+    assert re.findall(r"^\s*import frankenlens as fl$", code, re.MULTILINE)
+    assert not re.findall(r"^\s*(?:from|import) (?:hooks|interp|experiments)\b.*", code, re.MULTILINE)
 
 
 def test_there_are_notebooks():
