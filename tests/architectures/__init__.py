@@ -1,8 +1,9 @@
 """Tiny random models of every image-text-to-text architecture of transformers, and of causal language models.
 
-`ARCHITECTURES` names them as transformers does; after a `+`, the language model inside. `build("llava+gemma2")` gives
-one, with a prompt for it. An entry (see `recipe.py`) says only what is peculiar to it: `shrink.py` makes the default
-configuration of its type tiny, `randomize.py` draws the weights. `UNBUILDABLE` says why some are missing.
+`ARCHITECTURES` names them as transformers does; after a `+` stands what differs from the default, such as the
+language model inside. `build("llava+gemma2")` gives one, with a prompt for it. An entry (`recipe.py`) says only what
+is peculiar to it: `shrink.py` makes the default configuration of its type tiny, `randomize.py` draws the weights,
+`inputs.py` writes the prompt. `UNBUILDABLE` says why some are missing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ from collections.abc import Mapping
 
 import torch
 
-from tests.architectures.packed import PACKED_GRIDS
+from tests.architectures.convolutional import CONVOLUTIONAL
+from tests.architectures.encoder_decoder import ENCODER_DECODERS
+from tests.architectures.gemma import GEMMAS
+from tests.architectures.hybrid import HYBRIDS
+from tests.architectures.packed import PACKED_PATCHES
+from tests.architectures.queried import QUERIED_IMAGES
 from tests.architectures.recipe import Builder, TinyModel
 from tests.architectures.single import SINGLE_IMAGES
 from tests.architectures.text import TEXT
@@ -19,8 +25,19 @@ from tests.architectures.tiled import TILED_IMAGES
 
 __all__ = ["ARCHITECTURES", "UNBUILDABLE", "Builder", "TinyModel", "build"]
 
-ARCHITECTURES: Mapping[str, Builder] = {**PACKED_GRIDS, **SINGLE_IMAGES, **TILED_IMAGES, **TEXT}
+ARCHITECTURES: Mapping[str, Builder] = {
+    **PACKED_PATCHES,
+    **HYBRIDS,
+    **SINGLE_IMAGES,
+    **GEMMAS,
+    **CONVOLUTIONAL,
+    **TILED_IMAGES,
+    **QUERIED_IMAGES,
+    **ENCODER_DECODERS,
+    **TEXT,
+}
 UNBUILDABLE: Mapping[str, str] = {}
+"""Architectures of the mapping that no entry is for, with the reason."""
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> TinyModel:

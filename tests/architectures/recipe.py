@@ -1,22 +1,25 @@
-"""How one tiny model is written down and built: an entry says what is peculiar to it, the rest is derived."""
+"""One entry of the table, and how it becomes a model: it says what is peculiar to it, the rest is derived."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from jaxtyping import Bool
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
+from tests.architectures.inputs import prompt
 from tests.architectures.randomize import randomize
-from tests.architectures.shrink import FIRST_MARKER, IMAGE, tiny_config
-
-BEFORE, AFTER = 5, 14
-"""Text tokens before and after the image."""
+from tests.architectures.shrink import IMAGE, tiny_config
 
 
 class TinyModel(NamedTuple):
@@ -25,88 +28,55 @@ class TinyModel(NamedTuple):
     model: PreTrainedModel
     inputs: dict[str, Tensor]
     image_mask: Bool[Tensor, "batch pos"] | None
-    """Placeholders of the image; None where there are none (no image, or one that is only attended to)."""
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Normal random numbers of a shape: pixels."""
-
-    shape: tuple[int, ...]
-
-    def __init__(self, *shape: int) -> None:
-        object.__setattr__(self, "shape", shape)
-
-
-@dataclass(frozen=True)
-class Ones:
-    """Ones of a shape: masks."""
-
-    shape: tuple[int, ...]
-
-    def __init__(self, *shape: int) -> None:
-        object.__setattr__(self, "shape", shape)
-
-
-@dataclass(frozen=True)
-class Words:
-    """`n` random text tokens."""
-
-    n: int
+    """The placeholders that features of the image replace; None where there are none (no image, or one that is
+    attended to or put before the text)."""
 
 
 @dataclass(frozen=True)
 class Builder:
-    """One entry of the table.
+    """One entry of the table; calling it builds the model.
 
     Arguments:
         model_type: the type whose default configuration is made tiny.
-        config: what the tiny configuration overrides, with the parts' configurations as mappings.
-        image: the image's tokens in the prompt, a number of placeholders or a list of token numbers; 0 for none.
-        tensors: the other inputs: `Noise`, `Ones`, `Words`, or numbers as nested lists.
-        text_only: built as a causal language model; `causal` likewise, for those that see.
+        config: what the tiny configuration overrides; parts of the configuration are mappings.
+        image: the image's tokens in the prompt, a number of placeholders or the tokens themselves.
+        tensors: the inputs beyond the text: what `inputs.py` makes, or numbers; None takes one away.
         pixels: the input that holds the image; None for text only.
+        causal: built as a causal language model rather than one of images and text.
+        attended: the image is attended to from its token, and nothing put there.
+        note: what a reader of a table of results should know.
     """
 
     model_type: str
     config: Mapping[str, Any] = field(default_factory=dict)
-    image: int | list[int] = 0
+    image: int | Sequence[int] = 0
     tensors: Mapping[str, Any] = field(default_factory=dict)
-    causal: bool = False
-    before: int = BEFORE
     pixels: str | None = "pixel_values"
+    causal: bool = False
+    attended: bool = False
+    note: str = ""
 
     def __call__(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> TinyModel:
-        config = tiny_config(self.model_type, self.config)
-        kind = AutoModelForCausalLM if self.causal else AutoModelForImageTextToText
+        """The model and its prompt; the global state of random numbers stays as it was."""
+        names = (
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if self.causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        )
+        kind: type[PreTrainedModel] = getattr(transformers, names[self.model_type])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: PreTrainedModel = kind.from_config(config, dtype=dtype)
-            generator = torch.Generator().manual_seed(seed + 1)
-            inputs = self._inputs(model, generator)
+            model = kind._from_config(tiny_config(self.model_type, self.config), dtype=dtype)
+        _keep_in_fp32(model, dtype)
         randomize(model, seed)
         model.eval()
-        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-        mask = inputs["input_ids"] == IMAGE
-        return TinyModel(model, inputs, mask if mask.any() else None)
+        inputs = prompt(model, self.image, self.tensors, torch.Generator().manual_seed(seed))
+        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        mask = inputs["input_ids"] == IMAGE if self.image and not self.attended else None
+        return TinyModel(model, inputs, mask)
 
-    def _inputs(self, model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
-        def words(n: int) -> Tensor:
-            return torch.randint(3, FIRST_MARKER, (n,), generator=generator)
 
-        def tensor(value: Any) -> Tensor:
-            if isinstance(value, Noise):
-                return torch.randn(value.shape, generator=generator)
-            if isinstance(value, Ones):
-                return torch.ones(value.shape, dtype=torch.long)
-            if isinstance(value, Words):
-                return words(value.n)[None]
-            return torch.tensor(value)
-
-        image = [IMAGE] * self.image if isinstance(self.image, int) else self.image
-        ids = torch.cat([words(self.before), torch.tensor(image, dtype=torch.long), words(AFTER)])[None]
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        taken = inspect.signature(model.forward).parameters
-        for name in {"token_type_ids", "mm_token_type_ids"} & taken.keys() if image else ():
-            inputs[name] = (ids == IMAGE).long()
-        return inputs | {name: tensor(value) for name, value in self.tensors.items()}
+def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Some weights of some classes stay in fp32 when a checkpoint is loaded in half precision; here too."""
+    kept = [rf"(^|\.){name}(\.|$)" for name in model._get_dtype_plan(dtype)]
+    for name, weight in model.named_parameters():
+        if any(re.search(pattern, name) for pattern in kept):
+            weight.data = weight.data.float()
