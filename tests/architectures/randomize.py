@@ -33,6 +33,7 @@ def randomize(model: nn.Module, seed: int) -> None:
 
 
 def _drawn(module: nn.Module, name: str, old: Tensor, noise: Tensor) -> Tensor:
+    """Outputs as large as inputs for matrices, gains around 1, biases around 0, gates half open, the rest stirred."""
     if isinstance(module, nn.Embedding):
         return TABLE * noise
     if isinstance(module, nn.Linear) and name == "weight":
@@ -44,7 +45,7 @@ def _drawn(module: nn.Module, name: str, old: Tensor, noise: Tensor) -> Tensor:
     if len(wide) > 1 and not (low == high == 1.0):  # tables of positions, experts, Conv1D
         if "pos" in name or "embed" in name or "token" in name:
             return TABLE * noise
-        return noise * max(old.shape[-2:]) ** -0.5 if old.dim() > 1 else noise
+        return noise * max(old.shape[-2:]) ** -0.5
     if low == high == 0.0:
         shut = any(word in name for word in GATES) and "bias" not in name
         return 0.5 + 0.1 * noise if shut else SPREAD * noise

@@ -56,7 +56,7 @@ TEXT = {
     "cohere2": _text("cohere2", logit_scale=1.0),
     "granite": _text("granite", residual_multiplier=0.5, embedding_multiplier=2.0, logits_scaling=2.0),
     "jamba": _text(
-        "jamba", num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=4
+        "jamba", num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_offset=0
     ),
     "bamba": _text("bamba", num_hidden_layers=4, attn_layer_indices=[1, 3]),
     "nemotron_h": _text("nemotron_h", **NEMOTRON),
