@@ -182,20 +182,20 @@ class Bench:
 
     def _test(self, family: Family) -> dict[str, Verdict]:
         from experiments.commands import claims
+        from experiments.settings import load_questions
 
         if self._opened is None:
             config = self._settings()
-            examples, _ = claims.load_examples(config, config.seed)
+            asked = load_questions(config)
             with _no_bars():
-                self._opened = claims.load_pair(config), examples, config
+                self._opened = claims.load_pair(config), asked, config
         outcome = claims.tested(self._opened[0], family, *self._opened[1:], progress=False)
         self.lines += [verdict.line for verdict in outcome.verdicts]
         return {verdict.claim.name: verdict for verdict in outcome.verdicts}
 
     def _settings(self) -> Any:
-        import tyro
-
         from experiments.commands.claims import ClaimsConfig
+        from experiments.options import from_command_line
         from experiments.settings import require_sound
 
         args = shlex.split(self._config.getoption("--frankenlens-options"))
@@ -203,7 +203,7 @@ class Bench:
             value = self._config.getoption(f"--frankenlens-{name}")
             args += [f"--{name}", value] if value is not None else []
         try:
-            config = tyro.cli(ClaimsConfig, args=args, prog="--frankenlens-options")
+            config = from_command_line(ClaimsConfig, args, "--frankenlens-options")
         except SystemExit as stop:
             raise pytest.UsageError("--frankenlens-options: see `frankenlens test --help`") from stop
         require_sound(config)

@@ -1,54 +1,66 @@
-"""Settings that the experiments share: which models, which questions; how they are loaded, and how results are kept."""
+"""Settings that the commands share: which models, which questions, and how they are loaded."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from experiments import embedded
+from experiments.options import Options, as_option, require_agreement
 from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.questions.readers import ReadReport, read_gsm8k, read_jsonl, read_math500, read_mathvista
 from interp.questions.tasks import REASONING, sample
-from interp.results.files import provenance, publishing
-from interp.results.page import Section, save_sections
 
 MATHVISTA = ("general-vqa", "math-targeted-vqa")
 LISTED = 20  # rows that could not be read, named one by one
+Correction = Literal["holm", "bh"]
+CORRECTIONS = {"holm": "Holm", "bh": "Benjamini-Hochberg"}
 
 
 @dataclass(frozen=True)
-class PairSettings:
-    """Which models, and how they are run; the defaults are the triple that ships with the package.
+class ModelSettings(Options):
+    """Which models; the defaults are the triple that ships with the package.
 
     Attributes:
         in_: IN, a folder or a repository id; the shipped one where neither IN nor RL is given.
         rl: RL, or the folder of a PEFT adapter of IN.
         base: the model IN was made from.
-        reasoning: what stands before and after the reasoning in generated text.
-        answer: what stands before the answer, and after it unless it runs to the end of the turn.
-        max_new_tokens: longest generated text.
-        batch_size: prompts a forward.
         seed: of everything random.
-        device_map: as in transformers and accelerate ("auto", "cuda", ...).
-        dtype: as in transformers; auto keeps the checkpoint's own.
+        out: folder for all that is written.
     """
 
     in_: Annotated[str | None, tyro.conf.arg(name="in")] = None
     rl: str | None = None
     base: str | None = None
+    seed: int = 0
+    out: Path = Path("out")
+
+
+@dataclass(frozen=True)
+class PairSettings(ModelSettings):
+    """Which models, and how they are run; the defaults are the triple that ships with the package.
+
+    Attributes:
+        reasoning: what stands before and after the reasoning in generated text.
+        answer: what stands before the answer, and after it unless it runs to the end of the turn.
+        max_new_tokens: longest generated text.
+        batch_size: prompts a forward.
+        device_map: as in transformers and accelerate ("auto", "cuda", ...).
+        dtype: as in transformers; auto keeps the checkpoint's own.
+    """
+
     reasoning: tuple[str, str] = ("<think>", "</think>")
     answer: tuple[str, ...] = ("answer",)
     max_new_tokens: int = 128
     batch_size: int = 32
-    seed: int = 0
     device_map: str | None = None
     dtype: str = "auto"
 
@@ -57,6 +69,11 @@ class PairSettings:
         """What delimits reasoning and answer."""
         before, *after = self.answer
         return TraceFormat(self.reasoning, (before, after[0] if after else None))
+
+    @property
+    def running(self) -> dict[str, Any]:
+        """How a method generates: the arguments that nearly all of them take."""
+        return {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,25 @@ class DataSettings:
     n: int = 160
 
 
-def require_sound(config: PairSettings) -> None:
+@dataclass(frozen=True)
+class QuestionSettings(PairSettings, DataSettings):
+    """Which models, how they are run, and which questions they are asked."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked of the models.
+
+    Attributes:
+        examples: the questions.
+        left_out: reason to number of those that cannot be asked.
+    """
+
+    examples: Sequence[Example]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+def require_sound(config: ModelSettings) -> None:
     """Refuse settings that contradict each other, before anything is loaded.
 
     Raises:
@@ -88,15 +123,17 @@ def require_sound(config: PairSettings) -> None:
     for name in ("n", "batch_size", "max_new_tokens"):
         given = getattr(config, name, None)
         if given is not None and given < 1:
-            raise FrankenlensError(f"--{name.replace('_', '-')} is {given}; give at least 1.")
-    if len(config.answer) not in (1, 2):
+            raise FrankenlensError(f"{as_option(name)} is {given}; give at least 1.")
+    answer = getattr(config, "answer", ("answer",))
+    if len(answer) not in (1, 2):
         raise FrankenlensError(
-            rf"--answer has {len(config.answer)} values; give what stands before the answer, and what stands after "
+            rf"--answer has {len(answer)} values; give what stands before the answer, and what stands after "
             r"it unless it runs to the end of the turn: --answer '\boxed{' '}'."
         )
+    require_agreement(config)
 
 
-def checkpoints(config: PairSettings) -> tuple[str, str, str | None]:
+def checkpoints(config: ModelSettings) -> tuple[str, str, str | None]:
     """Base (None if it is not known), IN and RL, as (in, rl, base); the shipped triple where the settings name none."""
     if config.in_ is None or config.rl is None:
         shipped = (str(embedded.path("in")), str(embedded.path("rl")))
@@ -104,22 +141,20 @@ def checkpoints(config: PairSettings) -> tuple[str, str, str | None]:
     return config.in_, config.rl, config.base
 
 
-def load_pair(config: PairSettings, with_base: bool = False) -> Pair:
-    """The pair that the settings name; the shipped one where they name none.
+def load_pair(config: PairSettings) -> Pair:
+    """IN and RL; Base only where the settings name one."""
+    return _opened(config, config.base)
 
-    Args:
-        config: the settings.
-        with_base: open Base too where it is known; without, only one that the settings name.
-    """
-    in_, rl, base = checkpoints(config)
-    return Pair.from_pretrained(
-        in_,
-        rl,
-        base if with_base else config.base,
-        dtype=config.dtype,
-        device_map=config.device_map,
-        trace_format=config.trace_format,
-    )
+
+def load_triple(config: PairSettings) -> Pair:
+    """IN, RL and, where it is known, Base."""
+    return _opened(config, checkpoints(config)[2])
+
+
+def _opened(config: PairSettings, base: str | None) -> Pair:
+    in_, rl, _ = checkpoints(config)
+    loading: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
+    return Pair.from_pretrained(in_, rl, base, trace_format=config.trace_format, **loading)
 
 
 def load_examples(
@@ -151,6 +186,11 @@ def load_examples(
     return examples[: config.n], dropped
 
 
+def load_questions(config: QuestionSettings) -> Questions:
+    """`load_examples`, for a command that asks nothing else."""
+    return Questions(*load_examples(config, config.seed))
+
+
 def _read(name: str, config: DataSettings) -> tuple[list[Example], ReadReport]:
     """The rows of a public data set, or of a JSONL file."""
     which, _, category = name.partition(":")
@@ -161,33 +201,3 @@ def _read(name: str, config: DataSettings) -> tuple[list[Example], ReadReport]:
     if name in ("math-500", "gsm8k"):
         return {"math-500": read_math500, "gsm8k": read_gsm8k}[name](n=config.n)
     return read_jsonl(name, config.images)
-
-
-def publish(
-    sections: Sequence[Section],
-    config: PairSettings,
-    out: Path,
-    models: Mapping[str, object],
-    counts: Mapping[str, int],
-) -> None:
-    """Write all files of the sections and one page to `out`, all or none, and say what was found.
-
-    Args:
-        sections: the outcome.
-        config: the settings it was made with.
-        out: a folder.
-        models: what `Pair.provenance` returns.
-        counts: how many examples remained at each step.
-    """
-    dropped = {
-        f"{section.name}: {reason}" if len(sections) > 1 else reason: n
-        for section in sections
-        for reason, n in section.account.left_out.items()
-    }
-    made = provenance(models, asdict(config), counts, dropped)
-    with publishing(out) as staging:
-        save_sections(sections, staging, made)
-        written = sorted(path.name for path in staging.iterdir())
-    for section in sections:
-        print(f"{section.title}: {section.finding}")
-    print(f"{out}: {', '.join(written)}")

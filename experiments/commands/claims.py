@@ -6,25 +6,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import tyro
 import xarray as xr
 
-from experiments.settings import DataSettings, PairSettings, load_examples, load_pair, publish, require_sound
+from experiments.frame import Command
+from experiments.settings import Questions, QuestionSettings, load_examples, load_pair
 from hooks.errors import FrankenlensError
 from interp.hypotheses import Family, Outcome, plot_claims, put_to_test, read_claims, verdict_table
 from interp.pair.pair import Pair
-from interp.questions.examples import Example, with_looked_at
+from interp.questions.examples import with_looked_at
 from interp.results.page import Account, Section
 
 
 @dataclass(frozen=True)
-class ClaimsConfig(PairSettings, DataSettings):
+class ClaimsConfig(QuestionSettings):
     """Settings of a test of claims; the defaults run on the pair that ships with the package.
 
     Attributes:
@@ -44,49 +45,41 @@ class ClaimsConfig(PairSettings, DataSettings):
     out: Path = Path("out/claims")
 
 
-def run(config: ClaimsConfig) -> pd.DataFrame:
-    """Test the claims and write table, figure, dataset and page, all or none.
+@dataclass(frozen=True)
+class Claimed(Questions):
+    """The claims, and the prompts that they are tested on."""
 
-    Returns:
-        The table of claims.csv: see `interp.hypotheses.verdict_table`.
+    family: Family = field(kw_only=True)
 
-    Raises:
-        FrankenlensError: settings contradict each other; the file has a mistake; a component that the models do not
-            have; claims that were found on these prompts; the models are no pair; the data cannot be read.
-    """
-    check(config)
-    family = read_claims(config.claims)
-    examples, dropped = load_examples(config, config.seed)
-    outcomes: dict[str, Outcome] = {}
-    models: dict[str, object] = {}
-    for own in _each_pair(config):
-        pair = load_pair(own)
-        try:
-            name = _name(own)
-            models |= {
-                (f"{name} {key}" if config.pairs else key): value for key, value in pair.provenance().items()
-            }
-            outcomes[name] = tested(pair, family, examples, own)
-        finally:
-            pair.close()
-    section = summarised(family, outcomes, config, dropped)
-    counts = {"examples": len(examples)}
-    counts |= {
-        f"decisions {name}": len(o.decisions) for name, o in outcomes.items() if o.decisions is not None
-    }
-    publish([section], config, config.out, models, counts)
-    for name, outcome in outcomes.items():
-        print("\n".join([f"\n{name}:" if config.pairs else "", *(v.text for v in outcome.verdicts)]))
-    return section.tables["claims"]
+
+class Pairs:
+    """The pairs of the settings, one open at a time; where they come from is known once they have been opened."""
+
+    def __init__(self, config: ClaimsConfig) -> None:
+        self._config = config
+        self._models: dict[str, Any] = {}
+
+    def each(self) -> Iterator[tuple[str, Pair]]:
+        """Name and pair; it is closed when the next one is asked for."""
+        for own in each_pair(self._config):
+            pair, name = load_pair(own), pair_name(own)
+            for role, about in pair.provenance().items():
+                self._models[f"{name} {role}" if self._config.pairs else role] = about
+            try:
+                yield name, pair
+            finally:
+                pair.close()
+
+    def provenance(self) -> dict[str, Any]:
+        """Of all that were opened."""
+        return self._models
+
+    def close(self) -> None:
+        """Each is closed already."""
 
 
 def check(config: ClaimsConfig) -> None:
-    """Refuse settings that contradict each other, before anything is loaded.
-
-    Raises:
-        FrankenlensError: says which, and what to give instead.
-    """
-    require_sound(config)
+    """Refuse two ways of naming pairs, a pair named twice, and a file that is not there."""
     if config.pairs and config.in_ is not None:
         raise FrankenlensError("--pairs names all pairs; leave --in and --rl out.")
     twice = [pair for pair, count in Counter(config.pairs).items() if count > 1]
@@ -98,65 +91,69 @@ def check(config: ClaimsConfig) -> None:
         )
 
 
-def tested(
-    pair: Pair, family: Family, examples: Sequence[Example], config: ClaimsConfig, progress: bool = True
-) -> Outcome:
-    """One family on one pair, with the settings."""
-    return put_to_test(
-        pair,
-        family,
-        examples,
-        allow_reuse=config.allow_reuse,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        progress=progress,
-    )
-
-
-def measure(pair: Pair, examples: Sequence[Example], config: ClaimsConfig) -> Section:
-    """The claims of the settings' file on an opened pair, as a section of a page.
+def load(config: ClaimsConfig) -> Claimed:
+    """The claims of the file, and the prompts.
 
     Raises:
-        FrankenlensError: as `run`.
+        FrankenlensError: the file has a mistake, or the data cannot be read.
     """
     family = read_claims(config.claims)
-    return summarised(family, {_name(config): tested(pair, family, examples, config)}, config, {})
+    return Claimed(*load_examples(config, config.seed), family=family)
 
 
-def summarised(
-    family: Family, outcomes: dict[str, Outcome], config: ClaimsConfig, dropped: dict[str, int]
-) -> Section:
-    """One table, one figure, the values per example and a sentence, of all pairs."""
-    table = pd.concat(
-        [verdict_table(list(o.verdicts), name) for name, o in outcomes.items()], ignore_index=True
+def measure(pairs: Pairs, asked: Claimed, config: ClaimsConfig) -> Iterator[Section]:
+    """The claims put to the test on every pair.
+
+    Raises:
+        FrankenlensError: a component that the models do not have, or claims that were found on these prompts.
+    """
+    outcomes = {name: tested(pair, asked.family, asked, config) for name, pair in pairs.each()}
+    tables = [verdict_table(list(one.verdicts), name) for name, one in outcomes.items()]
+    table = pd.concat(tables, ignore_index=True)
+    yield Section(
+        "test",
+        "Claims",
+        finding(outcomes),
+        _account(asked, outcomes, table, config),
+        {"claims": table},
+        {"claims": plot_claims(table)},
+        _dataset(asked, outcomes),
     )
-    kept: dict[str, xr.Dataset] = {name: o.dataset() for name, o in outcomes.items() if o.measured}
-    data = [dataset.expand_dims(pair=[name]) for name, dataset in kept.items()]
-    dataset: xr.Dataset | None = xr.concat(data, "pair", join="outer") if data else None  # type: ignore[assignment]
-    examples = next(iter(outcomes.values())).examples
-    dataset = None if dataset is None else with_looked_at(dataset, examples)
-    account = _account(family, table, len(examples), config, dropped)
-    figures = {"claims": plot_claims(table)}
-    return Section("test", "Claims", finding(outcomes), account, {"claims": table}, figures, dataset=dataset)
+
+
+def tested(
+    pair: Pair, family: Family, asked: Questions, config: ClaimsConfig, progress: bool = True
+) -> Outcome:
+    """One family on one pair, with the settings."""
+    settings = {"allow_reuse": config.allow_reuse, "seed": config.seed, "progress": progress}
+    return put_to_test(pair, family, asked.examples, **settings, **config.running)
 
 
 def finding(outcomes: Mapping[str, Outcome]) -> str:
-    """Each claim's verdict, in a sentence."""
-    said = []
+    """Each claim's verdict, with everything that a reader has to see."""
+    lines = []
     for name, outcome in outcomes.items():
-        for v in outcome.verdicts:
-            of = f" ({name})" if len(outcomes) > 1 else ""
-            beside = "; ".join(filter(None, (v.control_says, v.reason)))
-            said.append(f"{v.line}{of}{f' ({beside})' if beside else ''}.")
-    return " ".join(said)
+        lines += [f"on {name}"] if len(outcomes) > 1 else []
+        lines += [verdict.text for verdict in outcome.verdicts]
+    return "\n".join(lines)
 
 
-def _each_pair(config: ClaimsConfig) -> list[ClaimsConfig]:
+def _dataset(asked: Claimed, outcomes: Mapping[str, Outcome]) -> xr.Dataset | None:
+    """The values per example of every pair on which something could be measured."""
+    kept = {name: one.dataset() for name, one in outcomes.items() if one.measured}
+    if not kept:
+        return None
+    data = [dataset.expand_dims(pair=[name]) for name, dataset in kept.items()]
+    together: Any = xr.concat(data, "pair", join="outer")
+    return with_looked_at(together, asked.examples)
+
+
+def each_pair(config: ClaimsConfig) -> list[ClaimsConfig]:
+    """The settings of every pair that they name."""
     return [replace(config, in_=in_, rl=rl) for in_, rl in config.pairs] or [config]
 
 
-def _name(config: ClaimsConfig) -> str:
+def pair_name(config: ClaimsConfig) -> str:
     """The pair by the ends of its paths, or by the whole paths where several pairs end alike."""
     if config.in_ is None or config.rl is None:
         return "the pair that ships"
@@ -169,8 +166,9 @@ def _name(config: ClaimsConfig) -> str:
 
 
 def _account(
-    family: Family, table: pd.DataFrame, n: int, config: ClaimsConfig, dropped: dict[str, int]
+    asked: Claimed, outcomes: Mapping[str, Outcome], table: pd.DataFrame, config: ClaimsConfig
 ) -> Account:
+    family = asked.family
     definition = (
         "one-sided paired tests (the largest p of Student's t, Hall's skewness-corrected t and, for verdicts that "
         "something is small, the chance that no prompt which moves all the way was drawn) at alpha "
@@ -184,16 +182,22 @@ def _account(
     over = "" if family.correction == "none" else f" over {len(family.claims)} claims, for each pair"
     reused = sorted(set(table.loc[table["origin"] == "exploratory", "claim"]))
     marked = f"; exploratory (tested on prompts they were found on): {', '.join(reused)}" if reused else ""
+    counts = {"examples": len(asked.examples)}
+    for name, one in outcomes.items():
+        counts |= {} if one.decisions is None else {f"decisions {name}": len(one.decisions)}
     return Account(
         definition + marked,
-        f"{tested_on} of {n} examples",
+        f"{tested_on} of {len(asked.examples)} examples",
         names[family.correction] + over,
         config.seed,
         family.partition if _regions(family) else "",
-        dropped,
+        counts=counts,
     )
 
 
 def _regions(family: Family) -> bool:
     named = [one for claim in family.claims for one in (*claim.component, *claim.more_than)]
     return any(one[:1].isupper() or one.startswith("region ") for one in named)
+
+
+COMMAND = Command(ClaimsConfig, check, load, Pairs, measure)

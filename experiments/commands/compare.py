@@ -5,40 +5,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from experiments.settings import PairSettings, checkpoints, publish, require_sound
+from experiments.frame import Command, Opened
+from experiments.settings import ModelSettings, checkpoints
 from hooks.errors import FrankenlensError
 from interp.comparison import (
     Checkpoint,
     align,
     by_address,
     compare,
+    energy_finding,
     every_address,
     layers,
     regions,
     spectra,
+    spectra_finding,
     trends,
     with_regions,
 )
 from interp.comparison.addresses import owned
-from interp.comparison.aggregate import TRENDS
 from interp.comparison.plots import STAGES, plot_directions, plot_energy, plot_spectra
 from interp.comparison.workers import in_threads
 from interp.regions import Partition, parse_partition
 from interp.results.page import Account, Section
-from interp.statistics import interval_text
 
 _NOT_IN_CSV = ["log_spectrum", "log_spectrum_random"]
 
 
 @dataclass(frozen=True)
-class CompareConfig(PairSettings):
+class CompareConfig(ModelSettings):
     """Settings of the comparison; the defaults run on the triple that ships with the package.
 
     Attributes:
@@ -61,43 +62,35 @@ class CompareConfig(PairSettings):
     out: Path = Path("out/compare")
 
 
-def run(config: CompareConfig) -> pd.DataFrame:
-    """Compare and write the tables, figures and report.html, all or none.
+@dataclass(frozen=True)
+class Files:
+    """The checkpoints on disk: what is compared, and what it is asked of."""
 
-    Returns:
-        One row per tensor and stage: see `interp.comparison.compare`.
+    opened: Mapping[str, Checkpoint]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
-    Raises:
-        FrankenlensError: settings contradict each other, a checkpoint cannot be read, the checkpoints do not align, or
-            an address names nothing.
-    """
-    check(config)
-    opened = open_checkpoints(config)
-    section = measure(opened, config)
-    names = list(opened)
-    sizes = [sum(one.entries for one in opened[name].tensors.values()) for name in names]
-    made = in_threads(lambda name: opened[name].provenance(), names, sizes, "hashes")
-    table = section.tables["compare"]
-    publish([section], config, config.out, dict(zip(names, made, strict=True)), {"tensors": _tensors(table)})
-    return table
+    def provenance(self) -> dict[str, Any]:
+        """As `Pair.provenance`, from the files; all of them are read for it."""
+        names = list(self.opened)
+        sizes = [sum(one.entries for one in self.opened[name].tensors.values()) for name in names]
+        made = in_threads(lambda name: self.opened[name].provenance(), names, sizes, "hashes")
+        return dict(zip(names, made, strict=True))
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
 
 def check(config: CompareConfig) -> None:
-    """Refuse settings that contradict each other, before a file is opened.
-
-    Raises:
-        FrankenlensError: says which, and what to give instead.
-    """
-    require_sound(config)
+    """Refuse a subspace that there is not."""
     if config.subspace < 0:
         raise FrankenlensError(f"--subspace is {config.subspace}; give at least 1, or 0 to leave it out.")
 
 
-def open_checkpoints(config: CompareConfig) -> dict[str, Checkpoint]:
+def open_files(config: CompareConfig) -> Files:
     """IN, RL and, where it is known, Base; names, shapes, partition and addresses are checked, no weight is read.
 
     Raises:
-        FrankenlensError: see `run`.
+        FrankenlensError: a checkpoint cannot be read, the checkpoints do not align, or an address names nothing.
     """
     in_, rl, base = checkpoints(config)
     opened = {"in": Checkpoint(in_), "rl": Checkpoint(rl)}
@@ -106,11 +99,12 @@ def open_checkpoints(config: CompareConfig) -> dict[str, Checkpoint]:
     align(*opened.values())
     _partition(opened["in"], config)
     owned(opened["in"], config.regions)
-    return opened
+    return Files(opened)
 
 
-def measure(opened: dict[str, Checkpoint], config: CompareConfig) -> Section:
-    """Tables and figures of opened checkpoints (`open_checkpoints`)."""
+def measure(models: Opened, asked: Files, config: CompareConfig) -> Iterator[Section]:
+    """Tables and figures of the files; whatever models are open beside them are not looked at."""
+    opened = asked.opened
     given = opened["in"], opened["rl"], opened.get("base")
     partition = _partition(opened["in"], config)
     table = compare(*given, spectra=config.spectra, subspace=config.subspace or None, seed=config.seed)
@@ -127,35 +121,26 @@ def measure(opened: dict[str, Checkpoint], config: CompareConfig) -> Section:
         "compare_energy": plot_energy(by_layer, partition, norm),
         "compare_directions": plot_directions(by_layer, partition),
     }
-    findings = [_energy_found(by_region, stage) for stage in STAGES if stage in set(table["stage"])]
+    stages = [stage for stage in STAGES if stage in set(table["stage"])]
+    findings = [energy_finding(by_region, stage) for stage in stages]
     if config.spectra:
         long = spectra(table)
         found = trends(with_regions(long, partition), ["region"], seed=config.seed)
         tables |= {"compare_trends": found, "compare_spectra": long}
         figures["compare_spectra"] = plot_spectra(long, partition, config.seed)
-        findings += [
-            _spectra_found(found, stage, partition) for stage in STAGES if stage in set(table["stage"])
-        ]
-    account = Account(
-        _definition(config),
-        f"{_tensors(table)} tensors, all of the model; intervals are over the matrices of a region",
-        seed=config.seed,
-        partition=str(partition),
-        left_out=_left_out(opened, table),
-    )
+        findings += [spectra_finding(found, stage, partition) for stage in stages]
+    account = _account(config, opened, table, partition)
     title = "What training changed in the weights"
-    return Section("compare", title, " ".join(findings), account, tables, figures)
+    yield Section("compare", title, " ".join(findings), account, tables, figures)
 
 
 def _partition(checkpoint: Checkpoint, config: CompareConfig) -> Partition:
     return parse_partition(config.partition, len(checkpoint.anatomy.text.blocks))
 
 
-def _tensors(table: pd.DataFrame) -> int:
-    return table["param_name"].nunique()
-
-
-def _definition(config: CompareConfig) -> str:
+def _account(
+    config: CompareConfig, opened: Mapping[str, Checkpoint], table: pd.DataFrame, partition: Partition
+) -> Account:
     norm = (
         "mean Frobenius norm of a layer's matrices, as in the released code of 2602.12395"
         if config.paper
@@ -164,10 +149,18 @@ def _definition(config: CompareConfig) -> str:
     parts = [f"{norm}; relative to W_IN's in both stages"]
     parts += ["log(σ_i / σ_1) of each matrix's update"] if config.spectra else []
     outside = f"principal subspaces of W before the stage, {config.subspace} dimensions a side"
-    return "; ".join([*parts, *([outside] if config.subspace else [])])
+    tensors = table["param_name"].nunique()
+    return Account(
+        "; ".join([*parts, *([outside] if config.subspace else [])]),
+        f"{tensors} tensors, all of the model; intervals are over the matrices of a region",
+        seed=config.seed,
+        partition=str(partition),
+        left_out=_left_out(opened, table),
+        counts={"tensors": tensors},
+    )
 
 
-def _left_out(opened: dict[str, Checkpoint], table: pd.DataFrame) -> dict[str, int]:
+def _left_out(opened: Mapping[str, Checkpoint], table: pd.DataFrame) -> dict[str, int]:
     found = {
         f"names in {name.upper()}'s files that are no parameter": len(one.ignored)
         for name, one in opened.items()
@@ -178,36 +171,5 @@ def _left_out(opened: dict[str, Checkpoint], table: pd.DataFrame) -> dict[str, i
     return {reason: n for reason, n in found.items() if n}
 
 
-def _energy_found(by_region: pd.DataFrame, stage: str) -> str:
-    some: Any = by_region.loc[by_region["stage"] == stage]
-    total, size = ((some[name] ** 2).sum() ** 0.5 for name in ("fro_norm", "reference_norm"))
-    rounding = (some["rounding_norm"] ** 2).sum() ** 0.5
-    if not total:
-        return f"{STAGES[stage]} is zero."
-    shares = ", ".join(
-        f"{row.region} {100 * row.energy_share:.1f} % (of entries {100 * row.entries_share:.1f} %)"
-        for row in some.itertuples()
-        if row.energy_share >= 0.0005
-    )
-    same, random = (
-        (some[name] * some["n"]).sum() / some["n"].sum() for name in ("sparsity", "sparsity_random")
-    )
-    return (
-        f"{STAGES[stage]} has norm {total:.3g}, {total / size:.2g} of W_IN's (rounding to bfloat16 alone: "
-        f"{rounding / size:.2g}). Energy: {shares}. Unchanged in bfloat16: {100 * same:.1f} % of the entries "
-        f"(Gaussian update of that norm: {100 * random:.1f} %)."
-    )
-
-
-def _spectra_found(found: pd.DataFrame, stage: str, partition: Partition) -> str:
-    rank = TRENDS[1]
-    some = found[(found["stage"] == stage) & (found["rank"] == rank)]
-    rows: Sequence[Any] = [row for row in some.itertuples() if row.region in partition.regions]
-    if not rows:
-        return f"{STAGES[stage]} has no matrix with {rank} singular values that differ from 0."
-    texts = (
-        f"{row.region} {interval_text(row.log_ratio, row.low, row.high)} "
-        f"(n = {row.n} matrices; Gaussian {row.random:.2f})"
-        for row in rows
-    )
-    return f"log(σ_{rank} / σ_1) of {STAGES[stage]}: {', '.join(texts)}."
+# the files are both what is asked and what it is asked of: opening them twice reads two headers
+COMMAND = Command(CompareConfig, check, open_files, open_files, measure)

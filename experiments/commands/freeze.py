@@ -6,40 +6,37 @@ without controls. Here, random layers of the same number and nothing frozen with
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
-from experiments.retraining.arms import Arm, plan_arms
+from experiments.frame import Command, require_begun_alike
+from experiments.options import Only, as_option, default
+from experiments.retraining.arms import plan_arms
 from experiments.retraining.own import own_recipe
+from experiments.retraining.plan import Plan
 from experiments.retraining.recipe import Outcome, Recipe, read_trl
 from experiments.retraining.triple import TripleRecipe, require_triple
-from experiments.settings import DataSettings, PairSettings, checkpoints, load_pair, publish, require_sound
-from experiments.triple.evaluate import write_json
+from experiments.settings import DataSettings, QuestionSettings, checkpoints, load_pair
 from experiments.triple.rl import RL
 from hooks import FrankenlensError
-from interp.freezing import frozen_rows
-from interp.freezing.losses import UNFROZEN, Retrained, losses, plot_losses
+from interp.freezing import n_frozen
+from interp.freezing.losses import UNFROZEN, losses, plot_losses, task_table
 from interp.pair.pair import Pair
-from interp.regions import Partition, parse_partition
+from interp.regions import parse_partition
 from interp.results.page import Account, Section
 from interp.statistics import bootstrap_mean, interval_text
 
 _RL = RL()
 OWN_LR = 1e-6
+_OF_OWN = Only("--train; the scenes of the embedded triple have a length of their own", lambda c: c.train)
 
 
 @dataclass(frozen=True)
-class FreezeConfig(PairSettings, DataSettings):
+class FreezeConfig(QuestionSettings):
     """Settings of the freezing experiment; the defaults repeat the RL that made the embedded RL.
 
     A killed run goes on where it was when it is started again. `accelerate launch` and DeepSpeed work as they do with
@@ -58,6 +55,7 @@ class FreezeConfig(PairSettings, DataSettings):
         save_every: steps between checkpoints that a killed run goes on from.
         seeds: RL runs of every arm, with seeds `seed`, `seed` + 1, ...
         n: questions a task that are measured.
+        max_new_tokens: longest generated text, of one's own questions.
         train: JSONL to train on (or a name as for --data), with --data to measure on.
         train_images: folder of its images; by default its own.
         trl: YAML or JSON file of further arguments of TRL's GRPOConfig, e.g. deepspeed, bf16, use_vllm.
@@ -65,88 +63,37 @@ class FreezeConfig(PairSettings, DataSettings):
         out: folder for the table, the figure, report.html, and every run in `arms`.
     """
 
-    partition: str = "paper"
+    partition: str = default("paper", paper="paper")
     regions: tuple[str, ...] = ()
     random: int = 3
     reruns: int = 1
     also: tuple[str, ...] = ()
-    steps: int = _RL.steps
+    steps: int = default(_RL.steps, paper=2000)
     prompts: int = _RL.prompts
-    samples: int = _RL.samples
+    samples: int = default(_RL.samples, paper=4)
     lr: float | None = None
     save_every: int = _RL.save_every
     seeds: int = 1
-    n: int = 500
+    n: int = default(500, paper=100)
+    max_new_tokens: int = default(128, only=_OF_OWN)
     train: Path | None = None
-    train_images: Path | None = None
+    train_images: Path | None = default(None, only=Only("--train", lambda config: config.train))  # noqa: RUF009
     trl: Path | None = None
     paper: bool = False
     out: Path = Path("out/freeze")
 
     @property
-    def settled(self) -> FreezeConfig:
-        """With the paper's values, where they are asked for, and the learning rate filled in."""
-        lr = self.lr if self.lr is not None else _RL.lr if self.data is None else OWN_LR
-        if self.paper:
-            return replace(self, partition="paper", steps=2000, samples=4, n=100, lr=lr)
-        return replace(self, lr=lr)
-
-    @property
     def training(self) -> RL:
         """The settings of the RL stage."""
-        return RL(self.steps, self.prompts, self.samples, self.lr or _RL.lr, save_every=self.save_every)
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """All that is needed to train and measure; nothing has been changed yet."""
-
-    config: FreezeConfig
-    partition: Partition
-    arms: tuple[Arm, ...]
-    recipe: Recipe
-    n_frozen: dict[str, int]
-
-
-def run(config: FreezeConfig) -> Section | None:
-    """Train what is not there yet, measure all of it, and write table, figure and page to `out`, all or none.
-
-    Returns:
-        The outcome; None in processes other than the first, where there are several.
-
-    Raises:
-        FrankenlensError: settings contradict each other, an address names nothing, the models are no pair, the data
-            cannot be read, or `out` holds runs with other settings; before anything is trained.
-    """
-    check(config)
-    pair = load_pair(config)
-    try:
-        plan, models = prepare(pair, config), pair.provenance()
-    finally:
-        pair.close()
-    del pair
-    train(plan)
-    if not _is_first_process():
-        return None
-    pair = load_pair(config)
-    try:
-        section = compare(pair, plan)
-    finally:
-        pair.close()
-    publish([section], plan.config, config.out, models, {"questions": len(plan.recipe.tasks)})
-    return section
+        lr = self.lr if self.lr is not None else _RL.lr if self.data is None else OWN_LR
+        return RL(self.steps, self.prompts, self.samples, lr, save_every=self.save_every)
 
 
 def check(config: FreezeConfig) -> None:
-    """Refuse settings that contradict each other, before anything is loaded.
-
-    Raises:
-        FrankenlensError: says which, and what to give instead.
-    """
-    require_sound(config)
+    """Refuse numbers, data and arguments of TRL that there are not, or that do not go together."""
     for name in ("steps", "prompts", "samples", "save_every", "seeds"):
         if getattr(config, name) < 1:
-            raise FrankenlensError(f"--{name.replace('_', '-')} is {getattr(config, name)}; give at least 1.")
+            raise FrankenlensError(f"{as_option(name)} is {getattr(config, name)}; give at least 1.")
     if config.samples < 2:
         raise FrankenlensError(
             "--samples is 1; GRPO compares the completions of a prompt, so give at least 2."
@@ -176,24 +123,33 @@ def check(config: FreezeConfig) -> None:
         )
 
 
-def measure(pair: Pair, config: FreezeConfig) -> Section:
-    """Train and compare with a pair that is open already: `prepare`, `train`, `compare`."""
-    plan = prepare(pair, config)
-    train(plan)
-    return compare(pair, plan)
+def load(config: FreezeConfig) -> Plan:
+    """Plan every run, and train those that are not there yet; the pair is open only for the former.
+
+    Raises:
+        FrankenlensError: an address names nothing, the models are no pair, the data cannot be read, or `out` holds runs
+            with other settings; before anything is trained.
+    """
+    pair = load_pair(config)
+    try:
+        plan = planned(pair, config)
+    finally:
+        pair.close()
+    del pair  # its memory is needed for training
+    plan.train()
+    return plan
 
 
-def prepare(pair: Pair, config: FreezeConfig) -> Plan:
+def planned(pair: Pair, config: FreezeConfig) -> Plan:
     """Which runs there will be; every address is looked up in the model, and the questions are read.
 
     Raises:
-        FrankenlensError: see `run`.
+        FrankenlensError: see `load`.
     """
-    config = config.settled
     partition = parse_partition(config.partition, pair.in_.n_layers)
     regions = config.regions or tuple(partition.regions)
     arms = plan_arms(partition, regions, config.random, config.reruns, config.also, config.seed, config.seeds)
-    n_frozen = {arm.name: _n_frozen(pair, arm) for arm in arms}
+    sizes = {arm.name: n_frozen(pair.in_, arm.addresses) for arm in arms}
     trl, in_path = read_trl(config.trl), checkpoints(config)[0]
     recipe: Recipe
     if config.data is None:
@@ -202,112 +158,46 @@ def prepare(pair: Pair, config: FreezeConfig) -> Plan:
         train_on = DataSettings(config.train, config.train_images)
         recipe = own_recipe(pair, in_path, config.training, trl, train_on, config, config)
     _require_same_settings(config, pair, trl)
-    return Plan(config, partition, arms, recipe, n_frozen)
+    return Plan(partition, arms, recipe, sizes, config.out)
 
 
-def train(plan: Plan) -> None:
-    """Train every arm that is not in `out/arms` yet."""
-    out = plan.config.out
-    (out / "arms").mkdir(parents=True, exist_ok=True)
-    for arm in plan.arms:
-        (out / "unfinished" / arm.folder).mkdir(parents=True, exist_ok=True)
-        frozen = {"addresses": list(arm.addresses), "seed": arm.trained_with}
-        _require_begun_alike(out / "unfinished" / arm.folder / "arm.json", frozen)
-    waiting = [arm for arm in plan.arms if not (out / "arms" / arm.folder).exists()]
-    for arm in tqdm(waiting, desc="arms", unit="arm", delay=1):
-        unfinished = out / "unfinished" / arm.folder
-        print(f"training {arm.name} (seed {arm.trained_with})", file=sys.stderr)
-        plan.recipe.train(arm.addresses, arm.trained_with, unfinished, out / "arms" / arm.folder)
-        if _is_first_process():
-            for checkpoint in unfinished.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-
-
-def compare(pair: Pair, plan: Plan) -> Section:
-    """Measure IN, RL as given and every arm, and put the table, the figure and the finding together."""
-    recipe, out = plan.recipe, plan.config.out
-    start = recipe.measure(pair.in_, out / "measured" / "in.json")
-    given = recipe.measure(pair.rl, out / "measured" / "rl-as-given.json")
-    runs, left_out = [], dict(recipe.left_out)
-    for arm in plan.arms:
-        outcome = recipe.measure(out / "arms" / arm.folder, out / "measured" / f"{arm.folder}.json")
-        if outcome.ungraded:
-            left_out[f"{arm.folder}: answers that cannot be graded"] = outcome.ungraded
-        frozen, size = ", ".join(arm.addresses), plan.n_frozen[arm.name]
-        runs.append(Retrained(arm.name, arm.kind, arm.seed, frozen, size, outcome.right, outcome.unreadable))
-    tasks = np.array(recipe.tasks)
-    groups = {name: np.flatnonzero(np.isin(tasks, some)).tolist() for name, some in recipe.groups.items()}
-    table = losses(runs, start.right, groups, plan.config.seed)
-    account = Account(
-        recipe.definition,
-        n=f"{plan.config.n} questions a task, {len(set(tasks))} tasks; {plan.config.seeds} training seed(s)",
-        correction="Holm over arms and groups",
-        seed=plan.config.seed,
-        partition=str(plan.partition),
-        left_out=left_out,
-    )
-    return Section(
+def measure(pair: Pair, plan: Plan, config: FreezeConfig) -> Iterator[Section]:
+    """IN, RL as given and every arm, on the same questions."""
+    start, given = plan.given(pair.in_, "in"), plan.given(pair.rl, "rl-as-given")
+    runs, left_out = plan.measured()
+    groups, tasks = plan.groups(), list(plan.recipe.tasks)
+    table = losses(runs, start.right, groups, config.seed)
+    yield Section(
         "freeze",
         "What RL loses with a component frozen",
-        _finding(table, given, groups, plan.config),
-        account,
-        tables={"freeze": table, "freeze_tasks": _per_task(runs, start, given, tasks)},
-        figures={"freeze": plot_losses(table)},
+        _finding(table, given, groups, config),
+        Account(
+            plan.recipe.definition,
+            n=f"{config.n} questions a task, {len(set(tasks))} tasks; {config.seeds} training seed(s)",
+            correction="Holm over arms and groups",
+            seed=config.seed,
+            partition=str(plan.partition),
+            left_out=left_out,
+            counts={"questions": len(tasks)},
+        ),
+        {
+            "freeze": table,
+            "freeze_tasks": task_table(runs, {"IN": start.right, "RL as given": given.right}, tasks),
+        },
+        {"freeze": plot_losses(table)},
     )
-
-
-def _is_first_process() -> bool:
-    """Of those that `accelerate launch` or torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _n_frozen(pair: Pair, arm: Arm) -> int:
-    if not arm.addresses:
-        return 0
-    rows = frozen_rows(pair.in_, arm.addresses)
-    named = dict(pair.in_.model.named_parameters())
-    return sum(named[name].numel() if own is None else own.kept.numel() for name, own in rows.items())
 
 
 def _require_same_settings(config: FreezeConfig, pair: Pair, trl: dict[str, Any]) -> None:
     """Refuses to mix runs of different settings in one folder."""
-    rl = {k: v for k, v in asdict(config.training).items() if k != "save_every"}
     settings = {
         "in": pair.provenance()["in"]["weights_sha256"],
-        "rl": rl,
+        "rl": {name: value for name, value in asdict(config.training).items() if name != "save_every"},
         "trl": trl,
         "train": None if config.train is None else str(config.train),
         "max_new_tokens": config.max_new_tokens if config.train is not None else None,
     }
-    config.out.mkdir(parents=True, exist_ok=True)
-    _require_begun_alike(config.out / "settings.json", settings)
-
-
-def _require_begun_alike(path: Path, settings: dict[str, Any]) -> None:
-    settings = json.loads(json.dumps(settings))
-    if path.exists():
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        other = sorted(name for name in settings if begun.get(name) != settings[name])
-        if other:
-            raise FrankenlensError(
-                f"{path} holds a run with other settings ({', '.join(other)}); choose another --out, or delete it."
-            )
-    write_json(settings, path)
-
-
-def _per_task(runs: Sequence[Retrained], start: Outcome, given: Outcome, tasks: np.ndarray) -> pd.DataFrame:
-    """Accuracy of every model on every task; columns model, rl_seed, and one per task."""
-    models = [("IN", "", start.right), ("RL as given", "", given.right)]
-    models += [(run.arm, str(run.seed), run.right) for run in runs]
-    rows = [
-        {"model": name, "rl_seed": seed}
-        | {
-            task or "questions": float(np.nanmean(right[tasks == task]))
-            for task in dict.fromkeys(tasks.tolist())
-        }
-        for name, seed, right in models
-    ]
-    return pd.DataFrame(rows)
+    require_begun_alike(config.out / "settings.json", settings)
 
 
 def _finding(table: pd.DataFrame, given: Outcome, groups: dict[str, Any], config: FreezeConfig) -> str:
@@ -335,3 +225,6 @@ def _finding(table: pd.DataFrame, given: Outcome, groups: dict[str, Any], config
         text += " One training seed: the intervals are over questions and hold no difference from run to run"
         text += ", which the runs with another seed show." if config.reruns else "."
     return text
+
+
+COMMAND = Command(FreezeConfig, check, load, load_pair, measure)

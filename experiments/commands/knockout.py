@@ -5,39 +5,44 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import xarray as xr
 
-from experiments.settings import DataSettings, PairSettings, load_examples, load_pair, publish, require_sound
+from experiments.frame import Command
+from experiments.options import Only, a_task, default
+from experiments.settings import (
+    CORRECTIONS,
+    Correction,
+    Questions,
+    QuestionSettings,
+    load_pair,
+    load_questions,
+)
 from hooks.errors import FrankenlensError
 from interp.decision import null_changes
 from interp.knockout import (
     PAPER_ROUTES,
     ROUTES,
     Knockout,
+    answered_traces,
     around,
+    null_route_table,
     plot_flow,
     plot_routes,
     route_table,
     routes,
     singles,
     suffixes,
-    up_to_the_answer,
     windows,
+    wrong,
 )
-from interp.localization.outcomes import Grader
 from interp.metrics import AnswerLogProbability, TraceLogLikelihood
-from interp.pair.generation import greedy
 from interp.pair.pair import Pair
-from interp.prompts import Prompt
-from interp.questions.examples import Example, with_looked_at
-from interp.questions.grading import Ungraded, grade
+from interp.questions.examples import with_looked_at
 from interp.questions.tasks import REASONING
 from interp.results.page import Account, Section
 from interp.statistics import interval_text
@@ -48,10 +53,12 @@ METRICS = {
 }
 PAPER_N, PAPER_WIDTH = 100, 9
 TOLD = 3  # differences that the finding names
+WIDE = {"windows": windows, "around": around}
+"""Ways of cutting several layers at once."""
 
 
 @dataclass(frozen=True)
-class KnockoutConfig(PairSettings, DataSettings):
+class KnockoutConfig(QuestionSettings):
     """Settings of the knockout; the defaults run on the pair that ships with the package.
 
     Attributes:
@@ -73,59 +80,25 @@ class KnockoutConfig(PairSettings, DataSettings):
         out: folder for knockout.csv, knockout.nc, the figures and report.html.
     """
 
-    n: int = 96
-    routes: tuple[str, ...] = tuple(ROUTES)
-    layers: Literal["windows", "around", "suffixes", "singles"] = "windows"
-    width: int = 3
-    mass: Literal["renormalized", "lost"] = "renormalized"
-    metric: Literal["answer", "trace"] = "answer"
+    n: int = default(96, paper=a_task(PAPER_N, REASONING))
+    routes: tuple[str, ...] = default(tuple(ROUTES), paper=PAPER_ROUTES)
+    layers: Literal["windows", "around", "suffixes", "singles"] = default("windows", paper="around")
+    width: int = default(
+        3, paper=PAPER_WIDTH, only=Only("--layers windows or around", lambda config: config.layers in WIDE)
+    )
+    mass: Literal["renormalized", "lost"] = default("renormalized", paper="renormalized")
+    metric: Literal["answer", "trace"] = default("answer", paper="answer")
     traces: Literal["in", "rl"] = "rl"
-    right_only: bool = False
-    relative: bool = False
+    right_only: bool = default(False, paper=True)
+    relative: bool = default(False, paper=True)
     nulls: bool = True
-    correction: Literal["holm", "bh"] = "holm"
+    correction: Correction = "holm"
     paper: bool = False
     out: Path = Path("out/knockout")
 
 
-def run(config: KnockoutConfig) -> pd.DataFrame:
-    """Cut every route in both models and write tables, dataset, figures and page, all or none.
-
-    Returns:
-        The table of knockout.csv: see `interp.knockout.route_table`.
-
-    Raises:
-        FrankenlensError: settings contradict each other, the models are no pair, the data cannot be read, or no trace
-            has every route.
-    """
-    config = settled(config)
-    check(config)
-    pair = load_pair(config)
-    try:
-        examples, dropped = load_examples(config, config.seed)
-        section = measure(pair, examples, config, dropped)
-        publish([section], config, config.out, pair.provenance(), {"examples": len(examples)})
-    finally:
-        pair.close()
-    return section.tables["knockout"]
-
-
-def settled(config: KnockoutConfig) -> KnockoutConfig:
-    """The settings with `paper` spelt out."""
-    if not config.paper:
-        return config
-    n = PAPER_N * len(REASONING) if config.data is None else PAPER_N
-    own: dict = {"layers": "around", "width": PAPER_WIDTH, "relative": True, "right_only": True}
-    return replace(config, routes=PAPER_ROUTES, n=n, metric="answer", mass="renormalized", **own)
-
-
 def check(config: KnockoutConfig) -> None:
-    """Refuse settings that contradict each other, before anything is loaded.
-
-    Raises:
-        FrankenlensError: says which, and what to give instead.
-    """
-    require_sound(config)
+    """Refuse routes and widths that there are not, and a relative change of what is no probability."""
     if not config.routes:
         raise FrankenlensError('--routes is empty; give at least one, such as "image -> question".')
     if config.width < 1:
@@ -149,39 +122,28 @@ def parse_route(name: str) -> Knockout:
     return Knockout(names.get(source, source), names.get(target, target))
 
 
-def measure(
-    pair: Pair,
-    examples: Sequence[Example],
-    config: KnockoutConfig,
-    dropped: Mapping[str, int] | None = None,
-    grader: Grader = grade,
-) -> Section:
-    """All routes of a pair, as a section of a page.
-
-    Args:
-        pair: IN and RL.
-        examples: what is asked.
-        config: the settings.
-        dropped: reason to number of examples that could not be read.
-        grader: for `right_only`.
+def measure(pair: Pair, asked: Questions, config: KnockoutConfig) -> Iterator[Section]:
+    """Every route cut in both models.
 
     Raises:
-        FrankenlensError: see `run`.
+        FrankenlensError: no trace has every route, or there are no such layers.
     """
-    prompts, left_out = _prompts(pair, examples, config, grader)
+    prompts, left_out = answered_traces(
+        pair.models[config.traces],
+        pair.builder,
+        asked.examples,
+        fault=wrong() if config.right_only else None,
+        **config.running,
+    )
     if not prompts:
         reasons = "; ".join(f"{n}: {reason}" for reason, n in left_out.items())
         raise FrankenlensError(
-            f"None of {len(examples)} traces of {config.traces.upper()} can be used ({reasons})."
+            f"None of {len(asked.examples)} traces of {config.traces.upper()} can be used ({reasons})."
         )
-    cuts = {
-        name: _in_layers(replace(parse_route(name), mass=config.mass), pair.in_.n_layers, config)
-        for name in config.routes
-    }
     found = routes(
         pair,
         prompts,
-        cuts,
+        {name: _cuts(name, pair.in_.n_layers, config) for name in config.routes},
         METRICS[config.metric][1],
         nulls=null_changes(pair, config.seed) if config.nulls else None,
         seed=config.seed,
@@ -192,74 +154,47 @@ def measure(
     table = route_table(found, **settings)
     tables = {"knockout": table}
     if config.nulls:
-        tables["knockout_nulls"] = _nulls(found, settings)
-    account = Account(
+        tables["knockout_nulls"] = null_route_table(found, **settings)
+    yield Section(
+        "knockout",
+        "Which information routes RL opened or closed",
+        _finding(tables),
+        _account(config, table, len(asked.examples), left_out),
+        tables,
+        {"knockout_routes": plot_routes(table), "knockout_flow": plot_flow(table)},
+        with_looked_at(found, asked.examples),
+    )
+
+
+def _cuts(name: str, n_layers: int, config: KnockoutConfig) -> list[Knockout]:
+    """A route, cut in all the runs of layers that the settings name."""
+    cut = replace(parse_route(name), mass=config.mass)
+    if config.layers in WIDE:
+        return WIDE[config.layers](cut, n_layers, config.width)
+    return (suffixes if config.layers == "suffixes" else singles)(cut, n_layers)
+
+
+def _account(
+    config: KnockoutConfig, table: pd.DataFrame, n_examples: int, left_out: Mapping[str, int]
+) -> Account:
+    return Account(
         _definition(config),
         f"{int(table['n'].max())} traces of {config.traces.upper()}, the same in both models",
-        f"{config.correction.capitalize()} over {len(table)} cuts",
+        f"{CORRECTIONS[config.correction]} over {len(table)} cuts",
         config.seed,
-        left_out=dict(left_out) | dict(dropped or {}),
+        left_out=left_out,
+        counts={"examples": n_examples},
     )
-    figures = {"knockout_routes": plot_routes(table), "knockout_flow": plot_flow(table)}
-    title = "Which information routes RL opened or closed"
-    return Section(
-        "knockout", title, _finding(tables), account, tables, figures, with_looked_at(found, examples)
-    )
-
-
-def _prompts(
-    pair: Pair, examples: Sequence[Example], config: KnockoutConfig, grader: Grader
-) -> tuple[list[Prompt], Counter[str]]:
-    """Traces up to the answer's first token, and reason -> number of those that are left out."""
-    asked = [pair.builder.build(example) for example in examples]
-    writer = pair.models[config.traces]
-    written = greedy(writer, asked, config.max_new_tokens, config.batch_size, progress=True)
-    kept: list[Prompt] = []
-    left_out: Counter[str] = Counter()
-    for prompt, ids in zip(asked, written, strict=True):
-        whole = prompt.with_tokens(ids)
-        cut, why = up_to_the_answer(whole)
-        if cut is not None and config.right_only:
-            why = _wrong(whole, grader)
-        if cut is None or why:
-            left_out[why] += 1
-        else:
-            kept.append(cut)
-    return kept, left_out
-
-
-def _wrong(trace: Prompt, grader: Grader) -> str:
-    try:
-        return "" if grader(trace.trace.answer, trace.example) else "the answer is wrong"
-    except Ungraded as error:
-        return f"the answer cannot be graded: {error}"
-
-
-def _in_layers(cut: Knockout, n_layers: int, config: KnockoutConfig) -> list[Knockout]:
-    if config.layers == "suffixes":
-        return suffixes(cut, n_layers)
-    if config.layers == "singles":
-        return singles(cut, n_layers)
-    return (windows if config.layers == "windows" else around)(cut, n_layers, config.width)
 
 
 def _definition(config: KnockoutConfig) -> str:
-    width = f" of {config.width} layers" if config.layers in ("windows", "around") else ""
+    width = f" of {config.width} layers" if config.layers in WIDE else ""
     what = METRICS[config.metric][0]
     what = "relative change of the probability of the answer's first token" if config.relative else what
     return (
         f"attention knockout, mass {config.mass}, {config.layers}{width}; {what}, cut less clean; "
         "control: as many random edges in the same layers (one draw; keys: at the same queries, edges: anywhere)"
     )
-
-
-def _nulls(found: xr.Dataset, settings: dict) -> pd.DataFrame:
-    """The same differences for models that learnt nothing, each against the model that it was made of."""
-    made_of = {"bf16": "rl", "random": "in"}
-    names = [name for name in found["model"].to_numpy().tolist() if name in made_of]
-    parts = [route_table(found, models=(made_of[name], name), **settings) for name in names]
-    named = [part.assign(null=name) for name, part in zip(names, parts, strict=True)]
-    return pd.concat(named, ignore_index=True)
 
 
 def _finding(tables: Mapping[str, pd.DataFrame]) -> str:
@@ -292,3 +227,6 @@ def _finding(tables: Mapping[str, pd.DataFrame]) -> str:
 
 def _text(row: Mapping[str, Any], name: str) -> str:
     return interval_text(row[name], row[f"{name}_low"], row[f"{name}_high"])
+
+
+COMMAND = Command(KnockoutConfig, check, load_questions, load_pair, measure)

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from experiments.settings import DataSettings, PairSettings, load_examples, load_pair, publish, require_sound
+from experiments.frame import Command
+from experiments.settings import Questions, QuestionSettings, load_pair, load_questions
 from hooks import FrankenlensError, HookedVLM
 from interp.decision import DecisionSet, changed_weights, find_decisions, null_changes
 from interp.lens import (
@@ -38,13 +39,13 @@ from interp.lens.tables import (
 from interp.metrics import LogitDifference
 from interp.pair.pair import Pair
 from interp.prompts import Prompt
-from interp.questions.examples import Example, with_looked_at
+from interp.questions.examples import with_looked_at
 from interp.results.page import Account, Section
 from interp.statistics import interval_text
 
 
 @dataclass(frozen=True)
-class LensConfig(PairSettings, DataSettings):
+class LensConfig(QuestionSettings):
     """Settings of the lenses; the defaults run on the pair that ships with the package.
 
     Attributes:
@@ -61,30 +62,8 @@ class LensConfig(PairSettings, DataSettings):
     out: Path = Path("out/lens")
 
 
-def run(config: LensConfig) -> Section:
-    """Look through the lenses and write the tables, figures and report.html, all or none.
-
-    Raises:
-        FrankenlensError: settings contradict each other, the models are no pair, or the data cannot be read.
-    """
-    check(config)
-    pair = load_pair(config)
-    try:
-        examples, dropped = load_examples(config, config.seed)
-        section = measure(pair, examples, config, dropped)
-        publish([section], config, config.out, pair.provenance(), {"examples": len(examples)})
-    finally:
-        pair.close()
-    return section
-
-
 def check(config: LensConfig) -> None:
-    """Refuse settings that contradict each other, before anything is loaded.
-
-    Raises:
-        FrankenlensError: says which, and what to give instead.
-    """
-    require_sound(config)
+    """Refuse tuned lenses that cannot be trained, kept or measured."""
     if config.top_k < 1:
         raise FrankenlensError(f"--top-k is {config.top_k}; give at least 1.")
     if config.tuned_steps < 0:
@@ -101,12 +80,10 @@ def check(config: LensConfig) -> None:
         )
 
 
-def measure(
-    pair: Pair, examples: list[Example], config: LensConfig, dropped: dict[str, int] | None = None
-) -> Section:
+def measure(pair: Pair, asked: Questions, config: LensConfig) -> Iterator[Section]:
     """Both models on RL's own greedy traces: lenses, their distance, the answer's layer, and direct attribution."""
     settings = {"batch_size": config.batch_size, "progress": True}
-    decisions = find_decisions(pair, examples, "first", max_new_tokens=config.max_new_tokens, **settings)
+    decisions = find_decisions(pair, asked.examples, "first", progress=True, **config.running)
     traces = [_without_end(trace) for trace in decisions.rl_traces]
     nulls = null_changes(pair, config.seed)
     tuned, held_out = _tuned(pair, traces, config)
@@ -127,15 +104,16 @@ def measure(
         figures["lens_dla"] = plots.plot_attribution(tables["dla"])
         found.append(_dla_found(tables["dla"]))
     figures |= _one_prompt(pair, traces[0], config.batch_size)
-    left_out = _left_out(traces, answered, decisions, dropped or {})
-    account = _account(config, len(traces), len(answered), len(decisions), len(held_out), left_out)
-    kept = with_looked_at(lens[["kl", "entropy"]].astype("float32"), examples)
-    return Section("lens", "What each layer would say", " ".join(found), account, tables, figures, kept)
+    account = _account(config, len(traces), len(answered), len(decisions), len(held_out))
+    kept = with_looked_at(lens[["kl", "entropy"]].astype("float32"), asked.examples)
+    yield Section("lens", "What each layer would say", " ".join(found), account, tables, figures, kept)
 
 
-def _account(
-    config: LensConfig, n: int, answered: int, decisions: int, held_out: int, left_out: dict[str, int]
-) -> Account:
+def _account(config: LensConfig, n: int, answered: int, decisions: int, held_out: int) -> Account:
+    left_out = {
+        "answers: RL's trace holds none": n - answered,
+        "dla: both models write the same": n - decisions,
+    }
     return Account(
         "logit lens (own final norm and unembedding) on RL's greedy traces, read by both models; KL and overlap: mean "
         "over a prompt's tokens of a role, then over prompts; learnt nothing: bf16 (RL rounded, against RL), random "
@@ -146,7 +124,8 @@ def _account(
         + (f"; tuned lens measured on {held_out} prompts it was not trained on" if held_out else ""),
         correction="Holm over the layers of a role (kl), both events (answers), components (dla)",
         seed=config.seed,
-        left_out=left_out,
+        left_out={reason: count for reason, count in left_out.items() if count},
+        counts={"examples": n},
     )
 
 
@@ -224,15 +203,6 @@ def _one_prompt(pair: Pair, trace: Prompt, batch_size: int) -> dict:
     return figures
 
 
-def _left_out(
-    traces: Sequence[Prompt], answered: Sequence[Prompt], decisions: DecisionSet, dropped: dict[str, int]
-) -> dict[str, int]:
-    found = dict(dropped)
-    found["answers: RL's trace holds none"] = len(traces) - len(answered)
-    found["dla: both models write the same"] = len(traces) - len(decisions)
-    return {reason: n for reason, n in found.items() if n}
-
-
 def _apart_found(table: pd.DataFrame) -> str:
     """In the output, at reasoning tokens (at the question's where there are none)."""
     role = next(name for name in ("reasoning", "question", "template") if name in set(table["role"]))
@@ -275,3 +245,6 @@ def _interval(row: pd.Series, prefix: str) -> str:
 def _of_nulls(table: pd.DataFrame, row: pd.Series) -> str:
     names = [name.removesuffix("_difference") for name in table if str(name).endswith("_difference")]
     return ", ".join(f"{name} {_interval(row, f'{name}_')}" for name in names)
+
+
+COMMAND = Command(LensConfig, check, load_questions, load_pair, measure)

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,35 +16,55 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
-from experiments.function_pairs import FunctionPairs, load_function_pairs, require_functions
-from experiments.settings import DataSettings, PairSettings, load_pair, publish, require_sound
+from experiments.frame import Command
+from experiments.options import Only, default, require_known
+from experiments.settings import QuestionSettings, load_examples, load_triple
+from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from interp.localization import (
+    SYNTHETIC,
+    FunctionPairs,
     Swap,
     ablate,
     accuracy,
-    layer_contributions,
+    folder_pairs,
+    in_one,
     layers_of,
-    outcome_shares,
     singles,
     suffixes,
+    swap_table,
+    synthetic_pairs,
     vision_swap,
     windows,
 )
 from interp.localization.findings import ablation_findings, swap_findings
-from interp.localization.plots import CONTRIBUTION, plot_ablations, plot_head_ablations, plot_swaps
+from interp.localization.plots import plot_ablations, plot_head_ablations, plot_swaps
 from interp.pair.pair import Pair
 from interp.prompts import PromptBuilder
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import with_looked_at
+from interp.questions.readers import FUNCTIONS as PAPER_FUNCTIONS
+from interp.questions.tasks import TASKS, sample
 from interp.regions import Partition, parse_partition
 from interp.results.page import Account, Section
 
 PAPER_N = 100  # pairs a function
 
 
+def _swaps_something(config: Any) -> bool:
+    return bool(config.modes) and _has_pairs(config)
+
+
+def _has_pairs(config: Any) -> bool:
+    return config.data is None or not config.data.is_file()
+
+
+_OF_PAIRS = Only("pairs of images, which a file of questions as --data has not", _has_pairs)
+_OF_SWAPS = Only("something to swap (--modes, and pairs of images)", _swaps_something)
+
+
 @dataclass(frozen=True)
-class LocalizeConfig(PairSettings, DataSettings):
+class LocalizeConfig(QuestionSettings):
     """Settings of functional localization; the defaults run on the triple that ships with the package.
 
     Attributes:
@@ -68,62 +89,39 @@ class LocalizeConfig(PairSettings, DataSettings):
         out: folder for localize_swap.csv, localize_ablation.csv, the figures, localize.nc and report.html.
     """
 
-    n: int = 32
+    n: int = default(32, paper=PAPER_N)
     model: Literal["base", "in", "rl"] | None = None
     functions: tuple[str, ...] = ()
-    modes: tuple[str, ...] = ("single", "suffix")
-    what: Literal["kv", "resid"] = "kv"
-    resize: bool = False
-    kinds: tuple[Literal["skip", "zero", "mean", "resample"], ...] = ("skip", "mean")
-    parts: tuple[Literal["block", "attn", "mlp", "head"], ...] = ("block", "attn", "mlp")
-    tasks: tuple[str, ...] = ()
+    modes: tuple[str, ...] = default(("single", "suffix"), paper=("suffix",), only=_OF_PAIRS)
+    what: Literal["kv", "resid"] = default("kv", paper="kv", only=_OF_SWAPS)
+    resize: bool = default(False, only=_OF_SWAPS)
+    kinds: tuple[Literal["skip", "zero", "mean", "resample"], ...] = default(
+        ("skip", "mean"), paper=("skip",)
+    )
+    parts: tuple[Literal["block", "attn", "mlp", "head"], ...] = default(
+        ("block", "attn", "mlp"), paper=("block",)
+    )
+    tasks: tuple[str, ...] = default((), only=Only("--parts to leave out", lambda config: config.parts))
     reply: Literal["auto", "format", "whole"] = "auto"
-    partition: str = "paper"
+    partition: str = default("paper", paper="paper")
     paper: bool = False
     out: Path = Path("out/localize")
 
 
-def run(config: LocalizeConfig) -> Section:
-    """Swap, leave out, and write tables, figures, dataset and page, all or none.
-
-    Returns:
-        The section of the page, with all tables.
-
-    Raises:
-        FrankenlensError: settings contradict each other, the model is not known, or the data cannot be read.
-    """
-    config = settled(config)
-    check(config)
-    asked = load(config)
-    pair = load_pair(config, with_base=True)
-    try:
-        section = measure(pair, asked, config)
-        counts = {"pairs": len(asked.pairs), "questions": len(asked.questions)}
-        publish([section], config, config.out, pair.provenance(), counts)
-    finally:
-        pair.close()
-    return section
-
-
-def settled(config: LocalizeConfig) -> LocalizeConfig:
-    """The settings with `paper` spelt out."""
-    if not config.paper:
-        return config
-    return replace(
-        config, n=PAPER_N, modes=("suffix",), what="kv", kinds=("skip",), parts=("block",), partition="paper"
-    )
-
-
 def check(config: LocalizeConfig) -> None:
-    """Refuse settings that contradict each other, before anything is loaded.
-
-    Raises:
-        FrankenlensError: says which, and what to give instead.
-    """
-    require_sound(config)
-    require_functions(config.data, config.functions, config.tasks)
+    """Refuse data, functions, tasks, modes and ablations that there are not, or that do not go together."""
     if config.data is not None and not config.data.exists():
         raise FrankenlensError(f"--data {config.data} does not exist; give a folder or a JSONL file.")
+    if not _has_pairs(config) and config.functions:
+        raise FrankenlensError(
+            f"--functions names pairs of images; {config.data} is a file of single questions."
+        )
+    if config.images is not None and _has_pairs(config):
+        raise FrankenlensError(
+            "--images is of a file of questions; a folder of pairs has its own: leave it out."
+        )
+    require_known("functions", config.functions, SYNTHETIC if config.data is None else PAPER_FUNCTIONS)
+    require_known("tasks", config.tasks, TASKS)
     if not config.modes and not config.parts:
         raise FrankenlensError("nothing to do: give --modes or --parts.")
     for mode in config.modes:
@@ -135,80 +133,84 @@ def check(config: LocalizeConfig) -> None:
 
 
 def load(config: LocalizeConfig) -> FunctionPairs:
-    """Pairs, controls and questions that the settings name.
+    """Pairs of the synthetic functions, of the paper's folders, or, of a JSONL file, questions alone.
 
     Raises:
         FrankenlensError: the data cannot be read.
     """
-    return load_function_pairs(config, config.functions, config.tasks, config.seed, distinct=not config.paper)
+    if config.data is None:
+        asked = synthetic_pairs(config.functions or list(SYNTHETIC), config.n, config.seed)
+    elif config.data.is_file():
+        examples, left_out = load_examples(config, config.seed)
+        asked = FunctionPairs([], questions=examples, left_out=left_out)
+    else:
+        functions = config.functions or PAPER_FUNCTIONS
+        asked = folder_pairs(config.data, functions, config.n, distinct=not config.paper)
+        for reason, count in asked.left_out.items():
+            print(f"{config.data}: left out {count}: {reason}", file=sys.stderr)
+    return asked.asking([one for task in config.tasks for one in sample(task, config.n, config.seed, "map")])
 
 
-def measure(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> Section:
-    """Swaps and ablations of one model of a pair, as a section of a page.
+def measure(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> Iterator[Section]:
+    """Swaps and ablations of one model of a pair.
 
     Raises:
         FrankenlensError: the pair has no such model, or a window is wider than it is deep.
     """
-    config = settled(config)
     name = config.model or ("base" if pair.base is not None else "in")
     if name not in pair.models:
         raise FrankenlensError("--model base needs --base, the model that IN was made from.")
     vlm, builder = pair.models[name], _builder(pair, config, asked)
     partition = parse_partition(config.partition, vlm.n_layers)
     swaps = {mode: _swaps(mode, vlm.n_layers, config.what) for mode in config.modes} if asked.pairs else {}
-    running: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
     tables: dict[str, pd.DataFrame] = {}
     figures: dict[str, Figure] = {}
     found: list[xr.Dataset] = []
     if swaps:
-        every = [swap for mode in swaps.values() for swap in mode]
-        results = {
-            kind: vision_swap(
-                vlm, builder, pairs, list(dict.fromkeys(every)), resize=config.resize, **running
-            )
-            for kind, pairs in {"counterfactual": asked.pairs, **asked.controls}.items()
-        }
-        tables["localize_swap"] = swap_table(results, swaps, config)
+        results = _swapped(vlm, builder, asked, swaps, config)
+        among = "all" if config.paper else "differing"
+        tables["localize_swap"] = swap_table(results, swaps, among, config.seed)
         figures["localize_swap"] = plot_swaps(tables["localize_swap"], partition)
         found.append(results["counterfactual"])
     if config.parts:
-        ablations = list(
-            dict.fromkeys(a for kind in config.kinds for a in layers_of(vlm, config.parts, kind))
-        )
-        if "skip" not in config.kinds:
-            ablations = [ablation for ablation in ablations if ablation.kind != "skip"]
-        prompts = [builder.build(example) for example in asked.questions]
-        ablated = ablate(vlm, prompts, ablations, seed=config.seed, **running)
-        tables["localize_ablation"] = accuracy(ablated, seed=config.seed)
+        found.append(_ablated(vlm, builder, asked, config))
+        tables["localize_ablation"] = accuracy(found[-1], seed=config.seed)
         figures |= _ablation_figures(tables["localize_ablation"], partition)
-        found.append(ablated)
-    account = _account(config, name, partition, asked, found)
     sentences = swap_findings(tables.get("localize_swap"), partition)
     sentences += ablation_findings(tables.get("localize_ablation"), partition)
-    text = " ".join([*sentences, *(f"{note}." for note in asked.notes)])
-    title = f"Which layers of {name.upper()} carry a visual function"
-    dataset = with_looked_at(_merged(found), asked.examples)
-    return Section("localize", title, text, account, tables, figures, dataset)
+    yield Section(
+        "localize",
+        f"Which layers of {name.upper()} carry a visual function",
+        " ".join([*sentences, *(f"{note}." for note in asked.notes)]),
+        _account(config, name, partition, asked, found),
+        tables,
+        figures,
+        with_looked_at(in_one(found), asked.examples),
+    )
 
 
-def swap_table(
-    results: dict[str, xr.Dataset], swaps: dict[str, list[Swap]], config: LocalizeConfig
-) -> pd.DataFrame:
-    """Rows of `outcome_shares` for every mode and kind of pairs, and CR(k) − CR(k+1) of the suffixes."""
-    tables = []
-    for mode, some in swaps.items():
-        names = [swap.name for swap in some]
-        for kind, found in results.items():
-            own = found.sel(swap=names)
-            among = "all" if config.paper or kind != "counterfactual" else "differing"
-            tables.append(outcome_shares(own, among).assign(mode=mode, pairs=kind))
-            if mode == "suffix" and kind == "counterfactual":
-                parts = layer_contributions(own, among, seed=config.seed).rename(columns={"layer": "first"})
-                parts = parts.assign(mode=mode, pairs=kind, outcome=CONTRIBUTION, last=parts["first"])
-                tables.append(parts.assign(swap=[names[k] for k in parts["first"]], what=config.what))
-    table = pd.concat(tables, ignore_index=True)
-    front = ["mode", "pairs", "function", "first", "last", "outcome", "value", "low", "high", "n", "left_out"]
-    return table.loc[:, [*front, *(name for name in table if name not in front)]]
+def _swapped(
+    vlm: HookedVLM,
+    builder: PromptBuilder,
+    asked: FunctionPairs,
+    swaps: dict[str, list[Swap]],
+    config: LocalizeConfig,
+) -> dict[str, xr.Dataset]:
+    """Kind of pairs to what all swaps do to them."""
+    every = list(dict.fromkeys(swap for some in swaps.values() for swap in some))
+    return {
+        kind: vision_swap(vlm, builder, pairs, every, resize=config.resize, **config.running)
+        for kind, pairs in {"counterfactual": asked.pairs, **asked.controls}.items()
+    }
+
+
+def _ablated(
+    vlm: HookedVLM, builder: PromptBuilder, asked: FunctionPairs, config: LocalizeConfig
+) -> xr.Dataset:
+    every = dict.fromkeys(one for kind in config.kinds for one in layers_of(vlm, config.parts, kind))
+    chosen = [one for one in every if one.kind != "skip" or "skip" in config.kinds]
+    prompts = [builder.build(example) for example in asked.questions]
+    return ablate(vlm, prompts, chosen, seed=config.seed, **config.running)
 
 
 def _builder(pair: Pair, config: LocalizeConfig, asked: FunctionPairs) -> PromptBuilder:
@@ -268,34 +270,27 @@ def _account(
             "ablations act at prefill and every step; accuracy with Wilson's interval, its change paired (bootstrap), "
             "McNemar's exact test"
         )
-    left_out = Counter(asked.left_out)
+    n = f"{len(asked.pairs)} pairs, at most {config.n} a function" if asked.pairs else ""
+    return Account(
+        "; ".join(parts),
+        n or f"{len(asked.questions)} questions",
+        "Holm over the ablations of all functions" if config.parts else "none",
+        config.seed,
+        str(partition),
+        _left_out(config, found),
+        {"pairs": len(asked.pairs), "questions": len(asked.questions)},
+    )
+
+
+def _left_out(config: LocalizeConfig, found: Sequence[xr.Dataset]) -> dict[str, int]:
+    left_out: Counter[str] = Counter()
     for one in found:
         left_out.update(reason for reason in one["why"].to_numpy().tolist() if reason)
         left_out.update({"outcomes that the grader cannot tell": int((one["fault"] != "").sum())})
         if "differs" in one and not config.paper:
             same = int(((one["why"] == "") & ~one["differs"]).sum())
             left_out.update({"pairs whose two clean answers are the same": same})
-    correction = "Holm over the ablations of all functions" if config.parts else "none"
-    kept = {reason: count for reason, count in left_out.items() if count}
-    n = f"{len(asked.pairs)} pairs, at most {config.n} a function" if asked.pairs else ""
-    n = n or f"{len(asked.questions)} questions"
-    return Account("; ".join(parts), n, correction, config.seed, str(partition), kept)
+    return {reason: count for reason, count in left_out.items() if count}
 
 
-def _merged(found: Sequence[xr.Dataset]) -> xr.Dataset:
-    """Swaps and ablations in one dataset; what both have is named apart."""
-    renamed = []
-    for one in found:
-        if "ablation" in one.dims:
-            one = one.rename(
-                {
-                    "example": "question",
-                    "clean": "clean_right",
-                    "why": "why_question",
-                    "fault": "fault_ablation",
-                }
-            )
-        renamed.append(one)
-    merged = xr.merge(renamed, combine_attrs="drop_conflicts", join="outer", compat="no_conflicts")
-    assert isinstance(merged, xr.Dataset)
-    return merged
+COMMAND = Command(LocalizeConfig, check, load, load_triple, measure)

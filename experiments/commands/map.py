@@ -1,18 +1,19 @@
 """Which components carry what RL changed? The component map of a pair, from checkpoints to a page.
 
-`frankenlens map` is the command; the pieces are `interp.decision`, `interp.map.component_map` and `interp.map.summary`.
+`frankenlens map` is the command; the pieces are `interp.decision` and `interp.map`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import xarray as xr
-
-from experiments.settings import DataSettings, PairSettings, load_examples, load_pair, require_sound
+from experiments.frame import Command
+from experiments.options import require_known
+from experiments.settings import Questions, QuestionSettings, load_pair, load_questions
 from hooks.errors import FrankenlensError
 from interp.decision import (
     Choice,
@@ -22,18 +23,13 @@ from interp.decision import (
     recovery_refused,
     two_by_two,
 )
-from interp.map.component_map import DIRECTIONS, MAP_POINTS, component_map
-from interp.map.components import POINTS
-from interp.map.plots import denominator_text, plot_map
-from interp.map.report import save_report
-from interp.map.summary import strongest, summarise
+from interp.map import DIRECTIONS, MAP_POINTS, POINTS, component_map, map_section, summarise
 from interp.pair.pair import Pair
-from interp.questions.examples import Example
-from interp.results.files import provenance, publishing, save_dataset, save_table
+from interp.results.page import Section
 
 
 @dataclass(frozen=True)
-class MapConfig(PairSettings, DataSettings):
+class MapConfig(QuestionSettings):
     """Settings of the component map; the defaults run on the pair that ships with the package.
 
     Attributes:
@@ -49,64 +45,20 @@ class MapConfig(PairSettings, DataSettings):
     out: Path = Path("out/map")
 
 
-def run(config: MapConfig) -> xr.Dataset:
-    """Make the map and write map.nc, map.csv, map.png and report.html, all or none.
-
-    Returns:
-        The dataset of map.nc: see `interp.map.summary` for its variables.
-
-    Raises:
-        FrankenlensError: settings contradict each other, the models are no pair, the data cannot be read, or no
-            prompt qualifies.
-    """
-    check(config)
-    with publishing(config.out) as staging:
-        pair = load_pair(config)
-        try:
-            examples, dropped = load_examples(config, config.seed)
-            summary, decisions = measure(pair, examples, config)
-            counts = {"examples": len(examples), "decisions": len(decisions)}
-            settings = asdict(config)
-            made = provenance(pair.provenance(), settings, counts, dropped)
-        finally:
-            pair.close()
-        summary.attrs["provenance"] = json.dumps(made)
-        save_dataset(summary, staging / "map.nc")
-        save_table(summary, staging / "map.csv")
-        plot_map(summary).savefig(staging / "map.png", dpi=150)
-        save_report(summary, staging / "report.html")
-    _tell(summary, decisions, config.out)
-    return summary
-
-
 def check(config: MapConfig) -> None:
-    """Refuse settings that contradict each other, before anything is loaded.
-
-    Raises:
-        FrankenlensError: says which, and what to give instead.
-    """
-    require_sound(config)
-    for point in config.points:
-        if point not in POINTS:
-            raise FrankenlensError(f"--points has {point!r}; choose of {', '.join(POINTS)}.")
+    """Refuse points that there are not."""
+    require_known("points", config.points, POINTS)
     if not config.points:
         raise FrankenlensError(f"--points is empty; choose of {', '.join(POINTS)}.")
 
 
-def measure(pair: Pair, examples: list[Example], config: MapConfig) -> tuple[xr.Dataset, DecisionSet]:
+def measure(pair: Pair, asked: Questions, config: MapConfig) -> Iterator[Section]:
     """Find the decisions, patch, and put intervals, controls and the 2x2 together.
 
     Raises:
         FrankenlensError: no prompt qualifies; the message says why not.
     """
-    decisions = find_decisions(
-        pair,
-        examples,
-        config.decision,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        progress=True,
-    )
+    decisions = find_decisions(pair, asked.examples, config.decision, progress=True, **config.running)
     if not len(decisions):
         raise FrankenlensError(_none_qualifies(decisions))
     directions = list(DIRECTIONS) if config.direction == "both" else [config.direction]
@@ -117,7 +69,7 @@ def measure(pair: Pair, examples: list[Example], config: MapConfig) -> tuple[xr.
     if config.decision != "soft":
         summary["two_by_two"] = two_by_two(pair, decisions, config.batch_size)
     summary.attrs["decisions"] = json.dumps(decisions.summary())
-    return summary, decisions
+    yield map_section(summary, seed=config.seed)
 
 
 def _none_qualifies(decisions: DecisionSet) -> str:
@@ -131,20 +83,4 @@ def _none_qualifies(decisions: DecisionSet) -> str:
     )
 
 
-def _tell(summary: xr.Dataset, decisions: DecisionSet, out: Path) -> None:
-    """The outcome in a few lines."""
-    print(f"{len(decisions)} of {decisions.n_prompts} prompts qualify; {denominator_text(summary)}")
-    if summary.attrs["refused"]:
-        print(f"No recovery is given: {summary.attrs['refused']}.")
-    else:
-        for direction in summary["direction"].to_numpy():
-            best = strongest(summary, str(direction), 3)
-            found = (
-                f"{row['component']} at {row['role']} {row['recovery']:.2f}"
-                for row in best.to_dict("records")
-            )
-            print(f"{DIRECTIONS_IN_WORDS[str(direction)]}: {', '.join(found)}")
-    print(f"{out}: map.nc, map.csv, map.png, report.html")
-
-
-DIRECTIONS_IN_WORDS = {"rl_to_in": "RL into IN", "in_to_rl": "IN into RL"}
+COMMAND = Command(MapConfig, check, load_questions, load_pair, measure)

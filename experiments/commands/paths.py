@@ -5,35 +5,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
-import xarray as xr
 
-from experiments.settings import DataSettings, PairSettings, load_examples, load_pair, publish, require_sound
+from experiments.frame import Command
+from experiments.options import Only, default
+from experiments.settings import Questions, QuestionSettings, load_pair, load_questions
 from hooks.errors import FrankenlensError
 from interp.decision import Choice, DecisionSet, find_decisions, null_pair_denominator, recovery_refused
-from interp.map.attribution import attribute
-from interp.map.component_map import DIRECTIONS
+from interp.map import DIRECTIONS, attribute
+from interp.map.report import WORDS
 from interp.pair.pair import Pair
-from interp.paths import Receiver, paths_between
+from interp.paths import Receiver, paths_between, strongest_senders
 from interp.paths.pair import pair_paths, path_table, sender_table
 from interp.paths.path import Between, parse_sender
 from interp.paths.plots import plot_path_graph, plot_path_map
-from interp.questions.examples import Example
 from interp.results.files import load_dataset
 from interp.results.page import Account, Section
 from interp.statistics import Interval, interval_text
 
-WORDS = {"rl_to_in": "RL into IN", "in_to_rl": "IN into RL"}
-
 
 @dataclass(frozen=True)
-class PathsConfig(PairSettings, DataSettings):
+class PathsConfig(QuestionSettings):
     """Settings of path patching; the defaults run on the pair that ships with the package.
 
     Attributes:
@@ -51,7 +49,7 @@ class PathsConfig(PairSettings, DataSettings):
     """
 
     senders: tuple[str, ...] = ()
-    top: int = 3
+    top: int = default(3, only=Only("no --senders", lambda config: not config.senders))
     map: Path | None = None
     receivers: tuple[str, ...] = ()
     direction: Literal["both", "rl_to_in", "in_to_rl"] = "both"
@@ -61,35 +59,8 @@ class PathsConfig(PairSettings, DataSettings):
     out: Path = Path("out/paths")
 
 
-def run(config: PathsConfig) -> Section:
-    """Patch paths and write tables, dataset, figures and report.html, all or none.
-
-    Raises:
-        FrankenlensError: settings contradict each other, the models are no pair, the data cannot be read, no prompt
-            qualifies, or an address is not in the model.
-    """
-    check(config)
-    pair = load_pair(config)
-    try:
-        _check_addresses(config, pair)
-        examples, dropped = load_examples(config, config.seed)
-        section = measure(pair, examples, config, dropped)
-        counts = {"examples": len(examples)}
-        if section.dataset is not None:
-            counts["decisions"] = section.dataset.sizes["example"]
-        publish([section], config, config.out, pair.provenance(), counts)
-    finally:
-        pair.close()
-    return section
-
-
 def check(config: PathsConfig) -> None:
-    """Refuse settings that contradict each other, before anything is loaded.
-
-    Raises:
-        FrankenlensError: says which, and what to give instead.
-    """
-    require_sound(config)
+    """Refuse senders, receivers and maps that there are not, and two ways of choosing senders."""
     if config.top < 1:
         raise FrankenlensError(f"--top is {config.top}; give at least 1.")
     if config.senders and config.map is not None:
@@ -102,28 +73,22 @@ def check(config: PathsConfig) -> None:
         Receiver.parse(name)
 
 
-def measure(
-    pair: Pair, examples: list[Example], config: PathsConfig, dropped: Mapping[str, int] | None = None
-) -> Section:
+def measure(pair: Pair, asked: Questions, config: PathsConfig) -> Iterator[Section]:
     """Find the decisions, choose the senders, and patch all their paths.
 
     Raises:
-        FrankenlensError: no prompt qualifies; the message says why not.
+        FrankenlensError: an address is not in the model; or no prompt qualifies, and the message says why not.
     """
-    decisions = find_decisions(
-        pair,
-        examples,
-        config.decision,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        progress=True,
-    )
-    decisions, without = _with_role(decisions, config.where)
-    left_out = {**(dropped or {}), **decisions.excluded, **without}
+    _require_addresses(config, pair)
+    every = find_decisions(pair, asked.examples, config.decision, progress=True, **config.running)
+    decisions = every.having(config.where)
+    left_out = {**every.excluded, f"no {config.where} token before the decision": len(every) - len(decisions)}
+    left_out = {reason: n for reason, n in left_out.items() if n}
     if not len(decisions):
-        reasons = "; ".join(f"{n}: {reason}" for reason, n in left_out.items() if n)
+        reasons = "; ".join(f"{n}: {reason}" for reason, n in {**asked.left_out, **left_out}.items() if n)
         raise FrankenlensError(
-            f"None of {len(examples)} prompts qualifies ({reasons}). Give more (--n), another --decision or --where."
+            f"None of {len(asked.examples)} prompts qualifies ({reasons}). Give more (--n), another --decision or "
+            "--where."
         )
     senders, chosen = _senders(pair, decisions, config)
     effects = pair_paths(
@@ -140,36 +105,22 @@ def measure(
     refused = recovery_refused(decisions, nulls)
     paths = path_table(effects, refused=refused, seed=config.seed)
     wholes = sender_table(effects, refused=refused, seed=config.seed)
-    figures = {"paths_map": plot_path_map(paths), "paths_graph": plot_path_graph(paths)}
-    finding = " ".join(
-        [_denominator(decisions, nulls, refused), *_found(paths, wholes, decisions.metric.units)]
+    found = [_denominator(decisions, nulls, refused), *_found(paths, wholes, decisions.metric.units)]
+    yield Section(
+        "paths",
+        "By which paths RL's components act",
+        " ".join(found),
+        _account(config, decisions, chosen, left_out),
+        {"paths": paths, "paths_senders": wholes},
+        {"paths_map": plot_path_map(paths), "paths_graph": plot_path_graph(paths)},
+        effects,
     )
-    account = _account(config, decisions, chosen, {reason: n for reason, n in left_out.items() if n})
-    tables = {"paths": paths, "paths_senders": wholes}
-    return Section("paths", "By which paths RL's components act", finding, account, tables, figures, effects)
 
 
-def _check_addresses(config: PathsConfig, pair: Pair) -> None:
+def _require_addresses(config: PathsConfig, pair: Pair) -> None:
     """Refuse what the model does not have before anything runs."""
-    if config.senders:
-        paths_between(pair.in_, config.senders, config.receivers or None, config.between)
-    elif config.receivers:
-        paths_between(pair.in_, None, config.receivers, config.between)
-
-
-def _with_role(decisions: DecisionSet, where: str) -> tuple[DecisionSet, dict[str, int]]:
-    """The decisions whose prompts have such tokens, and how many have none."""
-    if where in ("all", "decision"):
-        return decisions, {}
-    rows = [i for i, prompt in enumerate(decisions.prompts) if where in prompt.roles]
-    kept = replace(
-        decisions,
-        decisions=tuple(decisions.decisions[i] for i in rows),
-        metric=decisions.metric.select(rows),
-        in_values=decisions.in_values[rows],
-        rl_values=decisions.rl_values[rows],
-    )
-    return kept, {f"no {where} token before the decision": len(decisions) - len(rows)}
+    if config.senders or config.receivers:
+        paths_between(pair.in_, config.senders or None, config.receivers or None, config.between)
 
 
 def _senders(pair: Pair, decisions: DecisionSet, config: PathsConfig) -> tuple[list[str], str]:
@@ -181,27 +132,11 @@ def _senders(pair: Pair, decisions: DecisionSet, config: PathsConfig) -> tuple[l
         how = "attribution patching on the same prompts"
     else:
         effects, how = load_dataset(config.map), f"the component map {config.map.name}"
-        if config.where not in effects["role"].to_numpy():
-            raise FrankenlensError(
-                f"--map {config.map} has no role {config.where!r}, only {', '.join(effects['role'].to_numpy())}."
-            )
-    names = _strongest(effects, config)
+    names = strongest_senders(effects, config.top, config.where)
     return (
         names,
         f"the {len(names)} strongest heads and MLPs by {how}, so their whole effects are biased upward",
     )
-
-
-def _strongest(effects: xr.Dataset, config: PathsConfig) -> list[str]:
-    """Heads and MLPs with the largest |mean effect| of a direction, in the order of the layers."""
-    some = effects.isel(component=np.isin(effects["point"].to_numpy(), ["head", "mlp_out"]))
-    if not some.sizes["component"]:
-        raise FrankenlensError(
-            f"--map {config.map} has neither heads nor MLPs; make it with --points head mlp_out."
-        )
-    size = np.abs(some["effect"].sel(role=config.where).mean("example")).max("direction")
-    best = size.fillna(0).argsort().to_numpy()[::-1][: config.top]
-    return some["component"].to_numpy()[np.sort(best)].tolist()
 
 
 def _denominator(decisions: DecisionSet, nulls: Mapping[str, Interval], refused: str) -> str:
@@ -254,4 +189,8 @@ def _account(
         "Holm over the paths of a direction (p); intervals are per path",
         config.seed,
         left_out=left_out,
+        counts={"examples": decisions.n_prompts, "decisions": len(decisions)},
     )
+
+
+COMMAND = Command(PathsConfig, check, load_questions, load_pair, measure)

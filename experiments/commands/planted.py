@@ -5,90 +5,160 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
-from tqdm.auto import tqdm
 
-from experiments.planting import KINDS, MOST, TRAINED, Garden, PlantedConfig
+from experiments.commands.planted_pairs import PlantedPairs
+from experiments.frame import Command, finished, steps
+from experiments.options import Only, as_option, default, require_known
+from experiments.retraining import plants
 from experiments.retraining.triple import require_triple
-from experiments.settings import checkpoints, load_pair, publish, require_sound
-from hooks.errors import FrankenlensError, nearest
+from experiments.settings import Questions, QuestionSettings, checkpoints, load_examples, load_pair
+from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
-from interp.planting import chosen, on_grid
+from interp.planting import DRAWN, KINDS, METHODS, MOST, NULLS, TRAINED, Draws, chosen, on_grid
 from interp.planting.plots import plot_found
 from interp.planting.table import by_effect, by_pair, found_table, null_table
+from interp.questions.examples import Example, fingerprint
 from interp.results.page import Account, Section
 from interp.statistics import interval_text
 
+FIRST = "rl"
+"""The kind of which there are --pairs."""
 
-def run(config: PlantedConfig) -> Section:
-    """Plant, try every method on every pair, and write tables, figure and page.
 
-    Returns:
-        The section of the page, with all tables.
+def _of_kinds(kinds: tuple[str, ...], needs: str) -> Only:
+    return Only(needs, lambda config: any(kind in kinds for kind in config.planted))
 
-    Raises:
-        FrankenlensError: settings contradict each other, the models are no pair, or the data cannot be read.
+
+@dataclass(frozen=True)
+class PlantedConfig(QuestionSettings):
+    """Settings of the planted pairs; the defaults plant into the IN that ships with the package.
+
+    Attributes:
+        n: prompts of every pair, drawn anew for each.
+        kinds: of rl, random, rotated, decoys, supervised, reinforced, layer, region, vision, projector; null pairs:
+            identical, bf16, noise. supervised and reinforced train the embedded IN.
+        components: addresses that change together, e.g. blocks.3.mlp blocks.5.attn.head.1; a kind of its own, named.
+        change: of these: donor (RL's weights), random (an update of RL's norm) or rotated (at their own norm).
+        pairs: pairs of kind rl.
+        others: pairs of every other kind.
+        nulls: pairs of each kind in which nothing was changed.
+        changed: components that change, where they are drawn one by one; every other weight gets noise of the size
+            of rounding.
+        methods: which are tried; also "integrated gradients RL → IN" and "integrated gradients IN → RL".
+        noise_pairs: noise pairs whose 95th percentile says from where on a plant is visible.
+        max_new_tokens: longest generated text; the soft metric reads all of it.
+        out: folder for scores.csv, plants.csv, the tables, the figure, report.html, and finished pairs.
     """
-    check(config)
-    pair = load_pair(config)
-    try:
-        section = measure(pair, config)
-        publish([section], config, config.out, pair.provenance(), {"examples": config.n})
-    finally:
-        pair.close()
-    return section
+
+    n: int = 12
+    kinds: tuple[str, ...] = (
+        *("rl", "random", "rotated", "decoys", "layer", "region", "vision", "projector"),
+        *NULLS,
+    )
+    components: tuple[str, ...] = ()
+    change: Literal["donor", "random", "rotated"] = default(
+        "donor", only=Only("--components that change so", lambda config: config.components)
+    )
+    pairs: int = default(10, only=_of_kinds((FIRST,), "rl among --kinds"))
+    others: int = default(
+        8,
+        only=_of_kinds(
+            tuple(kind for kind in KINDS if kind not in (FIRST, *NULLS)),
+            "a kind other than rl and the null ones among --kinds",
+        ),
+    )
+    nulls: int = default(8, only=_of_kinds(tuple(NULLS), "a null kind among --kinds"))
+    changed: int = default(3, only=_of_kinds(DRAWN, f"one of {', '.join(DRAWN)} among --kinds"))
+    methods: tuple[str, ...] = tuple(METHODS)
+    noise_pairs: int = 40
+    max_new_tokens: int = 24
+    out: Path = Path("out/planted")
+
+    @property
+    def planted(self) -> tuple[str, ...]:
+        """All kinds, that of the components which are named among them."""
+        return tuple(dict.fromkeys([*self.kinds, *(["named"] if self.components else [])]))
+
+    def pairs_of(self, kind: str) -> int:
+        """How many pairs of a kind are made."""
+        return self.pairs if kind == FIRST else self.nulls if kind in NULLS else self.others
 
 
 def check(config: PlantedConfig) -> None:
-    """Refuse settings that contradict each other, before anything is loaded.
-
-    Raises:
-        FrankenlensError: says which, and what to give instead.
-    """
-    require_sound(config)
+    """Refuse methods and kinds that there are not, numbers without seeds, and training of what cannot be trained."""
     chosen(config.methods)
-    for kind in config.kinds:
-        if kind not in KINDS:
-            hint = nearest(kind, KINDS)
-            raise FrankenlensError(f"--kinds has {kind!r}; choose of {', '.join(KINDS)}. {hint}".strip())
+    require_known("kinds", config.kinds, KINDS)
     if "named" in config.kinds and not config.components:
         raise FrankenlensError(
             "the kind named needs --components, such as blocks.3.mlp blocks.5.attn.head.1."
         )
     for name in ("pairs", "others", "nulls", "changed", "noise_pairs"):
         if not 1 <= getattr(config, name) < MOST:
-            option = name.replace("_", "-")
-            raise FrankenlensError(f"--{option} is {getattr(config, name)}; give 1 to {MOST - 1}.")
+            raise FrankenlensError(f"{as_option(name)} is {getattr(config, name)}; give 1 to {MOST - 1}.")
     if set(config.kinds) & set(TRAINED):
         require_triple(checkpoints(config)[0])
 
 
-def measure(pair: Pair, config: PlantedConfig) -> Section:
-    """All planted pairs, as a section of a page.
+def load(config: PlantedConfig) -> Questions:
+    """All rows of the user's data, of which every pair draws its own; none where the synthetic tasks are asked.
 
-    Args:
-        pair: IN and RL; as they were, afterwards.
-        config: the settings. Finished pairs are kept in `config.out` and not made again.
+    Raises:
+        FrankenlensError: no row can be read.
+    """
+    if config.data is None:
+        return Questions([])
+    return Questions(*load_examples(replace(config, n=1_000_000), 0))
+
+
+def measure(pair: Pair, asked: Questions, config: PlantedConfig) -> Iterator[Section]:
+    """All planted pairs; those that are finished are not made again.
 
     Raises:
         FrankenlensError: fewer components than `changed`, or none that RL changed where it should have.
     """
-    garden, left_out = Garden(pair, config), {}
-    kinds = [*config.kinds, *(["named"] if config.components and "named" not in config.kinds else [])]
+    made, kinds, left_out = _made(pair, asked, config), list(config.planted), {}
     if "bf16" in kinds and all(on_grid(p) for p in pair.in_.model.parameters()):
         kinds.remove("bf16")
         left_out["pairs of kind bf16, as every weight of IN is a bfloat16 number already"] = config.nulls
     work = [(kind, i) for kind in kinds for i in range(config.pairs_of(kind))]
-    noise = tqdm(range(config.noise_pairs), desc="noise pairs", unit="pair", delay=1)
-    scores, effects = [], [pd.concat([garden.noise(i) for i in noise])]
-    for kind, i in tqdm(work, desc="planted pairs", unit="pair", delay=1):
-        found, own = garden.pair_of(kind, i)
+    noise = steps(range(config.noise_pairs), "noise pairs", "pair")
+    scores, effects = [], [pd.concat([made.noise(i) for i in noise])]
+    for kind, i in steps(work, "planted pairs", "pair"):
+        found, own = made.tried(kind, i)
         scores.append(found)
         effects.append(own)
     both = [pd.concat(some, ignore_index=True) for some in (scores, effects)]
-    return section(both[0], both[1], config, left_out)
+    yield section(both[0], both[1], config, left_out)
+
+
+def _made(pair: Pair, asked: Questions, config: PlantedConfig) -> PlantedPairs:
+    methods = chosen(config.methods)
+    draws = Draws(pair.in_, pair.rl, config.changed, config.components, config.change, config.seed)
+    running: dict[str, Any] = {**config.running, "trace_format": pair.trace_format}
+    folder = finished(
+        config.out,
+        models={name: one["weights_sha256"] for name, one in pair.provenance().items()},
+        methods=config.methods,
+        settings=[str(getattr(config, name)) for name in ("n", "changed", "seed", "dtype")],
+        named=[config.components, config.change],
+        text=[config.max_new_tokens, repr(pair.trace_format), str(pair.builder.template)],
+        training=repr((plants.SUPERVISED, plants.REINFORCED)),
+        questions=None if config.data is None else sorted(map(fingerprint, asked.examples)),
+    )
+
+    def prompts(seed: int) -> list[Example]:
+        if config.data is None:
+            return load_examples(config, seed)[0]
+        return random.Random(seed).sample(list(asked.examples), min(config.n, len(asked.examples)))
+
+    return PlantedPairs(pair, draws, prompts, methods, running, checkpoints(config)[0], folder)
 
 
 def section(
@@ -150,4 +220,7 @@ def _account(config: PlantedConfig, pairs: pd.DataFrame, left_out: Mapping[str, 
     counts = pairs.groupby("kind", sort=False)["pair"].nunique()
     n = f"{config.n} prompts a pair; pairs: " + ", ".join(f"{kind} {count}" for kind, count in counts.items())
     holm = "Holm over the components of a pair, method by method"
-    return Account(definition, n, holm, config.seed, left_out=left_out)
+    return Account(definition, n, holm, config.seed, left_out=left_out, counts={"examples": config.n})
+
+
+COMMAND = Command(PlantedConfig, check, load, load_pair, measure)

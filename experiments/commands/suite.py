@@ -1,24 +1,38 @@
-"""All analyses of a pair on one page: metrics, localization, attention, weights, transfer (and freezing, if asked)."""
+"""All analyses of a pair on one page: metrics, localization, attention, weights, transfer.
+
+`frankenlens suite` is the command; each part is a command of its own, and `freeze`, which trains, is none of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from tqdm.auto import tqdm
-
 from experiments.commands import attention, compare, localize, metrics, transfer
-from experiments.settings import PairSettings, load_examples, load_pair, publish, require_sound
+from experiments.frame import Command, steps
+from experiments.options import Only, default
+from experiments.settings import ModelSettings, PairSettings, load_triple
 from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
-from interp.questions.tasks import PERCEPTION, REASONING
 from interp.results.page import Section
 
 Part = Literal["metrics", "localize", "attention", "compare", "transfer"]
-PARTS: tuple[Part, ...] = ("metrics", "localize", "attention", "compare", "transfer")
-Config = TypeVar("Config", bound=PairSettings)
+PARTS: Mapping[str, Command[Any, Any, Any]] = {
+    "metrics": metrics.COMMAND,
+    "localize": localize.COMMAND,
+    "attention": attention.COMMAND,
+    "compare": compare.COMMAND,
+    "transfer": transfer.COMMAND,
+}
+"""In the order of the page."""
+QUARTER = 4  # of --n: localize's pairs a function
+
+
+def _one_of(*parts: Part) -> Only:
+    needs = f"{' or '.join(parts)} among --parts"
+    return Only(needs, lambda config: any(part in config.parts for part in parts))
 
 
 @dataclass(frozen=True)
@@ -39,101 +53,78 @@ class SuiteConfig(PairSettings):
         out: folder for all tables, figures and datasets, and report.html.
     """
 
-    data: Path | None = None
+    data: Path | None = default(None, only=_one_of("metrics", "attention", "transfer"))  # noqa: RUF009
     images: Path | None = None
-    functions_data: Path | None = None
-    parts: tuple[Part, ...] = PARTS
-    n: int | None = None
-    partition: str = "paper"
+    functions_data: Path | None = default(None, only=_one_of("localize"))  # noqa: RUF009
+    parts: tuple[Part, ...] = ("metrics", "localize", "attention", "compare", "transfer")
+    n: int | None = default(None, only=_one_of("metrics", "localize", "attention", "transfer"))
+    partition: str = default("paper", only=_one_of("localize", "attention", "compare", "transfer"))
     paper: bool = False
     out: Path = Path("out/suite")
 
 
-def run(config: SuiteConfig) -> list[Section]:
-    """Run the parts on one opened pair and write everything, all or none.
+@dataclass(frozen=True)
+class Prepared:
+    """Every part, checked and loaded; what remains is to measure."""
 
-    Raises:
-        FrankenlensError: settings contradict each other, or the models or data cannot be read, before anything runs;
-            or some parts failed, after the others are written.
-    """
-    require_sound(config)
+    parts: Mapping[str, Callable[[Any], Iterable[Section]]]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+def check(config: SuiteConfig) -> None:
+    """Refuse no parts, too few questions for any, and a number of them beside the paper's."""
     if not config.parts:
         raise FrankenlensError(f"--parts is empty; choose of {', '.join(PARTS)}.")
-    if config.n is not None and config.n < 4:
-        raise FrankenlensError(f"--n is {config.n}; give at least 4.")
-    prepared = {part: _PREPARE[part](config) for part in PARTS if part in config.parts}
-    pair = load_pair(config, with_base=True)
-    try:
-        models, sections, failed = pair.provenance(), [], {}
-        for part, measure in tqdm(prepared.items(), desc="suite", unit="part"):
-            try:
-                sections.append(measure(pair))
-            except Exception as error:  # the finished parts are kept, and so is the reason
-                failed[part] = error
-        if sections:
-            publish(sections, config, config.out, models, {"parts": len(sections)})
-    finally:
-        pair.close()
+    if config.n is not None and config.n < QUARTER:
+        raise FrankenlensError(f"--n is {config.n}; give at least {QUARTER}.")
+    if config.n is not None and config.paper:
+        raise FrankenlensError("--paper has the paper's n in every part: leave out --n, or --paper.")
+
+
+def load(config: SuiteConfig) -> Prepared:
+    """Prepare every part, before a model is opened.
+
+    Raises:
+        FrankenlensError: settings of a part contradict each other, or its data cannot be read.
+    """
+    chosen = {part: command for part, command in PARTS.items() if part in config.parts}
+    return Prepared({part: own.prepare(settings_of(config, part)) for part, own in chosen.items()})
+
+
+def measure(pair: Pair, asked: Prepared, config: SuiteConfig) -> Iterator[Section]:
+    """Every part on the same pair, one after the other; one that fails loses no other.
+
+    Raises:
+        FrankenlensError: at the end, where some parts failed.
+    """
+    failed: dict[str, Exception] = {}
+    for part, own in steps(asked.parts.items(), "suite", "part"):
+        try:
+            sections = list(own(pair))
+        except Exception as error:  # the finished parts are kept, and so is the reason
+            failed[part] = error
+        else:
+            yield from sections
     if failed:
         told = "; ".join(f"{part}: {type(error).__name__}: {error}" for part, error in failed.items())
-        kept = f"; {config.out} holds the others" if sections else ""
+        kept = f"; {config.out} holds the others" if len(failed) < len(asked.parts) else ""
         raise FrankenlensError(
-            f"{len(failed)} of {len(prepared)} parts failed{kept}. {told}"
+            f"{len(failed)} of {len(asked.parts)} parts failed{kept}. {told}"
         ) from failed.popitem()[1]
-    return sections
 
 
-def settings_of(config: SuiteConfig, kind: type[Config], **given: Any) -> Config:
-    """A part's settings: its own defaults; models, data, partition and paper mode of the suite; what is given."""
-    own = {field.name for field in fields(kind)}
-    shared = own & {*(field.name for field in fields(PairSettings)), "data", "images", "partition", "paper"}
-    return kind(**{**{name: getattr(config, name) for name in shared}, **given})
+Config = TypeVar("Config", bound=ModelSettings)
 
 
-def _sized(config: SuiteConfig, share: int = 1) -> Mapping[str, Any]:
-    return {} if config.n is None else {"n": max(1, config.n // share)}
+def settings_of(config: SuiteConfig, part: str) -> Any:
+    """A part's settings: its own defaults; models, data, n, partition and paper mode of the suite, where given."""
+    kind: type[ModelSettings] = PARTS[part].settings
+    shared = {*PairSettings().options, "data", "images", "paper", *({"n", "partition"} & config.given)}
+    values = {one.name: getattr(config, one.name) for one in fields(kind) if one.name in shared}
+    if part == "localize":
+        values |= {"data": config.functions_data, "images": None}
+        values |= {"n": config.n // QUARTER} if config.n is not None else {}
+    return kind(**values)
 
 
-def _metrics(config: SuiteConfig) -> Callable[[Pair], Section]:
-    own = settings_of(config, metrics.MetricsConfig, **_sized(config))
-    metrics.check(own)
-    examples, dropped = metrics.load(own)
-    return lambda pair: metrics.measure(pair, examples, own, dropped)
-
-
-def _localize(config: SuiteConfig) -> Callable[[Pair], Section]:
-    data = {"data": config.functions_data, "images": None}
-    own = localize.settled(settings_of(config, localize.LocalizeConfig, **data, **_sized(config, 4)))
-    localize.check(own)
-    asked = localize.load(own)
-    return lambda pair: localize.measure(pair, asked, own)
-
-
-def _attention(config: SuiteConfig) -> Callable[[Pair], Section]:
-    own = attention.settled(settings_of(config, attention.AttentionConfig, **_sized(config)))
-    attention.check(own)
-    examples, dropped = load_examples(own, own.seed)
-    return lambda pair: attention.measure(pair, examples, own, dropped)
-
-
-def _compare(config: SuiteConfig) -> Callable[[Pair], Section]:
-    own = settings_of(config, compare.CompareConfig)
-    compare.check(own)
-    opened = compare.open_checkpoints(own)
-    return lambda pair: compare.measure(opened, own)
-
-
-def _transfer(config: SuiteConfig) -> Callable[[Pair], Section]:
-    own = transfer.settled(settings_of(config, transfer.TransferConfig, **_sized(config)))
-    transfer.check(own)
-    examples, dropped = load_examples(own, own.seed, (*PERCEPTION, *REASONING))
-    return lambda pair: transfer.measure(pair, examples, own, dropped)
-
-
-_PREPARE: Mapping[Part, Callable[[SuiteConfig], Callable[[Pair], Section]]] = {
-    "metrics": _metrics,
-    "localize": _localize,
-    "attention": _attention,
-    "compare": _compare,
-    "transfer": _transfer,
-}
+COMMAND = Command(SuiteConfig, check, load, load_triple, measure)

@@ -5,37 +5,52 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
-import xarray as xr
 
-from experiments.settings import DataSettings, PairSettings, load_examples, load_pair, publish, require_sound
+from experiments.frame import Command, finished
+from experiments.options import Only, a_task, default
+from experiments.settings import (
+    CORRECTIONS,
+    Correction,
+    Questions,
+    QuestionSettings,
+    load_examples,
+    load_triple,
+)
 from hooks.address import Address
 from hooks.errors import FrankenlensError
-from interp.localization.outcomes import Grader
 from interp.pair.pair import Pair
-from interp.questions.examples import Example, with_looked_at
-from interp.questions.grading import grade
+from interp.questions.examples import fingerprint, with_looked_at
 from interp.questions.tasks import PERCEPTION, REASONING
 from interp.regions import Partition, parse_partition
 from interp.results.forest import plot_transfer
 from interp.results.page import Account, Section
 from interp.statistics import interval_text
-from interp.transfer.grafts import Graft
-from interp.transfer.table import as_table_2, transfer_table
-from interp.transfer.transfer import Metric, answers, transfer
-from interp.transfer.variants import Variant, addressed, controls, doses, factors, orders, parts
+from interp.transfer import (
+    Graft,
+    Variant,
+    addressed,
+    answers,
+    as_table_2,
+    controls,
+    doses,
+    factors,
+    orders,
+    parts,
+    shown_cells,
+    transfer,
+    transfer_table,
+    unmeasured,
+)
 
 GROUPS: Mapping[str, Sequence[str]] = {"perception": PERCEPTION, "reasoning": REASONING}
 PAPER_N = 100  # questions a task
+_TASKS = (*PERCEPTION, *REASONING)
 _CONTROLS = {
     "random": "a random update as large beside every variant",
     "layers": "as many random layers beside the mixtures, which alone have this control",
@@ -43,7 +58,7 @@ _CONTROLS = {
 
 
 @dataclass(frozen=True)
-class TransferConfig(PairSettings, DataSettings):
+class TransferConfig(QuestionSettings):
     """Settings of the transfer; the defaults run on the triple that ships with the package.
 
     Attributes:
@@ -61,70 +76,30 @@ class TransferConfig(PairSettings, DataSettings):
         correction: of p values, over all variants of one metric and task.
         paper: the paper's definition: its partition and mixtures, the rest from the first donor, n = 100 a task.
         n: questions, in equal shares over the synthetic tasks where no data is given.
-        out: folder for transfer.csv, table_2.csv, transfer.png, transfer.nc and report.html.
+        out: folder for transfer.csv, table_2.csv, transfer.png, transfer.nc and report.html. What each variant
+            answered is kept in `finished`, and the same command goes on from there where it was killed.
     """
 
-    n: int = 400
-    partition: str = "paper"
-    rest: Literal["in", "early"] = "in"
-    variants: tuple[Literal["orders", "factors", "parts", "region-parts"], ...] = (
-        "orders",
-        "factors",
-        "parts",
+    n: int = default(400, paper=a_task(PAPER_N, _TASKS))
+    partition: str = default("paper", paper="paper")
+    rest: Literal["in", "early"] = default(
+        "in", paper="early", only=Only("orders among --variants", lambda config: "orders" in config.variants)
     )
-    addresses: tuple[str, ...] = ()
-    scales: tuple[float, ...] = (0.5, 2.0)
-    ranks: tuple[int, ...] = (4,)
+    variants: tuple[Literal["orders", "factors", "parts", "region-parts"], ...] = default(
+        ("orders", "factors", "parts"), paper=("orders",)
+    )
+    addresses: tuple[str, ...] = default((), paper=())
+    scales: tuple[float, ...] = default((0.5, 2.0), paper=())
+    ranks: tuple[int, ...] = default((4,), paper=())
     controls: tuple[Literal["random", "layers"], ...] = ("random", "layers")
-    draws: int = 1
-    correction: Literal["holm", "bh"] = "holm"
+    draws: int = default(1, only=Only("--controls", lambda config: config.controls))
+    correction: Correction = "holm"
     paper: bool = False
     out: Path = Path("out/transfer")
 
 
-def run(config: TransferConfig) -> pd.DataFrame:
-    """Measure every variant and write table, figure, dataset and page, all or none.
-
-    A run that is killed leaves what each variant answered in a folder of `out`; the same command goes on from there.
-
-    Returns:
-        The table of transfer.csv: see `interp.transfer.table.transfer_table`.
-
-    Raises:
-        FrankenlensError: settings contradict each other, the partition does not cover the model, an address names
-            nothing, the models are no pair, or the data cannot be read.
-    """
-    config = settled(config)
-    check(config)
-    pair = load_pair(config, with_base=True)
-    try:
-        examples, dropped = load_examples(config, config.seed, (*PERCEPTION, *REASONING))
-        models = pair.provenance()
-        keep = config.out / f"kept-{_fingerprint(config, examples, models)}"
-        section = measure(pair, examples, config, dropped, keep=keep)
-        publish([section], config, config.out, models, {"examples": len(examples)})
-        shutil.rmtree(keep)
-    finally:
-        pair.close()
-    return section.tables["transfer"]
-
-
-def settled(config: TransferConfig) -> TransferConfig:
-    """The settings with `paper` spelt out."""
-    if not config.paper:
-        return config
-    n = PAPER_N * len((*PERCEPTION, *REASONING)) if config.data is None else PAPER_N
-    plain: dict = {"addresses": (), "scales": (), "ranks": (), "variants": ("orders",)}
-    return replace(config, partition="paper", rest="early", n=n, **plain)
-
-
 def check(config: TransferConfig) -> None:
-    """Refuse settings that contradict each other, before anything is loaded.
-
-    Raises:
-        FrankenlensError: says which, and what to give instead.
-    """
-    require_sound(config)
+    """Refuse grafts that there are not, and none at all."""
     for address in config.addresses:
         Address.parse(address)
     for rank in config.ranks:
@@ -135,46 +110,38 @@ def check(config: TransferConfig) -> None:
         raise FrankenlensError("nothing to graft: give --variants, --addresses, --scales or --ranks.")
 
 
-def measure(
-    pair: Pair,
-    examples: Sequence[Example],
-    config: TransferConfig,
-    dropped: Mapping[str, int] | None = None,
-    *,
-    metrics: Mapping[str, Metric] | None = None,
-    grader: Grader = grade,
-    keep: Path | None = None,
-) -> Section:
-    """All variants of a pair, as a section of a page.
-
-    Args:
-        pair: IN, RL and perhaps Base; as they were, afterwards.
-        examples: of the metric "accuracy".
-        config: the settings.
-        dropped: reason to number of examples that could not be read.
-        metrics: instead of "accuracy", e.g. M_vis, M_v2r and M_rea by name.
-        grader: of "accuracy".
-        keep: see `interp.transfer.transfer`.
+def load(config: TransferConfig) -> Questions:
+    """Questions of perception as well as of reasoning.
 
     Raises:
-        FrankenlensError: as `run`.
+        FrankenlensError: no row can be read.
     """
-    config = settled(config)
+    return Questions(*load_examples(config, config.seed, _TASKS))
+
+
+def measure(pair: Pair, asked: Questions, config: TransferConfig) -> Iterator[Section]:
+    """All variants of a pair.
+
+    Raises:
+        FrankenlensError: the partition does not cover the model, or an address names nothing.
+    """
     partition = parse_partition(config.partition, pair.in_.n_layers)
     variants = chosen(pair, partition, config)
-    if metrics is None:
-        settings = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
-        metrics = {"accuracy": answers(pair.builder, examples, grader=grader, **settings)}
+    metrics = {"accuracy": answers(pair.builder, asked.examples, **config.running)}
     others = {} if pair.base is None else {"Base": pair.base}
+    keep = _kept(pair, asked, config)
     found = transfer(pair.in_, pair.rl, variants, metrics, others, keep=keep)
     table = transfer_table(found, GROUPS, correction=config.correction, seed=config.seed)
-    cells = panels(table)
-    left_out = {**(dropped or {}), **_left_out(found)}
-    figure = plot_transfer(table, cells)
-    tables = {"transfer": table, "table_2": as_table_2(table)}
-    account = _account(config, partition, variants, table, left_out)
-    figures, data = {"transfer": figure}, with_looked_at(found, examples)
-    return Section("transfer", "Transfer", finding(table, cells), account, tables, figures, dataset=data)
+    cells = shown_cells(table)
+    yield Section(
+        "transfer",
+        "Transfer",
+        finding(table, cells),
+        _account(config, partition, variants, table, len(asked.examples), unmeasured(found)),
+        {"transfer": table, "table_2": as_table_2(table)},
+        {"transfer": plot_transfer(table, cells)},
+        with_looked_at(found, asked.examples),
+    )
 
 
 def chosen(pair: Pair, partition: Partition, config: TransferConfig) -> list[Variant]:
@@ -194,10 +161,15 @@ def chosen(pair: Pair, partition: Partition, config: TransferConfig) -> list[Var
     return found
 
 
-def panels(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """The (metric, task) that the figure shows: means of groups where there are any, otherwise up to four."""
-    cells = list(dict.fromkeys(zip(table["metric"], table["task"], strict=True)))
-    return [cell for cell in cells if cell[1].endswith(", mean")] or cells[:4]
+def _kept(pair: Pair, asked: Questions, config: TransferConfig) -> Path:
+    """Where it is kept what each variant answered, by all that an answer depends on beside the grafts."""
+    names = ("reasoning", "answer", "max_new_tokens", "batch_size", "device_map", "dtype")
+    return finished(
+        config.out,
+        models=pair.provenance(),
+        settings={name: getattr(config, name) for name in names},
+        questions=[(example.id, example.task, fingerprint(example)) for example in asked.examples],
+    )
 
 
 def finding(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> str:
@@ -220,39 +192,18 @@ def finding(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> str:
     return " ".join(sentences)
 
 
-def _fingerprint(config: TransferConfig, examples: Sequence[Example], models: Mapping[str, object]) -> str:
-    """Of all that an answer depends on, beside the grafts."""
-    digest = hashlib.sha256(json.dumps(models, sort_keys=True, default=str).encode())
-    for name in ("reasoning", "answer", "max_new_tokens", "batch_size", "device_map", "dtype"):
-        digest.update(f"{name} {getattr(config, name)!r}\n".encode())
-    for example in examples:
-        digest.update(repr((example.id, example.question, example.answer, example.task)).encode())
-        for image in example.images:
-            digest.update(repr((image.mode, image.size)).encode() + image.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _left_out(found: xr.Dataset) -> dict[str, int]:
-    """Reason to number of examples that some variant has no value for."""
-    missing, why = found["right"].isnull().to_numpy(), found["why"].to_numpy()
-    rows, places = missing.nonzero()
-    once = {(int(place), str(why[row, place])) for row, place in zip(rows, places, strict=True)}
-    return dict(Counter(reason for _, reason in sorted(once)))
-
-
 def _account(
     config: TransferConfig,
     partition: Partition,
     variants: Sequence[Variant],
     table: pd.DataFrame,
+    n_examples: int,
     left_out: Mapping[str, int],
 ) -> Account:
     rest = "IN's" if config.rest == "in" else "that of the first region's donor (the paper's confound)"
-    names = list(dict.fromkeys(table["metric"]))
-    graded = "greedy answers" if names == ["accuracy"] else ", ".join(names)
     definition = (
         f"{'the paper: ' if config.paper else ''}RL's weights in IN, decoder blocks spliced by region, "
-        f"the rest {rest}; {graded}; change against IN paired (bootstrap, 95 %), exact McNemar; "
+        f"the rest {rest}; greedy answers; change against IN paired (bootstrap, 95 %), exact McNemar; "
         "recovery (m − IN)/(RL − IN)"
     )
     if config.controls:
@@ -261,6 +212,9 @@ def _account(
     sizes = sorted({int(n) for n in tasks["n"]})
     n = f"{sizes[0]} questions a task" if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]} questions a task"
     tested = sum(variant.kind != "control" for variant in variants)
-    name = {"holm": "Holm", "bh": "Benjamini-Hochberg"}[config.correction]
-    correction = f"{name} over {tested} variants, for each metric and task"
-    return Account(definition, n, correction, config.seed, str(partition), left_out)
+    correction = f"{CORRECTIONS[config.correction]} over {tested} variants, for each metric and task"
+    counts = {"examples": n_examples}
+    return Account(definition, n, correction, config.seed, str(partition), left_out, counts)
+
+
+COMMAND = Command(TransferConfig, check, load, load_triple, measure)

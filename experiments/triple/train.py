@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from experiments.frame import Recipe, require_begun_alike
 from experiments.triple import checkpoints, evaluate
 from experiments.triple.clock import CpuClock
 from experiments.triple.model import ModelSize, build_model, build_tokenizer
@@ -85,7 +86,7 @@ def run(config: TrainTriple) -> dict[str, Any]:
     require_grpo()
     torch.set_num_threads(config.threads)
     config.out.mkdir(parents=True, exist_ok=True)
-    _check_settings(config)
+    require_begun_alike(config.out / "settings.json", _settings(config))
     folders = {"base": _stage(config, "base", _make_base), "in": _stage(config, "in", _make_in)}
     for seed in range(config.seeds):
         folders[f"rl-{seed}"] = _stage(config, f"rl-{seed}", lambda *a, seed=seed: _make_rl(*a, seed=seed))
@@ -158,20 +159,6 @@ def _make_control(config: TrainTriple, folder: Path, clock: CpuClock) -> Model:
     return model
 
 
-def _check_settings(config: TrainTriple) -> None:
-    """Refuses to go on with a run that was begun with other settings."""
-    path, settings = config.out / "settings.json", _settings(config)
-    if path.exists():
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        other = sorted(name for name in settings if begun.get(name) != settings[name])
-        if other:
-            raise FrankenlensError(
-                f"{config.out} holds a run with other settings ({', '.join(other)}); choose another folder, "
-                "or delete it"
-            )
-    evaluate.write_json(settings, path)
-
-
 def _settings(config: TrainTriple) -> dict[str, Any]:
     """What decides the weights: everything but where, how many and how fast."""
     settings = asdict(config)
@@ -181,3 +168,6 @@ def _settings(config: TrainTriple) -> dict[str, Any]:
 def _cpu_seconds(out: Path) -> dict[str, float]:
     files = sorted((out / "unfinished").glob("*/cpu.json"))
     return {file.parent.name: json.loads(file.read_text())["cpu_seconds"] for file in files}
+
+
+COMMAND = Recipe(TrainTriple, run)

@@ -4,7 +4,8 @@ from interp.map.attribution import attribute, attribute_within, verify
 from interp.map.component_map import DIRECTIONS, MAP_POINTS, component_map, patch
 from interp.map.components import POINTS, Component, cached_names, components
 from interp.map.plots import plot_map, plot_strongest
-from interp.map.summary import now_and_before, strongest, summarise
+from interp.map.report import map_section
+from interp.map.summary import cell_table, now_and_before, strongest, summarise
 
 __all__ = [
     "DIRECTIONS",
@@ -14,8 +15,10 @@ __all__ = [
     "attribute",
     "attribute_within",
     "cached_names",
+    "cell_table",
     "component_map",
     "components",
+    "map_section",
     "now_and_before",
     "patch",
     "plot_map",

@@ -1,170 +1,186 @@
-"""One self-contained page about a component map: what was measured, the figure, the strongest components, controls."""
+"""The component map as a section of a page: the figure, the strongest components with their controls, the decisions."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
 from collections.abc import Mapping
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
-from jinja2 import Environment, StrictUndefined
 
-from interp.map.plots import DIRECTIONS, plot_map
-from interp.map.summary import headline, now_and_before, strongest
+from interp.map.plots import DIRECTIONS, denominator_text, plot_map
+from interp.map.summary import cell_table, headline, now_and_before, strongest
+from interp.results.page import Account, Digest, Section
 from interp.statistics import Interval, bootstrap_mean, interval_text
 
-_WIDTH = 90  # of the small interval plots, in pixels
+WORDS = {"rl_to_in": "RL into IN", "in_to_rl": "IN into RL"}
+"""What is moved where, in a sentence."""
+TOLD = 3  # components that the finding names
 
 
-def save_report(summary: xr.Dataset, path: Path, k: int = 10) -> None:
-    """Write the page; use inside `interp.results.publishing`.
+def map_section(summary: xr.Dataset, k: int = 10, seed: int | None = None) -> Section:
+    """What a page says of a map, with map.csv and map.nc.
 
     Args:
-        summary: what `interp.map.summary.summarise` returns, with the attributes `provenance`
-            (`interp.results.provenance`) and, for a pair, `decisions` (`DecisionSet.summary`), both as JSON, and
-            the variable `two_by_two` (`interp.decision.two_by_two`) where there is one.
-        path: the file.
-        k: how many components each direction's table lists.
+        summary: what `interp.map.summary.summarise` returns, with the attribute `decisions` (`DecisionSet.summary`, as
+            JSON) where they are those of a pair, and the variable `two_by_two` (`interp.decision.two_by_two`) where
+            there is one.
+        k: how many components of each direction are listed.
+        seed: of everything random.
     """
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    environment.filters["capfirst"] = lambda text: text[:1].upper() + text[1:]
-    template, style = (
-        (files("interp") / name).read_text(encoding="utf-8") for name in ("report.html.j2", "page.css")
-    )
-    page = environment.from_string(template).render(_content(summary, k), style=style)
-    path.write_text(page, encoding="utf-8")
-
-
-def _content(summary: xr.Dataset, k: int) -> dict[str, Any]:
-    """Everything the template prints, as text and numbers."""
-    provenance = json.loads(summary.attrs["provenance"])
     decisions = json.loads(summary.attrs["decisions"]) if "decisions" in summary.attrs else None
-    directions = [str(name) for name in summary["direction"].to_numpy()]
-    what, denominator = headline(summary)
-    names = [model["name_or_path"] for part, model in provenance["checkpoints"].items() if part != "base"]
-    return {
-        "title": " → ".join(Path(name).name for name in names),
-        "metric": summary.attrs["metric"],
-        "units": summary.attrs["units"],
-        "level": f"{100 * summary.attrs['confidence']:.0f} %",
-        "refused": summary.attrs["refused"],
-        "decisions": decisions,
-        "provenance": provenance | {"settings": _settings(provenance["settings"])},
-        "denominator": {"what": what, "text": _interval(denominator)},
-        "nulls": [
-            {"name": str(name), "text": _text(summary.sel(null=name), "null_denominator")}
-            for name in (summary["null"].to_numpy() if "null" in summary.dims else ())
-        ],
-        "figure": "" if summary.attrs["refused"] else _png(summary),
-        "tables": [_table(summary, direction, k) for direction in directions],
-        "n_cells": int((summary["n"].sel(direction=directions[0]) > 0).sum()),
-        "crossed": _crossed(summary["two_by_two"]) if "two_by_two" in summary else None,
-        "dropped": _dropped(provenance, decisions),
-    }
-
-
-def _png(summary: xr.Dataset) -> str:
-    """The figure as base64."""
-    out = io.BytesIO()
-    plot_map(summary).savefig(out, format="png", dpi=130)
-    return base64.b64encode(out.getvalue()).decode()
-
-
-def _table(summary: xr.Dataset, direction: str, k: int) -> dict[str, Any]:
-    """The strongest components of a direction, with the coordinates of their small interval plots."""
-    rows = strongest(summary, direction, k)
-    refused = bool(summary.attrs["refused"])
-    name = "effect_mean" if refused else "recovery"
-    shown = [name] if refused else [name, "control_other_recovery"]
-    ends = rows[[each + suffix for each in shown for suffix in ("", "_low", "_high")]].to_numpy(dtype=float)
-    reach = (
-        [min(0.0, *ends[np.isfinite(ends)]), max(0.0, *ends[np.isfinite(ends)])] if len(rows) else [0.0, 1.0]
+    digests = [_denominators(summary), *_strongest(summary, k)]
+    digests += [_now_and_before(summary)] if "two_by_two" in summary else []
+    digests += [_decided(decisions)] if decisions else []
+    return Section(
+        "map",
+        "Which components carry what RL changed",
+        _finding(summary, decisions),
+        _account(summary, decisions, seed),
+        figures={"map": plot_map(summary)},
+        dataset=summary,
+        cells=cell_table(summary),
+        digests=digests,
     )
 
-    def place(value: float) -> float:
-        return round(4 + (_WIDTH - 8) * (value - reach[0]) / max(reach[1] - reach[0], 1e-12), 1)
 
-    lines = []
-    for record in rows.to_dict("records"):
-        marks = (
-            [] if refused else [_mark(record, "control_other_recovery", place, "control", "controldot", 10)]
+def _finding(summary: xr.Dataset, decisions: Mapping[str, Any] | None) -> str:
+    """How much there is to explain, and what explains most of it in each direction."""
+    lines = [f"{denominator_text(summary)}."]
+    if decisions:
+        found = f"{decisions['n_qualify']} of {decisions['n_prompts']} prompts qualify"
+        lines = [f"{found} (decision: {decisions['choice']}). {lines[0]}"]
+    if summary.attrs["refused"]:
+        refusal = f"No recovery is given: {summary.attrs['refused']}. A recovery is a share of that difference; where"
+        refusal += (
+            " it cannot be told from that of a pair that learnt nothing, noise too would draw a full map."
         )
-        marks.append(_mark(record, name, place, "bar", "dot", 7 if refused else 4))
-        lines.append(
-            {
-                "component": record["component"],
-                "role": record["role"],
-                "value": _text(record, name),
-                "control": f"{_text(record, 'control_other_recovery')} (n {int(record['control_other_n'])})",
-                "control_self": f"{record['control_self']:.2g}" if "control_self" in record else "–",
-                "n": int(record["n"]),
-                "marks": [mark for mark in marks if mark],
-            }
+        return "\n".join([*lines, refusal])
+    for direction in map(str, summary["direction"].to_numpy()):
+        told = (
+            f"{row['component']} at {row['role']} {_text(row, 'recovery')}"
+            f" (donor on another example: {_text(row, 'control_other_recovery')})"
+            for row in strongest(summary, direction, TOLD).to_dict("records")
         )
-    title = DIRECTIONS.get(direction, direction)
-    return {"title": title, "zero": place(0.0), "rows": lines}
+        lines.append(f"{WORDS.get(direction, direction)}, strongest: {'; '.join(told)}.")
+    return "\n".join(lines)
 
 
-def _mark(record: Mapping[Any, Any], name: str, place, line: str, dot: str, y: int) -> dict[str, Any] | None:
-    """One interval of a small plot; a value without an interval is a bare dot, no value is nothing."""
-    value, low, high = (float(record[name + suffix]) for suffix in ("", "_low", "_high"))
-    if not math.isfinite(value):
-        return None
-    ends = (low, high) if math.isfinite(low) and math.isfinite(high) else (value, value)
-    return {
-        "line": line,
-        "dot": dot,
-        "y": y,
-        "value": place(value),
-        "low": place(ends[0]),
-        "high": place(ends[1]),
-    }
+def _account(summary: xr.Dataset, decisions: Mapping[str, Any] | None, seed: int | None) -> Account:
+    level = f"{100 * summary.attrs['confidence']:.0f} %"
+    definition = (
+        f"activation patching of one component at the tokens of one role, {summary.attrs['metric']}, "
+        f"{summary.attrs['units']}; recovery = (patched − recipient) / (donor − recipient), ratio of sums over "
+        f"examples; {level} bootstrap intervals over examples, each for its own cell; controls: the donor's activation "
+        "on another example with the same roles, and the recipient's own"
+    )
+    n = f"{int(summary['n'].max())} examples"
+    counts = {}
+    if decisions:
+        n = f"{decisions['n_qualify']} decisions ({decisions['choice']}) of {decisions['n_prompts']} prompts"
+        counts = {"examples": decisions["n_prompts"], "decisions": decisions["n_qualify"]}
+    return Account(definition, n, "none", seed, left_out=_left_out(decisions), counts=counts)
 
 
-def _crossed(two_by_two: xr.DataArray) -> dict[str, Any]:
+def _left_out(decisions: Mapping[str, Any] | None) -> dict[str, int]:
+    """Reason to number: of prompts without a decision, of traces that do not parse."""
+    if decisions is None:
+        return {}
+    found = {f"no decision: {reason}": n for reason, n in decisions["excluded"].items()}
+    for model, reasons in decisions["unparsed"].items():
+        found |= {f"{model.upper()}'s trace does not parse: {reason}": n for reason, n in reasons.items()}
+    if decisions["n_unstable_positions"]:
+        found["positions where RL is tied to rounding"] = decisions["n_unstable_positions"]
+    return found
+
+
+def _denominators(summary: xr.Dataset) -> Digest:
+    """What a recovery of 1 is worth, beside pairs that learnt nothing."""
+    what, own = headline(summary)
+    rows: list[tuple[str, Interval]] = [(what, own)]
+    for name in summary["null"].to_numpy() if "null" in summary.dims else ():
+        rows.append((f"learnt nothing: {name}", _interval(summary.sel(null=name), "null_denominator")))
+    table = pd.DataFrame(rows, columns=["pair", summary.attrs["units"]])
+    return Digest("What a recovery of 1 is worth", table)
+
+
+def _strongest(summary: xr.Dataset, k: int) -> list[Digest]:
+    """The strongest components of each direction; where recovery is refused, their effects."""
+    directions = [str(name) for name in summary["direction"].to_numpy()]
+    digests = []
+    for direction in directions:
+        rows = strongest(summary, direction, k)
+        table = pd.DataFrame({"component": rows["component"], "tokens": rows["role"]})
+        if summary.attrs["refused"]:
+            table[f"effect, {summary.attrs['units']}"] = _intervals(rows, "effect_mean")
+            table["n"] = rows["n"]
+        else:
+            table["recovery"], table["n"] = _intervals(rows, "recovery"), rows["n"]
+            table["other example"] = _intervals(rows, "control_other_recovery")
+            table["n, other"] = rows["control_other_n"]
+        if "control_self" in rows:
+            table["itself"] = rows["control_self"]
+        title = DIRECTIONS.get(direction, direction)
+        digests.append(Digest(f"{title} The {len(rows)} strongest", table, _selected(summary, direction)))
+    return digests
+
+
+def _selected(summary: xr.Dataset, direction: str) -> str:
+    n_cells = int((summary["n"].sel(direction=direction) > 0).sum())
+    return (
+        f"Each component at the tokens where it acts most. Of the {n_cells} cells of the direction some miss 0 by "
+        "chance, and the strongest are biased upward. Other example: the donor's activation there. Itself: the "
+        f"largest absolute effect of the recipient's own activation, {summary.attrs['units']}, which must be 0."
+    )
+
+
+def _now_and_before(summary: xr.Dataset) -> Digest:
     """The 2x2 of weights at the decision and keys and values of the prefix."""
+    two_by_two = summary["two_by_two"]
     rows = []
     for weights in ("in", "rl"):
         values = (two_by_two.sel(weights=weights, prefix=prefix).to_numpy() for prefix in ("in", "rl"))
-        rows.append(
-            {"weights": weights.upper(), "cells": [_interval(bootstrap_mean(each)) for each in values]}
-        )
-    return {"rows": rows} | {name: _interval(found) for name, found in now_and_before(two_by_two).items()}
+        rows.append((weights.upper(), *(bootstrap_mean(each)[()] for each in values)))
+    found = {name: interval_text(x.value, x.low, x.high) for name, x in now_and_before(two_by_two).items()}
+    return Digest(
+        f"Now or before? Mean {summary.attrs['metric']}, {summary.attrs['units']}",
+        pd.DataFrame(rows, columns=["weights at the decision", "IN's prefix", "RL's prefix"]),
+        f"Now (RL's weights on IN's keys and values): {found['now']}. Before (IN's weights on RL's): "
+        f"{found['before']}. Beyond their sum: {found['together']}.",
+    )
 
 
-def _dropped(provenance: Mapping[str, Any], decisions: Mapping[str, Any] | None) -> dict[str, int]:
-    """Reason to number: of rows, of prompts without a decision, of traces that do not parse."""
-    dropped = dict(provenance["dropped"])
-    if decisions is None:
-        return dropped
-    dropped |= {f"no decision: {reason}": n for reason, n in decisions["excluded"].items()}
-    for model, reasons in decisions["unparsed"].items():
-        dropped |= {f"{model.upper()}'s trace does not parse: {reason}": n for reason, n in reasons.items()}
-    if decisions["n_unstable_positions"]:
-        dropped["positions where RL is tied to rounding"] = decisions["n_unstable_positions"]
-    return dropped
-
-
-def _text(source: Mapping[Any, Any], name: str) -> str:
-    return interval_text(source[name], source[name + "_low"], source[name + "_high"])
-
-
-def _settings(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as a command line would show them; what was not set is left out."""
-    return {
-        name.rstrip("_"): " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        for name, value in settings.items()
-        if value is not None
+def _decided(decisions: Mapping[str, Any]) -> Digest:
+    """Where RL decides otherwise, and on which tokens."""
+    rows = {
+        "prompts that qualify": f"{decisions['n_qualify']} of {decisions['n_prompts']}",
+        "RL's and IN's next tokens differ somewhere": str(decisions["n_diverge"]),
+        "right": f"IN {decisions['n_in_correct']}, RL {decisions['n_rl_correct']}",
     }
+    if index := decisions["trace_index"]:
+        at = {name: int(value + 1) for name, value in index.items()}
+        rows["decided token of RL's trace"] = (
+            f"median: no. {at['median']}; middle half {at['quarter']} to {at['three_quarters']}, last {at['max']}"
+        )
+        rows["its role"] = ", ".join(f"{role} {count}" for role, count in decisions["roles"].items())
+    pairs = [f"{pair['rl']} for {pair['in']} × {pair['n']}" for pair in decisions["token_pairs"]]
+    if pairs:
+        rows["commonest tokens, RL's for IN's"] = ", ".join(pairs)
+    return Digest(
+        f"The decisions ({decisions['choice']})", pd.DataFrame(list(rows.items()), columns=["what", "found"])
+    )
 
 
-def _interval(found: Interval) -> str:
-    return interval_text(found.value, found.low, found.high)
+def _intervals(rows: pd.DataFrame, name: str) -> list[Interval]:
+    return [_interval(row, name) for row in rows.to_dict("records")]
+
+
+def _interval(source: Mapping[Any, Any] | xr.Dataset, name: str) -> Interval:
+    value, low, high = (np.asarray(float(source[name + suffix])) for suffix in ("", "_low", "_high"))
+    return Interval(value, low, high, np.asarray(0))
+
+
+def _text(row: Mapping[Any, Any], name: str) -> str:
+    return interval_text(*(row[name + suffix] for suffix in ("", "_low", "_high")))

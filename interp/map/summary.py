@@ -145,6 +145,17 @@ def strongest(
     return best[["component", "point", "role", *columns]].reset_index(drop=True)
 
 
+def cell_table(summary: xr.Dataset) -> pd.DataFrame:
+    """Tidy: one row per direction, component and role, every number with its interval.
+
+    Per-example values stay in the dataset. Rows without examples are kept, with n = 0 and empty values.
+    """
+    columns = [name for name, data in summary.data_vars.items() if data.dims and set(data.dims) <= set(CELLS)]
+    table = summary[columns].to_dataframe(dim_order=CELLS).reset_index()
+    front = [*CELLS[:2], *(c for c in ("point", "layer", "head") if c in table), "role", "n"]
+    return table[front + [c for c in columns if c not in front]]
+
+
 def headline(summary: xr.Dataset) -> tuple[str, Interval]:
     """What a recovery of 1 is worth: RL − IN in the map of a pair, whichever directions it has; else donor − recipient.
 

@@ -108,15 +108,3 @@ def load_dataset(path: Path | str) -> xr.Dataset:
             "save_dataset(dataset, path, provenance(...)), both of interp.results."
         )
     return dataset
-
-
-def save_table(dataset: xr.Dataset, path: Path) -> None:
-    """Tidy CSV of a component map: one row per direction, component and role, every number with its interval.
-
-    Per-example values stay in the NetCDF file. Rows without examples are kept, with n = 0 and empty values.
-    """
-    cells = ("direction", "component", "role")
-    columns = [name for name, data in dataset.data_vars.items() if data.dims and set(data.dims) <= set(cells)]
-    table = dataset[columns].to_dataframe(dim_order=cells).reset_index()
-    front = [*cells[:2], *(c for c in ("point", "layer", "head") if c in table), "role", "n"]
-    table[front + [c for c in columns if c not in front]].to_csv(path, index=False)

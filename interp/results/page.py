@@ -17,6 +17,8 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from interp.results.files import save_dataset
+from interp.results.marks import Scale
+from interp.statistics import Interval, interval_text
 
 SHOWN = 40  # rows of a table on the page; the file has them all
 
@@ -32,6 +34,7 @@ class Account:
         seed: of everything random; None where nothing is.
         partition: of the layers into regions (`str(Partition)`); "" where there are none.
         left_out: reason to number of examples left out.
+        counts: how many examples remained at each step, in order; for the provenance.
     """
 
     definition: str
@@ -40,6 +43,7 @@ class Account:
     seed: int | None = None
     partition: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -65,16 +69,33 @@ class Account:
 
 
 @dataclass(frozen=True)
+class Digest:
+    """A small table that stands on the page alone, where the files hold all that it is taken from.
+
+    Attributes:
+        heading: above it.
+        table: text, numbers, and `Interval`s of one cell, which are written out and drawn, all on one scale.
+        note: in small print below it.
+    """
+
+    heading: str
+    table: pd.DataFrame
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Section:
     """The outcome of one experiment.
 
     Attributes:
         name: its command, e.g. "compare".
         title: a heading.
-        finding: the outcome in a sentence or two, with intervals.
+        finding: the outcome in a sentence or two, with intervals; its line breaks are kept.
         account: what it rests on.
-        tables, figures: by file name without suffix; figures carry no caption yet.
+        tables, figures: by file name without suffix; figures carry no caption yet. Tables get the account as columns.
         dataset: values per example, if they are kept.
+        cells: the dataset's values per cell, tidy, written beside it under its name, as they are.
+        digests: what the page shows besides, between figures and tables.
     """
 
     name: str
@@ -84,6 +105,8 @@ class Section:
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     figures: Mapping[str, Figure] = field(default_factory=dict)
     dataset: xr.Dataset | None = None
+    cells: pd.DataFrame | None = None
+    digests: Sequence[Digest] = ()
 
 
 def save_sections(sections: Sequence[Section], folder: Path, made: Mapping[str, Any]) -> None:
@@ -98,19 +121,25 @@ def save_sections(sections: Sequence[Section], folder: Path, made: Mapping[str, 
     for section in sections:
         for name, table in section.tables.items():
             section.account.columns(table).to_csv(folder / f"{name}.csv", index=False)
-        pictures = {}
-        for name, figure in section.figures.items():
-            file = folder / f"{name}.png"
-            section.account.caption(figure).savefig(file, dpi=150)
-            width = round(110 * figure.get_figwidth())  # on the page, in CSS pixels
-            pictures[name] = {"width": width, "png": base64.b64encode(file.read_bytes()).decode()}
+        if section.cells is not None:
+            section.cells.to_csv(folder / f"{section.name}.csv", index=False)
         if section.dataset is not None:
             dataset = section.dataset.copy()
             dataset.attrs |= {"provenance": json.dumps(made), "account": section.account.text}
             save_dataset(dataset, folder / f"{section.name}.nc")
-        tables = [_table(name, table) for name, table in section.tables.items()]
-        shown.append({"section": section, "pictures": pictures, "tables": tables})
+        pictures = {name: _picture(section, name, folder) for name in section.figures}
+        tables = [_table(f"{name}.csv", table) for name, table in section.tables.items()]
+        digests = [_table(one.heading, one.table) | {"note": one.note} for one in section.digests]
+        shown.append({"section": section, "pictures": pictures, "tables": tables, "digests": digests})
     (folder / "report.html").write_text(_page(shown, made), encoding="utf-8")
+
+
+def _picture(section: Section, name: str, folder: Path) -> dict[str, Any]:
+    """The figure as a file, and as the page holds it."""
+    figure, file = section.account.caption(section.figures[name]), folder / f"{name}.png"
+    figure.savefig(file, dpi=150)
+    width = round(110 * figure.get_figwidth())  # on the page, in CSS pixels
+    return {"width": width, "png": base64.b64encode(file.read_bytes()).decode()}
 
 
 def _page(shown: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> str:
@@ -121,19 +150,38 @@ def _page(shown: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> str:
         (files("interp.results") / name).read_text(encoding="utf-8") for name in ("page.html.j2", "page.css")
     )
     names = [Path(model["name_or_path"]).name for model in made["checkpoints"].values()]
-    title = " · ".join(dict.fromkeys(names))
-    return environment.from_string(template).render(shown=shown, made=made, style=style, title=title)
+    about = {"style": style, "title": " · ".join(dict.fromkeys(names)), "settings": _settings(made)}
+    return environment.from_string(template).render(shown=shown, made=made, **about)
 
 
-def _table(name: str, table: pd.DataFrame) -> dict[str, Any]:
-    """The first rows as text."""
-    rows = [[_cell(value) for value in row] for row in table.head(SHOWN).itertuples(index=False)]
-    numeric = [pd.api.types.is_numeric_dtype(table[column]) for column in table]
-    columns = list(zip(map(str, table.columns), numeric, strict=True))
-    return {"name": name, "columns": columns, "rows": rows, "more": max(0, len(table) - SHOWN)}
+def _settings(made: Mapping[str, Any]) -> dict[str, str]:
+    """As a command line would show them; what was not set is left out."""
+    return {
+        name.rstrip("_"): " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in made["settings"].items()
+        if value is not None
+    }
 
 
-def _cell(value: Any) -> str:
+def _table(heading: str, table: pd.DataFrame) -> dict[str, Any]:
+    """The first rows, as the page shows them."""
+    some = table.head(SHOWN)
+    scale = Scale.of(cell for column in some for cell in some[column] if isinstance(cell, Interval))
+    rows = [[_cell(value, scale) for value in row] for row in some.itertuples(index=False)]
+    columns = [(str(column), _is_numeric(some[column])) for column in some]
+    more = max(0, len(table) - SHOWN)
+    return {"name": heading, "columns": columns, "rows": rows, "more": more, "zero": scale.place(0.0)}
+
+
+def _is_numeric(column: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(column) or any(isinstance(cell, Interval) for cell in column)
+
+
+def _cell(value: Any, scale: Scale) -> dict[str, Any]:
+    """Text, and where it is an interval how it is drawn."""
+    if isinstance(value, Interval):
+        text = interval_text(value.value, value.low, value.high)
+        return {"text": text, "mark": scale.mark(value)}
     if isinstance(value, float):
-        return "–" if pd.isna(value) else f"{value:.4g}".replace("-", "−")
-    return "–" if value is None or value is pd.NA else str(value)
+        return {"text": "–" if pd.isna(value) else f"{value:.4g}".replace("-", "−"), "mark": None}
+    return {"text": "–" if value is None or value is pd.NA else str(value), "mark": None}

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from experiments import embedded
-from experiments.planting import FIRST, Garden, PlantedConfig
 from hooks import FrankenlensError, HookedVLM
 from interp.decision import find_decisions, null_pair_denominator, recovery_refused
 from interp.pair.pair import Pair
 from interp.planting import (
     EVERYWHERE,
     METHODS,
+    Draws,
     Plant,
     Subject,
     candidates,
@@ -202,10 +202,10 @@ def test_plants_that_no_candidate_holds_are_refused(opened, examples) -> None:
 
 def test_exact_patching_finds_three_of_rls_components_among_noise(opened) -> None:
     """The bar: 50 pairs, every other weight with noise of rounding size; invisible plants are counted like others."""
-    garden = Garden(opened, PlantedConfig())
+    draws = Draws(opened.in_, opened.rl)
     found = []
     for i in range(50):
-        plant, among = garden.plant(FIRST, i)
+        plant, among = draws.plant("rl", i), draws.among("rl")
         assert len(plant.components) == 3
         assert plant.noise == "gaussian"
         pair = Pair(opened.in_, planted(opened.in_, opened.rl, plant))

@@ -1,6 +1,7 @@
 """`frankenlens attention` on the embedded pair, end to end."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ import pytest
 
 from experiments import embedded
 from experiments.cli import main
-from experiments.commands.attention import AttentionConfig, check, run, settled
+from experiments.commands.attention import COMMAND, AttentionConfig, check
 from hooks.errors import FrankenlensError
 from interp.attention.shift import attention_mass
 from interp.pair.generation import greedy
@@ -26,7 +27,7 @@ FILES = [
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attention")
-    run(AttentionConfig(n=N, max_new_tokens=48, out=folder))
+    COMMAND.run(AttentionConfig(n=N, max_new_tokens=48, out=folder))
     return folder
 
 
@@ -79,8 +80,9 @@ def test_the_page_and_the_dataset_say_what_they_rest_on(out) -> None:
 
 
 def test_the_paper_is_spelt_out_and_wrong_roles_are_refused() -> None:
-    assert settled(AttentionConfig(paper=True, measure="mean", n=3)).measure == "mass"
-    assert settled(AttentionConfig(paper=True, n=3)).n == 100 * len(REASONING)
+    assert AttentionConfig(paper=True).n == 100 * len(REASONING)
+    assert AttentionConfig(paper=True, data=Path("x.jsonl")).n == 100
+    assert AttentionConfig(paper=True, measure="mass") == AttentionConfig(paper=True)
     with pytest.raises(FrankenlensError, match="--queries has 'reason'"):
         check(AttentionConfig(queries="reason"))
 

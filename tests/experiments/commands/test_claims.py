@@ -57,7 +57,7 @@ def test_several_pairs_give_one_table_marked_exploratory(out) -> None:
     assert set(table["origin"]) == {"exploratory"}
     assert table["correction"].str.startswith("Holm over 2 claims").all()
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "supported [exploratory]: all weights carry it" in page
+    assert "all weights carry it: SUPPORTED [EXPLORATORY: tested on prompts it was found on]" in page
     assert "same weights" in page
     dataset = load_dataset(out / "test.nc")
     assert dataset.sizes["looked_at"] == 48
@@ -96,7 +96,7 @@ def verdicts_of(monkeypatch):
         assert not logging.is_progress_bar_enabled()
         return _NoPair()
 
-    def tested(pair, family, examples, config, progress):
+    def tested(pair, family, asked, config, progress):
         assert logging.is_progress_bar_enabled()  # as it was
         assert not progress  # pytest would show the bars with what was captured
         families.append(family)
@@ -199,7 +199,7 @@ def test_pytest_starts_without_torch(pytester) -> None:
 def test_pairs_whose_paths_end_alike_keep_their_names_apart() -> None:
     alike = ClaimsConfig(pairs=(("x/a/in", "x/a/rl"), ("y/a/in", "y/a/rl")))
     other = ClaimsConfig(pairs=(("x/a/in", "x/a/rl"), ("x/b/in", "x/b/rl")))
-    names = [[command._name(own) for own in command._each_pair(config)] for config in (alike, other)]
+    names = [[command.pair_name(own) for own in command.each_pair(config)] for config in (alike, other)]
     assert names == [["x/a/in → x/a/rl", "y/a/in → y/a/rl"], ["a/in → a/rl", "b/in → b/rl"]]
 
 

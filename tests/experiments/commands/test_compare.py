@@ -8,7 +8,7 @@ import pytest
 
 from experiments import embedded
 from experiments.cli import main
-from experiments.commands.compare import CompareConfig, check, measure, open_checkpoints, run
+from experiments.commands.compare import COMMAND, CompareConfig, check, open_files
 from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 
@@ -23,7 +23,7 @@ COLUMNS = (
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
-    run(CompareConfig(out=folder, regions=("blocks.3-5.mlp",)))
+    COMMAND.run(CompareConfig(out=folder, regions=("blocks.3-5.mlp",)))
     return folder
 
 
@@ -53,7 +53,8 @@ def test_the_page_names_each_model_by_the_hash_that_the_loaded_pair_has(out: Pat
 
 def test_the_finding_has_n_intervals_and_controls() -> None:
     config = CompareConfig(paper=True, subspace=0)
-    section = measure(open_checkpoints(config), config)
+    files = open_files(config)
+    [section] = COMMAND.measure(files, files, config)
     assert "rounding to bfloat16 alone" in section.finding and "n = 21 matrices" in section.finding
     assert "[" in section.finding and "Gaussian" in section.finding
     assert "as in the released code" in section.account.definition

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from experiments import embedded
-from experiments.commands.freeze import FreezeConfig, check, run
+from experiments.commands.freeze import COMMAND, FreezeConfig, check
 from experiments.retraining.arms import plan_arms, random_layers
 from experiments.retraining.recipe import read_trl
 from experiments.triple import checkpoints, evaluate
@@ -76,14 +76,14 @@ def test_arms_are_trained_measured_kept_and_continued(config: FreezeConfig, smal
     with monkeypatch.context() as patch:
         patch.setattr(CpuClock, "tick", killed_at("Early", 3))
         with pytest.raises(KeyboardInterrupt):
-            run(config)
+            COMMAND.run(config)
     arms, unfinished = config.out / "arms", config.out / "unfinished"
     assert [folder.name for folder in arms.iterdir()] == ["unfrozen-seed0"]
     assert (unfinished / "Early-seed0" / "checkpoint-2").is_dir() and not (config.out / "freeze.csv").exists()
     written = (arms / "unfrozen-seed0" / "model.safetensors").stat().st_mtime_ns
 
-    section = run(config)
-    assert section is not None and "no share of it is given. Changes in points: Early" in section.finding
+    [section] = COMMAND.run(config)
+    assert "no share of it is given. Changes in points: Early" in section.finding
     assert (arms / "unfrozen-seed0" / "model.safetensors").stat().st_mtime_ns == written
     assert json.loads((unfinished / "Early-seed0" / "log.json").read_text())[-1]["step"] == 3
     assert not list(unfinished.glob("*/checkpoint-*"))
@@ -103,16 +103,16 @@ def test_arms_are_trained_measured_kept_and_continued(config: FreezeConfig, smal
     assert report.loc[report["frozen"], "identical"].all()
 
     whole = replace(config, also=(), out=config.out.with_name("whole"))
-    run(whole)  # never killed
+    COMMAND.run(whole)  # never killed
     ends = tensors(whole.out / "arms" / "Early-seed0")
     assert all(weight.equal(ends[name]) for name, weight in tensors(early).items())
     other = whole.out / "unfinished" / "region-0-seed0" / "arm.json"
     other.parent.mkdir()
     other.write_text(json.dumps({"addresses": ["blocks.2"], "seed": 0}))
     with pytest.raises(FrankenlensError, match=r"region.0-seed0.*other settings \(addresses\)"):
-        run(replace(whole, partition="1/2", regions=("region 0",)))
+        COMMAND.run(replace(whole, partition="1/2", regions=("region 0",)))
     with pytest.raises(FrankenlensError, match=r"holds a run with other settings \(rl\)"):
-        run(replace(config, lr=1e-3))
+        COMMAND.run(replace(config, lr=1e-3))
 
 
 @pytest.fixture
@@ -143,8 +143,7 @@ def test_own_questions_by_trl_alone(questions: dict[str, Path], tmp_path: Path) 
         regions=("Late",), random=0, reruns=0, also=("blocks.0.attn.kv_head.1",), steps=2, prompts=4, samples=4,
         lr=1e-4, max_new_tokens=16, n=5, trl=trl, out=tmp_path / "out",
     )  # fmt: skip
-    section = run(config)
-    assert section is not None
+    [section] = COMMAND.run(config)
     late, unit = config.out / "arms" / "Late-seed0", config.out / "arms" / "blocks.0.attn.kv_head.1-seed0"
     start, layer = embedded.path("in"), "model.layers.{}.mlp.up_proj.weight"
     assert not change(late, start, layer.format(8)).any() and change(late, start, layer.format(0)).all()
@@ -200,11 +199,14 @@ def test_every_seed_has_its_unfrozen_run_and_reruns_have_other_seeds() -> None:
         ({"samples": 1}, "at least 2"),
         ({"data": Path("a.jsonl")}, "--train .* and --data .* go together"),
         ({"partition": "4/4"}, "covers layers 0-7; the model has 3"),
+        ({"paper": True}, "which has --n 100, not --n 2: leave out --n, or --paper"),
+        ({"train_images": Path("x")}, "--train-images x needs --train"),
+        ({"max_new_tokens": 64}, "--max-new-tokens 64 needs --train"),
     ],
 )
 def test_what_cannot_be_run_is_said_before_anything_is_trained(change, message, config: FreezeConfig) -> None:
     with pytest.raises(FrankenlensError, match=message):
-        run(replace(config, **change))
+        COMMAND.run(replace(config, **change))
     assert not (config.out / "arms").exists()
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from experiments.cli import main
-from experiments.commands.knockout import KnockoutConfig, check, parse_route, run, settled
+from experiments.commands.knockout import COMMAND, KnockoutConfig, parse_route
 from hooks.errors import FrankenlensError
 from interp.knockout import PAPER_ROUTES
 from interp.questions.tasks import REASONING
@@ -19,7 +19,7 @@ CHOSEN = ("image -> question", "reasoning -> last")
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("knockout")
-    run(KnockoutConfig(out=folder, routes=CHOSEN, **SMALL))
+    COMMAND.run(KnockoutConfig(out=folder, routes=CHOSEN, **SMALL))
     return folder
 
 
@@ -51,15 +51,16 @@ def test_table_dataset_and_page_agree(out):
 
 
 def test_paper_is_spelt_out():
-    config = settled(KnockoutConfig(paper=True, n=8, width=2))
+    config = KnockoutConfig(paper=True)
     assert (config.n, config.layers, config.width) == (100 * len(REASONING), "around", 9)
     assert config.routes == PAPER_ROUTES and config.relative and config.right_only
-    assert settled(KnockoutConfig(n=8)) == KnockoutConfig(n=8)
+    assert KnockoutConfig().width == 3 and not KnockoutConfig().relative
 
 
 def test_right_answers_alone_relative_and_without_nulls(tmp_path):
     own: dict[str, Any] = {"right_only": True, "relative": True, "nulls": False, "layers": "around", "n": 16}
-    table = run(KnockoutConfig(out=tmp_path, routes=("question -> last",), **SMALL | own))
+    [section] = COMMAND.run(KnockoutConfig(out=tmp_path, routes=("question -> last",), **SMALL | own))
+    table = section.tables["knockout"]
     assert table.attrs["units"] == "% of the clean value" and table["before"].min() > -100
     assert not (tmp_path / "knockout_nulls.csv").exists()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -82,8 +83,12 @@ def test_mistakes_are_one_error_each(tmp_path, capsys):
         ({"routes": ("picture -> last",)}, "no role 'picture'"),
         ({"width": 0}, "--width is 0"),
         ({"relative": True, "metric": "trace"}, "--metric answer"),
+        ({"layers": "suffixes", "width": 3}, "--width 3 needs --layers windows or around"),
+        ({"paper": True, "n": 96}, "which has --n 400, not --n 96: leave out --n, or --paper"),
+        ({"paper": True, "relative": False}, "which has --relative, not --no-relative"),
+        ({"paper": True, "routes": ("image -> last",)}, "not --routes image -> last"),
     ]
     for wrong, why in faults:
         with pytest.raises(FrankenlensError, match=why):
-            check(KnockoutConfig(**wrong))
+            COMMAND.prepare(KnockoutConfig(**wrong))
     assert parse_route("image->last").edges == "image -> before answer"

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import embedded
 from experiments.cli import main
-from experiments.commands.lens import LensConfig, check, run
+from experiments.commands.lens import COMMAND, LensConfig, check
 from hooks import FrankenlensError, HookedVLM
 from interp.lens import TunedLens
 from interp.results.files import load_dataset
@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {"n": 16, "tuned_steps": 12, "batch_size": 16}
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lens")
-    run(LensConfig(out=folder, lenses=folder / "lenses", **SMALL))
+    COMMAND.run(LensConfig(out=folder, lenses=folder / "lenses", **SMALL))
     return folder
 
 

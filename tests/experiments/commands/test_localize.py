@@ -1,6 +1,7 @@
 """`frankenlens localize` on the embedded triple, on the paper's folders, and on a file of questions."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,8 +9,7 @@ import pytest
 
 from experiments import embedded
 from experiments.cli import main
-from experiments.commands.localize import LocalizeConfig, check, load, run, settled
-from experiments.function_pairs import load_function_pairs
+from experiments.commands.localize import COMMAND, LocalizeConfig, load
 from hooks.errors import FrankenlensError
 from interp.localization import Swap, outcome_shares, vision_swap
 from interp.pair.pair import Pair
@@ -26,7 +26,7 @@ FILES = [
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("localize")
-    run(LocalizeConfig(out=folder, kinds=("skip",), parts=("attn", "head"), tasks=("sum",), **SMALL))
+    COMMAND.run(LocalizeConfig(out=folder, kinds=("skip",), parts=("attn", "head"), tasks=("sum",), **SMALL))
     return folder
 
 
@@ -122,7 +122,7 @@ def test_the_papers_folders_and_its_definition(folder, tmp_path) -> None:
     config = LocalizeConfig(
         data=folder, functions=("counting",), paper=True, max_new_tokens=24, model="rl", out=tmp_path / "out"
     )
-    section = run(config)
+    [section] = COMMAND.run(config)
     table = section.tables["localize_swap"]
     assert set(table["mode"]) == {"suffix"} and set(table["pairs"]) == {"counterfactual", "itself"}
     first = table.query("first == 0 and pairs == 'counterfactual' and outcome == 'changed'").iloc[0]
@@ -148,18 +148,15 @@ def test_a_file_of_questions_has_nothing_to_swap(tmp_path) -> None:
         max_new_tokens=24,
         out=tmp_path / "out",
     )
-    section = run(config)
+    [section] = COMMAND.run(config)
     assert set(section.tables) == {"localize_ablation"}
     assert set(section.tables["localize_ablation"]["n"]) == {8}
 
 
 def test_the_paper_is_spelt_out() -> None:
-    config = settled(LocalizeConfig(paper=True, modes=("single",), n=3))
+    config = LocalizeConfig(paper=True)
     assert (config.n, config.modes, config.kinds, config.parts) == (100, ("suffix",), ("skip",), ("block",))
-    assert load_function_pairs(LocalizeConfig(n=2), (), (), 0, True).controls.keys() == {
-        "same answer",
-        "itself",
-    }
+    assert load(LocalizeConfig(n=2)).controls.keys() == {"same answer", "itself"}
     assert len(load(LocalizeConfig(n=3)).pairs) == 12
 
 
@@ -174,11 +171,17 @@ def test_the_paper_is_spelt_out() -> None:
         ({"functions": ("ocr",)}, "choose of count"),
         ({"tasks": ("sums",)}, "Did you mean 'sum'|sum"),
         ({"n": 0}, "at least 1"),
+        ({"paper": True, "modes": ("single",)}, "which has --modes suffix, not --modes single"),
+        ({"paper": True, "n": 32}, "which has --n 100, not --n 32"),
+        ({"modes": (), "what": "resid"}, "--what resid needs something to swap"),
+        ({"parts": (), "kinds": (), "tasks": ("sum",)}, "--tasks sum needs --parts"),
+        ({"data": Path(__file__), "modes": ("single",)}, "--modes single needs pairs of images"),
+        ({"data": Path(__file__).parent, "images": Path("x")}, "a folder of pairs has its own"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_is_loaded(wrong, why) -> None:
     with pytest.raises(FrankenlensError, match=why):
-        check(LocalizeConfig(**wrong))
+        COMMAND.prepare(LocalizeConfig(**wrong))
 
 
 def test_a_window_wider_than_the_model_is_one_line(tmp_path, capsys) -> None:

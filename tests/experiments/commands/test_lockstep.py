@@ -9,9 +9,9 @@ import pytest
 
 from experiments import embedded
 from experiments.cli import main
-from experiments.commands.lockstep import LockstepConfig, check, run
+from experiments.commands import map as map_command
+from experiments.commands.lockstep import COMMAND, LockstepConfig
 from experiments.commands.map import MapConfig
-from experiments.commands.map import run as make_map
 from experiments.settings import load_examples
 from hooks.errors import FrankenlensError
 from interp.lockstep import Moved, lockstep
@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {"n": 32, "batch_size": 32, "max_new_tokens": 16, "n_ran
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lockstep")
     config = {**SMALL, "steer": "blocks.6.hook_resid_post", "coefficients": (2.0,), "top": (2,)}
-    run(LockstepConfig(out=folder, **config))
+    COMMAND.run(LockstepConfig(out=folder, **config))
     return folder
 
 
@@ -76,7 +76,7 @@ def test_the_table_is_lockstep_run_again(out):
 
 
 def test_components_of_a_map_are_confirmed_on_questions_it_did_not_look_at(tmp_path):
-    make_map(
+    map_command.COMMAND.run(
         MapConfig(
             out=tmp_path / "map",
             n=16,
@@ -87,14 +87,14 @@ def test_components_of_a_map_are_confirmed_on_questions_it_did_not_look_at(tmp_p
         )
     )
     config = {**SMALL, "map": tmp_path / "map" / "map.nc", "top": (1,), "n_random": 0}
-    found = run(LockstepConfig(out=tmp_path / "out", **config))
+    [found] = COMMAND.run(LockstepConfig(out=tmp_path / "out", **config))
     data = found.dataset
     assert data is not None and data.sizes["example"] == 16
     assert found.account.left_out == {"looked at when the map was made": 16}
     seen, _ = load_examples(MapConfig(n=16), 0)
     assert not {e.id for e in seen} & set(data["example"].to_numpy().tolist())
     with pytest.raises(FrankenlensError, match="all 16 questions were looked at"):
-        run(LockstepConfig(out=tmp_path / "none", **{**config, "n": 16}))
+        COMMAND.run(LockstepConfig(out=tmp_path / "none", **{**config, "n": 16}))
     assert not list((tmp_path / "none").glob("*"))
 
 
@@ -107,10 +107,13 @@ def test_mistakes_are_one_error_each(tmp_path, capsys):
         ({"temperature": -1.0}, "temperature is above 0"),
         ({"steer": "blocks.1.hook_resid_post", "coefficients": (0.0,)}, "other than 0"),
         ({"map": tmp_path / "none.nc"}, "There is no file"),
+        ({"top_p": 0.9}, "--top-p 0.9 needs a --temperature above 0"),
+        ({"coefficients": (1.0,)}, "--coefficients 1.0 needs --steer"),
+        ({"components": ("blocks.1",), "top": (2,)}, "--top 2 needs a map: no --components"),
     ]
     for wrong, why in faults:
         with pytest.raises(FrankenlensError, match=why):
-            check(LockstepConfig(**wrong))
+            COMMAND.prepare(LockstepConfig(**wrong))
     arguments = [
         "--components",
         "blocks.77.mlp",

@@ -7,10 +7,11 @@ import pytest
 
 from experiments import embedded
 from experiments.cli import main
-from experiments.commands.map import MapConfig, run
+from experiments.commands.map import COMMAND, MapConfig
 from experiments.settings import load_examples
 from hooks.errors import FrankenlensError
-from interp.hypotheses import examples_of, fingerprint
+from interp.hypotheses import examples_of
+from interp.questions.examples import fingerprint
 from interp.questions.tasks import REASONING, sample
 from interp.results.files import load_dataset
 
@@ -27,7 +28,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("map")
-    run(MapConfig(out=folder, **SMALL))
+    COMMAND.run(MapConfig(out=folder, **SMALL))
     return folder
 
 
@@ -60,7 +61,7 @@ def test_the_table_and_the_page_agree_with_the_dataset(out):
     rows = list(csv.DictReader((out / "map.csv").open()))
     assert len(rows) == 2 * result.sizes["component"] * result.sizes["role"]
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert f"{result.sizes['example']} of {SMALL['n']} qualify" in page
+    assert f"{result.sizes['example']} of {SMALL['n']} prompts qualify" in page
     assert (out / "map.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -72,8 +73,9 @@ def test_the_diagonal_of_the_2x2_is_the_two_models_themselves(out):
 
 
 def test_the_same_seed_gives_the_same_map(out, tmp_path):
-    again = run(MapConfig(out=tmp_path, **SMALL))
-    assert again["effect"].equals(load_dataset(out / "map.nc")["effect"])
+    [section] = COMMAND.run(MapConfig(out=tmp_path, **SMALL))
+    again = section.dataset
+    assert again is not None and again["effect"].equals(load_dataset(out / "map.nc")["effect"])
     assert again["recovery_low"].equals(load_dataset(out / "map.nc")["recovery_low"])
 
 
@@ -115,4 +117,4 @@ def test_a_pair_without_a_difference_has_no_map(tmp_path, capsys):
     assert said.startswith(
         "frankenlens: None of 4 prompts qualifies for the decision 'first' (4: no divergence"
     )
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()

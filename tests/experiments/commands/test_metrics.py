@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.commands.metrics import SYNTHETIC, MetricsConfig, change_table, load, run
+from experiments.cli import main
+from experiments.commands.metrics import COMMAND, SYNTHETIC, MetricsConfig, load
 from experiments.settings import load_pair
+from interp.fine_grained import change_table
 from interp.pair.generation import greedy
 from interp.prompts import PromptBuilder
 from interp.results.files import load_dataset
@@ -18,7 +20,7 @@ SMALL: dict[str, Any] = {"n": 8, "batch_size": 16, "max_new_tokens": 40}
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("metrics")
-    run(MetricsConfig(out=folder, **SMALL))
+    COMMAND.run(MetricsConfig(out=folder, **SMALL))
     return folder
 
 
@@ -30,8 +32,9 @@ def test_files(out):
 
 def test_rl_with_the_image_is_what_its_own_generation_says(out):
     config = MetricsConfig(**SMALL)
-    examples, dropped = load(config)
-    assert not dropped and len(examples) == 16  # with an image, and the description in its place
+    asked = load(config)
+    examples = asked.examples
+    assert not asked.left_out and len(examples) == 16  # with an image, and the description in its place
     assert examples[8].question == SYNTHETIC.format(
         description=examples[0].meta["description"], question=examples[0].question
     )
@@ -55,3 +58,20 @@ def test_the_change_is_the_difference_of_the_two_columns(out):
         in_, rl = (found["value"].sel(model=m, metric=metric).to_numpy() for m in ("in", "rl"))
         assert table.loc[metric, "change"] == pytest.approx(np.nanmean(rl - in_))
         assert table.loc[metric, "gained"] - table.loc[metric, "lost"] == np.nansum(rl - in_)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--paper", "--n", "100", "--data", "x"], "--paper has its own data"),
+        (["--paper", "--n", "99"], "which has --n 100, not --n 99: leave out --n, or --paper"),
+        (["--paper", "--describe", "data"], "which has --describe model, not --describe data"),
+        (["--metrics", "vis", "--describe", "data"], "--describe data needs v2r among --metrics"),
+        (["--metrics", "seen"], "--metrics has 'seen'"),
+    ],
+)
+def test_a_mistake_is_one_line(argv, words, tmp_path, capsys):
+    assert main(["metrics", *argv, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and words in said[0]
+    assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.cli import main
-from experiments.commands.paths import PathsConfig, _senders, check, run
+from experiments.commands.paths import COMMAND, PathsConfig, _senders, check
 from experiments.settings import load_examples, load_pair
 from hooks.errors import FrankenlensError
 from interp.decision import find_decisions
@@ -26,7 +26,8 @@ SMALL = {"n": 24, "decision": "first", "batch_size": 16, "max_new_tokens": 48}
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Section]:
     folder = tmp_path_factory.mktemp("paths")
-    return folder, run(PathsConfig(out=folder, senders=SENDERS, **SMALL))
+    [section] = COMMAND.run(PathsConfig(out=folder, senders=SENDERS, **SMALL))
+    return folder, section
 
 
 def test_all_files_are_written_and_nothing_else(made: tuple[Path, Section]) -> None:
@@ -121,3 +122,5 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(
 def test_senders_are_named_or_taken_from_a_map_but_not_both(tmp_path: Path) -> None:
     with pytest.raises(FrankenlensError, match="give one of the two"):
         check(PathsConfig(senders=("embed",), map=tmp_path))
+    with pytest.raises(FrankenlensError, match="--top 3 needs no --senders: give that, or leave out --top"):
+        COMMAND.prepare(PathsConfig(senders=("embed",), top=3))

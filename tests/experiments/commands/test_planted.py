@@ -7,14 +7,15 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import embedded, planting
-from experiments.commands.planted import run
-from experiments.planting import KINDS, Garden, PlantedConfig
+from experiments import embedded
+from experiments.commands import planted_pairs
+from experiments.commands.planted import COMMAND, PlantedConfig
 from experiments.retraining import plants
 from experiments.triple.rl import RL
 from experiments.triple.supervised import Schedule
 from hooks import FrankenlensError, HookedVLM, weight_slices
 from interp.pair.pair import Pair
+from interp.planting import KINDS, Draws
 from interp.planting.table import auroc
 
 METHODS = ("patch RL → IN", "graft RL → IN", "compare")
@@ -41,7 +42,8 @@ def config(tmp_path_factory) -> PlantedConfig:
 
 @pytest.fixture(scope="module")
 def section(config):
-    return run(config)
+    [section] = COMMAND.run(config)
+    return section
 
 
 def test_all_files_are_written(section, config) -> None:
@@ -92,17 +94,17 @@ def test_finished_pairs_are_not_made_again(section, config, monkeypatch) -> None
     def never(*args, **kwargs):
         raise AssertionError("made again")
 
-    monkeypatch.setattr(planting, "trial", never)
-    monkeypatch.setattr(planting, "effect_of_plant", never)
-    run(config)
+    monkeypatch.setattr(planted_pairs, "trial", never)
+    monkeypatch.setattr(planted_pairs, "effect_of_plant", never)
+    COMMAND.run(config)
     assert (config.out / "scores.csv").read_text() == before
     with pytest.raises(AssertionError, match="made again"):  # one pair more is
-        run(dataclasses.replace(config, pairs=2))
+        COMMAND.run(dataclasses.replace(config, pairs=2))
     with pytest.raises(AssertionError, match="made again"):  # other settings are another experiment
-        run(dataclasses.replace(config, n=5))
+        COMMAND.run(dataclasses.replace(config, n=5))
     monkeypatch.setattr(plants, "SUPERVISED", Schedule(1, batch=2, lr=1e-3))
     with pytest.raises(AssertionError, match="made again"):  # so is other training
-        run(config)
+        COMMAND.run(config)
 
 
 @pytest.mark.parametrize(
@@ -116,11 +118,15 @@ def test_finished_pairs_are_not_made_again(section, config, monkeypatch) -> None
         ({"in_": "x"}, "--in and --rl go together"),
         ({"kinds": ("supervised",), "in_": "x", "rl": "y"}, "only such a model can be trained"),
         ({"changed": 45}, "only 45 components that RL moved"),
+        ({"change": "rotated"}, "--change rotated needs --components"),
+        ({"kinds": ("layer",), "pairs": 10}, "--pairs 10 needs rl among --kinds"),
+        ({"kinds": ("rl",), "nulls": 8}, "--nulls 8 needs a null kind"),
+        ({"kinds": ("layer",), "changed": 3}, "--changed 3 needs one of rl, random"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, words, tmp_path) -> None:
     with pytest.raises(FrankenlensError, match=words):
-        run(PlantedConfig(**{"noise_pairs": 1, "n": 1, "out": tmp_path / "x", **settings}))
+        COMMAND.run(PlantedConfig(**{"noise_pairs": 1, "n": 1, "out": tmp_path / "x", **settings}))
 
 
 @pytest.mark.parametrize("rl", [False, True])
@@ -146,8 +152,8 @@ def test_training_changes_the_named_components_and_nothing_else(rl, tmp_path, mo
 
 def test_every_kind_has_a_plant_and_seeds_do_not_meet(config) -> None:
     pair = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
-    garden = Garden(pair, dataclasses.replace(config, kinds=tuple(KINDS)))
-    made = {kind: [garden.plant(kind, i)[0] for i in range(3)] for kind in KINDS}
+    draws = Draws(pair.in_, pair.rl, named=config.components)
+    made = {kind: [draws.plant(kind, i) for i in range(3)] for kind in KINDS}
     seeds = [plant.seed for some in made.values() for plant in some]
     assert len(set(seeds)) == len(seeds)
     assert [plant.components for plant in made["region"]] == [

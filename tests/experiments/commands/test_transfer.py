@@ -1,13 +1,14 @@
 """`frankenlens transfer` on the embedded triple, end to end."""
 
 import json
+from importlib import import_module
 from typing import Any
 
 import pandas as pd
 import pytest
 
 from experiments.cli import main
-from experiments.commands.transfer import TransferConfig, check, run, settled
+from experiments.commands.transfer import COMMAND, TransferConfig
 from hooks.errors import FrankenlensError
 from interp.questions.tasks import PERCEPTION, REASONING
 from interp.results.files import load_dataset
@@ -27,12 +28,13 @@ TASKS = (*PERCEPTION, *REASONING)
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("transfer")
-    run(TransferConfig(out=folder, addresses=("blocks.3.attn.head.1",), **SMALL))
+    COMMAND.run(TransferConfig(out=folder, addresses=("blocks.3.attn.head.1",), **SMALL))
     return folder
 
 
 def test_table_figure_dataset_and_page_are_written(out):
     assert sorted(path.name for path in out.iterdir()) == [
+        "finished",
         "report.html",
         "table_2.csv",
         "transfer.csv",
@@ -67,11 +69,24 @@ def test_table_page_and_dataset_agree(out):
 
 
 def test_paper_is_spelt_out():
-    config = settled(TransferConfig(paper=True, n=8, partition="code"))
+    config = TransferConfig(paper=True)
     assert (config.n, config.rest, config.partition) == (100 * len(TASKS), "early", "paper")
     assert config.variants == ("orders",)
-    assert not config.scales
-    assert settled(TransferConfig(n=8)) == TransferConfig(n=8)
+    assert config.scales == config.ranks == config.addresses == ()
+
+
+def test_the_same_command_goes_on_where_it_was_killed(out, monkeypatch):
+    """What each variant answered is kept; other questions begin anew."""
+    before = (out / "transfer.csv").read_text()
+
+    def never(*args, **kwargs):
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(import_module("interp.transfer.transfer"), "greedy", never)
+    COMMAND.run(TransferConfig(out=out, addresses=("blocks.3.attn.head.1",), **SMALL))
+    assert (out / "transfer.csv").read_text() == before
+    with pytest.raises(AssertionError, match="asked again"):
+        COMMAND.run(TransferConfig(out=out, seed=1, **SMALL))
 
 
 def test_mistakes_are_one_error_each(tmp_path, capsys):
@@ -79,12 +94,16 @@ def test_mistakes_are_one_error_each(tmp_path, capsys):
     assert "covers layers 0-7; the model has 9" in capsys.readouterr().err
     assert main(["transfer", "--addresses", "blocks.77", "--n", "8", "--out", str(tmp_path / "out")]) == 2
     assert "variant 'blocks.77'" in capsys.readouterr().err
-    assert not list(tmp_path.rglob("*.*"))
+    assert not list(tmp_path.rglob("*.csv"))
     faults: list[tuple[dict[str, Any], str]] = [
         ({"addresses": ("blokcs.1",)}, "not an address"),
         ({"variants": (), "scales": (), "ranks": ()}, "nothing to graft"),
         ({"ranks": (0,)}, "rank="),
+        ({"paper": True, "partition": "code"}, "which has --partition paper, not --partition code"),
+        ({"paper": True, "scales": (0.5, 2.0)}, r"which has no --scales, not --scales 0.5 2.0"),
+        ({"controls": (), "draws": 2}, "--draws 2 needs --controls"),
+        ({"variants": ("factors",), "rest": "early"}, "--rest early needs orders among --variants"),
     ]
     for wrong, why in faults:
         with pytest.raises(FrankenlensError, match=why):
-            check(TransferConfig(**wrong))
+            COMMAND.prepare(TransferConfig(**wrong))

@@ -1,8 +1,11 @@
+import csv
+import math
+
 import numpy as np
 import pytest
 
 from hooks.errors import FrankenlensError
-from interp.map.summary import strongest, summarise
+from interp.map.summary import cell_table, strongest, summarise
 from interp.statistics import bootstrap_mean
 from tests.interp.map.synthetic import synthetic_map
 
@@ -76,3 +79,19 @@ def test_strongest_names_the_directions():
     summary = summarise(synthetic_map(layers=2), resamples=100)
     with pytest.raises(FrankenlensError, match="Did you mean 'rl_to_in'"):
         strongest(summary, "rl_in")
+
+
+def test_the_table_is_tidy(tmp_path):
+    summary = summarise(synthetic_map(layers=3, heads=2, examples=12), resamples=50)
+    cell_table(summary).to_csv(tmp_path / "map.csv", index=False)
+    rows = list(csv.DictReader((tmp_path / "map.csv").open()))
+    assert len(rows) == 2 * summary.sizes["component"] * summary.sizes["role"]
+    for row in rows[:: len(rows) // 40]:
+        cell = summary.sel({name: row[name] for name in ("direction", "component", "role")})
+        assert int(row["n"]) == int(cell["n"])
+        assert int(row["layer"]) == int(cell["layer"])
+        for name in ("recovery", "recovery_low", "excess_high", "control_other_recovery", "denominator"):
+            value = float(cell[name])
+            assert (row[name] == "") if math.isnan(value) else float(row[name]) == pytest.approx(value)
+    assert "effect" not in rows[0]
+    assert any(row["n"] == "0" and row["recovery"] == "" for row in rows)

@@ -1,13 +1,11 @@
-import csv
 import json
-import math
 
 import numpy as np
 import pytest
 import xarray as xr
 
 from hooks.errors import FrankenlensError
-from interp.results.files import load_dataset, provenance, publishing, save_dataset, save_table
+from interp.results.files import load_dataset, provenance, publishing, save_dataset
 from tests.interp.map.synthetic import synthetic_result
 
 
@@ -69,21 +67,6 @@ def test_a_dataset_saved_from_python_is_a_result(tmp_path):
     save_dataset(own, tmp_path / "own.nc", made)
     assert not own.attrs
     assert json.loads(load_dataset(tmp_path / "own.nc").attrs["provenance"]) == made
-
-
-def test_the_table_is_tidy(summary, tmp_path):
-    save_table(summary, tmp_path / "map.csv")
-    rows = list(csv.DictReader((tmp_path / "map.csv").open()))
-    assert len(rows) == 2 * summary.sizes["component"] * summary.sizes["role"]
-    for row in rows[:: len(rows) // 40]:
-        cell = summary.sel({name: row[name] for name in ("direction", "component", "role")})
-        assert int(row["n"]) == int(cell["n"])
-        assert int(row["layer"]) == int(cell["layer"])
-        for name in ("recovery", "recovery_low", "excess_high", "control_other_recovery", "denominator"):
-            value = float(cell[name])
-            assert (row[name] == "") if math.isnan(value) else float(row[name]) == pytest.approx(value)
-    assert "effect" not in rows[0]
-    assert any(row["n"] == "0" and row["recovery"] == "" for row in rows)
 
 
 def test_provenance_is_json_and_names_the_versions():

@@ -1,0 +1,220 @@
+"""The frame that every command stands in: check, load, open, measure, publish, close.
+
+A command's file holds its settings, its question and its sections, put together in a `Command`. Everything that can be
+refused without a model is refused before one is opened; what was finished is published even where a later section
+fails; nothing unfinished is left in `out` as a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+
+from tqdm.auto import tqdm
+
+from experiments.settings import ModelSettings, require_sound
+from hooks.errors import FrankenlensError
+from interp.results.files import provenance, publishing
+from interp.results.page import Section, save_sections
+
+Item = TypeVar("Item")
+
+
+@runtime_checkable
+class Opened(Protocol):
+    """What is measured: a `Pair`, or whatever else a command opens."""
+
+    def provenance(self) -> Mapping[str, Any]:
+        """Where it comes from; asked for after measuring."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
+        ...
+
+
+@runtime_checkable
+class Asked(Protocol):
+    """What it is asked: `experiments.settings.Questions`, or whatever else a command loads."""
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Reason to number of what could not be loaded."""
+        ...
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """What a command asks that finds its questions in the models themselves."""
+
+    left_out: Mapping[str, int]
+
+
+Settings = TypeVar("Settings", bound=ModelSettings)
+Models = TypeVar("Models", bound=Opened)
+Question = TypeVar("Question", bound=Asked)
+
+
+@dataclass(frozen=True)
+class Command(Generic[Settings, Models, Question]):
+    """One question, from settings to a page.
+
+    Attributes:
+        settings: its settings, a dataclass.
+        check: refuses settings that contradict each other, beyond what `require_sound` refuses.
+        load: what is asked, without a model.
+        open: what it is asked of.
+        measure: the sections of the page, one after the other, as they are finished. What `load` left out is added to
+            their accounts.
+    """
+
+    settings: type[Settings]
+    check: Callable[[Settings], None]
+    load: Callable[[Settings], Question]
+    open: Callable[[Settings], Models]
+    measure: Callable[[Models, Question, Settings], Iterable[Section]]
+
+    def prepare(self, config: Settings) -> Callable[[Models], Iterator[Section]]:
+        """Check and load; what remains is to measure, whatever is opened.
+
+        Raises:
+            FrankenlensError: settings contradict each other, or what is asked cannot be loaded.
+        """
+        require_sound(config)
+        self.check(config)
+        _require_writable(config.out)
+        asked = self.load(config)
+
+        def measure(models: Models) -> Iterator[Section]:
+            for section in self.measure(models, asked, config):
+                yield _without(section, asked.left_out)
+
+        return measure
+
+    def run(self, config: Settings) -> list[Section]:
+        """Measure, and write tables, figures, datasets and the page to `config.out`, all or none.
+
+        Returns:
+            The sections of the page; none in processes other than the first, where there are several.
+
+        Raises:
+            FrankenlensError: see `prepare`; or what is opened is not what the command needs, or nothing can be measured
+                of it.
+        """
+        measure = self.prepare(config)
+        if not is_first_process():
+            return []
+        sections: list[Section] = []
+        failure: Exception | None = None
+        with closing(self.open(config)) as models:
+            try:
+                for section in measure(models):
+                    sections.append(section)
+            except Exception as error:  # what is finished is published nevertheless
+                failure = error
+            if sections:
+                _publish(sections, config, models.provenance())
+        if failure is not None:
+            raise failure
+        return sections
+
+
+@dataclass(frozen=True)
+class Recipe(Generic[Item]):
+    """A command that asks nothing of a pair, but makes one.
+
+    Attributes:
+        settings: its settings, a dataclass.
+        run: makes it.
+    """
+
+    settings: type[Item]
+    run: Callable[[Item], Any]
+
+
+def nothing_more(config: ModelSettings) -> None:
+    """For `Command.check`: `require_sound` refuses all there is to refuse."""
+
+
+def is_first_process() -> bool:
+    """Of those that `accelerate launch` or torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def steps(work: Iterable[Item], what: str, unit: str) -> Iterable[Item]:
+    """The work, under a bar on standard error."""
+    return tqdm(work, desc=what, unit=unit, delay=1)
+
+
+def finished(out: Path, **about: Any) -> Path:
+    """The folder for parts that are finished before the whole is, named after everything that they depend on.
+
+    The same command goes on there; with other settings, models or questions it begins anew.
+    """
+    text = json.dumps({"version": version("frankenlens"), **about}, sort_keys=True, default=str)
+    return out / "finished" / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def require_begun_alike(file: Path, settings: Mapping[str, Any]) -> None:
+    """Write down with which settings a run begins, or refuse to go on with one that was begun with others.
+
+    Raises:
+        FrankenlensError: names the settings that differ.
+    """
+    wanted = json.loads(json.dumps(settings))
+    if file.exists():
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        other = sorted(name for name in wanted if begun.get(name) != wanted[name])
+        if other:
+            raise FrankenlensError(
+                f"{file} holds a run with other settings ({', '.join(other)}); choose another --out, or delete it."
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def _require_writable(out: Path) -> None:
+    """Told before the work is done, not after it; `out` itself is made when there is something to write."""
+    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise FrankenlensError(
+            f"Cannot write to {out}: {place} is no folder that you may write to. Choose another --out."
+        )
+
+
+def _without(section: Section, left_out: Mapping[str, int]) -> Section:
+    """The section with what was left out before it was measured in its account."""
+    every = Counter(left_out)
+    every.update(section.account.left_out)
+    return replace(section, account=replace(section.account, left_out=dict(every)))
+
+
+def _publish(sections: Sequence[Section], config: ModelSettings, models: Mapping[str, Any]) -> None:
+    """Write all files of the sections and one page, all or none, and say what was found."""
+
+    def joined(name: str) -> dict[str, int]:
+        several = len(sections) > 1
+        return {
+            f"{section.name}: {key}" if several else key: number
+            for section in sections
+            for key, number in getattr(section.account, name).items()
+        }
+
+    made = provenance(models, config.options, joined("counts"), joined("left_out"))
+    with publishing(config.out) as staging:
+        save_sections(sections, staging, made)
+        written = sorted(path.name for path in staging.iterdir())
+    for section in sections:
+        several_lines = "\n" in section.finding
+        print(f"{section.title}:", section.finding, sep="\n" if several_lines else " ")
+    print(f"{config.out}: {', '.join(written)}")

@@ -1,0 +1,112 @@
+"""One kind of page for every experiment: what is written, and what a reader sees of it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from matplotlib.figure import Figure
+
+from interp.results.files import load_dataset, provenance
+from interp.results.marks import Scale
+from interp.results.page import SHOWN, Account, Digest, Section, save_sections
+from interp.statistics import Interval
+from tests.interp.results.reading import Page
+
+MODEL = {
+    "name_or_path": "some/where/rl",
+    "class": "Model",
+    "dtype": "torch.float32",
+    "weights_sha256": "ab" * 32,
+}
+MADE = provenance(
+    {"rl": MODEL}, {"seed": 3, "in_": None, "tasks": ["sum", "same"]}, {"read": 7}, {"no image": 2}
+)
+ACCOUNT = Account("what was measured", "5 questions", "Holm over 2", 3, "thirds", {"no answer": 1})
+
+
+def interval(value: float, low: float, high: float) -> Interval:
+    return Interval(np.asarray(value), np.asarray(low), np.asarray(high), np.asarray(9))
+
+
+def section(name: str = "one", **parts) -> Section:
+    return Section(name, f"Section {name}", f"Found {name}:\n  <5> of 7.", ACCOUNT, **parts)
+
+
+def figure() -> Figure:
+    drawn = Figure(figsize=(4, 2), layout="constrained")
+    drawn.add_subplot().plot([0, 1])
+    return drawn
+
+
+@pytest.fixture
+def written(tmp_path):
+    table = pd.DataFrame({"layer": range(SHOWN + 3), "value": [0.123456] * (SHOWN + 3), "seed": "own"})
+    digest = pd.DataFrame(
+        {"component": ["a", "b"], "recovery": [interval(0.5, 0.0, 1.0), interval(-1.0, np.nan, np.nan)]}
+    )
+    one = section(
+        tables={"values": table},
+        figures={"picture": figure()},
+        dataset=xr.Dataset({"x": ("example", [1.0, 2.0])}),
+        cells=pd.DataFrame({"x": [1.5]}),
+        digests=[Digest("The strongest", digest, "Strong by chance.")],
+    )
+    save_sections([one], tmp_path, MADE)
+    return tmp_path
+
+
+def test_all_that_a_section_has_is_written(written):
+    names = ["one.csv", "one.nc", "picture.png", "report.html", "values.csv"]
+    assert sorted(path.name for path in written.iterdir()) == names
+    assert load_dataset(written / "one.nc").attrs["account"] == ACCOUNT.text
+
+
+def test_tables_carry_the_account_and_the_cells_of_a_dataset_do_not(written):
+    table = pd.read_csv(written / "values.csv")
+    assert set(table["definition"]) == {"what was measured"} and set(table["correction"]) == {"Holm over 2"}
+    assert set(table["seed"]) == {"own"}  # a column of that name stays
+    assert (written / "one.csv").read_text() == "x\n1.5\n"
+
+
+def test_the_finding_opens_the_page_and_everything_else_follows(written):
+    page = Page(written / "report.html")
+    text = page.text
+    order = [
+        "Section one",
+        "Found one: <5> of 7.",
+        "what was measured; n: 5 questions",
+        "The strongest",
+        "Left out",
+    ]
+    places = [text.rindex(words) for words in order]
+    assert places == sorted(places)
+    for words in (
+        "0.50 [0.00, 1.00]",
+        "−1 [no interval]",
+        "Strong by chance.",
+        "and 3 more rows in the file",
+    ):
+        assert words in text
+    for words in ("no image 2", "tasks sum same", "read 7", "torch 2", "abababababababab"):
+        assert words in text
+    assert "in None" not in text  # what was not set is left out
+    assert [load.split(",")[0] for load in page.loads] == ["data:image/png;base64"]
+
+
+def test_intervals_are_drawn_on_one_scale_with_0_on_it(written):
+    first, second = Page(written / "report.html").marks
+    assert float(first["x1"]) < float(first["x2"])
+    assert second["x1"] == second["x2"]  # no interval: a bare dot
+    scale = Scale.of([interval(0.5, 0.25, 1.0)])
+    assert scale.place(0.0) == 4.0 and scale.place(1.0) == 86.0
+    mark = scale.mark(interval(0.5, 0.25, 1.0))
+    assert mark is not None and (mark.low, mark.value, mark.high) == (24.5, 45.0, 86.0)
+    assert scale.mark(interval(np.nan, np.nan, np.nan)) is None
+    assert Scale.of([]).place(0.0) == 4.0
+
+
+def test_several_sections_share_a_page_with_a_way_to_each(tmp_path):
+    save_sections([section("one"), section("two")], tmp_path, MADE)
+    page = Page(tmp_path / "report.html")
+    assert page.loads == ["#one", "#two"]
+    assert page.text.index("Found one") < page.text.index("Found two") < page.text.index("Left out")
