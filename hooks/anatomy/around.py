@@ -1,0 +1,201 @@
+"""What stands around the towers: embeddings and their entry, projector, DeepStack, final norm and unembedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from hooks.anatomy.towers import Stack, is_linear
+from hooks.anatomy.watching import Call
+
+
+@dataclass(frozen=True)
+class Readout:
+    """From the last stream to the logits: logits = softcap * tanh(scale * unembed(norm(stream)) / softcap)."""
+
+    final_norm: str
+    unembed: str
+    softcap: float | None
+    scale: float
+
+
+def readout(
+    model: nn.Module,
+    logits: Float[Tensor, "batch pos vocab"],
+    last: Float[Tensor, "..."],
+    calls: Sequence[Call],
+) -> Readout | None:
+    """The linear layer whose output are the logits, up to soft-capping and a factor, and the norm that it reads.
+
+    Args:
+        model: the model.
+        logits: of the run.
+        last: the stream behind the last block.
+        calls: of the modules outside the towers, with copies.
+    """
+    for call in reversed(calls):
+        out = call.out
+        if out is None or not is_linear(model.get_submodule(call.path)) or out.shape[-1] < logits.shape[-1]:
+            continue
+        if out.numel() // out.shape[-1] != logits.numel() // logits.shape[-1]:
+            continue
+        out = out.reshape(*logits.shape[:-1], out.shape[-1])[..., : logits.shape[-1]]
+        after = _after(out, logits)
+        if after is None or call.given is None:
+            continue
+        norm = _norm(calls, call.given, last)
+        return Readout(norm or "", call.path, *after)
+    return None
+
+
+def _norm(calls: Sequence[Call], given: Tensor, last: Tensor) -> str | None:
+    """The module between the last stream and the unembedding."""
+    for call in reversed(calls):
+        if call.out is None or call.given is None or call.out.shape != call.given.shape:
+            continue
+        if _same(call.out, given) and _same(call.given, last):
+            return call.path
+    return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.numel() == b.numel() and bool(torch.equal(a.reshape(b.shape), b.to(a.dtype)))
+
+
+def _after(out: Tensor, logits: Tensor) -> tuple[float | None, float] | None:
+    """(softcap, scale) that make logits of the unembedding's output; None where neither does."""
+    said = (
+        logits > torch.finfo(logits.dtype).min
+    )  # words that a model never says are set to the lowest number
+    if torch.equal(out.to(logits.dtype)[said], logits[said]):
+        return None, 1.0
+    out, logits = out.double(), logits.double()
+    eps = 16 * torch.finfo(torch.float32).eps
+    scale = float((out * logits).sum() / (out * out).sum())
+    if float((out * scale - logits).abs().max()) <= eps * float(logits.abs().max()):
+        return None, scale
+    top = float(logits.abs().max())
+    low, high = top * (1 + 1e-9), 1e4 * top
+    for _ in range(200):  # the cap at which the largest entry fits; tanh is monotone in it
+        cap = (low * high) ** 0.5
+        place = logits.abs().argmax()
+        made = float(cap * torch.tanh(out.flatten()[place] / cap))
+        low, high = (cap, high) if abs(made) < top else (low, cap)
+    cap = (low * high) ** 0.5
+    error = float((cap * torch.tanh(out / cap) - logits).abs().max())
+    return (float(f"{cap:.5g}"), 1.0) if error <= 64 * eps * top else None
+
+
+def entry(stack: Stack, first: Float[Tensor, "..."], calls: Sequence[Call]) -> Call | None:
+    """Where a tower is handed its embeddings: the outermost module around its blocks that takes them as an input."""
+    for call in calls:
+        around = call.path and (stack.path.startswith(f"{call.path}.") or stack.path == call.path)
+        if around and call.given is not None and call.given.shape == first.shape:
+            return call
+    return None
+
+
+@dataclass(frozen=True)
+class Projector:
+    """Where image rows come from: module, field of its output, and the module that holds the weights."""
+
+    module: str
+    key: str | None
+    weights: str
+
+
+def projector(
+    first: Float[Tensor, "batch pos d_model"],
+    image: Bool[Tensor, "batch pos"] | None,
+    words: Float[Tensor, "..."] | None,
+    calls: Sequence[Call],
+    towers: Sequence[Stack],
+    started: int,
+) -> Projector | None:
+    """The last module before the decoder whose output rows turn up in the decoder's input, if possible in order.
+
+    They may have been added to the embeddings of the placeholders instead of taking their places.
+
+    Args:
+        first: what the decoder is handed.
+        image: the placeholders, if they are known; otherwise every token is tried.
+        words: embeddings of the tokens, of the same shape.
+        calls: of the modules outside the towers, with copies.
+        towers: the towers before the decoder.
+        started: when the decoder started.
+    """
+    rows = (first[image] if image is not None else first.reshape(-1, first.shape[-1])).cpu()
+    index = {_key(row): place for place, row in enumerate(rows)}
+    depends = min((tower.started for tower in towers), default=-1)
+    found: Projector | None = None
+    in_order = False
+    loose: str = ""
+    for call in sorted(calls, key=lambda call: call.ended):
+        if not depends < call.ended < started or call.given is None:
+            continue
+        for key, made in call.made.items():
+            if made.shape[-1] != first.shape[-1] or made.numel() == 0:
+                continue
+            places = [index.get(_key(row)) for row in made.reshape(-1, made.shape[-1]).cpu()]
+            hits = [place for place in places if place is not None]
+            if len(hits) < max(1, len(places) // 2):
+                if image is None or words is None or not _added(made, first[image], words[image]):
+                    continue
+                hits = list(range(len(rows)))
+            inside = any(tower.path.startswith(f"{call.path}.") for tower in towers)
+            loose = loose if inside else call.path
+            if hits == sorted(hits) or not in_order:
+                in_order = hits == sorted(hits)
+                found = Projector(call.path, key, call.path if not inside else loose or call.path)
+    return found
+
+
+def _added(made: Tensor, rows: Float[Tensor, "row d"], words: Float[Tensor, "row d"]) -> bool:
+    """Whether rows are these words' embeddings plus what a module made."""
+    flat = made.reshape(-1, made.shape[-1])
+    return flat.shape == rows.shape and bool(torch.equal(words + flat.to(words), rows))
+
+
+def _key(row: Tensor) -> bytes:
+    return row.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def deepstack(
+    streams: Sequence[tuple[Float[Tensor, "..."], Float[Tensor, "..."]]], calls: Sequence[Call]
+) -> dict[int, str]:
+    """Blocks behind which something is added to the stream, and the module whose output it is.
+
+    Args:
+        streams: (before, after) of every block of the decoder.
+        calls: of the modules outside the towers, with copies.
+
+    Returns:
+        Layer to module path; "" where no module's output is what is added.
+    """
+    found: dict[int, str] = {}
+    for layer, ((_, after), (before, _)) in enumerate(pairwise(streams)):
+        if after.shape == before.shape and not torch.equal(after, before):
+            moved = (after != before).any(-1)
+            makers = [call.path for call in calls if _adds(call, after[moved], before[moved])]
+            found[layer] = min(makers, key=lambda path: path.count("."), default="")
+    return found
+
+
+def _adds(call: Call, after: Float[Tensor, "row d"], before: Float[Tensor, "row d"]) -> bool:
+    out = call.out
+    if out is None or out.shape[-1] != after.shape[-1]:
+        return False
+    rows = out.reshape(-1, out.shape[-1])
+    return len(rows) == len(after) and bool(torch.equal(after + rows.to(after), before))
+
+
+def embedding(model: Any) -> str:
+    """The embedding layer's path: as the model itself names it."""
+    names = {module: name for name, module in model.named_modules()}
+    return names.get(model.get_input_embeddings(), "")

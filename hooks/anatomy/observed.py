@@ -1,0 +1,189 @@
+"""The anatomy of a model, found by watching two forward passes: one for shapes and order, one for the equations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from hooks.anatomy import around
+from hooks.anatomy.blocks import look_at
+from hooks.anatomy.nouns import Anatomy, Block, Tower
+from hooks.anatomy.towers import Stack, stacks
+from hooks.anatomy.watching import Call, Record, attention_watched, copied, run, watched
+from hooks.errors import FrankenlensError
+
+
+def observed_anatomy(
+    model: nn.Module, inputs: Mapping[str, Any], image_token_id: int | None = None
+) -> Anatomy:
+    """Watch the model run on one prompt.
+
+    Args:
+        model: the model, in evaluation mode.
+        inputs: processor tensors on its device; with an image, where the vision side is to be found.
+        image_token_id: the placeholder of image tokens, where there is one.
+
+    Raises:
+        FrankenlensError: it has no stack of blocks through which a stream runs, or no logits.
+    """
+    paths = [path for path, _ in model.named_modules()]
+    record = Record()
+    with watched(model, paths, record), attention_watched(record):
+        run(model, inputs)
+    found = stacks(model, record)
+    if not found:
+        raise FrankenlensError(
+            f"{type(model).__name__}: no stack of blocks was seen that return a stream of the shape they are given, so "
+            "there is no residual stream to read or write."
+        )
+    image = _image_mask(inputs, image_token_id)
+    return _Looking(model, inputs, image, found, record).anatomy()
+
+
+def _image_mask(inputs: Mapping[str, Any], image_token_id: int | None) -> Bool[Tensor, "batch pos"] | None:
+    ids = inputs.get("input_ids")
+    if image_token_id is None or not isinstance(ids, Tensor):
+        return None
+    mask = ids == image_token_id
+    return mask if bool(mask.any()) else None
+
+
+class _Looking:
+    """The second forward: blocks are taken apart one by one as they end, so that only one is held at a time."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        image: Bool[Tensor, "batch pos"] | None,
+        found: list[Stack],
+        seen: Record,
+    ) -> None:
+        self._model, self._inputs, self._image, self._stacks = model, inputs, image, found
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._blocks: dict[str, Block] = {}
+        self._streams: dict[str, tuple[Tensor, Tensor]] = {}
+        self._first: dict[str, tuple[Tensor, int]] = {}
+        self._decoder = found[-1]
+        self._outside: list[Call] = []
+        self._run()
+
+    def _run(self) -> None:
+        members = {call.path for stack in self._stacks for call in stack.calls}
+        below: list[str] = []
+        outside: list[str] = []
+        for path, _ in self._model.named_modules():
+            owner = next((m for m in members if path == m or path.startswith(f"{m}.")), None)
+            (outside if owner is None else below).append(path)
+        record = Record()
+
+        def ended(call: Call) -> None:
+            if call.path in members:
+                record.paused = True
+                self._block_ended(call, record)
+                record.paused = False
+
+        with (
+            watched(self._model, outside, record, keep=copied),
+            watched(self._model, below, record, keep=copied, arguments=frozenset(below), ended=ended),
+            attention_watched(record),
+        ):
+            self.logits = run(self._model, self._inputs)
+        self._outside = [call for call in record.calls if call.path not in set(below)]
+
+    def _block_ended(self, whole: Call, record: Record) -> None:
+        """Take the block apart, and let go of what was kept of it."""
+        prefix = f"{whole.path}."
+        calls = [call for call in record.calls if call.path.startswith(prefix)]
+        if whole.path not in self._blocks and whole.given is not None:
+            self._blocks[whole.path] = look_at(self._model, whole, calls, record.attended, self._names)
+            post = next((out for out in whole.made.values() if out.shape == whole.given.shape), whole.given)
+            stack = next(s for s in self._stacks if whole.path.startswith(f"{s.path}."))
+            if stack.path == self._decoder.path:
+                self._streams[whole.path] = whole.given, post
+            self._first.setdefault(stack.path, (whole.given, whole.started))
+        dropped = {id(call) for call in calls} | {id(whole)}
+        record.calls[:] = [call for call in record.calls if id(call) not in dropped]
+        record.attended.clear()
+
+    def anatomy(self) -> Anatomy:
+        """All that was seen, put together."""
+        absent: dict[str, str] = {}
+        streams = list(self._streams.values())
+        calls = [call for call in self._outside if call.ended >= 0]
+        embed = around.embedding(self._model)
+        read = around.readout(self._model, self.logits, streams[-1][1], calls)
+        if read is None:
+            absent["unembed"] = "no linear layer's output is the logits, up to a factor or soft-capping"
+        elif not read.final_norm:
+            absent["ln_final"] = "no single module stands between the last block and the unembedding"
+        first = streams[0][0]
+        entered = around.entry(self._decoder, first, calls)
+        where, key = (embed, "") if entered is None else (entered.path, entered.key)
+        before = [stack for stack in self._stacks if stack.started < self._decoder.started]
+        made = self._projector(calls, before, embed)
+        if made is None:
+            absent["projector"] = (
+                "no module's output rows are rows of the decoder's input" if before else "no image"
+            )
+        added = around.deepstack(streams, calls)
+        self._ends = [name for name in (read.unembed if read else "", made.weights if made else "") if name]
+        text = self._tower(self._decoder, "")
+        towers = [self._tower(stack, "") for stack in before]
+        vision, others = self._sorted(towers, made)
+        anatomy = Anatomy(
+            text, vision, embed,
+            read.final_norm if read else "", read.unembed if read else "",
+            made.module if made else "", made.key if made else None, made.weights if made else "",
+            {layer: path for layer, path in added.items() if path}, where, key, others,
+            read.softcap if read else None, read.scale if read else 1.0, absent,
+        )  # fmt: skip
+        return anatomy
+
+    def _projector(self, calls: list[Call], before: list[Stack], embed: str) -> around.Projector | None:
+        """What hands image rows to the decoder, or to the encoder of an encoder-decoder."""
+        for stack in (self._decoder, *reversed(before)):
+            first, started = self._first[stack.path]
+            fits = self._image is not None and first.shape[:-1] == self._image.shape
+            earlier = [other for other in before if other.started < stack.started]
+            if first.ndim == 3 and earlier and (fits or self._image is None):
+                entered = around.entry(stack, first, calls)
+                handed = first if entered is None or entered.given is None else entered.given
+                words = next((c.out for c in calls if c.path == embed and c.out is not None), None)
+                words = words if words is not None and words.shape == handed.shape else None
+                image = self._image if fits else None
+                made = around.projector(handed, image, words, calls, earlier, started)
+                if made is not None:
+                    return made
+        return None
+
+    def _tower(self, stack: Stack, name: str) -> Tower:
+        blocks = tuple(self._blocks[call.path] for call in stack.calls if call.path in self._blocks)
+        given = stack.calls[0].given
+        packed = given is not None and given.ndim == 2
+        path = self._root(stack)
+        width, ndim = (int(given.shape[-1]), given.ndim) if given is not None else (0, 3)
+        return Tower(path, blocks, packed, name, width, ndim)
+
+    def _root(self, stack: Stack) -> str:
+        """The largest module around a stack that holds no other stack, nor what comes before or after it."""
+        others = [other.path for other in self._stacks if other is not stack]
+        others += [name for name in self._ends if not name.startswith(f"{stack.path}.")]
+        path = stack.path.rpartition(".")[0]
+        while (parent := path.rpartition(".")[0]) and not any(
+            other.startswith(f"{parent}.") for other in others
+        ):
+            path = parent
+        return path
+
+    def _sorted(self, towers: list[Tower], made: around.Projector | None) -> tuple[Tower, tuple[Tower, ...]]:
+        """The vision tower, and the others: an encoder of text, further vision towers, resamplers."""
+        if not towers:
+            return Tower("", ()), ()
+        vision = max(towers, key=lambda tower: len(tower.blocks))
+        rest = [tower for tower in towers if tower is not vision]
+        return vision, tuple(replace(tower, name=f"tower_{place + 2}") for place, tower in enumerate(rest))

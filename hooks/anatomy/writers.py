@@ -1,0 +1,245 @@
+"""Writers: which modules' outputs a block adds to its stream, with which coefficients, found by solving for them.
+
+The equation is `resid_post = resid_pre + Σ coefficient · output`, summed as the model sums it, in its own precision. A
+set of modules is taken only where the sum is the stream to rounding and every member is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooks.anatomy.watching import Call
+
+MAX_WRITERS = 4
+_CANDIDATES = 14
+_EXACT = 0.999  # share of entries that must be equal bit for bit, where sums are compared that way
+
+
+@dataclass(frozen=True)
+class Term:
+    """One module's output in a block's sum."""
+
+    call: Call
+    coefficient: float | str = 1.0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Terms in order, the states of the stream before each of them, and what the sum is multiplied with."""
+
+    terms: tuple[Term, ...]
+    states: tuple[Float[Tensor, "..."], ...]
+    gain: float | str = 1.0
+
+
+def solve(
+    block: nn.Module, path: str, pre: Float[Tensor, "..."], post: Float[Tensor, "..."], calls: Sequence[Call]
+) -> Solution | None:
+    """What a block adds to its stream.
+
+    Args:
+        block: the block; its parameters may be coefficients.
+        path: its path.
+        pre, post: its stream before and after.
+        calls: of modules below it, in the order in which they started, with copies of their outputs.
+    """
+    found = _candidates(pre, post, calls)
+    if not found:
+        return None
+    outs = [call.out.reshape(pre.shape).to(pre.dtype) for call in found]  # type: ignore[union-attr]
+    sets = [some for size in range(1, MAX_WRITERS + 1) for some in combinations(range(len(found)), size)]
+    scales = _parameters(block, path, pre)
+    for gain in (
+        1.0,
+        *(name for name, value in scales.items() if value.numel() == 1 and float(value) not in (0, 1)),
+    ):
+        sums = _Sums(pre, post, found, outs, scales, gain)
+        for some in sets:
+            solution = sums.plain(some)
+            if solution is not None:
+                return solution
+        for some in sets:
+            solution = sums.scaled(some)
+            if solution is not None:
+                return solution
+    return None
+
+
+def coefficient_of(root: nn.Module, expression: float | str) -> Float[Tensor, "*channel"] | float:
+    """The value of a coefficient now: a number, `path` or `tanh(path)` of a parameter or buffer below it."""
+    if not isinstance(expression, str):
+        return expression
+    if expression.startswith("tanh("):
+        return _value(root, expression[5:-1]).tanh()
+    return _value(root, expression)
+
+
+def _value(root: nn.Module, path: str) -> Float[Tensor, "..."]:
+    module, _, name = path.rpartition(".")
+    return getattr(root.get_submodule(module), name).detach()
+
+
+def _candidates(pre: Tensor, post: Tensor, calls: Sequence[Call]) -> list[Call]:
+    """Modules whose output has the stream's size and is neither of its ends; of equal ones the outermost, first."""
+    found: list[Call] = []
+    outputs: list[Tensor] = []
+    for call in sorted(calls, key=lambda call: call.path.count(".")):
+        out = call.out
+        if out is None or out.numel() != pre.numel() or out.shape[-1] != pre.shape[-1] or call.ended < 0:
+            continue
+        out = out.reshape(pre.shape)
+        if out.device != pre.device or any(_same(out, other) for other in (pre, post, *outputs)):
+            continue
+        if not bool(out.any()):
+            continue
+        found.append(call)
+        outputs.append(out)
+    return sorted(found[:_CANDIDATES], key=lambda call: call.ended)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and bool(torch.equal(a, b))
+
+
+def _parameters(block: nn.Module, path: str, pre: Tensor) -> dict[str, Tensor]:
+    """The block's own parameters that may be layer scales or gates (one number a channel, or one in all), and tanh."""
+    found: dict[str, Tensor] = {}
+    for name, value in (*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)):
+        if value.is_floating_point() and value.numel() in (1, pre.shape[-1]) and not value.is_meta:
+            flat = value.detach().reshape(-1)
+            found[f"{path}.{name}"] = flat
+            if value.numel() == 1:
+                found[f"tanh({path}.{name})"] = flat.tanh()
+    return found
+
+
+class _Sums:
+    """Sums of a block's candidates, held against what the block added.
+
+    Inner products of the candidates and of what was added give any set's least squares, so that few sets are summed.
+    """
+
+    def __init__(
+        self,
+        pre: Float[Tensor, "..."],
+        post: Float[Tensor, "..."],
+        calls: Sequence[Call],
+        outs: Sequence[Float[Tensor, "..."]],
+        scales: Mapping[str, Float[Tensor, " n"]],
+        gain: float | str,
+    ) -> None:
+        self._pre, self._post, self._calls, self._outs, self._scales = pre, post, calls, outs, scales
+        self._gain = gain
+        whole = post.double() if gain == 1.0 else post.double() / scales[str(gain)].double()
+        self._delta = whole - pre.double()
+        delta, stacked = self._delta.flatten(), torch.stack([out.double().flatten() for out in outs])
+        self._inner, self._with_delta = (stacked @ stacked.T).cpu(), (stacked @ delta).cpu()
+        self._size = float(delta @ delta)
+        step = torch.finfo(pre.dtype).eps
+        self._allowed = (16 * step) ** 2 * float((pre.double().square() + whole.square()).sum())
+
+    def plain(self, some: Sequence[int]) -> Solution | None:
+        """The sum as it is."""
+        picked = list(some)
+        rest = self._size - 2 * self._with_delta[picked].sum() + self._inner[picked][:, picked].sum()
+        if abs(float(rest)) > self._allowed + 1e-12 * self._size:
+            return None
+        return self._summed(picked, [1.0] * len(picked))
+
+    def scaled(self, some: Sequence[int]) -> Solution | None:
+        """The sum with coefficients: parameters of the block, else one fitted number each."""
+        picked = list(some)
+        if self._scales and len(picked) <= 3 and (names := self._named(picked)) is not None:
+            solution = self._summed(picked, names)
+            if solution is not None:
+                return solution
+        fitted = self._fitted(picked)
+        return None if fitted is None else self._summed(picked, fitted)
+
+    def _fitted(self, picked: list[int]) -> list[float | str] | None:
+        target = self._with_delta[picked]
+        try:
+            solution = torch.linalg.solve(self._inner[picked][:, picked], target)
+        except RuntimeError:
+            return None
+        rest = self._size - float(solution @ target)
+        numbers = solution.tolist()
+        if abs(rest) > self._allowed + 1e-10 * self._size or any(abs(c) < 1e-3 for c in numbers):
+            return None
+        return [1.0 if abs(c - 1) < 1e-5 else _rounded(c) for c in numbers]
+
+    def _named(self, picked: list[int]) -> list[float | str] | None:
+        """For each output the parameter that is nearest to the least squares of each channel, or 1."""
+        delta = self._delta.flatten(0, -2)
+        stacked = torch.stack(
+            [self._outs[i].double().flatten(0, -2) for i in picked], -1
+        )  # token channel output
+        if len(delta) < 2 * len(picked):
+            return None
+        try:
+            channels = torch.linalg.lstsq(stacked.transpose(0, 1), delta.T[..., None]).solution[..., 0].T
+        except RuntimeError:
+            return None
+        names: list[float | str] = []
+        for own in channels:
+            errors: dict[float | str, float] = {1.0: (own - 1).abs().max().item()}
+            errors |= {n: (own - value.double()).abs().max().item() for n, value in self._scales.items()}
+            names.append(min(errors, key=lambda name: errors[name]))
+        return names if any(isinstance(name, str) for name in names) else None
+
+    def _summed(self, picked: list[int], coefficients: Sequence[float | str]) -> Solution | None:
+        """The solution, if these terms make the stream in one of the ways in which a model may add them."""
+        pre, post = self._pre, self._post
+        terms = [
+            self._outs[i]
+            if c == 1.0
+            else self._outs[i] * (self._scales[c].to(pre.dtype) if isinstance(c, str) else c)
+            for i, c in zip(picked, coefficients, strict=True)
+        ]
+        exact = all(c == 1.0 for c in coefficients)
+        states, total = [pre], pre
+        for term in terms:
+            total = total + term
+            states.append(total)
+        sums = [total]
+        if len(terms) == 2:  # parallel branches are often added to one another first
+            sums += [pre + (terms[0] + terms[1]), (pre + terms[1]) + terms[0]]
+        if self._gain != 1.0:
+            sums = [one * self._scales[str(self._gain)].to(pre.dtype) for one in sums]
+        if not any(_equal(one, post, pre, terms, exact) for one in sums):
+            return None
+        if len(terms) > 1 and any(_negligible(term, pre, post) for term in terms):
+            return None
+        found = tuple(Term(self._calls[i], c) for i, c in zip(picked, coefficients, strict=True))
+        return Solution(found, tuple(states[:-1]), self._gain)
+
+
+def _rounded(c: float) -> float:
+    """A fitted number without the last digits, which are noise: as someone wrote it in a configuration."""
+    short = float(f"{c:.4g}")
+    return short if abs(short - c) < 1e-5 * abs(c) else c
+
+
+def _equal(total: Tensor, post: Tensor, pre: Tensor, terms: Sequence[Tensor], exact: bool) -> bool:
+    """To rounding: bit for bit nearly everywhere where nothing is scaled, else within a few steps at every entry."""
+    if not bool(torch.isfinite(post).all()):
+        return False
+    if exact and (total == post).double().mean().item() >= _EXACT:
+        return True
+    if post.dtype not in (torch.float32, torch.float64) and exact:
+        return False
+    size = pre.abs().double() + sum(term.abs().double() for term in terms)
+    return bool(
+        ((total.double() - post.double()).abs() <= 8 * torch.finfo(post.dtype).eps * size + 1e-12).all()
+    )
+
+
+def _negligible(term: Tensor, pre: Tensor, post: Tensor) -> bool:
+    """A term that rounding could hide at every entry proves nothing."""
+    return bool((term.abs() <= 2 * torch.finfo(pre.dtype).eps * post.abs()).all())
