@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from experiments import embedded
@@ -188,7 +189,9 @@ def test_every_optional_package_is_tried():
 def test_a_missing_package_is_never_an_examples_own_fault(without):
     """A measurement records what a grader raises as that answer's reason; this would be every answer's."""
     without("math_verify")
-    prompt = PromptBuilder(load_processor(embedded.path("in"))).build(sample("sum", 1, seed=0, split="map")[0])
+    prompt = PromptBuilder(load_processor(embedded.path("in"))).build(
+        sample("sum", 1, seed=0, split="map")[0]
+    )
     prompt = replace(prompt, example=replace(prompt.example, meta={"grader": "math"}))
     with pytest.raises(MissingPackage):
         graded(Written(prompt, (), "2", "2", True, "", (), ()), grade)
@@ -216,6 +219,65 @@ def test_what_is_installed_is_no_error():
     assert issubclass(MissingPackage, FrankenlensError)
 
 
+# --- make, with a Python that only writes down what it is asked
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., list[str]]:
+    """Runs a target in a folder of its own; returns what it asked of the environment's programs."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    programs, log = tmp_path / ".venv" / "bin", tmp_path / "log"
+    programs.mkdir(parents=True)
+    for name in ("python", "frankenlens", "ruff", "pyright"):
+        lines = ["#!/bin/sh", f'echo "{name} $*" >> log', 'case "$*" in *install*) exit ${BROKEN:-0};; esac']
+        (programs / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (programs / name).chmod(0o755)
+
+    def run(target: str, broken: bool = False) -> list[str]:
+        log.write_text("", encoding="utf-8")
+        environment = {**os.environ, "BROKEN": "1" if broken else "0", "MAKEFLAGS": ""}
+        ran = subprocess.run(["make", target], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (ran.returncode != 0) == broken, ran.stdout + ran.stderr
+        return log.read_text(encoding="utf-8").splitlines()
+
+    return run
+
+
+def _installed(asked: list[str]) -> list[str]:
+    return [line.rpartition(" ")[2] for line in asked if " install " in line]
+
+
+def test_the_demo_installs_the_core_alone_and_the_tests_everything_each_once(make):
+    assert _installed(make("demo")) == ["."]
+    assert _installed(make("demo")) == []
+    assert _installed(make("test")) == [".[dev]"]
+    for target in ("check", "demo", "test"):
+        assert _installed(make(target)) == []
+
+
+@pytest.mark.parametrize("before", ["demo", "test"])
+def test_what_was_broken_off_is_installed_anew(make, before, tmp_path):
+    make(before)
+    for stamp in (tmp_path / ".venv").glob(".*"):
+        os.utime(stamp, (0, 0))  # older than what is asked for
+    assert _installed(make("test", broken=True)) == [".[dev]"]
+    assert _installed(make("demo")) == ["."], "the environment may be anything now"
+    assert _installed(make("test")) == [".[dev]"]
+    assert _installed(make("demo")) == []
+
+
+def test_pre_commit_runs_what_make_check_runs(make):
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0][
+        "hooks"
+    ]
+    make("test")
+    assert [f".venv/bin/{line}".strip() for line in make("check")] == [hook["entry"] for hook in hooks]
+    assert all(hook["language"] == "system" and not hook["pass_filenames"] for hook in hooks)
+
+
 # --- The wheel, in an environment of its own, from another folder
 
 
@@ -223,7 +285,7 @@ def test_what_is_installed_is_no_error():
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, since setuptools keeps a `build/` whose leftovers would go into the next wheel."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
-    for name in (*PACKAGES, "frankenlens.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in (*PACKAGES, "frankenlens.py", "frankenlens_pytest.py", "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -291,7 +353,8 @@ def test_the_command_runs_from_another_folder(python, tmp_path):
     for name in (*PACKAGES, "frankenlens"):
         file = _run([python, "-c", f"import {name}; print({name}.__file__)"], tmp_path).strip()
         assert python.parent.parent in Path(file).parents
-    _run([command, "map", "--out", "map", "--n", "40"], tmp_path)
+    small = ["--n", "16", "--points", "mlp_out", "--direction", "rl_to_in"]
+    _run([command, "map", "--out", "map", *small], tmp_path)
     page = (tmp_path / "map" / "report.html").read_text(encoding="utf-8")
     assert "<style" in page and len(page) > 10_000
     assert {path.suffix for path in (tmp_path / "map").iterdir()} == {".html", ".png", ".csv", ".nc"}

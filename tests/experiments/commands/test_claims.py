@@ -120,7 +120,7 @@ ARGS = [
     "-p",
     "no:frankenlens",
     "-p",
-    "experiments.pytest_plugin",
+    "frankenlens_pytest",
     "-p",
     "no:jaxtyping",
     "-p",
