@@ -285,7 +285,14 @@ def test_pre_commit_runs_what_make_check_runs(make):
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, since setuptools keeps a `build/` whose leftovers would go into the next wheel."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
-    for name in (*PACKAGES, "frankenlens.py", "frankenlens_pytest.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in (
+        *PACKAGES,
+        "frankenlens.py",
+        "frankenlens_pytest.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    ):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -15,7 +15,9 @@ def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     matplotlib.use("Agg")
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 4
-    assert re.findall(r"^\s*(?:from|import) .*", "".join(blocks), re.MULTILINE) == ["import frankenlens as fl"]
+    assert re.findall(r"^\s*(?:from|import) .*", "".join(blocks), re.MULTILINE) == [
+        "import frankenlens as fl"
+    ]
     names: dict = {}
     for number, block in enumerate(blocks):
         path = tmp_path / f"block_{number}.py"  # nnsight reads the source of a trace
