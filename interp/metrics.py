@@ -84,7 +84,7 @@ class LogitDifference:
 
     def select(self, rows: Rows) -> LogitDifference:
         """The metric of some of the prompts."""
-        chosen = torch.tensor([int(row) for row in rows])
+        chosen = torch.tensor([int(row) for row in rows], dtype=torch.long)
         return LogitDifference(
             self.a[chosen], self.b[chosen], None if self.position is None else self.position[chosen]
         )
@@ -225,7 +225,7 @@ class KLToReference:
 
     def select(self, rows: Rows) -> KLToReference:
         """The metric of some of the prompts."""
-        chosen = torch.tensor([int(row) for row in rows])
+        chosen = torch.tensor([int(row) for row in rows], dtype=torch.long)
         return KLToReference(self.reference[chosen], None if self.position is None else self.position[chosen])
 
 
