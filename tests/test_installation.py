@@ -197,9 +197,10 @@ def test_a_missing_package_is_never_an_examples_own_fault(without):
         graded(Written(prompt, (), "2", "2", True, "", (), ()), grade)
 
 
-def test_a_command_says_it_in_one_line_before_anything_is_loaded(without, tmp_path, capsys):
+@pytest.mark.parametrize("command", [["freeze"], ["planted", "--kinds", "reinforced"], ["train-triple"]])
+def test_a_command_says_it_in_one_line_before_anything_is_loaded(command, without, tmp_path, capsys):
     without("trl")
-    assert main(["freeze", "--out", str(tmp_path / "out")]) == 2
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert "needs trl" in said and "'frankenlens[train]'" in said
     assert len(said.strip().splitlines()) == 1

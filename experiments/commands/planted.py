@@ -19,6 +19,7 @@ from experiments.options import Only, as_option, default, require_known
 from experiments.retraining import plants
 from experiments.retraining.triple import require_triple
 from experiments.settings import Questions, QuestionSettings, checkpoints, load_examples, load_pair
+from experiments.triple.rl import require_grpo
 from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 from interp.planting import DRAWN, KINDS, METHODS, MOST, NULLS, TRAINED, Draws, chosen, on_grid
@@ -104,6 +105,8 @@ def check(config: PlantedConfig) -> None:
             raise FrankenlensError(f"{as_option(name)} is {getattr(config, name)}; give 1 to {MOST - 1}.")
     if set(config.kinds) & set(TRAINED):
         require_triple(checkpoints(config)[0])
+    if "reinforced" in config.kinds:
+        require_grpo()
 
 
 def load(config: PlantedConfig) -> Questions:
