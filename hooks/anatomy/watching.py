@@ -84,16 +84,17 @@ def is_stream(value: Any) -> bool:
 
 def floating_parts(output: Any) -> dict[str | None, Tensor]:
     """The floating tensors of an output: itself (None), the first of a tuple (None), or fields by name."""
-    if is_stream(output):
-        return {None: output}
+    found: dict[str | None, Tensor] = {}
     if isinstance(output, Mapping):
-        fields = {
-            name: v[0] if isinstance(v, tuple | list) and len(v) == 1 else v for name, v in output.items()
-        }
-        return {str(name): value for name, value in fields.items() if is_stream(value)}
-    if isinstance(output, tuple | list):
-        return next(({None: value} for value in output if is_stream(value)), {})
-    return {}
+        for name, held in output.items():
+            value = held[0] if isinstance(held, tuple | list) and len(held) == 1 else held
+            if isinstance(value, Tensor) and is_stream(value):
+                found[str(name)] = value
+        return found
+    for value in output if isinstance(output, tuple | list) else (output,):
+        if isinstance(value, Tensor) and is_stream(value):
+            return {None: value}
+    return found
 
 
 @contextmanager

@@ -114,9 +114,10 @@ def test_attention_is_where_it_is_seen(name: str) -> None:
             model(**inputs)
         z, out = seen[site.out]
         assert z.shape[-1] == site.n_heads * site.d_value
-        weight = model.get_submodule(site.out).weight
-        weight = weight if type(model.get_submodule(site.out)).__name__ == "Conv1D" else weight.T
-        bias = getattr(model.get_submodule(site.out), "bias", None)
+        projection: Any = model.get_submodule(site.out)
+        weight = projection.weight
+        weight = weight if type(projection).__name__ == "Conv1D" else weight.T
+        bias = getattr(projection, "bias", None)
         heads = torch.einsum(
             "...hd,hdm->...m", z.unflatten(-1, (site.n_heads, -1)), weight.unflatten(0, (site.n_heads, -1))
         )
