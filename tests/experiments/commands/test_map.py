@@ -58,7 +58,7 @@ def test_the_dataset_names_all_that_were_looked_at_not_only_those_with_a_decisio
 
 def test_the_table_and_the_page_agree_with_the_dataset(out):
     result = load_dataset(out / "map.nc")
-    rows = list(csv.DictReader((out / "map.csv").open()))
+    rows = list(csv.DictReader((out / "map.csv").read_text(encoding="utf-8").splitlines()))
     assert len(rows) == 2 * result.sizes["component"] * result.sizes["role"]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert f"{result.sizes['example']} of {SMALL['n']} prompts qualify" in page

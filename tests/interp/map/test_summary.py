@@ -84,7 +84,7 @@ def test_strongest_names_the_directions():
 def test_the_table_is_tidy(tmp_path):
     summary = summarise(synthetic_map(layers=3, heads=2, examples=12), resamples=50)
     cell_table(summary).to_csv(tmp_path / "map.csv", index=False)
-    rows = list(csv.DictReader((tmp_path / "map.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "map.csv").read_text(encoding="utf-8").splitlines()))
     assert len(rows) == 2 * summary.sizes["component"] * summary.sizes["role"]
     for row in rows[:: len(rows) // 40]:
         cell = summary.sel({name: row[name] for name in ("direction", "component", "role")})
