@@ -358,8 +358,9 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel):
 def test_the_command_runs_from_another_folder(python, tmp_path):
     command = python.parent / "frankenlens"
     assert _run([command, "--version"], tmp_path).startswith("frankenlens ")
-    for name in (*PACKAGES, "frankenlens"):
-        file = _run([python, "-c", f"import {name}; print({name}.__file__)"], tmp_path).strip()
+    names = (*PACKAGES, "frankenlens", "frankenlens_pytest")
+    found = f"from importlib.util import find_spec\nfor name in {names!r}: print(find_spec(name).origin)"
+    for file in _run([python, "-c", found], tmp_path).split():
         assert python.parent.parent in Path(file).parents
     small = ["--n", "16", "--points", "mlp_out", "--direction", "rl_to_in"]
     _run([command, "map", "--out", "map", *small], tmp_path)
