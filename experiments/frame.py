@@ -51,13 +51,6 @@ class Asked(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Nothing:
-    """What a command asks that finds its questions in the models themselves."""
-
-    left_out: Mapping[str, int]
-
-
 Settings = TypeVar("Settings", bound=ModelSettings)
 Models = TypeVar("Models", bound=Opened)
 Question = TypeVar("Question", bound=Asked)
@@ -70,7 +63,7 @@ class Command(Generic[Settings, Models, Question]):
     Attributes:
         settings: its settings, a dataclass.
         check: refuses settings that contradict each other, beyond what `require_sound` refuses.
-        load: what is asked, without a model.
+        load: what is asked, before that is opened which it is asked of.
         open: what it is asked of.
         measure: the sections of the page, one after the other, as they are finished. What `load` left out is added to
             their accounts.
@@ -138,10 +131,6 @@ class Recipe(Generic[Item]):
 
     settings: type[Item]
     run: Callable[[Item], Any]
-
-
-def nothing_more(config: ModelSettings) -> None:
-    """For `Command.check`: `require_sound` refuses all there is to refuse."""
 
 
 def is_first_process() -> bool:

@@ -14,7 +14,7 @@ import pytest
 
 from experiments import frame
 from experiments.cli import COMMANDS
-from experiments.frame import Command, finished, nothing_more, require_begun_alike
+from experiments.frame import Command, finished, require_begun_alike
 from experiments.options import Only, a_task, default, from_command_line
 from experiments.settings import DataSettings, ModelSettings, Questions, require_sound
 from hooks.errors import FrankenlensError
@@ -64,7 +64,10 @@ def command(opened: Models, measure) -> Command[Config, Models, Questions]:
     def load(config: Config) -> Questions:
         return Questions([], {"row 2: no image": 1, "no answer": 4})
 
-    return Command(Config, nothing_more, load, lambda config: opened, measure)
+    def check(config: Config) -> None:
+        """All is well."""
+
+    return Command(Config, check, load, lambda config: opened, measure)
 
 
 def both(models: Models, asked: Questions, config: Config) -> Iterator[Section]:
