@@ -31,7 +31,7 @@ def map_section(summary: xr.Dataset, k: int = 10, seed: int | None = None) -> Se
         seed: of everything random.
     """
     decisions = json.loads(summary.attrs["decisions"]) if "decisions" in summary.attrs else None
-    digests = [_denominators(summary), *_strongest(summary, k)]
+    digests = [*_strongest(summary, k), _denominators(summary)]
     digests += [_now_and_before(summary)] if "two_by_two" in summary else []
     digests += [_decided(decisions)] if decisions else []
     return Section(
