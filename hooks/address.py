@@ -3,8 +3,10 @@
 Grammar (ranges are inclusive)::
 
     address := "embed" | "projector" | "ln_final" | "unembed" | "vision"
-             | ["vision."] "blocks." range [ "." part ]
-    part    := "attn" [ ".head." range | ".kv_head." range ] | "mlp" [ ".neuron." range ]
+             | [tower "."] "blocks." range [ "." part ]
+    tower   := "vision" | "tower_" int
+    part    := ("attn" | "cross_attn") [ ".head." range | ".kv_head." range ] | "mixer"
+             | "mlp" [ ".neuron." range | ".expert." range ]
     range   := int | int "-" int
 """
 
@@ -16,10 +18,16 @@ from hooks.errors import FrankenlensError, nearest
 
 WHOLE = ("embed", "projector", "ln_final", "unembed", "vision")
 _BLOCKS = re.compile(
-    r"(?P<vision>vision\.)?blocks\.(?P<layers>\d+(?:-\d+)?)"
-    r"(?:\.(?P<sub>attn|mlp)(?:\.(?P<unit>head|kv_head|neuron)\.(?P<units>\d+(?:-\d+)?))?)?"
+    r"(?:(?P<tower>vision|tower_\d+)\.)?blocks\.(?P<layers>\d+(?:-\d+)?)"
+    r"(?:\.(?P<sub>attn|cross_attn|mixer|mlp)"
+    r"(?:\.(?P<unit>head|kv_head|neuron|expert)\.(?P<units>\d+(?:-\d+)?))?)?"
 )
-_UNITS = {"attn": ("head", "kv_head"), "mlp": ("neuron",)}
+_UNITS = {
+    "attn": ("head", "kv_head"),
+    "cross_attn": ("head", "kv_head"),
+    "mixer": (),
+    "mlp": ("neuron", "expert"),
+}
 _EXAMPLES = (
     *WHOLE,
     "blocks.17",
@@ -28,6 +36,9 @@ _EXAMPLES = (
     "blocks.17.attn.head.3",
     "blocks.17.attn.kv_head.1",
     "blocks.17.mlp.neuron.5",
+    "blocks.17.mlp.expert.12",
+    "blocks.17.mixer",
+    "blocks.17.cross_attn.head.3",
     "vision.blocks.5",
     "vision.blocks.5.attn.head.0",
     "vision.blocks.5.mlp",
@@ -64,10 +75,11 @@ class Address:
             raise FrankenlensError(f"{text!r} is not an address. {nearest(text, _EXAMPLES) or _examples()}")
         sub, unit = match["sub"], match["unit"]
         if unit is not None and unit not in _UNITS[sub]:
-            raise FrankenlensError(f"{text!r}: {sub!r} has {' / '.join(_UNITS[sub])}, no {unit!r}.")
+            have = " / ".join(_UNITS[sub]) or "no parts of its own"
+            raise FrankenlensError(f"{text!r}: {sub!r} has {have}, no {unit!r}.")
         return cls(
             "blocks",
-            "vision" if match["vision"] else "text",
+            match["tower"] or "text",
             _range(match["layers"], text),
             sub,
             unit,
@@ -77,7 +89,7 @@ class Address:
     def __str__(self) -> str:
         if self.layers is None:
             return self.kind
-        parts = ["vision"] if self.tower == "vision" else []
+        parts = [self.tower] if self.tower != "text" else []
         parts += ["blocks", _show(self.layers)]
         parts += [self.sub] if self.sub else []
         parts += [self.unit, _show(self.units)] if self.unit and self.units else []
@@ -123,12 +135,16 @@ class Address:
             raise FrankenlensError(
                 f"{self} has weights but no activation of its own; patch what it writes to instead."
             )
-        block = f"{'vision.' if self.tower == 'vision' else ''}blocks.{self.layer}"
+        block = f"{'' if self.tower == 'text' else f'{self.tower}.'}blocks.{self.layer}"
         suffix = {
             (None, None): "hook_resid_post",
             ("attn", None): "hook_attn_out",
             ("attn", "head"): "attn.hook_result",
+            ("cross_attn", None): "hook_cross_attn_out",
+            ("cross_attn", "head"): "cross_attn.hook_result",
+            ("mixer", None): "hook_mixer_out",
             ("mlp", None): "hook_mlp_out",
+            ("mlp", "expert"): "mlp.hook_expert_out",
             ("mlp", "neuron"): "mlp.hook_post",
         }
         if (self.sub, self.unit) not in suffix:

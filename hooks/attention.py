@@ -22,7 +22,7 @@ from hooks.errors import FrankenlensError
 _NAME = "frankenlens"
 # transformers hands a packed vision tower's windows over in one call only where the name contains "flash".
 _PACKED_NAME = "frankenlens_flash"
-_UNSUPPORTED = ("position_bias", "s_aux", "sinks", "cache")
+_UNSUPPORTED = ("position_bias", "sinks", "cache")
 
 Apply = Callable[[str, Tensor], Tensor]
 
@@ -53,6 +53,15 @@ class AttentionTap:
         seen = states.transpose(1, 2)
         new = self.apply(leaf, seen[0] if self.packed else seen)
         return (new[None] if self.packed else new).transpose(1, 2)
+
+    def on_out(
+        self, leaf: str, out: Float[Tensor, "batch pos head d_head"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Run the hooks of `leaf` on what attention gives out (packed: [patch head d_head])."""
+        if leaf not in self.leaves:
+            return out
+        new = self.apply(leaf, out[0] if self.packed else out)
+        return new[None] if self.packed else new
 
     def on_square(
         self, leaf: str, square: Float[Tensor, "batch head q k"]
@@ -97,8 +106,23 @@ def hooked_attention(
     """The attention function that transformers calls for a tapped module."""
     tap: AttentionTap = module.config._frankenlens_tap
     query, key = tap.on_heads("hook_rot_q", query), tap.on_heads("hook_rot_k", key)
-    if not tap.dense:
-        return _as_the_user_set_it(tap, module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    given = (module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    out, *weights = (_dense if tap.dense else _as_the_user_set_it)(tap, *given)
+    return (tap.on_out("hook_z", out), *weights)
+
+
+def _dense(
+    tap: AttentionTap,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with its scores and its pattern as tensors."""
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise FrankenlensError(
@@ -111,7 +135,12 @@ def hooked_attention(
         scores = torch.tanh(scores / kwargs["softcap"]) * kwargs["softcap"]
     scores = _mask(tap, module, scores, attention_mask, kwargs)
     scores = tap.on_square("hook_attn_scores", scores)
-    pattern = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    if (sinks := kwargs.get("s_aux")) is not None:  # a score a head that takes its share and gives nothing
+        sunk = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores.dtype)
+        pattern = torch.softmax(torch.cat([scores, sunk], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
+    else:
+        pattern = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    pattern = pattern.to(query.dtype)
     # A query that may look at nothing (left padding) looks at nothing; softmax alone would make it NaN.
     pattern = pattern.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
     pattern = tap.on_square("hook_pattern", pattern)

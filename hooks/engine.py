@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooks.anatomy.writers import coefficient_of
 from hooks.attention import AttentionTap, tapped
 from hooks.errors import FrankenlensError
 from hooks.points import HookPoint
@@ -98,8 +99,12 @@ def attached(model: nn.Module, wanted: Sequence[Hook], packed: frozenset[str]) -
     for hook in wanted:
         places[hook.context.point.module, hook.context.point.place].append(hook)
     with ExitStack() as stack:
-        for (path, place), hooks in places.items():
+        # Of the hooks on one module's output, those registered last run first: a rest must come before the whole.
+        for (path, place), hooks in sorted(places.items(), key=lambda item: item[0][1] == "rest"):
             module = model.get_submodule(path)
+            if place == "rest":
+                _attach_rest(model, module, hooks, stack)
+                continue
             if place == "attention":
                 tap = AttentionTap(partial(_leaves, hooks), partial(_run_leaf, hooks), path in packed)
                 stack.enter_context(tapped(module, tap))
@@ -108,10 +113,36 @@ def attached(model: nn.Module, wanted: Sequence[Hook], packed: frozenset[str]) -
                 stack.callback(handle.remove)
             else:
                 # First in line: transformers records hidden states with hooks of its own, and must record our value.
-                function = _on_output if place == "output" else _on_result
-                handle = module.register_forward_hook(partial(function, hooks), prepend=True)
+                function = (
+                    partial(_on_output, hooks, model) if place == "output" else partial(_on_result, hooks)
+                )
+                handle = module.register_forward_hook(function, prepend=True)
                 stack.callback(handle.remove)
         yield
+
+
+def _attach_rest(model: nn.Module, block: nn.Module, hooks: list[Hook], stack: ExitStack) -> None:
+    """What a block adds behind a stream that one of its modules is given."""
+    inside: list[Tensor] = []
+    reader = model.get_submodule(str(hooks[0].context.point.key))
+
+    def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        inside[:] = [args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))]
+
+    def act(module: nn.Module, args: tuple, output: Any) -> Any:
+        whole = output[0] if isinstance(output, tuple) else output
+        for hook in hooks:
+            if hook.awake():
+                seen = whole - inside[0]
+                new = hook(seen.clone())
+                whole = whole if new is None else whole + (new - seen)
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    for handle in (
+        reader.register_forward_pre_hook(see, with_kwargs=True),
+        block.register_forward_hook(act, prepend=True),
+    ):
+        stack.callback(handle.remove)
 
 
 def _leaves(hooks: list[Hook]) -> frozenset[str]:
@@ -144,20 +175,41 @@ def _on_input(hooks: list[Hook], module: nn.Module, args: tuple, kwargs: dict) -
     return args, kwargs
 
 
-def _on_output(hooks: list[Hook], module: nn.Module, args: tuple, output: Any) -> Any:
+def _on_output(hooks: list[Hook], model: nn.Module, module: nn.Module, args: tuple, output: Any) -> Any:
     for hook in hooks:
         key = hook.context.point.key
-        if key is not None:
-            new = _new_value(hook, getattr(output, key))
+        if hook.context.point.coefficient != 1.0:
+            output = _scaled(hook, model, output)
+        elif key is not None:
+            field = getattr(output, key)
+            one = field[0] if isinstance(field, tuple | list) else field
+            new = _new_value(hook, one)
             if new is not None:
-                setattr(output, key, new)
-        elif isinstance(output, tuple):
+                setattr(output, key, new if one is field else type(field)((new, *field[1:])))
+        elif isinstance(output, tuple | list):
             new = _new_value(hook, output[0])
-            output = output if new is None else (new, *output[1:])
+            output = output if new is None else type(output)((new, *output[1:]))
         else:
             new = _new_value(hook, output)
             output = output if new is None else new
     return output
+
+
+def _scaled(hook: Hook, model: nn.Module, output: Any) -> Any:
+    """A multiple of the output is what is added to the stream: the hook sees that; its change is divided back."""
+    own = output[0] if isinstance(output, tuple) else output
+    if not hook.awake():
+        return output
+    factor = coefficient_of(model, hook.context.point.coefficient)
+    factor = factor.to(own.device, own.dtype) if isinstance(factor, Tensor) else own.new_tensor(factor)
+    seen = own * factor
+    new = hook(seen.clone())
+    if new is None:
+        return output
+    # As a difference, so that what a hook leaves alone stays bit for bit what it was; a channel that counts for nothing
+    # cannot be changed.
+    whole = own + torch.where(factor == 0, 0.0, (new - seen) / factor).to(own.dtype)
+    return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
 
 def _new_value(hook: Hook, tensor: Tensor) -> Tensor | None:
@@ -165,17 +217,13 @@ def _new_value(hook: Hook, tensor: Tensor) -> Tensor | None:
     if not hook.awake():
         return None
     point = hook.context.point
-    whole = tensor.chunk(3, dim=-1) if point.part is not None else (tensor,)
-    part = whole[point.part or 0]
-    seen = part if point.heads is None else part.unflatten(-1, (point.heads, -1))
+    seen = tensor if point.split is None else point.split.of(tensor)
     # A copy where an edit in place would reach the wrong tensor, or one that autograd has views of.
-    new = hook(seen.clone() if point.inplace or point.part is not None or seen.requires_grad else seen)
-    if new is None:
-        return None
-    new = new if point.heads is None else new.flatten(-2)
-    if point.part is None:
+    partial = point.split is not None and not point.split.whole
+    new = hook(seen.clone() if point.inplace or partial or seen.requires_grad else seen)
+    if new is None or point.split is None:
         return new
-    return torch.cat([new if i == point.part else other for i, other in enumerate(whole)], dim=-1)
+    return point.split.into(tensor, new)
 
 
 def _on_result(hooks: list[Hook], module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -183,7 +231,9 @@ def _on_result(hooks: list[Hook], module: nn.Module, args: tuple, output: Tensor
     awake = [hook for hook in hooks if hook.awake()]
     if not awake:
         return output
-    own = head_results(module, args[0].unflatten(-1, (awake[0].context.point.heads, -1)))
+    heads = awake[0].context.point.split
+    assert heads is not None
+    own = head_results(module, heads.of(args[0]))
     result = own
     for hook in awake:
         new = hook(result.clone())

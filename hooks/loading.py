@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from hooks.errors import FrankenlensError
 from hooks.extras import require_installed
+from hooks.processors import sees_images
 
 
 def load_model(
@@ -17,7 +18,7 @@ def load_model(
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load an image-text-to-text model in evaluation mode.
+    """Load an image-text-to-text model, or a causal language model, in evaluation mode.
 
     Raises:
         FrankenlensError: no such checkpoint, a pickle checkpoint, an unknown architecture, or missing weights.
@@ -38,8 +39,12 @@ def load_model(
                 f"{folder}: {found}. Only safetensors are read: load it once in a place you trust and call "
                 "model.save_pretrained(folder)."
             )
+    kind = "image-text-to-text"
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        auto: Any = AutoModelForImageTextToText
+        if not sees_images(str(path_or_id), trust_remote_code):
+            auto, kind = AutoModelForCausalLM, "causal language"
+        loaded: Any = auto.from_pretrained(
             path_or_id,
             dtype=dtype,
             device_map=device_map,
@@ -50,7 +55,7 @@ def load_model(
         )
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
-        raise FrankenlensError(f"{path_or_id}: not loaded as an image-text-to-text model: {first}") from error
+        raise FrankenlensError(f"{path_or_id}: not loaded as a model of the kind {kind}: {first}") from error
     model, info = loaded
     for kind, meaning in (
         ("missing_keys", "absent from the checkpoint"),

@@ -22,7 +22,7 @@ class Opened(Protocol):
     processor: Any
     anatomy: Anatomy
     hook_points: dict[str, HookPoint]
-    dead: dict[str, str]
+    absent: dict[str, str]
 
     @property
     def device(self) -> torch.device:

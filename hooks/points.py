@@ -10,9 +10,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from hooks.anatomy import Anatomy, Block, Tower
+from hooks.anatomy import Anatomy, Block, Site, Slice, Tower, Writer
 
-Place = Literal["input", "output", "attention", "result"]
+Place = Literal["input", "output", "attention", "result", "rest"]
+OUT = {
+    "attn": "hook_attn_out",
+    "cross_attn": "hook_cross_attn_out",
+    "mixer": "hook_mixer_out",
+} | dict.fromkeys(("mlp", "moe"), "hook_mlp_out")
+"""Role of a writer to the hook point of what it adds to the stream."""
+_AFTER = {
+    "attn": "hook_resid_mid",
+    "mixer": "hook_resid_mid",
+    "cross_attn": "hook_resid_mid_cross",
+} | dict.fromkeys(("mlp", "moe"), "hook_resid_mid_mlp")
 
 
 @dataclass(frozen=True)
@@ -22,13 +33,15 @@ class HookPoint:
     Attributes:
         name: TransformerLens's name, prefixed by `vision.` in the vision tower.
         module: path of the module that holds it.
-        place: the module's "input" or "output", inside its "attention", or the per-head "result" of an output
-            projection.
-        key: keyword of the input, field of the output, or None for the first positional / the tensor itself.
-        heads: number of heads that the last axis is split into (None: not split).
-        part: which third of a fused q/k/v output this is (None: the whole tensor).
+        place: the module's "input" or "output", inside its "attention", the per-head "result" of an output projection,
+            or the "rest" of a block's output behind a stream inside it.
+        key: keyword of the input, field of the output, or None for the first positional / the tensor itself; of a rest,
+            the module that is given the stream inside.
+        split: which part of the last axis it is, as heads; None for the whole tensor as it is.
         axes: names of the axes that a hook function sees.
         inplace: a new value is copied into the tensor itself, because the residual branch holds the same tensor.
+        coefficient: what the module's output is multiplied with before it is added to the stream; a hook function sees
+            the product.
     """
 
     name: str
@@ -36,9 +49,9 @@ class HookPoint:
     place: Place
     axes: tuple[str, ...]
     key: str | None = None
-    heads: int | None = None
-    part: int | None = None
+    split: Slice | None = None
     inplace: bool = False
+    coefficient: float | str = 1.0
 
     @property
     def leaf(self) -> str:
@@ -46,60 +59,127 @@ class HookPoint:
         return self.name.rpartition(".")[2]
 
     @property
+    def tower(self) -> str:
+        """Prefix of the tower: "" in the decoder and outside the blocks."""
+        return self.name.partition("blocks.")[0] if "blocks." in self.name else ""
+
+    @property
     def layer(self) -> int | None:
-        """The block's index, None outside the blocks."""
-        parts = self.name.split(".")
-        return int(parts[parts.index("blocks") + 1]) if "blocks" in parts else None
+        """Index of the block, None outside the blocks."""
+        _, blocks, rest = self.name.rpartition("blocks.")
+        return int(rest.split(".")[0]) if blocks else None
 
 
 def hook_point_table(anatomy: Anatomy) -> dict[str, HookPoint]:
     """Every hook point of a model in the order of the forward pass, by name."""
-    points = [*_vision(anatomy), *_text(anatomy)]
+    points = [*_others(anatomy), *_vision(anatomy), *_text(anatomy)]
     return {point.name: point for point in points}
 
 
+def _others(anatomy: Anatomy) -> Iterator[HookPoint]:
+    for tower in anatomy.others:
+        for layer, block in enumerate(tower.blocks):
+            yield from _block(f"{tower.name}.blocks.{layer}", block, _lead(tower, "image"), "d_tower")
+
+
 def _vision(anatomy: Anatomy) -> Iterator[HookPoint]:
-    lead = ("patch",) if anatomy.vision.packed else ("image", "patch")
     for layer, block in enumerate(anatomy.vision.blocks):
-        yield from _block(f"vision.blocks.{layer}", block, lead, anatomy.vision)
-    axes = ("image_token", "d_model") if anatomy.projector_key else ("image", "image_token", "d_model")
-    yield HookPoint("projector.hook_out", anatomy.projector, "output", axes, key=anatomy.projector_key)
-    for layer, path in enumerate(anatomy.deepstack):
+        yield from _block(f"vision.blocks.{layer}", block, _lead(anatomy.vision, "image"), "d_vision")
+    if anatomy.projector:
+        axes = ("image_token", "d_model") if anatomy.projector_key else ("image", "image_token", "d_model")
+        yield HookPoint("projector.hook_out", anatomy.projector, "output", axes, key=anatomy.projector_key)
+    for layer, path in anatomy.deepstack.items():
         # Qwen3-VL adds these to resid_post[layer] at image tokens: resid_pre[layer + 1] is the sum.
         yield HookPoint(f"blocks.{layer}.hook_deepstack", path, "output", ("image_token", "d_model"))
 
 
 def _text(anatomy: Anatomy) -> Iterator[HookPoint]:
-    resid = ("batch", "pos", "d_model")
-    yield HookPoint("hook_embed", anatomy.text.path, "input", resid, key="inputs_embeds")
+    lead = _lead(anatomy.text, "batch")
+    resid = (*lead, "d_model")
+    if anatomy.entry_key == "":
+        yield HookPoint("hook_embed", anatomy.entry, "output", ("batch", "pos", "d_model"))
+    elif anatomy.entry:
+        yield HookPoint("hook_embed", anatomy.entry, "input", resid, key=anatomy.entry_key or "inputs_embeds")
     for layer, block in enumerate(anatomy.text.blocks):
-        yield from _block(f"blocks.{layer}", block, ("batch", "pos"), anatomy.text)
-    yield HookPoint("ln_final.hook_normalized", anatomy.final_norm, "output", resid)
+        yield from _block(f"blocks.{layer}", block, lead, "d_model")
+    if anatomy.final_norm:
+        yield HookPoint("ln_final.hook_normalized", anatomy.final_norm, "output", resid)
 
 
-def _block(name: str, block: Block, lead: tuple[str, ...], tower: Tower) -> Iterator[HookPoint]:
-    d_model = "d_model" if lead == ("batch", "pos") else "d_vision"
-    resid, batch = (*lead, d_model), lead[:-1]
-    yield HookPoint(f"{name}.hook_resid_pre", block.path, "input", resid, key="hidden_states")
-    for part, letter in enumerate("qkv"):
-        heads, axis = (block.n_heads, "head") if letter == "q" else (block.n_kv_heads, "kv_head")
-        module, third = (block.qkv[part], None) if len(block.qkv) == 3 else (block.qkv[0], part)
-        axes = (*lead, axis, "d_head")
-        yield HookPoint(f"{name}.attn.hook_{letter}", module, "output", axes, heads=heads, part=third)
-    if block.rotary:
-        yield HookPoint(f"{name}.attn.hook_rot_q", block.attention, "attention", (*lead, "head", "d_head"))
-        key_axes = (*batch, "key", "kv_head", "d_head")
-        yield HookPoint(f"{name}.attn.hook_rot_k", block.attention, "attention", key_axes)
-    square = (*batch, "head", "query", "key")
-    yield HookPoint(f"{name}.attn.hook_attn_scores", block.attention, "attention", square)
-    yield HookPoint(f"{name}.attn.hook_pattern", block.attention, "attention", square)
-    z = (*lead, "head", "d_head")
-    yield HookPoint(f"{name}.attn.hook_z", block.out, "input", z, heads=block.n_heads)
-    yield HookPoint(
-        f"{name}.attn.hook_result", block.out, "result", (*lead, "head", d_model), heads=block.n_heads
-    )
-    yield HookPoint(f"{name}.hook_attn_out", block.attention, "output", resid)
-    yield HookPoint(f"{name}.hook_resid_mid", block.mid_norm, "input", resid, inplace=True)
-    yield HookPoint(f"{name}.mlp.hook_post", block.mlp_out, "input", (*lead, "d_mlp"))
-    yield HookPoint(f"{name}.hook_mlp_out", block.mlp, "output", resid)
+def _lead(tower: Tower, batch: str) -> tuple[str, ...]:
+    """The axes of a stream before its width."""
+    if tower.packed:
+        return ("patch",)
+    if batch == "batch":
+        return {3: ("batch", "pos"), 4: ("stream", "batch", "pos")}.get(tower.ndim, ("batch", "pos"))
+    return {3: ("image", "patch"), 4: ("image", "row", "column")}.get(tower.ndim, ("image", "patch"))
+
+
+def _block(name: str, block: Block, lead: tuple[str, ...], width: str) -> Iterator[HookPoint]:
+    resid = (*lead, width)
+    key = block.key or "hidden_states"
+    yield HookPoint(f"{name}.hook_resid_pre", block.path, "input", resid, key=key)
+    shown: set[Site] = set()
+    for index, writer in enumerate(block.writers):
+        if writer.site is not None:
+            shown.add(writer.site)
+            yield from _site(f"{name}.{writer.role}", writer.site, lead, width)
+        if writer.role == "mlp" and writer.last is not None and not _earlier(block, index, "mlp"):
+            yield HookPoint(f"{name}.mlp.hook_post", writer.last, "input", (*lead, "d_mlp"))
+        yield _written(name, block, index, writer, resid)
+        if index + 1 < len(block.writers):
+            yield from _between(name, block, index, resid)
+    for site in block.sites:
+        if site not in shown:
+            yield from _site(f"{name}.{'cross_attn' if site.cross else 'attn'}", site, lead, width)
     yield HookPoint(f"{name}.hook_resid_post", block.path, "output", resid)
+
+
+def _earlier(block: Block, index: int, *roles: str) -> int:
+    """How many writers of these roles stand before one."""
+    return sum(writer.role in roles for writer in block.writers[:index])
+
+
+def writer_points(name: str, block: Block) -> list[str]:
+    """The hook points of what a block adds to its stream, in the order of its writers."""
+    return [_written(name, block, index, writer, ()).name for index, writer in enumerate(block.writers)]
+
+
+def _written(name: str, block: Block, index: int, writer: Writer, resid: tuple[str, ...]) -> HookPoint:
+    leaf = OUT[writer.role]
+    before = sum(OUT[other.role] == leaf for other in block.writers[:index])
+    leaf = leaf if not before else f"{leaf}_{before + 1}"
+    if writer.rest:
+        return HookPoint(f"{name}.{leaf}", writer.module, "rest", resid, key=writer.reader)
+    return HookPoint(f"{name}.{leaf}", writer.module, "output", resid, coefficient=writer.coefficient)
+
+
+def _between(name: str, block: Block, index: int, resid: tuple[str, ...]) -> Iterator[HookPoint]:
+    """The stream between one writer and the next, where the next reads it."""
+    following = block.writers[index + 1]
+    if following.state == index + 1 and following.reader is not None:
+        leaf = _AFTER[block.writers[index].role]
+        yield HookPoint(f"{name}.{leaf}", following.reader, "input", resid, inplace=True)
+
+
+def _site(name: str, site: Site, lead: tuple[str, ...], width: str) -> Iterator[HookPoint]:
+    batch = lead[:-1]
+    for letter, own in zip("qkv", (site.q, site.k, site.v), strict=True):
+        if own is not None:
+            tokens = (*batch, "key") if site.cross and letter != "q" else lead
+            axes = (*tokens, "head" if letter == "q" else "kv_head", "d_head")
+            yield HookPoint(f"{name}.hook_{letter}", own.module, "output", axes, split=own)
+    if site.rotary:
+        yield HookPoint(f"{name}.hook_rot_q", site.module, "attention", (*lead, "head", "d_head"))
+        key_axes = (*batch, "key", "kv_head", "d_head")
+        yield HookPoint(f"{name}.hook_rot_k", site.module, "attention", key_axes)
+    square = (*batch, "head", "query", "key")
+    yield HookPoint(f"{name}.hook_attn_scores", site.module, "attention", square)
+    yield HookPoint(f"{name}.hook_pattern", site.module, "attention", square)
+    z = (*lead, "head", "d_head")
+    if site.out is None:
+        yield HookPoint(f"{name}.hook_z", site.module, "attention", z)
+        return
+    heads = Slice(site.out, site.n_heads)
+    yield HookPoint(f"{name}.hook_z", site.out, "input", z, split=heads)
+    yield HookPoint(f"{name}.hook_result", site.out, "result", (*lead, "head", width), split=heads)

@@ -8,11 +8,18 @@ stands in for, so that what it saves loads as the ordinary processor wherever to
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoProcessor,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.hub import cached_file
@@ -30,8 +37,8 @@ def load_processor(
     trust_remote_code: bool = False,
     local_files_only: bool = False,
     **kwargs: Any,
-) -> ProcessorMixin:
-    """The processor (images and text) of a checkpoint.
+) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """The processor (images and text) of a checkpoint; the tokenizer of a text-only one.
 
     Where torchvision is installed this is `AutoProcessor`. Where it is missing and the processor wants it for
     videos only, it is the same class without its video part (`image_only`).
@@ -61,6 +68,8 @@ def load_processor(
             "chat template) next to the weights: AutoProcessor.from_pretrained(<original model>)"
             ".save_pretrained(<folder>)." + _torchvision_hint()
         ) from error
+    if isinstance(processor, PreTrainedTokenizerBase) and not sees_images(name, trust_remote_code, hub):
+        return processor
     if not isinstance(processor, ProcessorMixin):
         raise FrankenlensError(
             f"{name!r} holds no processor: AutoProcessor found only a {type(processor).__name__}, which cannot "
@@ -68,6 +77,26 @@ def load_processor(
             "AutoProcessor.from_pretrained(<original model>).save_pretrained(<folder>)."
         )
     return processor
+
+
+def sees_images(name: str, trust_remote_code: bool = False, hub: Mapping[str, Any] | None = None) -> bool:
+    """Whether a checkpoint's configuration is that of an architecture with images."""
+    try:
+        config: Any = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **(hub or {}))
+    except (OSError, ValueError):
+        return True
+    seeing = (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    return seeing or getattr(config, "vision_config", None) is not None
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor, or what is given if it is one itself; None where there is none."""
+    return (
+        processor if isinstance(processor, PreTrainedTokenizerBase) else getattr(processor, "tokenizer", None)
+    )
 
 
 @cache

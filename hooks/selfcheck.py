@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,17 +14,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooks.anatomy import Block
+from hooks.anatomy.watching import forward
+from hooks.anatomy.writers import coefficient_of
 from hooks.errors import FrankenlensError
 from hooks.opened import Opened
-
-_EQUATIONS = (
-    "hook_resid_pre",
-    "hook_attn_out",
-    "hook_resid_mid",
-    "mlp.hook_post",
-    "hook_mlp_out",
-    "hook_resid_post",
-)
 
 
 def check_inputs(processor: Any, side: int = 64) -> dict[str, Any]:
@@ -55,45 +50,133 @@ def tolerance(logits: Float[Tensor, "..."]) -> float:
     )
 
 
+def opening_inputs(model: Any, processor: Any) -> dict[str, Any]:
+    """The prompt that a model is watched on: a small random image where there is a processor, else a few random words.
+
+    Args:
+        model: the model.
+        processor: its processor, its tokenizer, or None.
+    """
+    if hasattr(processor, "image_processor"):
+        return check_inputs(processor)
+    words = model.get_input_embeddings().weight.shape[0]
+    special = {
+        getattr(model.config, f"{name}_token_{kind}", None)
+        for name in ("image", "video")
+        for kind in ("id", "index")
+    }
+    ids = torch.randint(0, words, (64,), generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([i for i in ids.tolist() if i not in special])[None, :24]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def self_check(vlm: Opened, inputs: Mapping[str, Any]) -> dict[str, str]:
-    """Prove every listed point in two forwards and one backward.
+    """Prove every listed point: written back it moves nothing, it has a gradient, and the stream is its writers' sum.
 
     Returns:
-        The dead points, name → reason.
+        The absent points, name → reason.
 
     Raises:
-        FrankenlensError: writing all points' own values back changes the logits.
+        FrankenlensError: the decoder's residual stream cannot be read and written.
     """
-    taps: dict[str, Tensor] = {}
-
-    def write_back(activation: Tensor, hook: Any) -> Tensor:
-        own = activation.clone()
-        taps[hook.name] = own if own.requires_grad else own.requires_grad_()
-        return own
-
-    with _undisturbed(vlm):
+    with undisturbed(vlm.model):
         with torch.no_grad():
             bare = _logits(vlm, inputs)
-        with torch.enable_grad(), vlm.hooks([(name, write_back) for name in vlm.hook_points]):
-            logits = _logits(vlm, inputs)
-        moved = (logits.detach() - bare).abs().max().item()
-        allowed = tolerance(bare)
-        if moved > allowed:  # some models magnify rounding; dense attention rounds otherwise than SDPA
-            allowed = max(allowed, 4 * rounding_spread(vlm, inputs, bare))
-        if not moved <= allowed:
+        proof = _Proof(vlm, inputs, bare)
+        names, absent = proof.sound(list(vlm.hook_points))
+        logits, taps = proof.written_back(names)
+        stream = [
+            f"blocks.{layer}.hook_resid_{end}" for layer in range(vlm.n_layers) for end in ("pre", "post")
+        ]
+        if lost := [name for name in stream if name in absent]:
             raise FrankenlensError(
-                f"self-check of {type(vlm.model).__name__}: writing every hook point's own value back moved the logits "
-                f"by {moved:.2e} (allowed {allowed:.2e}). This architecture is not opened"
-                " correctly; please report it."
+                f"self-check of {type(vlm.model).__name__}: {lost[0]} cannot be read and written: {absent[lost[0]]}"
             )
-        generator = torch.Generator().manual_seed(0)
-        direction = torch.randn(logits.shape, generator=generator).to(logits.device, logits.dtype)
+        live = _live(proof, logits, taps)
+        absent |= {name: _reason(vlm, name, name in taps) for name in names if name not in live}
+        absent |= _unequal(vlm, taps, absent)
+        absent |= _split_from_the_stream(vlm, inputs, [name for name in names if name not in absent])
+    return {name: absent[name] for name in vlm.hook_points if name in absent}
+
+
+class _Proof:
+    """Every point's own value written back, all together or some alone."""
+
+    def __init__(
+        self, vlm: Opened, inputs: Mapping[str, Any], bare: Float[Tensor, "batch pos vocab"]
+    ) -> None:
+        self.vlm, self.inputs, self.bare = vlm, inputs, bare
+        self._allowed = tolerance(bare)
+        self._widened = False
+
+    def written_back(
+        self, names: Sequence[str]
+    ) -> tuple[Float[Tensor, "batch pos vocab"], dict[str, Tensor]]:
+        """Logits with gradients, and what stood at each point.
+
+        Raises:
+            FrankenlensError: they moved.
+        """
+        taps: dict[str, Tensor] = {}
+
+        def write_back(activation: Tensor, hook: Any) -> Tensor:
+            own = activation.clone()
+            taps[hook.name] = own if own.requires_grad else own.requires_grad_()
+            return own
+
+        with torch.enable_grad(), self.vlm.hooks([(name, write_back) for name in names]):
+            logits = _logits(self.vlm, self.inputs)
+        moved = (logits.detach() - self.bare).abs().max().item()
+        if moved > self._allowed and not self._widened:
+            # Some models magnify rounding; dense attention rounds otherwise than SDPA.
+            self._widened = True
+            self._allowed = max(self._allowed, 4 * rounding_spread(self.vlm, self.inputs, self.bare))
+        if not moved <= self._allowed:
+            raise FrankenlensError(
+                f"writing its own value back moved the logits by {moved:.2e} (allowed {self._allowed:.2e})."
+            )
+        return logits, taps
+
+    def sound(self, names: list[str]) -> tuple[list[str], dict[str, str]]:
+        """The points that can be written back, and the others with the reason; kinds are tried first, then single ones.
+
+        Raises:
+            FrankenlensError: each can, but all together they cannot.
+        """
+        if not (why := self._fails(names)):
+            return names, {}
+        absent: dict[str, str] = {}
+        kinds: dict[str, list[str]] = {}
+        for name in names:
+            kinds.setdefault(re.sub(r"\d+", "", name), []).append(name)
+        for alike in kinds.values():
+            if self._fails(alike):
+                absent |= {name: reason for name in alike if (reason := self._fails([name]))}
+        left = [name for name in names if name not in absent]
+        if (why and not absent) or (why := self._fails(left)):
+            raise FrankenlensError(f"self-check of {type(self.vlm.model).__name__}: {why}")
+        return left, absent
+
+    def _fails(self, names: Sequence[str]) -> str:
+        try:
+            self.written_back(names)
+        except Exception as error:
+            return " ".join(str(error).split())[:300] or type(error).__name__
+        return ""
+
+
+def _live(proof: _Proof, logits: Float[Tensor, "batch pos vocab"], taps: Mapping[str, Tensor]) -> set[str]:
+    """The points with a gradient of the logits; where none can be taken, those that move the logits."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(logits.shape, generator=generator).to(logits.device, logits.dtype)
+    try:
         gradients = torch.autograd.grad(
             logits, list(taps.values()), grad_outputs=direction, allow_unused=True
         )
-        _check_equations(vlm, taps)
-    live = {name for name, grad in zip(taps, gradients, strict=True) if grad is not None and bool(grad.any())}
-    return {name: _reason(vlm, name, name in taps) for name in vlm.hook_points if name not in live}
+    except (RuntimeError, NotImplementedError):
+        changes = _changes(proof.vlm, proof.inputs, list(taps), proof.bare)
+        return {name for name, change in changes.items() if change > 0}
+    return {name for name, grad in zip(taps, gradients, strict=True) if grad is not None and bool(grad.any())}
 
 
 @torch.no_grad()
@@ -111,50 +194,120 @@ def rounding_spread(vlm: Opened, inputs: Mapping[str, Any], bare: Float[Tensor, 
 
 
 @torch.no_grad()
-def _check_equations(vlm: Opened, taps: Mapping[str, Tensor]) -> None:
-    """The residual stream adds up, and `hook_post` is what the MLP's last layer reads; a wrong place cannot do that."""
-    towers = (("blocks", vlm.anatomy.text), ("vision.blocks", vlm.anatomy.vision))
-    for prefix, tower in towers:
+def _unequal(vlm: Opened, taps: Mapping[str, Tensor], absent: Mapping[str, str]) -> dict[str, str]:
+    """Points of blocks whose stream is not the sum of what is read at them; a wrong place cannot be."""
+    found: dict[str, str] = {}
+    for prefix, tower in vlm.anatomy.towers.items():
         for layer, block in enumerate(tower.blocks):
-            name = f"{prefix}.{layer}"
-            if f"{name}.hook_resid_post" not in taps:
+            name = f"{prefix}blocks.{layer}"
+            ends = [f"{name}.hook_resid_{end}" for end in ("pre", "post")]
+            writers = [point for point in vlm.hook_points if _is_writer(point, name)]
+            if not writers or any(point not in taps for point in (*ends, *writers)):
                 continue
-            at = {leaf: taps[f"{name}.{leaf}"] for leaf in _EQUATIONS}
-            last: Any = vlm.module(block.mlp_out)
-            sums = {
-                "hook_resid_mid": at["hook_resid_pre"] + at["hook_attn_out"],
-                "hook_resid_post": at["hook_resid_mid"] + at["hook_mlp_out"],
-                "hook_mlp_out": last.forward(at["mlp.hook_post"]),
-            }
-            for leaf, expected in sums.items():
-                error = (at[leaf] - expected).abs().max().item()
-                if not error <= tolerance(expected):
-                    raise FrankenlensError(
-                        f"self-check of {type(vlm.model).__name__}: {name}.{leaf} is not the sum that its name says "
-                        f"(off by {error:.2e}); this architecture has another kind of block and is not supported yet."
-                    )
+            own = [taps[point].reshape(taps[ends[0]].shape) for point in writers]
+            expected = _gained(vlm, block, taps[ends[0]] + sum(own[1:], own[0]))
+            error = (taps[ends[1]] - expected).abs().max().item()
+            if not error <= tolerance(expected):
+                why = f"the stream of {name} is not the sum of what was read (off by {error:.2e})."
+                found |= dict.fromkeys(writers, why)
+            found |= _unlike_neurons(vlm, taps, name, block)
+    return found
+
+
+def _gained(vlm: Opened, block: Block, stream: Tensor) -> Tensor:
+    """A block's sum, times what it multiplies it with."""
+    gain = coefficient_of(vlm.model, block.gain)
+    return stream * (gain.to(stream) if isinstance(gain, Tensor) else gain)
+
+
+def _is_writer(point: str, block: str) -> bool:
+    leaf = point.removeprefix(f"{block}.")
+    return leaf != point and re.fullmatch(r"hook_(attn|cross_attn|mixer|mlp)_out(_\d+)?", leaf) is not None
+
+
+def _unlike_neurons(vlm: Opened, taps: Mapping[str, Tensor], name: str, block: Block) -> dict[str, str]:
+    """`hook_post` must be what the MLP's last layer reads."""
+    writer, post, out = block.writer("mlp"), f"{name}.mlp.hook_post", f"{name}.hook_mlp_out"
+    if writer is None or writer.last is None or writer.module != writer.body or writer.coefficient != 1.0:
+        return {}
+    if post not in taps or out not in taps:
+        return {}
+    last: Any = vlm.module(writer.last)
+    expected = last.forward(taps[post])
+    error = (taps[out] - expected.reshape(taps[out].shape)).abs().max().item()
+    return (
+        {} if error <= tolerance(expected) else {post: f"{writer.last} does not make the MLP's output of it."}
+    )
+
+
+@torch.no_grad()
+def _split_from_the_stream(vlm: Opened, inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    """Streams inside a block that, written, reach only what reads them there, and not the stream itself."""
+    inner = [name for name in names if ".hook_resid_mid" in name]
+    if not inner:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    seen: dict[str, Tensor] = {}
+
+    def shifted(activation: Tensor, hook: Any) -> Tensor:
+        noise = torch.randn(activation.shape, generator=generator).to(activation)
+        seen[hook.name] = activation + 0.1 * activation.std() * noise
+        return seen[hook.name]
+
+    def look(activation: Tensor, hook: Any) -> None:
+        seen[hook.name] = activation.clone()
+
+    blocks = {name.rpartition(".")[0] for name in inner}
+    read = [name for name in names if name.rpartition(".")[0] in blocks and name not in inner]
+    with vlm.hooks([*((name, shifted) for name in inner), *((name, look) for name in read)]):
+        _logits(vlm, inputs)
+    found: dict[str, str] = {}
+    order = list(vlm.hook_points)
+    for name in inner:
+        block = name.rpartition(".")[0]
+        after = [n for n in order[order.index(name) + 1 :] if _is_writer(n, block)]
+        end = f"{block}.hook_resid_post"
+        if end not in seen or any(n not in seen for n in after) or any(n in inner for n in after):
+            continue
+        later = [n for n in inner if n.startswith(f"{block}.") and order.index(n) > order.index(name)]
+        if later:  # what is written there stands for everything before it
+            continue
+        own = vlm.anatomy.towers[block.rpartition("blocks.")[0]].blocks[int(block.rpartition(".")[2])]
+        expected = _gained(vlm, own, seen[name] + sum(seen[n].reshape(seen[name].shape) for n in after))
+        error = (seen[end] - expected).abs().max().item()
+        if not error <= tolerance(expected):
+            found[name] = (
+                f"what is written here does not reach the stream behind the block (off by {error:.2e})."
+            )
+    return found
 
 
 def zero_every_point(vlm: Opened, inputs: Mapping[str, Any], progress: bool = True) -> dict[str, float]:
     """Zero each point in turn; name → largest change of a logit. Raises if one changes nothing."""
-    changes = {}
-    with _undisturbed(vlm), torch.no_grad():
+    with undisturbed(vlm.model), torch.no_grad():
         bare = _logits(vlm, inputs)
-        for name in tqdm(
-            vlm.hook_points, desc="zeroing every point", leave=False, delay=2, disable=not progress
-        ):
-            with vlm.hooks([(name, lambda activation, hook: torch.zeros_like(activation))]):
-                logits = _logits(vlm, inputs)
-            changes[name] = (logits - bare).abs().max().item()
+        bar = tqdm(vlm.hook_points, desc="zeroing every point", leave=False, delay=2, disable=not progress)
+        changes = _changes(vlm, inputs, bar, bare)
     inert = [name for name, change in changes.items() if not change > 0]
     if inert:
         raise FrankenlensError(f"zeroing these points changes nothing: {', '.join(inert)}")
     return changes
 
 
+@torch.no_grad()
+def _changes(
+    vlm: Opened, inputs: Mapping[str, Any], names: Iterable[str], bare: Float[Tensor, "batch pos vocab"]
+) -> dict[str, float]:
+    """Name → largest change of a logit when that point is zeroed."""
+    changes = {}
+    for name in names:
+        with vlm.hooks([(name, lambda activation, hook: torch.zeros_like(activation))]):
+            changes[name] = (_logits(vlm, inputs) - bare).abs().max().item()
+    return changes
+
+
 def _logits(vlm: Opened, inputs: Mapping[str, Any]) -> Float[Tensor, "batch pos vocab"]:
-    run: Any = vlm.model
-    return run(**inputs, use_cache=False).logits
+    return forward(vlm.model, inputs)
 
 
 def _reason(vlm: Opened, name: str, fired: bool) -> str:
@@ -167,12 +320,12 @@ def _reason(vlm: Opened, name: str, fired: bool) -> str:
 
 
 @contextmanager
-def _undisturbed(vlm: Opened) -> Iterator[None]:
+def undisturbed(model: Any) -> Iterator[None]:
     """Evaluation mode, and afterwards the training flags and the M-RoPE offset that a forward pass leaves behind."""
-    training = {module: module.training for module in vlm.model.modules()}
-    stateful = [module for module in vlm.model.modules() if hasattr(module, "rope_deltas")]
+    training = {module: module.training for module in model.modules()}
+    stateful = [module for module in model.modules() if hasattr(module, "rope_deltas")]
     offsets = [module.rope_deltas for module in stateful]
-    vlm.model.eval()
+    model.eval()
     try:
         yield
     finally:

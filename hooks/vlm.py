@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from hooks.anatomy import find_anatomy
+from hooks.anatomy import Anatomy, find_anatomy
+from hooks.anatomy.drawing import drawn
 from hooks.cache import ActivationCache
+from hooks.capabilities import missing
 from hooks.engine import Hook, HookContext, HookFunction, attached, hook_by_keyword
 from hooks.errors import FrankenlensError, nearest
 from hooks.loading import load_model
@@ -19,7 +22,7 @@ from hooks.nnsight.traceable import Traceable
 from hooks.points import HookPoint, hook_point_table
 from hooks.processors import load_processor
 from hooks.refusals import refuse_checkpointing, refuse_foreign
-from hooks.selfcheck import check_inputs, self_check, zero_every_point
+from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 FwdHooks = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
@@ -28,50 +31,61 @@ FwdHooks = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
 class HookedVLM(Traceable):
     """A Hugging Face VLM with named hook points; no weight is converted, no `forward` is replaced.
 
-    At opening, a self-check with a tiny image proves for this very model that every listed point fires, that writing
-    all points' own values back changes nothing, and that the logits have a non-zero gradient at each. Points without
-    one are listed in `dead` with the reason and are not offered.
+    At opening, the model is watched on one small prompt (`hooks.anatomy`), and a self-check proves for this very model
+    that every listed point fires, that writing all points' own values back changes nothing, that the logits have a
+    non-zero gradient at each, and that the stream is the sum of what its blocks were seen to add. A point that cannot
+    be proved is listed in `absent` with the reason and is not offered; it costs no other. `print(vlm)` draws the rest.
 
     Attributes:
         model: the user's model.
         processor: its processor (None if not given).
         anatomy: where its parts are.
         hook_points: the points on offer, by name, in the order of the forward pass.
-        dead: name → reason of the points this architecture ignores.
+        image_token_id: the placeholder of image tokens; None where there is none.
+        absent: name → reason of the points that this architecture ignores, or that could not be proved.
 
     Args:
-        model: a Hugging Face image-text-to-text model.
-        processor: its processor; the self-check needs it, unless `inputs` is given.
-        inputs: processor tensors with at least one image for the self-check.
-        check: False skips the self-check; then nothing is known about dead points.
+        model: a Hugging Face model with logits: image-text-to-text, causal, or encoder-decoder.
+        processor: its processor, or its tokenizer; the vision side is seen only with an image, so a model that has one
+            needs its processor, or `inputs`.
+        inputs: processor tensors to watch it on, instead of a small random prompt.
+        check: False skips the self-check; then nothing is known about points that do not act.
 
     Raises:
-        FrankenlensError: the architecture is unknown, or the self-check fails; the model is left as it was.
+        FrankenlensError: it does not run on the prompt, or the residual stream of its decoder cannot be read and
+            written; the model is left as it was.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        processor: ProcessorMixin | None = None,
+        processor: ProcessorMixin | PreTrainedTokenizerBase | None = None,
         *,
         inputs: Mapping[str, Any] | None = None,
         check: bool = True,
     ) -> None:
         self.model, self.processor = model, processor
-        self.anatomy = find_anatomy(model)
+        given = {
+            name: v.to(_embedding_device(model)) if isinstance(v, Tensor) else v
+            for name, v in (inputs if inputs is not None else opening_inputs(model, processor)).items()
+        }
+        self.image_token_id = _image_token(model, processor)
+        self.anatomy = _watched(model, given, self.image_token_id)
         self._packed = frozenset(
-            b.attention for b in self.anatomy.vision.blocks if self.anatomy.vision.packed
+            site.module
+            for tower in self.anatomy.towers.values()
+            for block in tower.blocks
+            for site in block.sites
+            if tower.packed
         )
         self._layers_of_hooks: list[list[Hook]] = []
         self._installed = ExitStack()
         self._closed = False
         self.hook_points: dict[str, HookPoint] = hook_point_table(self.anatomy)
-        self.dead: dict[str, str] = {}
+        self.absent: dict[str, str] = {}
         if check:
-            self.dead = self_check(
-                self, self._to_device(inputs if inputs is not None else check_inputs(processor))
-            )
-            self.hook_points = {name: p for name, p in self.hook_points.items() if name not in self.dead}
+            self.absent = self_check(self, given)
+            self.hook_points = {name: p for name, p in self.hook_points.items() if name not in self.absent}
 
     @classmethod
     def from_pretrained(
@@ -115,20 +129,44 @@ class HookedVLM(Traceable):
 
     @property
     def n_heads(self) -> int:
-        """Query heads of a decoder block."""
-        return self.anatomy.text.blocks[0].n_heads
+        """Query heads of a decoder block (the largest number, where blocks differ)."""
+        return max((block.n_heads for block in self.anatomy.text.blocks), default=0)
 
     @property
     def d_model(self) -> int:
         """Width of the decoder's residual stream."""
-        return self._embedding.shape[1]
+        return self.anatomy.text.width
 
     @property
     def _embedding(self) -> Tensor:
         return self.model.get_parameter(f"{self.anatomy.embed}.weight")
 
+    def can(self, capability: str) -> bool:
+        """Whether the model has what an analysis needs, e.g. "head result"; `hooks.capabilities` lists the names.
+
+        Raises:
+            FrankenlensError: there is no such capability.
+        """
+        return not missing(self.anatomy, self.hook_points, capability)
+
+    def require(self, capability: str, analysis: str) -> None:
+        """Refuse an analysis that needs what this model does not have.
+
+        Raises:
+            FrankenlensError: one sentence that says what it lacks, and where.
+        """
+        if lacks := missing(self.anatomy, self.hook_points, capability):
+            raise FrankenlensError(
+                f"{analysis} needs what {type(self.model).__name__} does not have: {lacks}."
+            )
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{drawn(self.anatomy)}"
+
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{len(self.hook_points)} hook points, {len(self.dead)} dead"
+        state = (
+            "closed" if self._closed else f"{len(self.hook_points)} hook points, {len(self.absent)} absent"
+        )
         return (
             f"HookedVLM({type(self.model).__name__}, {self.n_layers} layers x {self.n_heads} heads, {state})"
         )
@@ -199,7 +237,7 @@ class HookedVLM(Traceable):
         """The hook names that a filter selects.
 
         Raises:
-            FrankenlensError: an unknown or a dead name, or a predicate that selects nothing.
+            FrankenlensError: an unknown or an absent name, or a predicate that selects nothing.
         """
         if wanted is None:
             return list(self.hook_points)
@@ -212,8 +250,10 @@ class HookedVLM(Traceable):
             return selected
         names = [wanted] if isinstance(wanted, str) else list(wanted)
         for name in names:
-            if name in self.dead:
-                raise FrankenlensError(f"{name} is dead in {type(self.model).__name__}: {self.dead[name]}")
+            if name in self.absent:
+                raise FrankenlensError(
+                    f"{name} is absent in {type(self.model).__name__}: {self.absent[name]}"
+                )
             if name not in self.hook_points:
                 raise FrankenlensError(
                     f"{name!r} is no hook point of this model. {nearest(name, self.hook_points)}"
@@ -234,12 +274,37 @@ class HookedVLM(Traceable):
             FrankenlensError: zeroing a point changes nothing.
         """
         self.require_open()
-        given = inputs if inputs is not None else check_inputs(self.processor)
+        given = inputs if inputs is not None else opening_inputs(self.model, self.processor)
         return zero_every_point(self, self._to_device(given), progress)
 
     def module(self, path: str) -> nn.Module:
         """The module at a path of the anatomy."""
         return self.model.get_submodule(path)
+
+    def image_mask(self, inputs: Mapping[str, Any]) -> Bool[Tensor, "batch pos"]:
+        """The tokens of a batch that stand for images, on the model's device."""
+        ids = inputs["input_ids"].to(self.device)
+        return (
+            torch.zeros_like(ids, dtype=torch.bool)
+            if self.image_token_id is None
+            else ids == self.image_token_id
+        )
+
+    def has_image(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a batch holds an image."""
+        return any("pixel" in name or "patches" in name for name in inputs) or bool(
+            self.image_mask(inputs).any()
+        )
+
+    def readout(self, stream: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead vocab"]:
+        """Logits of a residual stream as it stands behind the last block.
+
+        Raises:
+            FrankenlensError: no final norm or no unembedding was found in this model.
+        """
+        self.require("lens", "reading logits off a residual stream")
+        logits = self.module(self.anatomy.unembed)(self.module(self.anatomy.final_norm)(stream))
+        return self.anatomy.after_unembedding(logits)
 
     def close(self) -> None:
         """Take every hook away. The model is the user's again, exactly as it was; this object refuses further runs."""
@@ -285,6 +350,33 @@ class HookedVLM(Traceable):
             raise FrankenlensError(
                 "this HookedVLM is closed; open the model again with HookedVLM(model, processor)."
             )
+
+
+def _embedding_device(model: PreTrainedModel) -> torch.device:
+    return next(model.get_input_embeddings().parameters()).device
+
+
+def _image_token(model: PreTrainedModel, processor: Any) -> int | None:
+    """The placeholder of image tokens, as the model or its processor names it."""
+    owners = (model.config, getattr(model.config, "text_config", None), processor)
+    names = ("image_token_id", "image_token_index", "image_patch_id")
+    ids = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((i for i in ids if isinstance(i, int)), None)
+
+
+def _watched(model: PreTrainedModel, inputs: Mapping[str, Any], token: int | None) -> Anatomy:
+    """The anatomy, with one clear error whatever happens inside the model."""
+    try:
+        with undisturbed(model):
+            return find_anatomy(model, inputs, token)
+    except FrankenlensError:
+        raise
+    except Exception as error:
+        raise FrankenlensError(
+            f"{type(model).__name__} does not run on the prompt that it is opened with ({', '.join(inputs)}): "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]} Give processor tensors of your own: "
+            "HookedVLM(model, processor, inputs=...)."
+        ) from error
 
 
 class _Keeper:

@@ -9,7 +9,8 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from hooks.address import Address
-from hooks.anatomy import Anatomy, Block
+from hooks.anatomy import Anatomy, Block, Role, Site
+from hooks.anatomy.towers import is_linear
 from hooks.errors import FrankenlensError
 
 
@@ -32,7 +33,8 @@ def weight_slices(model: nn.Module, anatomy: Anatomy, address: Address | str) ->
 
     A head owns its rows of W_Q (and b_Q) and its columns of W_O; the output bias belongs to no head. Keys and values
     that grouped query heads share are `kv_head`. A neuron owns its row of every matrix into the MLP (two rows where
-    gate and up are one matrix) and its column of the matrix out of it.
+    gate and up are one matrix) and its column of the matrix out of it. An expert owns its matrices, or its part of
+    every tensor that holds those of all experts; the router belongs to none.
     `embed` is the unembedding too where the two are tied; `vision` leaves out the projector inside the tower.
 
     Raises:
@@ -65,12 +67,15 @@ def _whole(model: nn.Module, anatomy: Anatomy, address: Address, parameters: lis
         "unembed": anatomy.unembed,
         "vision": anatomy.vision.path,
     }[address.kind]
-    tied = model.get_parameter(f"{anatomy.unembed}.weight") is model.get_parameter(f"{anatomy.embed}.weight")
-    if address.kind == "unembed" and tied:
+    if not path:
+        raise FrankenlensError(
+            f"{address}: {type(model).__name__} has no such part that could be told apart."
+        )
+    if address.kind == "unembed" and _tied(model, anatomy):
         raise FrankenlensError(
             "the unembedding is tied to the embedding, one tensor: name `embed`, which is both."
         )
-    projectors = (anatomy.projector_weights, *anatomy.deepstack)
+    projectors = tuple(filter(None, (anatomy.projector_weights, *anatomy.deepstack.values())))
     for name in parameters:
         of_projector = any(_under(name, module) for module in projectors)
         if address.kind == "projector":
@@ -79,57 +84,169 @@ def _whole(model: nn.Module, anatomy: Anatomy, address: Address, parameters: lis
             yield name
 
 
+def _tied(model: nn.Module, anatomy: Anatomy) -> bool:
+    if not (anatomy.unembed and anatomy.embed):
+        return False
+    unembed, embed = (
+        getattr(model.get_submodule(path), "weight", None) for path in (anatomy.unembed, anatomy.embed)
+    )
+    return unembed is not None and unembed is embed
+
+
 def _in_block(
     model: nn.Module, anatomy: Anatomy, address: Address, parameters: list[str]
 ) -> Iterator[WeightSlice]:
-    blocks = (anatomy.vision if address.tower == "vision" else anatomy.text).blocks
+    tower = anatomy.towers.get("" if address.tower == "text" else f"{address.tower}.")
     layer = address.layer
-    if layer is None or layer >= len(blocks):
-        raise FrankenlensError(f"{address}: the {address.tower} tower has blocks 0-{len(blocks) - 1}.")
-    block = blocks[layer]
+    if tower is None:
+        have = ", ".join(name.rstrip(".") or "text" for name in anatomy.towers)
+        raise FrankenlensError(f"{address}: this model has no tower {address.tower!r}, only {have}.")
+    if layer is None or layer >= len(tower.blocks):
+        raise FrankenlensError(f"{address}: the {address.tower} tower has blocks 0-{len(tower.blocks) - 1}.")
+    block = tower.blocks[layer]
     if address.unit is None:
-        path = {None: block.path, "attn": block.attention, "mlp": block.mlp}[address.sub]
-        yield from (WeightSlice(name) for name in parameters if _under(name, path))
+        for path in _paths(block, address):
+            yield from (WeightSlice(name) for name in parameters if _under(name, path))
         return
-    unit = address.index
-    limit = {"head": block.n_heads, "kv_head": block.n_kv_heads, "neuron": _d_mlp(model, block)}[address.unit]
+    unit, limit = address.index, n_units(model, block, address)
     if unit is None or unit >= limit:
         raise FrankenlensError(f"{address}: block {layer} has {address.unit}s 0-{limit - 1}.")
-    for path, dim, start, length in _slices_of_unit(model, block, address.unit, unit):
+    if address.unit == "expert":
+        yield from expert_slices(model, block.mlp, unit, parameters)
+        return
+    for path, dim, start, length in _slices_of_unit(model, block, address, unit):
         if f"{path}.weight" not in parameters:
             raise FrankenlensError(
                 f"{path} is wrapped (an adapter?), so {address} has no rows of its own; merge it first."
             )
+        if hasattr(model.get_submodule(path), "nf"):  # GPT-2's Conv1D keeps its weight as [in, out]
+            yield WeightSlice(f"{path}.weight", 1 - dim, start, length)
+            if dim == 0 and f"{path}.bias" in parameters:
+                yield WeightSlice(f"{path}.bias", 0, start, length)
+            continue
         for name in (f"{path}.weight", f"{path}.bias") if dim == 0 else (f"{path}.weight",):
             if name in parameters:
                 yield WeightSlice(name, dim, start, length)
 
 
-def _slices_of_unit(model: nn.Module, block: Block, unit: str, i: int) -> Iterator[tuple[str, int, int, int]]:
-    d = block.d_head
-    fused = len(block.qkv) == 1
-    if unit == "neuron":
-        width = _d_mlp(model, block)
+def _paths(block: Block, address: Address) -> list[str]:
+    """The modules of a block, or of what a part of it adds: the part and the norm behind it."""
+    if address.sub is None:
+        return [block.path]
+    roles: tuple[Role, ...] = ("mlp", "moe") if address.sub == "mlp" else (address.sub,)  # type: ignore[assignment]
+    found = [writer.body for writer in block.writers if writer.role in roles]
+    if not found:
+        raise FrankenlensError(f"{address}: {block.path} has no {address.sub}. {block.why}".strip())
+    return found[:1]
+
+
+def site_at(block: Block, sub: str | None) -> Site:
+    """The attention that a head's address is of.
+
+    Raises:
+        FrankenlensError: the block has none.
+    """
+    cross = sub == "cross_attn"
+    site = next((one for one in block.sites if one.cross == cross), None)
+    if site is None:
+        raise FrankenlensError(f"{block.path} has no {sub}: it does not attend there.")
+    return site
+
+
+def n_units(model: nn.Module, block: Block, address: Address) -> int:
+    """How many heads, key/value heads, neurons or experts a block has."""
+    if address.unit == "neuron":
+        return d_mlp(model, block)
+    if address.unit == "expert":
+        return n_experts(model.get_submodule(block.mlp))
+    site = site_at(block, address.sub)
+    return site.n_heads if address.unit == "head" else site.n_kv_heads
+
+
+def n_experts(mlp: nn.Module) -> int:
+    """Experts of an MLP: the size of its lists of alike modules, or of the first axis of its three-axis tensors.
+
+    Raises:
+        FrankenlensError: it has none.
+    """
+    sizes = {len(part) for _, part in _expert_lists(mlp)} | {
+        v.shape[0] for v in mlp.parameters() if v.ndim == 3
+    }
+    if not sizes:
+        raise FrankenlensError(f"a {type(mlp).__name__} has no experts.")
+    return max(sizes)
+
+
+def _expert_lists(mlp: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    return [
+        (name, part)
+        for name, part in mlp.named_modules()
+        if isinstance(part, nn.ModuleList)
+        and len(part) > 1
+        and len({type(member) for member in part}) == 1
+        and any(True for _ in part[0].parameters())
+    ]
+
+
+def expert_slices(model: nn.Module, path: str, expert: int, parameters: list[str]) -> Iterator[WeightSlice]:
+    """What one expert of the MLP at `path` owns."""
+    mlp = model.get_submodule(path)
+    total = n_experts(mlp)
+    prefixes = [f"{path}.{name}.{expert}." for name, part in _expert_lists(mlp) if len(part) == total]
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name in parameters:
+        if any(name.startswith(prefix) for prefix in prefixes):
+            yield WeightSlice(name)
+        elif not prefixes and _under(name, path) and own[name].ndim >= 2 and own[name].shape[0] == total:
+            holder = model.get_submodule(name.rpartition(".")[0])
+            if any(
+                value.ndim == 3 for value in holder.parameters(recurse=False)
+            ):  # their biases have two axes
+                yield WeightSlice(name, 0, expert, 1)
+
+
+def _slices_of_unit(
+    model: nn.Module, block: Block, address: Address, i: int
+) -> Iterator[tuple[str, int, int, int]]:
+    if address.unit == "neuron":
+        width = d_mlp(model, block)
         for child, module in model.get_submodule(block.mlp).named_children():
             name = f"{block.mlp}.{child}"
-            if not hasattr(module, "in_features"):
+            if not is_linear(module):
                 continue
-            rows: Any = module.out_features
             if name == block.mlp_out:
                 yield name, 1, i, 1
             else:  # gate and up may be one matrix, one above the other
+                rows: Any = getattr(module, "out_features", None) or getattr(module, "nf", width)
                 yield from ((name, 0, first + i, 1) for first in range(0, rows, width))
-    elif unit == "head":
-        yield block.qkv[0], 0, i * d, d
-        yield block.out, 1, i * d, d
-    for part in (1, 2) if unit == "kv_head" else ():
-        yield (
-            (block.qkv[0], 0, (part * block.n_heads + i) * d, d) if fused else (block.qkv[part], 0, i * d, d)
-        )
+        return
+    site = site_at(block, address.sub)
+    for letter in "q" if address.unit == "head" else "kv":
+        own = getattr(site, letter)
+        if own is None:
+            raise FrankenlensError(f"{address}: no projection was seen to make exactly its {letter}.")
+        yield own.module, 0, *own.rows(i, _outputs(model, own.module))
+    if address.unit == "head":
+        if site.out is None:
+            raise FrankenlensError(
+                f"{address}: something lies between its attention and the output projection."
+            )
+        yield site.out, 1, i * site.d_value, site.d_value
 
 
-def _d_mlp(model: nn.Module, block: Block) -> int:
-    return model.get_parameter(f"{block.mlp_out}.weight").shape[1]
+def _outputs(model: nn.Module, path: str) -> int:
+    module: Any = model.get_submodule(path)
+    return getattr(module, "out_features", None) or getattr(module, "nf", 0) or module.weight.shape[0]
+
+
+def d_mlp(model: nn.Module, block: Block) -> int:
+    """Neurons of a block's dense MLP.
+
+    Raises:
+        FrankenlensError: it has none, or its last layer was not found.
+    """
+    last: Any = model.get_submodule(block.mlp_out)
+    return getattr(last, "in_features", None) or getattr(last, "nx", None) or last.weight.shape[1]
 
 
 def _under(name: str, path: str) -> bool:

@@ -1,10 +1,6 @@
-"""Where one model keeps its parts.
+"""What a model is made of, found by watching it: towers, blocks, writers, attention sites, and what stands around."""
 
-`find_anatomy` reads the module tree by the names that Hugging Face uses, and is what `HookedVLM` opens with.
-`hooks.anatomy.observed` watches a forward pass instead, knows no names, and proves what it says as equations; the
-architectures that it reads are many more.
-"""
+from hooks.anatomy.observed import observed_anatomy as find_anatomy
+from hooks.anatomy.nouns import Absent, Anatomy, Block, Role, Site, Slice, Tower, Writer
 
-from hooks.anatomy.by_names import Anatomy, Block, Tower, find_anatomy
-
-__all__ = ["Anatomy", "Block", "Tower", "find_anatomy"]
+__all__ = ["Absent", "Anatomy", "Block", "Role", "Site", "Slice", "Tower", "Writer", "find_anatomy"]

@@ -1,169 +1,164 @@
-"""Anatomy: where one Hugging Face model keeps its blocks, attention, MLPs, norms, projector and unembedding.
+"""The anatomy of a model that does not run: its files are compared, its parameters frozen. Read off the module tree.
 
-Found from the module tree. What is declared are the names that Hugging Face uses for one and the same part; what
-is found is proved on the very model by `hooks.selfcheck`.
+What is declared are the names and words that Hugging Face uses for one and the same part; a part that goes by another
+name is left out, and its block keeps its address. A model that can run is watched instead (`hooks.anatomy.find`).
 """
+
+from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from hooks.anatomy.nouns import Anatomy, Block, Role, Site, Slice, Tower, Writer
+from hooks.anatomy.towers import is_linear
 from hooks.errors import FrankenlensError
 
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-_MLP = ("mlp", "feed_forward", "ffn")
-_QUERY, _KEY, _VALUE = ("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")
-_FUSED = ("qkv",)
-_OUT = ("o_proj", "out_proj", "proj", "dense")
-_FINAL_NORM = ("norm", "final_layernorm", "ln_f")
-_PROJECTOR = ("multi_modal_projector", "connector")
+_CROSS = ("cross_attn", "encoder_attn")
+_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
+_MIXER = ("linear_attn", "mamba", "mixer", "conv", "operator", "ssm", "temporal_block")
+_QUERY, _KEY, _VALUE = ("q_proj", "query", "wq"), ("k_proj", "key", "wk"), ("v_proj", "value", "wv")
+_FUSED = ("qkv", "qkv_proj", "c_attn", "query_key_value", "Wqkv")
+_OUT = ("o_proj", "out_proj", "proj", "dense", "c_proj", "wo", "projection_layer")
+_LAST = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "w2", "proj_down", "linear_fc2")
+_FINAL_NORM = ("norm", "final_layernorm", "ln_f", "embedding_norm", "final_layer_norm", "norm_f")
+_PROJECTOR = ("multi_modal_projector", "connector", "mm_projector", "aligner", "embed_vision")
 
 
-@dataclass(frozen=True)
-class Block:
-    """Module paths and sizes of one transformer block. `qkv` holds three paths, or the one path of a fused layer."""
-
-    path: str
-    attention: str
-    qkv: tuple[str, ...]
-    out: str
-    mlp: str
-    mlp_out: str
-    pre_norm: str
-    mid_norm: str
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    rotary: bool
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A stack of blocks. `packed` towers run on [patch, d] without a batch axis."""
-
-    path: str
-    blocks: tuple[Block, ...]
-    packed: bool
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Where everything is. `projector_key` names the field of the module's output, None for a plain tensor."""
-
-    text: Tower
-    vision: Tower
-    embed: str
-    final_norm: str
-    unembed: str
-    projector: str
-    projector_key: str | None
-    projector_weights: str
-    deepstack: tuple[str, ...]
-
-
-def find_anatomy(model: PreTrainedModel) -> Anatomy:
-    """Read the anatomy off the module tree.
+def declared_anatomy(model: PreTrainedModel) -> Anatomy:
+    """Read the anatomy off the module tree; nothing is run, so weights may be on the meta device.
 
     Raises:
-        FrankenlensError: a part is not where any known architecture keeps it; the message names the part.
+        FrankenlensError: no stack of blocks is found.
     """
     names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
-    base = model.base_model
-    decoder = model.get_decoder()
-    encoder = model.get_encoder(modality="image")
-    if decoder is model or encoder in (model, base):
-        _refuse(model, "a text decoder and an image encoder")
+    decoder, encoder = _decoder(model), _encoder(model)
+    text = _tower(decoder, names, model.config.get_text_config())
+    if text is None:
+        raise FrankenlensError(f"{type(model).__name__}: no stack of transformer blocks in {names[decoder]}.")
+    vision = None if encoder is None else _tower(encoder, names, getattr(encoder, "config", model.config))
     unembed = model.get_output_embeddings()
-    if unembed is None:
-        _refuse(model, "an unembedding (get_output_embeddings)")
-    heads = model.config.get_text_config()
-    text = _tower(model, decoder, names, heads.num_attention_heads)
-    vision_config = getattr(encoder, "config", model.config)
-    n_vision = getattr(vision_config, "num_attention_heads", None) or getattr(
-        vision_config, "num_heads", None
-    )
-    vision = _tower(model, encoder, names, n_vision)
-    projector = _child(base, _PROJECTOR)
-    merger: Any = getattr(encoder, "merger", None)
-    if projector is not None:
-        where = (names[projector], None, names[projector])
-    elif merger is not None:
-        where = (names[encoder], "pooler_output", names[merger])
-    else:
-        _refuse(model, f"a projector ({', '.join(_PROJECTOR)} or a merger in the vision tower)")
     norm = _child(decoder, _FINAL_NORM)
-    if norm is None:
-        _refuse(model, f"the final norm ({', '.join(_FINAL_NORM)})")
+    projector = _projector(model, encoder, names) if vision is not None else ("", None, "")
+    mergers = enumerate(getattr(encoder, "deepstack_merger_list", ()) if vision is not None else ())
     return Anatomy(
         text,
-        vision,
+        vision or Tower("", ()),
         names[model.get_input_embeddings()],
-        names[norm],
-        names[unembed],
-        where[0],
-        where[1],
-        where[2],
-        tuple(names[merger] for merger in getattr(encoder, "deepstack_merger_list", ())),
+        "" if norm is None else names[norm],
+        "" if unembed is None else names[unembed],
+        *projector,
+        {layer: names[merger] for layer, merger in mergers},
     )
 
 
-def _tower(
-    model: PreTrainedModel, root: nn.Module, names: dict[nn.Module, str], n_heads: int | None
-) -> Tower:
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    decoder: Any = model.get_decoder()
+    return model.base_model if decoder is model else decoder
+
+
+def _encoder(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        encoder: Any = model.get_encoder(modality="image")
+    except (AttributeError, ValueError, KeyError):
+        return None
+    return None if encoder in (model, model.base_model) else encoder
+
+
+def _projector(
+    model: PreTrainedModel, encoder: Any, names: dict[nn.Module, str]
+) -> tuple[str, str | None, str]:
+    projector = _child(model.base_model, _PROJECTOR)
+    merger: Any = getattr(encoder, "merger", None)
+    if projector is not None:
+        return names[projector], None, names[projector]
+    return ("", None, "") if merger is None else (names[encoder], "pooler_output", names[merger])
+
+
+def _tower(root: nn.Module, names: dict[nn.Module, str], config: Any) -> Tower | None:
     lists = [
-        m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) and _child(m[0], _ATTENTION)
+        m
+        for m in root.modules()
+        if isinstance(m, nn.ModuleList)
+        and len(m)
+        and (_child(m[0], _ATTENTION + _MIXER) is not None or sum(map(is_linear, m[0].modules())) >= 4)
     ]
     if not lists:
-        _refuse(model, f"transformer blocks with attention in {names[root]}")
-    blocks = tuple(_block(model, block, names, n_heads) for block in max(lists, key=len))
-    packed = "cu_seqlens" in inspect.signature(max(lists, key=len)[0].forward).parameters
-    return Tower(names[root], blocks, packed)
+        return None
+    heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
+    stack = max(lists, key=len)
+    blocks = tuple(_block(block, names, heads if isinstance(heads, int) else None) for block in stack)
+    packed = "cu_seqlens" in inspect.signature(stack[0].forward).parameters
+    return Tower(names[root], blocks, packed, ndim=2 if packed else 3)
 
 
-def _block(
-    model: PreTrainedModel, block: nn.Module, names: dict[nn.Module, str], n_heads: int | None
-) -> Block:
-    attention, mlp = _child(block, _ATTENTION), _child(block, _MLP)
-    if attention is None or mlp is None:
-        _refuse(model, f"attention and MLP of {names[block]}")
+def _block(block: nn.Module, names: dict[nn.Module, str], heads: int | None) -> Block:
+    attention, mlp, mixer = _child(block, _ATTENTION), _child(block, _MLP), _child(block, _MIXER)
+    norms = [names[m] for m in block.children() if "norm" in type(m).__name__.lower()]
+    before = norms if len(norms) == 2 else []
+    writers: list[Writer] = []
+    site = None
+    if attention is not None:
+        site = _site(attention, names, heads)
+        writers.append(_writer("attn", attention, names, before[:1], site))
+    elif mixer is not None:
+        writers.append(_writer("mixer", mixer, names, before[:1]))
+    if (cross := _child(block, _CROSS)) is not None:
+        writers.append(_writer("cross_attn", cross, names, []))
+    if mlp is not None:
+        last = next((c for name in _LAST if is_linear(c := getattr(mlp, name, nn.Identity()))), None)
+        experts = any(value.ndim == 3 for value in mlp.parameters()) or hasattr(mlp, "experts")
+        role: Role = "moe" if experts else "mlp"
+        own = None if last is None or experts else names[last]
+        writers.append(_writer(role, mlp, names, before[1:], last=own))
+    return Block(names[block], "hidden_states", tuple(writers), () if site is None else (site,))
+
+
+def _writer(
+    role: Role,
+    module: nn.Module,
+    names: dict[nn.Module, str],
+    reader: list[str],
+    site: Site | None = None,
+    last: str | None = None,
+) -> Writer:
+    path = names[module]
+    return Writer(role, path, path, reader=reader[0] if reader else None, site=site, last=last)
+
+
+def _site(attention: nn.Module, names: dict[nn.Module, str], heads: int | None) -> Site | None:
     out = _child(attention, _OUT)
-    separate = [_child(attention, kind) for kind in (_QUERY, _KEY, _VALUE)]
+    if out is None or not heads or not is_linear(out):
+        return None
+    width = _sizes(out)[0]
+    d = width // heads
+    rotary = "position_embeddings" in inspect.signature(attention.forward).parameters
     fused = _child(attention, _FUSED)
-    qkv = [fused] if fused is not None else separate
-    linears = [m for m in mlp.children() if hasattr(m, "in_features")]
-    norms = [m for m in block.children() if "norm" in type(m).__name__.lower()]
-    if out is None or None in qkv or not linears or len(norms) != 2 or not n_heads:
-        _refuse(model, f"q/k/v/output projections, MLP and two pre-norms of {names[block]}")
-    d_head = out.in_features // n_heads
-    n_kv = n_heads if fused is not None else qkv[1].out_features // d_head
-    return Block(
-        path=names[block],
-        attention=names[attention],
-        qkv=tuple(names[m] for m in qkv),
-        out=names[out],
-        mlp=names[mlp],
-        mlp_out=names[linears[-1]],
-        pre_norm=names[norms[0]],
-        mid_norm=names[norms[1]],
-        n_heads=n_heads,
-        n_kv_heads=n_kv,
-        d_head=d_head,
-        rotary="position_embeddings" in inspect.signature(attention.forward).parameters,
-    )
+    separate = [_child(attention, kind) for kind in (_QUERY, _KEY, _VALUE)]
+    if fused is not None:
+        total = _sizes(fused)[1]
+        n_kv = max(1, (total // d - heads) // 2)
+        starts = ((heads, 0), (n_kv, heads * d), (n_kv, (heads + n_kv) * d))
+        parts = [Slice(names[fused], n, 1, start, n * d, total) for n, start in starts]
+    elif None not in separate:
+        n_kv = _sizes(separate[1])[1] // d
+        parts = [Slice(names[m], n) for m, n in zip(separate, (heads, n_kv, n_kv), strict=True)]
+    else:
+        return Site(names[attention], heads, heads, d, d, None, None, None, names[out], rotary)
+    return Site(names[attention], heads, n_kv, d, d, *parts, names[out], rotary)
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    if hasattr(module, "in_features"):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape)  # Conv1D of GPT-2: [in, out]
 
 
 def _child(module: nn.Module, candidates: Iterable[str]) -> Any:
     children = dict(module.named_children())
     return next((children[name] for name in candidates if name in children), None)
-
-
-def _refuse(model: PreTrainedModel, what: str) -> NoReturn:
-    raise FrankenlensError(
-        f"{type(model).__name__}: cannot find {what} in its module tree. Supported and tested: Qwen2-VL, Qwen2.5-VL, "
-        "Qwen3-VL, LLaVA, SmolVLM, Idefics3; other architectures open"
-        " when their parts carry Hugging Face's usual names."
-    )

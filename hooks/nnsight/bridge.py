@@ -63,7 +63,7 @@ class Bridge(Envoy):
         self._parent, self.path, self.interleaver = None, "", HookInterleaver()
         self._edits, self._children, self._child_map, self._aliases = [], [], {}, {}
         place = partial(Place, owner=self.interleaver)
-        self.places: dict[str, Place | str] = {name: place(name) for name in vlm.hook_points} | vlm.dead
+        self.places: dict[str, Place | str] = {name: place(name) for name in vlm.hook_points} | vlm.absent
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)

@@ -15,6 +15,7 @@ from nnsight.intervention.eproperty import WriteBack
 from nnsight.intervention.interleaver import Mediator
 from torch import Tensor
 
+from hooks.anatomy import Slice
 from hooks.errors import FrankenlensError, nearest
 
 
@@ -29,24 +30,21 @@ class Place:
     Attributes:
         location: nnsight's name of the place.
         kind: a module's "input" (served as arguments and keywords), its "output", or the "tensor" itself.
-        key, heads, part, inplace: see `hooks.points.HookPoint`.
+        key, split, inplace: see `hooks.points.HookPoint`.
         owner: the interleaver of the model whose hook point it is, where more than one model may be traced.
     """
 
     location: str
     kind: str = "tensor"
     key: str | None = None
-    heads: int | None = None
-    part: int | None = None
+    split: Slice | None = None
     inplace: bool = False
     owner: Any = field(default=None, repr=False, compare=False)
 
     def pick(self, served: Any) -> Any:
         """The hook point's tensor."""
         whole = self._whole(served)
-        if self.part is not None:
-            whole = whole.chunk(3, dim=-1)[self.part]
-        return whole if self.heads is None else whole.unflatten(-1, (self.heads, -1))
+        return whole if self.split is None else self.split.of(whole)
 
     def put(self, served: Any, new: Tensor) -> Any:
         """What is served, with the hook point's tensor replaced."""
@@ -55,11 +53,7 @@ class Place:
             raise FrankenlensError(
                 f"{self.location}: {tuple(new.shape)} written, expected {tuple(expected)}."
             )
-        new = (new if self.heads is None else new.flatten(-2)).to(whole.dtype)
-        if self.part is not None:
-            parts = list(whole.chunk(3, dim=-1))
-            parts[self.part] = new
-            new = torch.cat(parts, dim=-1)
+        new = new.to(whole.dtype) if self.split is None else self.split.into(whole, new.to(whole.dtype))
         if self.inplace:  # the residual branch holds the same tensor
             whole.copy_(new)
             return served

@@ -39,7 +39,7 @@ def native_places(anatomy: Anatomy, root: str = "model") -> dict[str, Place | st
             places[name] = (_INSIDE if p.place == "attention" else _DERIVED).format(p.module)
         else:
             where = f"{root}.{p.module}.{p.place}"
-            places[name] = Place(where, p.place, p.key, p.heads, p.part, p.inplace)
+            places[name] = Place(where, p.place, p.key, p.split, p.inplace)
     return places
 
 
@@ -58,14 +58,14 @@ class RemoteVLM(TransformersModel):
     """
 
     def __init__(self, repo_id: str | Path, **kwargs: Any) -> None:
-        from hooks.anatomy import find_anatomy
+        from hooks.anatomy.by_names import declared_anatomy
         from hooks.processors import load_processor
 
         kwargs.setdefault("task", "image-text-to-text")
         if "processor" not in kwargs:
             kwargs["processor"] = load_processor(repo_id)
         super().__init__(str(repo_id), **kwargs)
-        self._places = native_places(find_anatomy(self._module), self.path)
+        self._places = native_places(declared_anatomy(self._module), self.path)
 
     def trace(self, inputs: Any = None, *, remote: Any = False, **kwargs: Any) -> Any:
         """nnsight's trace of processor tensors, here or on its server."""

@@ -82,7 +82,7 @@ def _scales(kept: Mapping[str, Tensor], vlm: Opened) -> dict[str, Tensor]:
 def _deepstack(kept: Mapping[str, Tensor], vlm: Opened) -> dict[str, Tensor]:
     """What is added between blocks, layer by layer, where both sides of the gap are cached."""
     found = {}
-    for layer in range(len(vlm.anatomy.deepstack)):
+    for layer in vlm.anatomy.deepstack:
         after, before = (
             kept.get(f"blocks.{layer + 1}.hook_resid_pre"),
             kept.get(f"blocks.{layer}.hook_resid_post"),
@@ -115,7 +115,7 @@ class VLMLensCache(LensCache):
     def _between(self, layer: int | None, wanted: bool) -> tuple[list[Tensor], list[str]]:
         model: Any = self.model
         end = model.cfg.n_layers if layer is None or layer == -1 else layer
-        layers = range(min(end, len(model._vlm.anatomy.deepstack))) if wanted else range(0)
+        layers = [layer for layer in model._vlm.anatomy.deepstack if layer < end] if wanted else []
         missing = [n for n in layers if f"blocks.{n}.hook_deepstack" not in self.cache_dict]
         if missing:
             needed = [f"blocks.{n}.hook_resid_post and blocks.{n + 1}.hook_resid_pre" for n in missing]

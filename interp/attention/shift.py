@@ -130,6 +130,7 @@ def attention_mass(
 
     NaN for prompts without tokens of role `target`.
     """
+    vlm.require("pattern", "attention mass")
     layers, heads = vlm.n_layers, vlm.n_heads
     mass = np.full((layers, heads, len(prompts)), np.nan)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))

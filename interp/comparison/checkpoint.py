@@ -19,7 +19,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from hooks.anatomy import Anatomy, find_anatomy
+from hooks.anatomy import Anatomy
+from hooks.anatomy.by_names import declared_anatomy
 from hooks.errors import FrankenlensError
 from interp.comparison.names import Names
 
@@ -103,7 +104,7 @@ class Checkpoint:
     @cached_property
     def anatomy(self) -> Anatomy:
         """Where the model's parts are."""
-        return find_anatomy(self.model)
+        return declared_anatomy(self.model)
 
     def parts(self, name: str, entries: int = PART) -> Iterator[Shaped[Tensor, " entry"]]:
         """One tensor, flat and in its own type, in parts of `entries`; each part is overwritten by the next."""

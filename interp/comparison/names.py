@@ -96,7 +96,7 @@ def _component(name: str, block: Block) -> str:
 
 
 def _outside(anatomy: Anatomy, name: str) -> Place:
-    for path in (anatomy.projector_weights, *anatomy.deepstack):
+    for path in (anatomy.projector_weights, *anatomy.deepstack.values()):
         if _under(name, path):
             return Place("projector", "projector", None, 0, _inside(name, path, "projector"))
     for path, address, section in (

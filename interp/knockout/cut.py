@@ -169,6 +169,9 @@ def require_cuts(vlm: HookedVLM, cuts: Sequence[Cut]) -> None:
     """
     if not cuts or not all(map(together, cuts)):
         raise FrankenlensError("a knockout needs at least one cut")
+    if any(one.tower == "text" for cut in cuts for one in together(cut)):
+        vlm.require("attention", "attention knockout")
+        vlm.require("pattern", "attention knockout")
     for row, cut in enumerate(cuts):
         for one in together(cut):
             blocks = blocks_of(vlm, one)

@@ -103,10 +103,9 @@ def run_cuts(
             if layer in run.added:
                 stream = stream + run.added[layer][:, span.columns].to(stream).repeat(len(riding), 1, 1)
     within, columns = run.columns >= span.start, run.reads_within(span)
-    norm, unembed = (run.vlm.module(path) for path in (run.vlm.anatomy.final_norm, run.vlm.anatomy.unembed))
     for place, lane in enumerate(riding):
         with torch.no_grad():
-            logits = unembed(norm(stream[place * rows : (place + 1) * rows, columns]))
+            logits = run.vlm.readout(stream[place * rows : (place + 1) * rows, columns])
         whole = run.logits.clone()
         whole[:, within] = logits
         yield lane.number, whole

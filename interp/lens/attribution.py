@@ -23,6 +23,7 @@ from torch import Tensor
 from hooks import FrankenlensError, HookedVLM
 from hooks.engine import HookContext, head_results
 from hooks.errors import nearest
+from hooks.points import writer_points
 from hooks.selfcheck import tolerance
 from hooks.vlm import FwdHooks
 from interp.lens.head import OutputHead, freeze
@@ -74,6 +75,8 @@ def direct_logit_attribution(
     if tokens is None and (isinstance(model, Pair) or minus is not None):
         raise FrankenlensError("give `tokens`: two models, or a difference, need a token that is named.")
     vlm = next(iter(models.values()))
+    for opened in models.values():
+        opened.require("additive blocks", "direct logit attribution")
     known = [row["component"] for row in _labels(vlm)]
     for component in components or ():
         if component not in known:
@@ -173,10 +176,13 @@ def _one_chunk(
 
     columns = [part(kept["blocks.0.hook_resid_pre"])]
     for layer, block in enumerate(vlm.anatomy.text.blocks):
-        z, out = kept[f"blocks.{layer}.attn.hook_z"], vlm.module(block.out)
-        columns.append(part(head_results(out, z)))
-        columns.append(part(out.forward(torch.zeros_like(z[:1]).flatten(1)).expand(len(z), -1)))
-        columns.append(part(kept[f"blocks.{layer}.hook_mlp_out"]))
+        for name, heads in _written(vlm, layer):
+            if heads:
+                z, out = kept[f"blocks.{layer}.attn.hook_z"], vlm.module(block.out)
+                columns.append(part(head_results(out, z)))
+                columns.append(part(out.forward(torch.zeros_like(z[:1]).flatten(1)).expand(len(z), -1)))
+            else:
+                columns.append(part(kept[name]))
         if layer in _deepstack_layers(vlm):
             columns.append(part(kept.get(f"blocks.{layer}.hook_deepstack", torch.zeros_like(last))))
     summed = torch.cat(columns, 1).sum(1)
@@ -222,8 +228,11 @@ def _unembedding_rows(
 
 
 def _names(vlm: HookedVLM) -> list[str]:
-    layers = range(vlm.n_layers)
-    inside = [f"blocks.{layer}.{leaf}" for layer in layers for leaf in ("attn.hook_z", "hook_mlp_out")]
+    inside = [
+        f"blocks.{layer}.attn.hook_z" if heads else name
+        for layer in range(vlm.n_layers)
+        for name, heads in _written(vlm, layer)
+    ]
     return ["blocks.0.hook_resid_pre", *inside, stream_name(vlm.n_layers, vlm.n_layers)]
 
 
@@ -234,18 +243,34 @@ def _labels(vlm: HookedVLM) -> list[dict[str, Any]]:
     found = [label("embed", "embed", "embed")]
     for layer, block in enumerate(vlm.anatomy.text.blocks):
         name = f"blocks.{layer}"
-        heads = range(block.n_heads)
-        found += [label(f"{name}.attn.head.{h}", "head", f"{name}.attn", layer, h) for h in heads]
-        found.append(label(f"{name}.attn.bias", "attn_bias", f"{name}.attn", layer))
-        found.append(label(f"{name}.mlp", "mlp", f"{name}.mlp", layer))
+        for hook, heads in _written(vlm, layer):
+            if heads:
+                found += [
+                    label(f"{name}.attn.head.{h}", "head", f"{name}.attn", layer, h)
+                    for h in range(block.n_heads)
+                ]
+                found.append(label(f"{name}.attn.bias", "attn_bias", f"{name}.attn", layer))
+            else:
+                kind = hook.rpartition("hook_")[2].replace("_out", "")
+                found.append(label(f"{name}.{kind}", kind, f"{name}.{kind}", layer))
         if layer in _deepstack_layers(vlm):
             found.append(label(f"{name}.deepstack", "deepstack", f"{name}.deepstack", layer))
     ends = (("ln_final.bias", "norm_bias"), ("unembed.bias", "unembed_bias"), ("rounding", "rounding"))
     return [*found, *(label(name, kind, name) for name, kind in ends)]
 
 
-def _deepstack_layers(vlm: HookedVLM) -> range:
-    return range(len(vlm.anatomy.deepstack))
+def _written(vlm: HookedVLM, layer: int) -> list[tuple[str, bool]]:
+    """The hook points of what a block adds to the stream, in order, and whether it is the plain sum of its heads."""
+    block, name = vlm.anatomy.text.blocks[layer], f"blocks.{layer}"
+    found: list[tuple[str, bool]] = []
+    for hook, writer in zip(writer_points(name, block), block.writers, strict=True):
+        plain = writer.role == "attn" and writer.module == writer.body and writer.coefficient == 1.0
+        found.append((hook, plain and f"{name}.attn.hook_result" in vlm.hook_points))
+    return found
+
+
+def _deepstack_layers(vlm: HookedVLM) -> list[int]:
+    return list(vlm.anatomy.deepstack)
 
 
 def _deepstack_hooks(

@@ -264,6 +264,7 @@ def _require(vlm: HookedVLM, ablation: Ablation) -> None:
     place, layers = ablation.place, vlm.n_layers
     if place.layer is None or place.layer >= layers:
         raise FrankenlensError(f"{ablation.address}: the decoder has blocks 0-{layers - 1}")
+    vlm.require("attention", "ablation of layers and heads")
     heads = vlm.anatomy.text.blocks[place.layer].n_heads
     if place.index is not None and place.index >= heads:
         raise FrankenlensError(f"{ablation.address}: the block has heads 0-{heads - 1}")

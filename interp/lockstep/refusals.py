@@ -35,6 +35,7 @@ def require_sound(
             f"donor and recipient differ in (layers, heads, d_model): {shapes[0]} and {shapes[1]}"
         )
     for vlm in (donor, recipient):
+        vlm.require("attention", "generation in lockstep")
         require_fits(vlm, prompts, max_new_tokens)
         sites(vlm, moved)
     require_roles(moved, prompts)

@@ -140,6 +140,7 @@ def _written_by(vlm: HookedVLM, site: Site) -> Writer:
     out, heads = vlm.module(point.module), list(site.heads)
     if type(out) is not nn.Linear or out.weight.is_meta:
         return lambda z: head_results(out, z)[..., heads, :].sum(-2)
-    chosen = out.weight.detach().unflatten(1, (point.heads or 1, -1))[:, heads].flatten(1)
+    assert point.split is not None
+    chosen = point.split.of(out.weight.detach())[:, heads].flatten(1)
     weight = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
     return lambda z: nn.functional.linear(z[..., heads, :].flatten(-2).to(weight.dtype), weight)

@@ -10,6 +10,7 @@ single heads, neurons and roles they are shares of it. `verify` says how far off
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -24,9 +25,10 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.engine import HookContext, head_results
+from hooks.weights import d_mlp
 from interp.map.cells import Donor, cells_of, run_cells
 from interp.map.component_map import DIRECTIONS, batches_of, roles_of
-from interp.map.components import cached_names, components
+from interp.map.components import Component, cached_names, components
 from interp.metrics import Metric
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.prompts.pairing import PatchBatch, partners
@@ -37,10 +39,12 @@ if TYPE_CHECKING:
     from interp.decision import DecisionSet
     from interp.pair.pair import Pair
 
-ATTRIBUTED = ("resid_pre", "attn_out", "mlp_out", "head")
+ATTRIBUTED = ("resid_pre", "attn_out", "cross_attn_out", "mixer_out", "mlp_out", "head")
 _STREAM = {
     "resid_pre": "hook_resid_pre",
     "attn_out": "hook_attn_out",
+    "cross_attn_out": "hook_cross_attn_out",
+    "mixer_out": "hook_mixer_out",
     "mlp_out": "hook_mlp_out",
     "head": "hook_attn_out",
 }
@@ -225,9 +229,11 @@ def _attribute(
     if steps < 0:
         raise FrankenlensError(f"steps is {steps}; give 0 for AtP, or the number of points on the way")
     some = next(iter(models.values()))
-    wanted, names = components(some, points), roles_of(first, roles)
+    wanted, names = _attributable(some, points), roles_of(first, roles)
     effect = np.full((len(directions), len(wanted), len(names), len(first)), np.nan)
     ends = np.full((2, len(directions), len(first)), np.nan)
+    if neurons:
+        some.require("neurons", "attribution to neurons")
     moments = _Moments(some, len(directions), len(names)) if neurons else None
     parts = list(batches_of(first, batch_size))
     streams = list(dict.fromkeys([*(_STREAM[point] for point in points), *(["hook_mlp_out"] * neurons)]))
@@ -276,6 +282,24 @@ def _attribute(
     )
 
 
+def _attributable(vlm: HookedVLM, points: Sequence[str]) -> list[Component]:
+    """The components; heads only where their results are added to the stream as they are."""
+    wanted = components(vlm, points)
+    blocks = vlm.anatomy.text.blocks
+    apart = {
+        layer
+        for layer, block in enumerate(blocks)
+        if (own := block.writer("attn")) is not None and (own.module != own.body or own.coefficient != 1.0)
+    }
+    if apart and "head" in points:
+        warnings.warn(
+            f"{type(vlm.model).__name__} puts a norm or a factor between its heads and the stream, so the gradient "
+            "of the stream says nothing of single heads: they are left out; component_map measures them.",
+            stacklevel=4,
+        )
+    return [one for one in wanted if one.point != "head" or one.layer not in apart]
+
+
 def _by_role(of_token: Float[Tensor, "batch pos"], masks: Tensor) -> Float[np.ndarray, "role batch"]:
     """Sums over each role's tokens, NaN where a row has none."""
     sums = torch.where(masks, of_token.double(), 0.0).sum(-1)
@@ -296,7 +320,14 @@ class _Run:
         leaves = (*dict.fromkeys(_STREAM.values()), "attn.hook_z", "mlp.hook_post")
         with torch.inference_mode(False), torch.no_grad():
             self._clean = CleanRun(
-                vlm, batch.inputs, [f"blocks.{i}.{leaf}" for i in layers for leaf in leaves]
+                vlm,
+                batch.inputs,
+                [
+                    name
+                    for i in layers
+                    for leaf in leaves
+                    if (name := f"blocks.{i}.{leaf}") in vlm.hook_points
+                ],
             )
         self.cache = self._clean.cache
         self.metric = metric(self._clean.logits, batch).double().cpu().numpy()
@@ -319,7 +350,9 @@ class _Run:
         self, donor: _Run, streams: Sequence[str], steps: int
     ) -> dict[str, Float[Tensor, "batch pos d_model"]]:
         """Gradient of the metric, summed over rows, at every stream: here, or averaged on the way to the donor's."""
+        offered = self.vlm.hook_points
         names = [f"blocks.{i}.{leaf}" for i in range(self.vlm.n_layers) for leaf in streams]
+        names = [name for name in names if name in offered]
         with _differentiable(self.vlm):
             if not steps:
                 return self._at(names, {})
@@ -369,8 +402,8 @@ class _Moments:
     """Mean and spread over examples of every neuron's estimate; no example is kept."""
 
     def __init__(self, vlm: HookedVLM, directions: int, roles: int) -> None:
-        post = vlm.anatomy.text.blocks[0].mlp_out
-        shape = (directions, vlm.n_layers, int(vlm.module(post).in_features), roles)  # type: ignore[arg-type]
+        width = max(d_mlp(vlm.model, block) for block in vlm.anatomy.text.blocks)
+        shape = (directions, vlm.n_layers, width, roles)
         self._sum, self._square, self._n = np.zeros(shape), np.zeros(shape), np.zeros(shape)
 
     def add(

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from hooks import FrankenlensError, HookedVLM
 from hooks.errors import nearest
 
-POINTS = ("resid_pre", "attn_out", "mlp_out", "head", "z", "vision", "projector")
+POINTS = (
+    "resid_pre",
+    "attn_out",
+    "cross_attn_out",
+    "mixer_out",
+    "mlp_out",
+    "head",
+    "z",
+    "vision",
+    "projector",
+)
 BEFORE_THE_DECODER = ("vision", "projector")
 
 
@@ -70,7 +80,7 @@ def _components_at(vlm: HookedVLM, point: str) -> Iterator[Component]:
         name = f"blocks.{layer}"
         if point == "resid_pre":
             yield Component(f"{name}.hook_resid_pre", point, (f"{name}.hook_resid_pre",), layer)
-        elif point in ("attn_out", "mlp_out"):
+        elif point.endswith("_out"):
             yield Component(f"{name}.{point[:-4]}", point, (f"{name}.hook_{point}",), layer)
         else:
             hook = f"{name}.attn.hook_result" if point == "head" else f"{name}.attn.hook_z"

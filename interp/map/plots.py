@@ -28,6 +28,8 @@ DIRECTIONS = {
 TITLES = {
     "resid_pre": "residual stream",
     "attn_out": "attention",
+    "cross_attn_out": "cross-attention",
+    "mixer_out": "mixers",
     "mlp_out": "MLP",
     "head": "heads",
     "z": "heads before $W_O$",
@@ -175,7 +177,8 @@ def _draw_intervals(
 def _panels(one: xr.Dataset) -> list[_Panel]:
     """The heat maps of one direction, those points that the map has, in reading order."""
     points = one["point"].to_numpy()
-    found = [_by_role(one, point) for point in ("resid_pre", "attn_out", "mlp_out") if point in points]
+    of_layers = ("resid_pre", "attn_out", "cross_attn_out", "mixer_out", "mlp_out")
+    found = [_by_role(one, point) for point in of_layers if point in points]
     found += [_by_head(one, point) for point in ("head", "z") if point in points]
     if np.isin(points, ["vision", "projector"]).any():
         found.append(_vision(one))

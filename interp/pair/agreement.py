@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from hooks.processors import tokenizer_of
+
 # Settings that record how a checkpoint was made or stored and do not enter its forward pass.
 _HISTORY = frozenset(
     "_name_or_path architectures transformers_version torch_dtype dtype use_cache initializer_range "
@@ -39,9 +41,10 @@ def model_differences(a: nn.Module, b: nn.Module) -> list[str]:
 
 def processor_differences(a: Any, b: Any, templates: bool = True) -> list[str]:
     """What differs in tokens, tokenization, image settings and, with `templates`, chat template."""
-    settings = (_settings(a, _CLASS_NAMES), _settings(b, _CLASS_NAMES))
+    same = a is tokenizer_of(a)  # a text-only model has its tokenizer alone, which is compared as such
+    settings = ({}, {}) if same else (_settings(a, _CLASS_NAMES), _settings(b, _CLASS_NAMES))
     return [
-        *tokenizer_differences(a.tokenizer, b.tokenizer),
+        *tokenizer_differences(tokenizer_of(a), tokenizer_of(b)),
         *(f"processor setting {line}" for line in _unequal(*settings)),
         *(template_differences(chat_template(a), chat_template(b)) if templates else ()),
     ]
@@ -85,7 +88,7 @@ def template_differences(a: str | None, b: str | None) -> list[str]:
 
 def chat_template(processor: Any) -> str | None:
     """The chat template of a processor, or of its tokenizer."""
-    return getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    return getattr(processor, "chat_template", None) or tokenizer_of(processor).chat_template
 
 
 def _settings(owner: Any, ignored: frozenset[str] = _HISTORY) -> dict[str, Any]:

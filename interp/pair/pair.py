@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from hooks.extras import require_installed
+from hooks.processors import tokenizer_of
 from interp.pair.agreement import (
     chat_template,
     model_differences,
@@ -60,7 +61,7 @@ class Pair:
             if name != "in":
                 _require_pair(in_, other, name.upper() if name == "rl" else "Base", not template)
         processor = _processor(in_, "IN")
-        trace_format = _with_ends(trace_format or TraceFormat(), self.models, processor.tokenizer)
+        trace_format = _with_ends(trace_format or TraceFormat(), self.models, tokenizer_of(processor))
         self.builder = PromptBuilder(processor, trace_format, template, system)
 
     @classmethod
@@ -152,9 +153,10 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def _processor(vlm: HookedVLM, name: str) -> Any:
-    if getattr(vlm.processor, "tokenizer", None) is None:
+    if tokenizer_of(vlm.processor) is None:
         raise FrankenlensError(
-            f"{name} has no processor (tokenizer and images), so no prompt can be made: open it as "
+            f"{name} has no processor (tokenizer and images; of a text-only model, its tokenizer), so no prompt "
+            "can be made: open it as "
             "HookedVLM(model, processor), with the processor of the model it was made from."
         )
     return vlm.processor
@@ -223,7 +225,7 @@ def _require_adapter_tokenizer(vlm: HookedVLM, folder: Path, templates: bool) ->
     if not (folder / "tokenizer_config.json").is_file():
         return
     own, tokenizer = _processor(vlm, "IN"), AutoTokenizer.from_pretrained(str(folder))
-    differences = tokenizer_differences(own.tokenizer, tokenizer)
+    differences = tokenizer_differences(tokenizer_of(own), tokenizer)
     if templates and tokenizer.chat_template is not None:
         differences += template_differences(chat_template(own), tokenizer.chat_template)
     if differences:

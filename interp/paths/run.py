@@ -193,8 +193,8 @@ class PathRun:
         norm = self.vlm.module(self.vlm.anatomy.text.blocks[layer].pre_norm)
         # forward, not __call__: the edit that asks for this is itself a hook on the projection.
         out = self.vlm.module(point.module).forward(norm.forward(stream))
-        out = out if point.part is None else out.chunk(3, dim=-1)[point.part]
-        return out.unflatten(-1, (point.heads, -1))
+        assert point.split is not None
+        return point.split.of(out)
 
     def mlp(self, layer: int, mid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """What an MLP makes of a stream: pre-norm, then MLP."""

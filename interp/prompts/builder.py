@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hooks.errors import FrankenlensError
+from hooks.processors import tokenizer_of
 from interp.prompts.prompt import TOKEN_TENSORS, Prompt
 from interp.prompts.question import question_span, question_tokens
 from interp.prompts.roles import Role, RoleScanner, Trace, TraceFormat
@@ -21,13 +22,13 @@ class PromptBuilder:
     """Builds prompts with one processor, chat template and trace format.
 
     Arguments:
-        processor: any Hugging Face processor with a tokenizer and images.
+        processor: any Hugging Face processor with a tokenizer and images, or the tokenizer of a text-only model.
         trace_format: what delimits reasoning and answer in generated text.
         template: a Jinja chat template to use instead of the processor's own.
         system: a system message put before the question.
 
     Raises:
-        FrankenlensError: no tokenizer, no chat template, or no image token to be found.
+        FrankenlensError: no tokenizer, no chat template, or a processor without an image token.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class PromptBuilder:
         system: str | None = None,
     ) -> None:
         self.processor, self.system = processor, system
-        self.tokenizer: Any = getattr(processor, "tokenizer", None)
+        self.tokenizer: Any = tokenizer_of(processor)
         if self.tokenizer is None:
             raise FrankenlensError(
                 f"{type(processor).__name__} has no tokenizer; give the model's processor (tokenizer and images), as "
@@ -50,6 +51,7 @@ class PromptBuilder:
                 f"{type(processor).__name__} has no chat template; give one as PromptBuilder(template=...)."
             )
         self.image_token, self.image_token_id = _image_token(processor, self.tokenizer)
+        self._text_only = processor is self.tokenizer
         trace_format = trace_format or TraceFormat()
         if (eos := self.tokenizer.eos_token) and eos not in trace_format.end_of_turn:
             trace_format = replace(trace_format, end_of_turn=(*trace_format.end_of_turn, eos))
@@ -99,7 +101,11 @@ class PromptBuilder:
         """
         if not example.question.strip():
             raise FrankenlensError(f"example {example.id!r} has an empty question")
-        if self.image_token in example.question:
+        if self._text_only and example.images:
+            raise FrankenlensError(
+                f"example {example.id!r} has {len(example.images)} images, and this model reads text alone."
+            )
+        if self.image_token and self.image_token in example.question:
             raise FrankenlensError(
                 f"example {example.id!r}: the question holds the image placeholder {self.image_token!r}; leave it out, "
                 "the chat template sets one per image"
@@ -165,10 +171,14 @@ class PromptBuilder:
         return pieces
 
     def _render(self, example: Example, question: str) -> str:
-        content: list[dict[str, Any]] = [{"type": "image"} for _ in example.images]
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        images = [{"type": "image"} for _ in example.images]
+
+        def said(text: str, before: list[dict[str, Any]]) -> Any:
+            return text if self._text_only else [*before, {"type": "text", "text": text}]
+
+        messages = [{"role": "user", "content": said(question, images)}]
         if self.system is not None:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
+            messages.insert(0, {"role": "system", "content": said(self.system, [])})
         return self.processor.apply_chat_template(  # type: ignore[return-value]
             messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
         )
@@ -197,6 +207,8 @@ class PromptBuilder:
 
 
 def _image_token(processor: Any, tokenizer: Any) -> tuple[str, int]:
+    if processor is tokenizer and getattr(tokenizer, "image_token", None) is None:
+        return "", -1  # a text-only model has none
     for owner in (processor, tokenizer):
         token, index = getattr(owner, "image_token", None), getattr(owner, "image_token_id", None)
         if index is None and token is not None:

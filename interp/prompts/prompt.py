@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -69,6 +69,35 @@ class PromptSource(Protocol):
         ...
 
 
+class GivenTokens:
+    """What stands behind a prompt that was given as tensors: words where there is a tokenizer, and no chat template."""
+
+    end_ids: tuple[int, ...] = ()
+    suppressed_ids: tuple[int, ...] = ()
+    trace_format = TraceFormat()
+
+    def __init__(self, tokenizer: Any = None, image_token_id: int = -1) -> None:
+        self.processor = self.tokenizer = tokenizer
+        self.image_token, self.image_token_id = "", image_token_id
+
+    @property
+    def pad_id(self) -> int:
+        """A token to pad with; it is masked."""
+        return getattr(self.tokenizer, "pad_token_id", None) or 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Words where there is a tokenizer, numbers otherwise."""
+        return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(list(ids))
+
+    def _refused(self, *_: Any, **__: Any) -> NoReturn:
+        raise FrankenlensError(
+            "this prompt was given as tensors (Prompt.from_inputs), so it has no chat template to build, continue or "
+            "read it with; give the longer prompt as tensors, or make prompts with PromptBuilder(processor)."
+        )
+
+    encode = build = with_trace = read_trace = scanner = _refused
+
+
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """Images and question, and as much of a trace as there is, ready for the model.
@@ -94,6 +123,51 @@ class Prompt:
     prompt_text: str
     n_prompt_tokens: int
     builder: PromptSource = field(repr=False)
+
+    @classmethod
+    def from_inputs(
+        cls,
+        inputs: Mapping[str, Tensor],
+        roles: Sequence[str] | None = None,
+        *,
+        image_token_id: int | None = None,
+        tokenizer: Any = None,
+        name: str = "given",
+    ) -> Prompt:
+        """A prompt from processor tensors of your own, for pipelines without a chat template or a processor.
+
+        It sweeps, maps and lenses like any other; it cannot be continued by text, and nothing is read as a trace.
+
+        Args:
+            inputs: processor tensors of one prompt, `input_ids` [1, pos] among them.
+            roles: one of `ROLES` per token; by default image placeholders are `image` and all else is `question`.
+            image_token_id: the placeholder of image tokens, where there is one.
+            tokenizer: for showing tokens as words; without one they are shown as numbers.
+            name: the example's id.
+
+        Raises:
+            FrankenlensError: more than one row, or roles that do not fit the tokens.
+        """
+        ids = inputs.get("input_ids")
+        if ids is None or ids.ndim != 2 or ids.shape[0] != 1:
+            shape = None if ids is None else tuple(ids.shape)
+            raise FrankenlensError(
+                f"input_ids must be [1, pos], one prompt; got {shape}. Call this once for each row."
+            )
+        tokens = ids[0].tolist()
+        own = tuple(roles or ("image" if token == image_token_id else "question" for token in tokens))
+        if len(own) != len(tokens) or (wrong := [role for role in own if role not in ROLES]):
+            why = (
+                f"{len(own)} roles for {len(tokens)} tokens"
+                if len(own) != len(tokens)
+                else f"no role {wrong[0]!r}"
+            )
+            raise FrankenlensError(f"prompt {name!r}: {why}; give one of {', '.join(ROLES)} for each token.")
+        held = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
+        held.setdefault("attention_mask", torch.ones_like(ids))
+        source = GivenTokens(tokenizer, -1 if image_token_id is None else image_token_id)
+        example = Example(name, (), source.decode(tokens), "")
+        return cls(example, held, own, example.question, len(tokens), source)
 
     def __len__(self) -> int:
         return self.inputs["input_ids"].shape[1]

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.weights import d_mlp
 from interp.prompts import PromptBatch
 from interp.sweep.brigade import run_lanes
 from interp.sweep.edits import Edit, Span, needed_names
@@ -101,7 +102,7 @@ class BatchSweep:
             edits, first = self.interventions[number], self._first_column(number)
             if first is None:
                 yield number, self.clean
-            elif self._run is None or not self._is_fast(edits):
+            elif self._run is None or not self._is_fast(edits) or self._is_apart(edits[0]):
                 whole = self._clean_run()
                 logits = whole.rerun([edit.hook() for edit in edits])
                 # unembedding fewer tokens may round differently: what changes nothing is the clean run
@@ -134,6 +135,10 @@ class BatchSweep:
 
     def _is_fast(self, edits: Sequence[Edit]) -> bool:
         return len(edits) == 1 and edits[0].stage is not None
+
+    def _is_apart(self, edit: Edit) -> bool:
+        """An edit of a projector whose rows are not those that the decoder reads (newlines stand among them)."""
+        return edit.point.leaf == "hook_out" and self._run is not None and not self._run.image_rows
 
     def _first_column(self, number: int) -> int | None:
         firsts = []
@@ -181,8 +186,9 @@ class BatchSweep:
     def _storage_estimate(self) -> int:
         """Streams, keys and values (kept as they are read and as they are used), and what single edits start from."""
         rows, width = self.batch.roles.shape
-        block = self.vlm.anatomy.text.blocks[0]
-        a_layer = 2 * self.vlm.d_model + 4 * block.n_kv_heads * block.d_head
+        a_layer = 2 * self.vlm.d_model + 4 * max(
+            block.n_kv_heads * block.d_head for block in self.vlm.anatomy.text.blocks
+        )
         edits = [edit for edits in self.interventions for edit in edits]
         names = {*self._names, *needed_names(edits, self.vlm)}
         further = sum(self._floats(name) for name in names if not of_vision(name))
@@ -190,16 +196,25 @@ class BatchSweep:
 
     def _floats(self, name: str) -> int:
         """Per token."""
-        block, leaf = self.vlm.anatomy.text.blocks[0], name.rpartition(".")[2]
+        leaf = name.rpartition(".")[2]
         if leaf == "hook_post":
             return self._d_mlp
         inside = leaf in ("hook_z", "hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k")
-        return block.n_heads * block.d_head if inside else self.vlm.d_model
+        return self._width if inside else self.vlm.d_model
+
+    @property
+    def _width(self) -> int:
+        """All heads of one block, where they are widest."""
+        return max(block.n_heads * block.d_head for block in self.vlm.anatomy.text.blocks)
 
     @property
     def _d_mlp(self) -> int:
-        down = self.vlm.module(self.vlm.anatomy.text.blocks[0].mlp_out)
-        return int(getattr(down, "in_features", 4 * self.vlm.d_model))
+        widths = [
+            d_mlp(self.vlm.model, block)
+            for block in self.vlm.anatomy.text.blocks
+            if (writer := block.writer("mlp")) is not None and writer.last is not None
+        ]
+        return max(widths, default=4 * self.vlm.d_model)
 
     def _storage(self) -> torch.device | None:
         """Main memory if what is kept would take more than half of the budget."""
@@ -213,9 +228,8 @@ class BatchSweep:
     def lane_bytes(self, span: Span) -> int:
         """An upper estimate of what one lane takes at its widest: stream, attention and MLP of one block."""
         rows, n = len(self.batch), len(span)
-        block = self.vlm.anatomy.text.blocks[0]
-        stream = n * (8 * self.vlm.d_model + 4 * self._d_mlp + 6 * block.n_heads * block.d_head)
-        attention = 2 * block.n_heads * n * span.stop + 2 * block.n_heads * block.d_head * span.stop
+        stream = n * (8 * self.vlm.d_model + 4 * self._d_mlp + 6 * self._width)
+        attention = 2 * self.vlm.n_heads * n * span.stop + 2 * self._width * span.stop
         return rows * (stream + attention) * self._item
 
     @property

@@ -184,10 +184,7 @@ def _run_inside(run: StoredRun, layer: int, edits: Sequence[Edit], span: Span) -
 
 def _projection(point: Any, tap: Callable[[str, Tensor], Tensor]) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        whole = list(output.chunk(3, dim=-1)) if point.part is not None else [output]
-        part = point.part or 0
-        whole[part] = tap(point.leaf, whole[part].unflatten(-1, (point.heads, -1))).flatten(-2)
-        return torch.cat(whole, dim=-1) if len(whole) > 1 else whole[0]
+        return point.split.into(output, tap(point.leaf, point.split.of(output)))
 
     return hook
 
@@ -199,16 +196,16 @@ def _read(
     within, columns = run.columns >= span.start, run.reads_within(span)
     rows = len(run.batch)
     norm = run.vlm.module(run.vlm.anatomy.final_norm)
-    unembed = run.vlm.module(run.vlm.anatomy.unembed)
+    unembed, after = run.vlm.module(run.vlm.anatomy.unembed), run.vlm.anatomy.after_unembedding
     for first in range(len(riding)):
         assert stream is not None
         lane = stream[first * rows : (first + 1) * rows, columns]
-        yield riding[first], _with_clean(run, unembed(norm(lane)), within)
+        yield riding[first], _with_clean(run, after(unembed(norm(lane))), within)
     for number, edit in final:
         own = norm(run.post(len(run.blocks) - 1, span))
         new = edit.apply(own, span)
         same = torch.equal(new, own)
-        yield number, None if same else _with_clean(run, unembed(new[:, columns]), within)
+        yield number, None if same else _with_clean(run, after(unembed(new[:, columns])), within)
 
 
 def _with_clean(run: StoredRun, logits: Tensor, within: Tensor) -> Float[Tensor, "batch column vocab"]:

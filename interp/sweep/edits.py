@@ -80,8 +80,8 @@ class Edit:
 
     @cached_property
     def stage(self) -> Stage | None:
-        """None for what lies in the vision tower."""
-        return None if self.point.name.startswith("vision.") else _STAGE_OF.get(self.point.leaf)
+        """None for what lies in another tower, and for points inside a block that no shortcut starts at."""
+        return None if self.point.tower else _STAGE_OF.get(self.point.leaf)
 
     @cached_property
     def start(self) -> tuple[int, int]:
@@ -135,7 +135,7 @@ class Edit:
         if self.index is None:
             return None
         axes = self.point.axes
-        for name in ("head", "kv_head", "d_mlp"):
+        for name in ("head", "kv_head", "d_mlp", "expert"):
             if name in axes:
                 return axes.index(name)
         raise AssertionError(f"{self.point.name} has neither heads nor neurons")

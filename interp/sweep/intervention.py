@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.points import HookPoint
+from hooks.weights import d_mlp, site_at
 from interp.prompts import PromptBatch
 from interp.prompts.pairing import PatchBatch, borrowed, partners
 from interp.sweep.activations import of_index
@@ -141,13 +142,11 @@ def index_size(point: HookPoint, vlm: HookedVLM) -> int:
     """How many heads or neurons a point has; 0 where it is not split."""
     if point.layer is None:
         return 0
-    tower = vlm.anatomy.vision if point.name.startswith("vision.") else vlm.anatomy.text
-    block = tower.blocks[point.layer]
-    if "kv_head" in point.axes:
-        return block.n_kv_heads
-    if "head" in point.axes:
-        return block.n_heads
-    return int(getattr(vlm.module(block.mlp_out), "in_features", 0)) if "d_mlp" in point.axes else 0
+    block = vlm.anatomy.towers[point.tower].blocks[point.layer]
+    if "head" in point.axes or "kv_head" in point.axes:
+        site = site_at(block, "cross_attn" if ".cross_attn." in point.name else "attn")
+        return site.n_kv_heads if "kv_head" in point.axes else site.n_heads
+    return d_mlp(vlm.model, block) if "d_mlp" in point.axes else 0
 
 
 def has_tokens(point: HookPoint) -> bool:

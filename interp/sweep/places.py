@@ -22,7 +22,7 @@ LEADING = ("batch", "pos", "key", "image", "patch", "image_token")
 
 def of_vision(name: str) -> bool:
     """Whether a hook point fires only where there is an image."""
-    return name.startswith(("vision.", "projector.")) or name.endswith("hook_deepstack")
+    return name.startswith(("vision.", "tower_", "projector.")) or name.endswith("hook_deepstack")
 
 
 def where_label(where: Where) -> str:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooks import HookedVLM
+from hooks import FrankenlensError, HookedVLM
 
 Hooks = Sequence[tuple[str, Any]]
 
@@ -31,7 +31,7 @@ class CleanRun:
         self.vlm, self.inputs = vlm, inputs
         self._calls: list[tuple[tuple, dict[str, Any]]] = []
         self._blocks = [vlm.module(block.path) for block in vlm.anatomy.text.blocks]
-        self.has_image = bool(self._image_mask.any())
+        self.has_image = vlm.has_image(inputs)
         deepstack = [name for name in vlm.hook_points if name.endswith("hook_deepstack")]
         wanted = dict.fromkeys([*names, *deepstack])
         kept = [name for name in wanted if self.has_image or not before_the_decoder(name)]
@@ -59,7 +59,18 @@ class CleanRun:
     @cached_property
     def _resumable(self) -> bool:
         with torch.no_grad():
-            same = torch.equal(self._decode(0), self.logits)
+            try:
+                same = torch.equal(self._decode(0), self.logits)
+            except (
+                FrankenlensError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+                IndexError,
+                KeyError,
+                AttributeError,
+            ):
+                same = False  # its blocks are no chain that can be called again one by one
         if not same:
             warnings.warn(
                 f"{type(self.vlm.model).__name__} cannot be resumed at a stored residual; "
@@ -81,11 +92,16 @@ class CleanRun:
     def _decode(self, first: int) -> Float[Tensor, "batch pos vocab"]:
         args, kwargs = self._calls[first]
         # A copy: a hook may edit in place, and the stored residual serves every later rerun.
-        hidden = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).clone()
+        blocks = self.vlm.anatomy.text.blocks
+        if len(self._calls) != len(blocks):
+            raise FrankenlensError("its blocks do not run once each")
+        key = blocks[first].key or "hidden_states"
+        hidden = (kwargs[key] if key in kwargs else args[0]).clone()
         for layer in range(first, len(self._blocks)):
             args, kwargs = self._calls[layer]
-            if "hidden_states" in kwargs:
-                out = self._blocks[layer](*args, **{**kwargs, "hidden_states": hidden})
+            key = blocks[layer].key or "hidden_states"
+            if key in kwargs:
+                out = self._blocks[layer](*args, **{**kwargs, key: hidden})
             else:
                 out = self._blocks[layer](hidden, *args[1:], **kwargs)
             hidden = out[0] if isinstance(out, tuple) else out
@@ -93,14 +109,15 @@ class CleanRun:
                 hidden = hidden.clone()
                 mask = self._image_mask.to(hidden.device)
                 hidden[mask] = hidden[mask] + self._deepstack[layer].to(hidden)
-        normalized = self.vlm.module(self.vlm.anatomy.final_norm)(hidden)
-        return self.vlm.module(self.vlm.anatomy.unembed)(normalized)
+        return self.vlm.readout(hidden)
 
     @property
     def _image_mask(self) -> Bool[Tensor, "batch pos"]:
-        return self.inputs["input_ids"].to(self.vlm.device) == self.vlm.model.config.image_token_id
+        return self.vlm.image_mask(self.inputs)
 
 
 def before_the_decoder(name: str) -> bool:
     """Whether a hook point acts on something that is computed before the first decoder block."""
-    return name.startswith(("vision.", "projector.")) or name.endswith(("hook_embed", "hook_deepstack"))
+    return name.startswith(("vision.", "tower_", "projector.")) or name.endswith(
+        ("hook_embed", "hook_deepstack")
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ class StoredRun:
             raise FrankenlensError("the metric reads no token of this batch.")
         self.end = int(self.columns[-1]) + 1
         text = vlm.anatomy.text.blocks
+        if not all(block.plain for block in text):
+            raise Unsupported("not all its blocks are attention and then an MLP, each behind its own norm")
         self.blocks = [vlm.module(block.path) for block in text]
         self.attentions = [vlm.module(block.attention) for block in text]
         self._mid_norms = [vlm.module(block.mid_norm) for block in text]
@@ -73,7 +76,7 @@ class StoredRun:
             for leaf in ("hook_resid_pre", "hook_resid_mid", "attn.hook_rot_k", "attn.hook_v")
         }
         last = f"blocks.{len(self.blocks) - 1}.hook_resid_post"
-        self.has_image = bool(self.image_mask.any())
+        self.has_image = vlm.has_image(batch.inputs)
         self._deepstack = {
             int(name.split(".")[1]): name for name in vlm.hook_points if name.endswith("hook_deepstack")
         }
@@ -125,7 +128,10 @@ class StoredRun:
         for value in [*args[1:], *kwargs.values()]:
             if isinstance(value, Tensor) and value.requires_grad:
                 raise Unsupported("its blocks are handed tensors that need gradients")
-        self._calls.append((args, {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+        # logits_to_keep is ours, for the unembedding; some families hand it down to their blocks.
+        self._calls.append(
+            (args, {k: v for k, v in kwargs.items() if k not in ("hidden_states", "logits_to_keep")})
+        )
 
     def _heads_first(self, name: str) -> Float[Tensor, "batch kv_head pos d_head"]:
         return self.cache[name][:, : self.end].transpose(1, 2).contiguous()
@@ -140,7 +146,18 @@ class StoredRun:
     @property
     def image_mask(self) -> Bool[Tensor, "batch pos"]:
         """The tokens that stand for images."""
-        return self.batch.inputs["input_ids"].to(self.vlm.device) == self.vlm.model.config.image_token_id
+        return self.vlm.image_mask(self.batch.inputs)
+
+    @cached_property
+    def image_rows(self) -> bool:
+        """Whether the projector's rows are, as they are, the stream's at the tokens that stand for images."""
+        if "projector.hook_out" not in self.cache:
+            return False
+        made = self.read("projector.hook_out")
+        rows = self.pre(0, Span(0, self.batch.roles.shape[1]))[self.image_mask]
+        return made.reshape(-1, made.shape[-1]).shape == rows.shape and torch.equal(
+            made.reshape(rows.shape).to(rows), rows
+        )
 
     def pre(self, layer: int, span: Span) -> Float[Tensor, "batch column d_model"]:
         """The residual stream before a block."""
@@ -267,8 +284,7 @@ class StoredRun:
         ):
             raise Unsupported("it changes the embeddings before the first block")
         last = self.post(len(self.blocks) - 1, Span(0, self.end))[:, self.columns]
-        norm, unembed = (self.vlm.module(p) for p in (self.vlm.anatomy.final_norm, self.vlm.anatomy.unembed))
-        error = (unembed(norm(last)) - self.logits).abs().max().item()
+        error = (self.vlm.readout(last) - self.logits).abs().max().item()
         if not error <= tolerance(self.logits):
             raise Unsupported(f"its logits are not its unembedding's output (off by {error:.1e})")
         real = (self.batch.mask("all").to(self.vlm.device))[..., None]

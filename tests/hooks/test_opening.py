@@ -44,17 +44,17 @@ def test_opening_leaves_no_trace(family: str) -> None:
     assert all(not p.requires_grad and p.grad is None for p in given.model.parameters())
 
 
-def test_llava_last_vision_block_is_dead_with_the_reason() -> None:
+def test_llava_last_vision_block_is_absent_with_the_reason() -> None:
     given = tiny("llava")
     vlm = HookedVLM(given.model, given.processor)
     last = len(vlm.anatomy.vision.blocks) - 1
-    assert vlm.dead
-    assert all(name.startswith(f"vision.blocks.{last}.") for name in vlm.dead)
-    with pytest.raises(FrankenlensError, match=r"dead.*vision_feature_layer"):
+    assert vlm.absent
+    assert all(name.startswith(f"vision.blocks.{last}.") for name in vlm.absent)
+    with pytest.raises(FrankenlensError, match=r"absent.*vision_feature_layer"):
         vlm.run_with_cache(given.inputs(), f"vision.blocks.{last}.hook_mlp_out")
 
 
-def test_the_block_before_a_dead_one_can_be_written() -> None:
+def test_the_block_before_an_absent_one_can_be_written() -> None:
     # transformers records hidden states with hooks of its own; ours must come first or the write is lost.
     given = tiny("llava")
     vlm = HookedVLM(given.model, given.processor)
@@ -125,7 +125,7 @@ def test_unknown_hook_names_the_nearest() -> None:
         vlm.run_with_cache(given.inputs(), "blocks.1.attn.hook_patern")
 
 
-def test_a_text_model_is_refused() -> None:
+def test_a_text_model_opens_without_a_processor_and_says_what_it_lacks() -> None:
     config = LlamaConfig(
         hidden_size=16,
         intermediate_size=16,
@@ -133,9 +133,25 @@ def test_a_text_model_is_refused() -> None:
         num_attention_heads=2,
         num_key_value_heads=2,
         vocab_size=8,
+        initializer_range=0.5,
     )
-    with pytest.raises(FrankenlensError, match="image encoder"):
-        HookedVLM(LlamaForCausalLM(config))
+    vlm = HookedVLM(LlamaForCausalLM(config).eval())
+    assert not vlm.absent and not vlm.can("vision") and vlm.can("plain blocks")
+    with pytest.raises(FrankenlensError, match="vision tower"):
+        vlm.require("vision", "this analysis")
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(vlm({"input_ids": ids}).logits, vlm.model(input_ids=ids).logits)
+        _, cache = vlm.run_with_cache({"input_ids": ids})
+    assert torch.equal(cache["embed"], vlm.model.get_input_embeddings()(ids))
+
+
+def test_a_model_that_does_not_run_on_the_prompt_is_refused_in_one_sentence() -> None:
+    given = tiny("qwen2_vl")
+    with pytest.raises(FrankenlensError, match=r"does not run on the prompt .* inputs=") as caught:
+        HookedVLM(given.model, inputs={"input_ids": torch.tensor([[10**6]])})
+    assert caught.value.__cause__ is not None
+    given.model(**given.inputs())  # the model is as it was
 
 
 def test_from_pretrained_roundtrip(tmp_path) -> None:

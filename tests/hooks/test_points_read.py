@@ -62,7 +62,7 @@ def differences(cache, expected: dict[str, Tensor], inputs: dict[str, Tensor]) -
 
 def test_points_listed_are_those_of_the_reference(case):
     expected = case.reference(case.bare.inputs())
-    listed, dead = set(case.vlm.hook_points), set(case.vlm.dead)
+    listed, dead = set(case.vlm.hook_points), set(case.vlm.absent)
     assert not listed & dead
     assert set(expected) - listed - dead == set()
     assert listed - set(expected) == set()
@@ -73,7 +73,7 @@ def test_only_the_unread_last_block_of_llava_is_dead(case):
     unread = (
         {n for n in expected if n.startswith("vision.blocks.3.")} if case.bare.family == "llava" else set()
     )
-    assert set(case.vlm.dead) & set(expected) == unread
+    assert set(case.vlm.absent) & set(expected) == unread
 
 
 @pytest.mark.parametrize("padding_side", ("right", "left"))

@@ -195,10 +195,10 @@ def test_names_chosen_by_a_function(case):
     assert torch.equal(by_function, by_name)
 
 
-def test_unknown_and_dead_names_are_refused_before_anything_runs(case):
+def test_unknown_and_absent_names_are_refused_before_anything_runs(case):
     attached = installed_hooks(case.vlm)
     wrong = {"blocks.1.attn.hook_patern": "blocks.1.attn.hook_pattern", "blocks.99.hook_resid_pre": "blocks."}
-    wrong |= dict.fromkeys(list(case.vlm.dead)[:1], "dead")
+    wrong |= dict.fromkeys(list(case.vlm.absent)[:1], "absent")
     for name, hint in wrong.items():
         calls: list[str] = []
         with pytest.raises((KeyError, ValueError)) as error:
