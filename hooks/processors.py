@@ -99,6 +99,14 @@ def tokenizer_of(processor: Any) -> Any:
     )
 
 
+def image_token_of(model: Any, processor: Any = None) -> int | None:
+    """The placeholder of image tokens, as the model or its processor names it; None where neither does."""
+    owners = (model.config, getattr(model.config, "text_config", None), processor)
+    names = ("image_token_id", "image_token_index", "image_patch_id")
+    ids = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((i for i in ids if isinstance(i, int)), None)
+
+
 @cache
 def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """A subclass of the same name whose only parts are those that are not for videos.

@@ -20,7 +20,7 @@ from hooks.errors import FrankenlensError, nearest
 from hooks.loading import load_model
 from hooks.nnsight.traceable import Traceable
 from hooks.points import HookPoint, hook_point_table
-from hooks.processors import load_processor
+from hooks.processors import image_token_of, load_processor
 from hooks.refusals import refuse_checkpointing, refuse_foreign
 from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
 
@@ -69,7 +69,7 @@ class HookedVLM(Traceable):
             name: v.to(_embedding_device(model)) if isinstance(v, Tensor) else v
             for name, v in (inputs if inputs is not None else opening_inputs(model, processor)).items()
         }
-        self.image_token_id = _image_token(model, processor)
+        self.image_token_id = image_token_of(model, processor)
         self.anatomy = _watched(model, given, self.image_token_id)
         self._packed = frozenset(
             site.module
@@ -354,14 +354,6 @@ class HookedVLM(Traceable):
 
 def _embedding_device(model: PreTrainedModel) -> torch.device:
     return next(model.get_input_embeddings().parameters()).device
-
-
-def _image_token(model: PreTrainedModel, processor: Any) -> int | None:
-    """The placeholder of image tokens, as the model or its processor names it."""
-    owners = (model.config, getattr(model.config, "text_config", None), processor)
-    names = ("image_token_id", "image_token_index", "image_patch_id")
-    ids = (getattr(owner, name, None) for owner in owners for name in names)
-    return next((i for i in ids if isinstance(i, int)), None)
 
 
 def _watched(model: PreTrainedModel, inputs: Mapping[str, Any], token: int | None) -> Anatomy:

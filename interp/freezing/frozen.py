@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hooks import Address, FrankenlensError, HookedVLM, weight_slices
-from hooks.anatomy.by_names import declared_anatomy
+from hooks.unopened import unopened_anatomy
 from interp.freezing.refusals import (
     adapter_message,
     adapter_of,
@@ -254,7 +254,7 @@ def frozen_rows(model: nn.Module | HookedVLM, addresses: Sequence[str | Address]
         raise FrankenlensError(
             f"freezing takes a Hugging Face model or a HookedVLM, not a {type(bare).__name__}; freeze before wrapping"
         )
-    anatomy = model.anatomy if isinstance(model, HookedVLM) else declared_anatomy(bare)
+    anatomy = model.anatomy if isinstance(model, HookedVLM) else unopened_anatomy(bare)
     named = dict(bare.named_parameters(remove_duplicate=False))
     first = {id(p): name for name, p in bare.named_parameters()}
     places: dict[str, list[tuple[int | None, range]]] = defaultdict(list)
