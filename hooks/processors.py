@@ -85,6 +85,11 @@ def sees_images(name: str, trust_remote_code: bool = False, hub: Mapping[str, An
         config: Any = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **(hub or {}))
     except (OSError, ValueError):
         return True
+    return is_visual(config)
+
+
+def is_visual(config: Any) -> bool:
+    """Whether a configuration is that of an architecture with images."""
     seeing = (
         type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING

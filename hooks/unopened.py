@@ -15,13 +15,24 @@ from transformers import PreTrainedModel
 
 from hooks.anatomy import Anatomy, find_anatomy
 from hooks.anatomy.by_names import declared_anatomy
+from hooks.anatomy.observed import require_all_blocks
 from hooks.anatomy.rebuilt import rebuilt
 from hooks.errors import FrankenlensError
-from hooks.processors import image_token_of
-from hooks.selfcheck import opening_inputs
+from hooks.processors import image_token_of, is_visual
+from hooks.selfcheck import has_pixels, opening_inputs
 
-READ_OFF = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "smolvlm", "idefics3"})
-"""Types whose module tree alone says the same, at once (a test holds it against what is watched)."""
+READ_OFF = frozenset(
+    {
+        ("qwen2_vl", "qwen2_vl_text", "qwen2_vl_vision"),
+        ("qwen2_5_vl", "qwen2_5_vl_text", "qwen2_5_vl_vision"),
+        ("qwen3_vl", "qwen3_vl_text", "qwen3_vl_vision"),
+        ("llava", "llama", "clip_vision_model"),
+        ("smolvlm", "llama", "smolvlm_vision"),
+        ("idefics3", "llama", "idefics3_vision"),
+    }
+)
+"""Types (of the whole, its language model and its vision tower) whose module tree alone says the same, at once; a test
+holds it against what is watched."""
 
 
 def unopened_anatomy(model: PreTrainedModel, processor: Any = None) -> Anatomy:
@@ -31,43 +42,35 @@ def unopened_anatomy(model: PreTrainedModel, processor: Any = None) -> Anatomy:
 
     Args:
         model: the model; only its class and configuration are used, and the names of its modules.
-        processor: its processor. The vision side is watched on an image, which it makes; without it, a vision tower is
-            read off the module tree, where its parts go by names that are known.
+        processor: its processor. The vision side is watched on an image, which it makes; without it, `vision` and
+            `projector` are absent and their weights are in `rest`, unless the type is one of `READ_OFF`.
 
     Raises:
         FrankenlensError: the architecture does not run from its configuration alone.
     """
-    if getattr(model.config, "model_type", "") in READ_OFF:
+    if _types(model.config) in READ_OFF:
         return declared_anatomy(model)
     try:
         with torch.no_grad():
             other = rebuilt(type(model), model.config)
             inputs = opening_inputs(other, processor)
             found = find_anatomy(other, inputs, image_token_of(other, processor))
+        if is_visual(model.config) and not has_pixels(inputs):
+            require_all_blocks(other, found)
+    except FrankenlensError:
+        raise
     except Exception as error:
         raise FrankenlensError(
             f"which weights of {type(model).__name__} belong to which part is seen by running it, and one built from "
-            f"its configuration does not run: {type(error).__name__}: {' '.join(str(error).split())[:300]} Open the model "
-            "itself: HookedVLM(model, processor)."
+            f"its configuration does not run: {type(error).__name__}: {' '.join(str(error).split())[:300]} Open the "
+            "model itself: HookedVLM(model, processor)."
         ) from error
-    return found if found.vision.blocks else _with_named_vision(found, model)
+    if found.vision.blocks or hasattr(processor, "image_processor") or not is_visual(model.config):
+        return found
+    why = "no image was there to see it by: give the model's processor"
+    return replace(found, absent={**found.absent, "vision": why, "projector": why})
 
 
-def _with_named_vision(found: Anatomy, model: PreTrainedModel) -> Anatomy:
-    """A vision tower that no image was there for, by the names of its parts."""
-    try:
-        named = declared_anatomy(model)
-    except (FrankenlensError, AttributeError, KeyError, ValueError):
-        return found
-    if not named.vision.blocks or named.vision.path == found.text.path:
-        return found
-    absent = {part: why for part, why in found.absent.items() if part != "projector" or not named.projector}
-    return replace(
-        found,
-        vision=named.vision,
-        projector=named.projector,
-        projector_key=named.projector_key,
-        projector_weights=named.projector_weights,
-        deepstack=named.deepstack,
-        absent=absent,
-    )
+def _types(config: Any) -> tuple[str, ...]:
+    parts = (config, config.get_text_config(), getattr(config, "vision_config", None))
+    return tuple(getattr(part, "model_type", "") for part in parts)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from hooks.anatomy import Anatomy, find_anatomy
 from hooks.anatomy.drawing import drawn
+from hooks.anatomy.observed import require_all_blocks
 from hooks.cache import ActivationCache
 from hooks.capabilities import missing
 from hooks.engine import Hook, HookContext, HookFunction, attached, hook_by_keyword
@@ -20,9 +21,9 @@ from hooks.errors import FrankenlensError, nearest
 from hooks.loading import load_model
 from hooks.nnsight.traceable import Traceable
 from hooks.points import HookPoint, hook_point_table
-from hooks.processors import image_token_of, load_processor
+from hooks.processors import image_token_of, is_visual, load_processor
 from hooks.refusals import refuse_checkpointing, refuse_foreign
-from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
+from hooks.selfcheck import has_pixels, opening_inputs, self_check, undisturbed, zero_every_point
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 FwdHooks = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
@@ -292,9 +293,7 @@ class HookedVLM(Traceable):
 
     def has_image(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a batch holds an image."""
-        return any("pixel" in name or "patches" in name for name in inputs) or bool(
-            self.image_mask(inputs).any()
-        )
+        return has_pixels(inputs) or bool(self.image_mask(inputs).any())
 
     def readout(self, stream: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead vocab"]:
         """Logits of a residual stream as it stands behind the last block.
@@ -360,7 +359,10 @@ def _watched(model: PreTrainedModel, inputs: Mapping[str, Any], token: int | Non
     """The anatomy, with one clear error whatever happens inside the model."""
     try:
         with undisturbed(model):
-            return find_anatomy(model, inputs, token)
+            found = find_anatomy(model, inputs, token)
+        if is_visual(model.config) and not has_pixels(inputs):
+            require_all_blocks(model, found)
+        return found
     except FrankenlensError:
         raise
     except Exception as error:

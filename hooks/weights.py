@@ -102,8 +102,10 @@ def _whole(model: nn.Module, anatomy: Anatomy, address: Address, parameters: lis
         "vision": anatomy.vision.path,
     }[address.kind]
     if not path:
+        why = anatomy.absent.get(address.kind)
         raise FrankenlensError(
-            f"{address}: {type(model).__name__} has no such part that could be told apart."
+            f"{address}: {type(model).__name__} has no such part that could be told apart"
+            + (f" ({why})." if why else ".")
         )
     if address.kind == "unembed" and _tied(model, anatomy):
         raise FrankenlensError(
