@@ -162,6 +162,11 @@ def _between(name: str, block: Block, index: int, resid: tuple[str, ...]) -> Ite
         yield HookPoint(f"{name}.{leaf}", following.reader, "input", resid, inplace=True)
 
 
+def interface_point(name: str, site: Site, lead: tuple[str, ...]) -> HookPoint:
+    """Keys (a name that ends in `hook_rot_k`) or values (`hook_v`) as the attention call is given them."""
+    return HookPoint(name, site.module, "attention", (*lead[:-1], "key", "kv_head", "d_head"))
+
+
 def _site(name: str, site: Site, lead: tuple[str, ...], width: str) -> Iterator[HookPoint]:
     batch = lead[:-1]
     for letter, own in zip("qkv", (site.q, site.k, site.v), strict=True):
@@ -169,10 +174,11 @@ def _site(name: str, site: Site, lead: tuple[str, ...], width: str) -> Iterator[
             tokens = (*batch, "key") if site.cross and letter != "q" else lead
             axes = (*tokens, "head" if letter == "q" else "kv_head", "d_head")
             yield HookPoint(f"{name}.hook_{letter}", own.module, "output", axes, split=own)
+    if site.v is None:  # assembled (latent attention): as the call is given them
+        yield interface_point(f"{name}.hook_v", site, lead)
     if site.rotary:
         yield HookPoint(f"{name}.hook_rot_q", site.module, "attention", (*lead, "head", "d_head"))
-        key_axes = (*batch, "key", "kv_head", "d_head")
-        yield HookPoint(f"{name}.hook_rot_k", site.module, "attention", key_axes)
+        yield interface_point(f"{name}.hook_rot_k", site, lead)
     square = (*batch, "head", "query", "key")
     yield HookPoint(f"{name}.hook_attn_scores", site.module, "attention", square)
     yield HookPoint(f"{name}.hook_pattern", site.module, "attention", square)

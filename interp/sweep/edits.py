@@ -16,8 +16,8 @@ from hooks.engine import HookContext
 from hooks.points import HookPoint
 
 Stage = Literal["pre", "inside", "mid", "post", "final"]
-"""Where in its block an edit acts: before it, inside its attention, on the stream between attention and MLP, after
-the MLP, or (after all blocks) on the normalized stream."""
+"""Where in its block an edit acts: before it, inside its attention, on what its first writer adds, on what its MLP
+adds, or (after all blocks) on the normalized stream."""
 STAGES: tuple[Stage, ...] = ("pre", "inside", "mid", "post", "final")
 
 _STAGE_OF: dict[str, Stage] = {
@@ -34,6 +34,8 @@ _STAGE_OF: dict[str, Stage] = {
     "hook_z": "mid",
     "hook_result": "mid",
     "hook_attn_out": "mid",
+    "hook_mixer_out": "mid",
+    "hook_cross_attn_out": "mid",
     "hook_resid_mid": "mid",
     "hook_post": "post",
     "hook_mlp_out": "post",
@@ -81,7 +83,8 @@ class Edit:
     @cached_property
     def stage(self) -> Stage | None:
         """None for what lies in another tower, and for points inside a block that no shortcut starts at."""
-        return None if self.point.tower else _STAGE_OF.get(self.point.leaf)
+        elsewhere = self.point.tower or ".cross_attn." in self.point.name
+        return None if elsewhere else _STAGE_OF.get(self.point.leaf)
 
     @cached_property
     def start(self) -> tuple[int, int]:
@@ -154,6 +157,6 @@ def needed_names(edits: list[Edit], vlm: HookedVLM) -> list[str]:
             names |= {f"{block}.attn.hook_z": None, f"{block}.hook_attn_out": None}
         elif leaf == "hook_post":
             names |= {f"{block}.mlp.hook_post": None, f"{block}.hook_mlp_out": None}
-        elif leaf in ("hook_attn_out", "hook_mlp_out"):
+        elif leaf.endswith("_out"):
             names[f"{block}.{leaf}"] = None
     return [name for name in names if name in vlm.hook_points]
