@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks.engine import head_results
+from interp.sweep.activations import activation_of
 from interp.sweep.attention import segment_attention_on
 from interp.sweep.edits import STAGES, Edit, Span
 from interp.sweep.stored import StoredRun
@@ -138,6 +139,13 @@ def _begin_post(run: StoredRun, layer: int, edit: Edit, own: Tensor, span: Span)
     mlp_out = run.read(f"blocks.{layer}.hook_mlp_out", span)
     if leaf == "hook_mlp_out":
         return run.mid(layer, span) + edit.apply(mlp_out, span)
+    if leaf == "hook_expert_out":
+        mine = activation_of(run.vlm, lambda name: run.read(name, span), edit.point.name, edit.index)
+        changed = edit.alone(mine, span)
+        if torch.equal(changed, mine):
+            return own
+        change = changed - mine if edit.index is not None else (changed - mine).sum(-2)
+        return run.mid(layer, span) + (mlp_out + change.to(mlp_out.dtype))
     down = run.vlm.module(block.mlp_out)
     post = run.read(f"blocks.{layer}.mlp.hook_post", span)
     if edit.index is not None and type(down) is nn.Linear:
