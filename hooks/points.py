@@ -3,6 +3,13 @@
 Patches of a vision block stand in the order in which the tower itself has them: Qwen2.5-VL keeps them sorted by window
 inside its blocks; `projector.hook_out` is in the order of the image tokens again.
 
+Of a mixture of experts `mlp.hook_router_logits` and `mlp.hook_router_weights` [batch pos expert] say who is chosen (a
+write moves the routing; a weight is 0 where an expert is not chosen), `mlp.hook_expert_in` what the experts are given,
+and `mlp.hook_expert_out` [batch pos expert d_model] what each of them contributes, weighted by the router, to what the
+experts give out together. Behind that may stand a scale, a norm or a shared expert, which is no expert's: what they
+give out sums to `hook_mlp_out` only where there is none, and a change of one passes through them as the model has it.
+It holds as many streams as there are experts; `mlp.hook_expert_out.5` is one of them alone.
+
 This one table drives our own engine (`hooks.engine`) and whatever else must find the same tensors.
 """
 

@@ -32,7 +32,8 @@ def every_address(checkpoint: Checkpoint) -> list[str]:
     for prefix, tower in (("vision.", checkpoint.anatomy.vision), ("", checkpoint.anatomy.text)):
         for i, block in enumerate(tower.blocks):
             name = f"{prefix}blocks.{i}"
-            found += [name, f"{name}.attn", f"{name}.mlp"]
+            roles = dict.fromkeys("mlp" if one.role == "moe" else one.role for one in block.writers)
+            found += [name, *(f"{name}.{role}" for role in roles)]
             found += [f"{name}.attn.head.{head}" for head in range(block.n_heads)]
             found += [f"{name}.attn.kv_head.{head}" for head in range(block.n_kv_heads)]
             if (writer := block.writer("moe")) is not None:

@@ -246,7 +246,7 @@ def _inner(component: Component) -> Component | None:
 
 
 def _left_out(component: Component) -> Intervention | None:
-    if component.point == "head":
+    if component.point in ("head", "expert"):
         return Intervention(component.hook, "zero", index=component.head)
     return None if component.point == "projector" else Intervention(component.hook, "skip")
 
