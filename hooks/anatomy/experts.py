@@ -221,7 +221,11 @@ def _decides(model: nn.Module, experts: Experts, call: Call, body: Call, calls: 
     """Whether other logits choose other experts: what is around the router runs again, its logits in other order."""
     given = _tensors(call)
     assert given is not None
-    before = None if experts.chosen is None else given[experts.chosen]
+    if experts.chosen is None:
+        before = next(c.out for c in calls if c.path == experts.scores)
+    else:
+        before = given[experts.chosen]
+    assert before is not None
     around = [
         c for c in (*calls, body) if experts.router == c.path or experts.router.startswith(f"{c.path}.")
     ]
@@ -241,12 +245,11 @@ def _decides(model: nn.Module, experts: Experts, call: Call, body: Call, calls: 
         finally:
             handle.remove()
         parts = [*seen, *(output if isinstance(output, tuple | list) else ())]
-        if before is None:
-            scores = next(c.out for c in calls if c.path == experts.scores)
-            parts, before = [p for p in parts if p.shape == scores.shape][:1], scores  # type: ignore[union-attr]
         alike = [
             p for p in parts if isinstance(p, Tensor) and (p.shape, p.dtype) == (before.shape, before.dtype)
         ]
+        if experts.chosen is None:  # the scores are what the module gives out first
+            alike = alike[:1]
         if alike:
             return any(not torch.equal(part, before) for part in alike)
     return False
@@ -260,10 +263,13 @@ def _with_other_logits(model: nn.Module, experts: Experts, one: Call) -> Any:
     def rolled(logits: Tensor) -> Tensor:
         return logits.roll(1, -1)
 
+    def act(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return rolled(output)
+
     if experts.router_weight:
         with LinearMap(router, experts.router_weight, rolled):
             return forward(*args, **kwargs)
-    handle = router.register_forward_hook(lambda module, args, output: rolled(output))
+    handle = router.register_forward_hook(act)
     try:
         return forward(*args, **kwargs)
     finally:

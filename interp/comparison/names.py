@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -43,7 +44,7 @@ class Names:
 
     def _as_it_is(self, name: str, pattern: str, shape: tuple[int, ...] | None) -> bool:
         """Whether the conversion leaves a tensor of this shape alone: it transposes only what has another shape."""
-        converter = next(one for one in self._converters if pattern in one.source_patterns)
+        converter: Any = next(one for one in self._converters if pattern in one.source_patterns)
         only_if_other = all(getattr(operation, "check_dims", False) for operation in converter.operations)
         return only_if_other and name in self._state and tuple(self._state[name].shape) == shape
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.anatomy import Writer
+from hooks.anatomy import Role, Writer
 from hooks.engine import HookContext, head_results
 from hooks.weights import d_mlp
 from interp.map.cells import Donor, cells_of, run_cells
@@ -291,7 +291,8 @@ def _attribute(
 def _attributable(vlm: HookedVLM, points: Sequence[str]) -> list[Component]:
     """The components; heads and experts only where what they give out is added to the stream as it is."""
     wanted = components(vlm, points)
-    for point, role in (("head", "attn"), ("expert", "moe")):
+    roles: dict[str, Role] = {"head": "attn", "expert": "moe"}
+    for point, role in roles.items():
         apart = {layer for layer, block in enumerate(vlm.anatomy.text.blocks) if _apart(block.writer(role))}
         if any(one.point == point and one.layer in apart for one in wanted):
             warnings.warn(

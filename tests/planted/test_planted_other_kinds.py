@@ -43,7 +43,9 @@ def scores(in_: HookedVLM, donor: HookedVLM, kind: str, n: int) -> list[float]:
     return found
 
 
-@pytest.mark.filterwarnings("ignore:.*cannot be taken up at a stored token:UserWarning")  # post-norms: the longer way
+@pytest.mark.filterwarnings(
+    "ignore:.*cannot be taken up at a stored token:UserWarning"
+)  # post-norms: the longer way
 @pytest.mark.parametrize(("model", "kind"), [("experts", "experts"), ("experts", "rl"), ("post_norms", "rl")])
 @pytest.mark.parametrize(("n", "bar"), [(6, 0.85), pytest.param(40, 0.9, marks=pytest.mark.slow)])
 def test_exact_patching_finds_what_was_planted(model: str, kind: str, n: int, bar: float) -> None:
