@@ -42,7 +42,7 @@ SIZES: dict[str, Any] = {
 
 def experts(seed: int = 0, branch: float = BRANCH, update: float = UPDATE) -> tuple[HookedVLM, HookedVLM]:
     """Qwen3-VL-MoE, two of four experts a token, one layer without."""
-    processor = load_processor(embedded.path("in"))
+    processor: Any = load_processor(embedded.path("in"))
     tokens = _tokens(processor.tokenizer)
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     config = Qwen3VLMoeConfig(
@@ -83,8 +83,8 @@ def experts(seed: int = 0, branch: float = BRANCH, update: float = UPDATE) -> tu
 
 def post_norms(seed: int = 0, branch: float = BRANCH, update: float = UPDATE) -> tuple[HookedVLM, HookedVLM]:
     """Gemma 2 inside LLaVA: norms behind attention and MLP too."""
-    own = load_processor(embedded.path("in"))
-    tokenizer = own.tokenizer
+    own: Any = load_processor(embedded.path("in"))
+    tokenizer: Any = own.tokenizer
     images = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     processor = LlavaProcessor(
         images,

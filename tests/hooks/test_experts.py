@@ -37,8 +37,8 @@ class Case:
         found = blocks[self.layer].writer("moe").experts  # type: ignore[union-attr]
         assert found is not None
         self.n, self.repeated = found.n_experts, found.chosen is None
-        self.experts = self.model.get_submodule(found.module)
-        self.router = self.model.get_submodule(found.router)
+        self.experts: Any = self.model.get_submodule(found.module)
+        self.router: Any = self.model.get_submodule(found.router)
         self.name = f"blocks.{self.layer}.mlp.hook"
         self.tolerance = 1e-5 * max(1.0, self.bare[self.bare > -1e9].abs().max().item())
 
@@ -84,7 +84,7 @@ def after(module: nn.Module, fn: Callable) -> Iterator[None]:
         handle.remove()
 
 
-def by_hand(module: nn.Module, x: Tensor, expert: int) -> Tensor:
+def by_hand(module: Any, x: Tensor, expert: int) -> Tensor:
     """One expert of gpt-oss, Llama 4 or Qwen3-MoE, from its matrices."""
     up, down = module.gate_up_proj[expert], module.down_proj[expert]
     if type(module).__name__ == "GptOssExperts":
@@ -197,7 +197,7 @@ def test_weights_outside_of_the_chosen_choose_more_experts(case: Case) -> None:
     )
 
 
-def routed_again(module: nn.Module, x: Tensor, output: tuple) -> tuple:
+def routed_again(module: Any, x: Tensor, output: tuple) -> tuple:
     """What these routers make of logits in another order, written out."""
     x = x.reshape(-1, module.weight.shape[1])
     logits = nn.functional.linear(x, module.weight, getattr(module, "bias", None)).roll(1, -1)

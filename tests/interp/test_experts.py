@@ -236,7 +236,7 @@ def zeroed(vlm: HookedVLM, prompt: Any) -> list[int]:
 
     handle = vlm.model.get_submodule(PATH).register_forward_pre_hook(mask)
     try:
-        out = vlm.model.generate(**collate([prompt]).inputs, max_new_tokens=8, do_sample=False)
+        out = vlm.generate(collate([prompt]).inputs, max_new_tokens=8, do_sample=False)
     finally:
         handle.remove()
     return out[0, len(prompt) :].tolist()
@@ -272,9 +272,8 @@ def test_an_expert_is_ablated_while_generating(given: Given) -> None:
 def test_an_expert_moves_in_lockstep(given: Given) -> None:
     """All experts of a layer without a shared one moved together are its MLP moved."""
     prompts = [given.pair.builder.build(example) for example in given.examples]
-    settings = {"max_new_tokens": 6}
     each, whole, none = (
-        [one.tokens for one in lockstep(given.rl, given.in_, prompts, moved, **settings)]
+        [one.tokens for one in lockstep(given.rl, given.in_, prompts, moved, max_new_tokens=6)]
         for moved in (Moved("blocks.0.mlp.expert.0-3"), Moved("blocks.0.mlp"), ())
     )
     assert each == whole
