@@ -112,7 +112,7 @@ def _in_block(
     if unit is None or unit >= limit:
         raise FrankenlensError(f"{address}: block {layer} has {address.unit}s 0-{limit - 1}.")
     if address.unit == "expert":
-        yield from expert_slices(model, block.mlp, unit, parameters)
+        yield from expert_slices(model, _experts(block), unit, parameters)
         return
     for path, dim, start, length in _slices_of_unit(model, block, address, unit):
         if f"{path}.weight" not in parameters:
@@ -134,10 +134,10 @@ def _paths(block: Block, address: Address) -> list[str]:
     if address.sub is None:
         return [block.path]
     roles: tuple[Role, ...] = ("mlp", "moe") if address.sub == "mlp" else (address.sub,)  # type: ignore[assignment]
-    found = [writer.body for writer in block.writers if writer.role in roles]
+    found = [writer for writer in block.writers if writer.role in roles]
     if not found:
         raise FrankenlensError(f"{address}: {block.path} has no {address.sub}. {block.why}".strip())
-    return found[:1]
+    return list(found[0].parts or (found[0].body,))
 
 
 def site_at(block: Block, sub: str | None) -> Site:
@@ -158,9 +158,15 @@ def n_units(model: nn.Module, block: Block, address: Address) -> int:
     if address.unit == "neuron":
         return d_mlp(model, block)
     if address.unit == "expert":
-        return n_experts(model.get_submodule(block.mlp))
+        return n_experts(model.get_submodule(_experts(block)))
     site = site_at(block, address.sub)
     return site.n_heads if address.unit == "head" else site.n_kv_heads
+
+
+def _experts(block: Block) -> str:
+    """The module that holds a block's experts: their own, or the MLP around them."""
+    writer = block.writer("moe")
+    return block.mlp if writer is None or writer.experts is None else writer.experts.module
 
 
 def n_experts(mlp: nn.Module) -> int:

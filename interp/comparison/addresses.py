@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from hooks.address import Address
 from hooks.errors import FrankenlensError
-from hooks.weights import WeightSlice, weight_slices
+from hooks.weights import WeightSlice, n_experts, weight_slices
 from interp.comparison.aggregate import cosines
 from interp.comparison.checkpoint import PART, Checkpoint
 from interp.comparison.table import Source, chance, opened
@@ -25,16 +25,20 @@ _Key = tuple[str, int]
 
 
 def every_address(checkpoint: Checkpoint) -> list[str]:
-    """Every component with weights: the wholes, layers, attentions, MLPs, heads and shared kv heads."""
+    """Every component with weights: the wholes, layers, attentions, MLPs, experts, heads and shared kv heads."""
     found = ["vision", "projector", "embed", "ln_final", "unembed"]
     if checkpoint.anatomy.unembed + ".weight" in checkpoint.ties:
         found.remove("unembed")
     for prefix, tower in (("vision.", checkpoint.anatomy.vision), ("", checkpoint.anatomy.text)):
         for i, block in enumerate(tower.blocks):
             name = f"{prefix}blocks.{i}"
-            found += [name, f"{name}.attn", f"{name}.mlp"]
+            roles = dict.fromkeys("mlp" if one.role == "moe" else one.role for one in block.writers)
+            found += [name, *(f"{name}.{role}" for role in roles)]
             found += [f"{name}.attn.head.{head}" for head in range(block.n_heads)]
             found += [f"{name}.attn.kv_head.{head}" for head in range(block.n_kv_heads)]
+            if (writer := block.writer("moe")) is not None:
+                experts = n_experts(checkpoint.model.get_submodule(writer.body))
+                found += [f"{name}.mlp.expert.{expert}" for expert in range(experts)]
     return found
 
 
@@ -64,10 +68,10 @@ def by_address(
 ) -> pd.DataFrame:
     """One row per address and stage.
 
-    Columns: address, section, layer_index, unified_index, part (block, attn, mlp, head, kv_head, neuron or the whole's
-    own name), index (of a head or neuron); n, fro_norm, reference_norm, relative_norm, sparsity, scalar_product,
-    cosine and cosine_chance, as in `compare`, of all entries that the address owns together. Addresses contain one
-    another (a layer its heads), so rows do not add up; heads and kv heads of a layer do not overlap.
+    Columns: address, section, layer_index, unified_index, part (block, attn, mlp, head, kv_head, neuron, expert or the
+    whole's own name), index (of a head, neuron or expert); n, fro_norm, reference_norm, relative_norm, sparsity,
+    scalar_product, cosine and cosine_chance, as in `compare`, of all entries that the address owns together. Addresses
+    contain one another (a layer its heads), so rows do not add up; heads and kv heads of a layer do not overlap.
 
     Args:
         table: what `compare` returned for the same checkpoints.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -24,8 +25,8 @@ class Names:
         self._renamings = [entry for entry in wanted if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in wanted if not isinstance(entry, WeightRenaming)]
 
-    def __call__(self, key: str) -> str:
-        """The model's name of a key.
+    def __call__(self, key: str, shape: tuple[int, ...] | None = None) -> str:
+        """The model's name of a key, of a tensor of that shape on disk.
 
         Raises:
             FrankenlensError: transformers would change the tensor itself.
@@ -34,12 +35,18 @@ class Names:
         name, converted = rename_source_key(key, self._renamings, self._converters, *where)  # type: ignore[arg-type]
         if name not in self._state and key in self._state:
             name, converted = rename_source_key(key, [], [], *where)
-        if converted is not None:
+        if converted is not None and not self._as_it_is(name, converted, shape):
             raise FrankenlensError(
                 f"{key} is stored in a layout that transformers converts at loading; load the model and save it with "
                 "save_pretrained(folder, save_original_format=False) first."
             )
         return name
+
+    def _as_it_is(self, name: str, pattern: str, shape: tuple[int, ...] | None) -> bool:
+        """Whether the conversion leaves a tensor of this shape alone: it transposes only what has another shape."""
+        converter: Any = next(one for one in self._converters if pattern in one.source_patterns)
+        only_if_other = all(getattr(operation, "check_dims", False) for operation in converter.operations)
+        return only_if_other and name in self._state and tuple(self._state[name].shape) == shape
 
 
 @dataclass(frozen=True)
@@ -74,25 +81,42 @@ def places(anatomy: Anatomy, parameters: list[str]) -> dict[str, Place]:
 
 def _in_block(anatomy: Anatomy, name: str, tower: str, layer: int, block: Block) -> Place:
     address = f"{tower}blocks.{layer}"
-    for sub, path in (("attn", block.attention), ("mlp", block.mlp)):
-        if _under(name, path):
-            address += f".{sub}"
+    for writer in block.writers:
+        if _under(name, writer.body):
+            address += f".{'mlp' if writer.role == 'moe' else writer.role}"
+            break
     unified = layer - len(anatomy.vision.blocks) if tower else layer + 1
     return Place(address, "vision" if tower else "decoder", layer, unified, _component(name, block))
 
 
 def _component(name: str, block: Block) -> str:
     module, _, leaf = name.rpartition(".")
-    kinds = ("q", "k", "v") if len(block.qkv) == 3 else ("qkv",)
-    known = dict(zip(block.qkv, kinds, strict=True)) | {block.out: "o", block.mlp_out: "down"}
+    known = _known(block)
     if module in known:
         kind = known[module]
-    elif not _under(name, block.attention) and not _under(name, block.mlp):
-        kind = "ln2" if module == block.mid_norm else "ln1"
+    elif not any(_under(name, writer.body) for writer in block.writers):
+        mlp = block.writer("mlp", "moe")
+        first = block.writers[0].reader if block.writers else None
+        norms = {first: "ln1"} | ({} if mlp is None else {mlp.reader: "ln2"})
+        kind = norms.get(module, module.rpartition(".")[2])
+    elif leaf not in ("weight", "bias"):  # experts hold their matrices as parameters of their own
+        return leaf
     else:
         last = module.rpartition(".")[2]
         kind = _COMPONENTS.get(last, last)
     return kind + ("_bias" if leaf == "bias" else "")
+
+
+def _known(block: Block) -> dict[str, str]:
+    """Linear layers of a block whose part is known."""
+    found: dict[str, str] = {}
+    for site in block.sites:
+        makers = [own.module for own in (site.q, site.k, site.v) if own is not None]
+        kinds = ("q", "k", "v") if len(set(makers)) == 3 else ("qkv",) * len(makers)
+        found |= dict(zip(makers, kinds, strict=True))
+        if site.out is not None:
+            found[site.out] = "o"
+    return found | {writer.last: "down" for writer in block.writers if writer.last is not None}
 
 
 def _outside(anatomy: Anatomy, name: str) -> Place:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from interp.pair.pair import Pair
 
 DIRECTIONS = {"rl_to_in": ("rl", "in"), "in_to_rl": ("in", "rl")}
-MAP_POINTS = tuple(point for point in POINTS if point != "z")
+MAP_POINTS = tuple(point for point in POINTS if point not in ("z", "expert"))
+"""Patched where nothing else is asked for; experts, of which there may be thousands, only by name."""
 
 
 def component_map(
@@ -44,7 +45,8 @@ def component_map(
         pair: IN and RL, opened.
         decisions: what is measured, and the prompts up to each decision.
         directions: "rl_to_in" (sufficient?), "in_to_rl" (necessary?).
-        points: see `interp.map.components.components`.
+        points: see `interp.map.components.components`; "expert" (every expert of every layer) is patched where it is
+            named.
         roles: of `ROLES`, "decision" and "all"; by default those that occur.
         batch_size: prompts a forward.
 
@@ -135,7 +137,7 @@ def _map(
             for name, vlm in models.items():
                 batch = collate([prompts[name][i] for i in rows]).to(vlm.device)
                 ready[name] = PatchBatch(batch, select.reads(batch), partners(batch))
-                donors[name] = Donor(vlm, batch, cached_names(wanted), select)
+                donors[name] = Donor(vlm, batch, cached_names(vlm, wanted), select)
             for d, (donor, recipient) in enumerate(directions.values()):
                 cells = cells_of(donors[donor], donors[recipient], ready[recipient], wanted, roles)
                 found = run_cells(models[recipient], ready[recipient], select, cells, bar)

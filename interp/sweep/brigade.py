@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks.engine import head_results
+from interp.sweep.activations import activation_of
 from interp.sweep.attention import segment_attention_on
 from interp.sweep.edits import STAGES, Edit, Span
 from interp.sweep.stored import StoredRun
@@ -130,6 +131,12 @@ def _added(run: StoredRun, layer: int, edit: Edit, span: Span) -> tuple[Tensor, 
         assert half.second is not None
         old = run.read(half.point(half.second), span)
         return old, _of_neurons(run, layer, edit, old, span)
+    if leaf == "hook_expert_out":
+        assert half.second is not None
+        old = run.read(half.point(half.second), span)
+        mine = activation_of(run.vlm, lambda name: run.read(name, span), edit.point.name, edit.index)
+        change = edit.alone(mine, span) - mine
+        return old, old + (change if edit.index is not None else change.sum(-2)).to(old.dtype)
     old = run.read(edit.point.name, span)
     return old, edit.apply(old, span)
 

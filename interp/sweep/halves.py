@@ -43,6 +43,8 @@ class Halves:
             return self.in_turn
         if leaf in ("hook_z", "hook_result"):
             return self.first is not None and self.first.role == "attn" and self._followed(self.first)
+        if leaf == "hook_expert_out":
+            return self.second is not None and self.adds_as_made(self.second)
         if leaf == "hook_post":
             return self.second is not None and self.second.last is not None and self._followed(self.second)
         return any(
