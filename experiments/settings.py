@@ -81,7 +81,7 @@ class DataSettings:
     """Which questions; the synthetic reasoning tasks where none are named.
 
     Attributes:
-        data: JSONL with question, answer and image in each row; or mathvista, mathvista:general-vqa,
+        data: JSONL with question, answer and, if it has one, image in each row; or mathvista, mathvista:general-vqa,
             mathvista:math-targeted-vqa, math-500 or gsm8k; the synthetic reasoning tasks where not given.
         images: folder that relative image paths start from; by default that of the data.
         n: prompts to look at.
@@ -97,6 +97,10 @@ class QuestionSettings(PairSettings, DataSettings):
     """Which models, how they are run, and which questions they are asked."""
 
 
+class NoImages(FrankenlensError):
+    """What was asked needs images, and the questions have none, or the models see none."""
+
+
 @dataclass(frozen=True)
 class Questions:
     """What is asked of the models.
@@ -108,6 +112,11 @@ class Questions:
 
     examples: Sequence[Example]
     left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def in_words(self) -> bool:
+        """Whether no question has an image, as of a model that reads text alone."""
+        return not any(example.images for example in self.examples)
 
 
 def require_sound(config: ModelSettings) -> None:

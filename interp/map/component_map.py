@@ -5,6 +5,7 @@
 recoveries with intervals.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,14 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from interp.map.cells import Donor, cells_of, run_cells
-from interp.map.components import BEFORE_THE_DECODER, POINTS, Component, cached_names, components
+from interp.map.components import (
+    BEFORE_THE_DECODER,
+    POINTS,
+    Component,
+    cached_names,
+    components,
+    lacking,
+)
 from interp.metrics import Metric
 from interp.prompts import Prompt, collate
 from interp.prompts.pairing import PatchBatch, image_shapes, partners
@@ -124,7 +132,11 @@ def _map(
             "no prompt qualifies for this decision, so there is nothing to patch; see its counts."
         )
     roles = roles_of(first, roles)
-    wanted = components(next(iter(models.values())), points)
+    vlm, images = next(iter(models.values())), any("image" in prompt.roles for prompt in first)
+    wanted = [one for one in components(vlm, points) if images or one.point not in BEFORE_THE_DECODER]
+    if not wanted:
+        told = "; ".join(lacking(vlm, points, images))
+        raise FrankenlensError(f"there is nothing to patch: {told}. Choose others of {', '.join(POINTS)}.")
     shape = (len(directions), len(wanted), len(roles), len(first))
     effect, other = np.full(shape, np.nan), np.full(shape, np.nan)
     itself = np.full(shape[:2], np.nan)
@@ -152,9 +164,11 @@ def _map(
                 ends[0, d, rows], ends[1, d, rows] = donors[recipient].metric, donors[donor].metric
         bar.total = bar.n  # roles that no row of a batch has are not run
         bar.refresh()
-    return _dataset(
+    found = _dataset(
         effect, other, itself, ends, list(directions), wanted, roles, [p.example.id for p in first], metric
     )
+    found.attrs["lacking"] = json.dumps(lacking(vlm, points, images))
+    return found
 
 
 def roles_of(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str]:

@@ -68,6 +68,30 @@ def components(vlm: HookedVLM, points: Sequence[str] = POINTS) -> list[Component
     return [component for component in found if component.hook in vlm.hook_points]
 
 
+def lacking(vlm: HookedVLM, points: Sequence[str], images: bool = True) -> dict[str, int]:
+    """Points that a map was asked for and that a model does not have, in words, to how many there would be.
+
+    Args:
+        vlm: the opened model.
+        points: of `POINTS`; cross-attention and mixers are told only where nothing but them was asked for.
+        images: whether a prompt has an image.
+    """
+    found: dict[str, int] = {}
+    early = [point for point in BEFORE_THE_DECODER if point in points]
+    unseen = [point for point in early if not (images and components(vlm, (point,)))]
+    if unseen:
+        why = f"{type(vlm.model).__name__} shows none" if images else "no prompt has an image"
+        found[f"{' and '.join(unseen)}: {why}"] = len(unseen)
+    usual = ("attn_out", "mlp_out", "head")
+    told = [point for point in points if point not in BEFORE_THE_DECODER and point != "resid_pre"]
+    for point in [one for one in told if one in usual] or told:
+        layers = {component.layer for component in components(vlm, (point,))}
+        without = [layer for layer in range(vlm.n_layers) if layer not in layers]
+        if without:
+            found[f"{point}: none in decoder blocks {', '.join(map(str, without))}"] = len(without)
+    return found
+
+
 def _components_at(vlm: HookedVLM, point: str) -> Iterator[Component]:
     if point == "projector":
         deepstack = (name for name in vlm.hook_points if name.endswith("hook_deepstack"))
