@@ -16,6 +16,7 @@ from hooks import FrankenlensError, HookedVLM
 from interp.map.cells import Donor, cells_of, run_cells
 from interp.map.components import BEFORE_THE_DECODER, POINTS, Component, cached_names, components
 from interp.metrics import Metric
+from interp.pair.agreement import model_differences
 from interp.prompts import Prompt, collate
 from interp.prompts.pairing import PatchBatch, image_shapes, partners
 from interp.prompts.roles import ROLES
@@ -76,8 +77,13 @@ def patch(
     roles: Sequence[str] | None = None,
     batch_size: int = 16,
     progress: bool = True,
+    *,
+    donor: HookedVLM | None = None,
 ) -> xr.Dataset:
     """Patch one model's activations on clean prompts into its runs on corrupt ones (counterfactual images, say).
+
+    With a donor, the clean prompts are run by it: on the same prompts twice, that is `component_map` in one direction,
+    for models whose prompts you make yourself (`Prompt.from_inputs`).
 
     Args:
         vlm: the opened model.
@@ -85,13 +91,19 @@ def patch(
         corrupt: prompts they go to, row by row with the same roles at the same positions.
         metric: read on the corrupt run; see `interp.metrics`.
         points, roles, batch_size: as in `component_map`.
+        donor: what runs on the clean prompts; by default `vlm`.
 
     Returns:
         As `component_map`, with the one direction "clean_to_corrupt".
 
     Raises:
-        FrankenlensError: a row whose clean and corrupt tokens do not line up.
+        FrankenlensError: a row whose clean and corrupt tokens do not line up; a donor of another architecture.
     """
+    if donor is not None and (differences := model_differences(vlm.model, donor.model)):
+        raise FrankenlensError(
+            f"recipient and donor are no pair; they differ in {'; '.join(differences[:3])}. Give a checkpoint of the "
+            "same architecture."
+        )
     if len(clean) != len(corrupt):
         raise FrankenlensError(f"{len(clean)} clean and {len(corrupt)} corrupt prompts; they go in pairs.")
     for row, (one, other) in enumerate(zip(clean, corrupt, strict=True)):
@@ -101,7 +113,8 @@ def patch(
                 " other roles, or images of other sizes;"
                 " the two prompts must line up token by token. Give images of equal size and the same question."
             )
-    models, prompts = {"clean": vlm, "corrupt": vlm}, {"clean": clean, "corrupt": corrupt}
+    models = {"clean": vlm if donor is None else donor, "corrupt": vlm}
+    prompts = {"clean": clean, "corrupt": corrupt}
     direction = {"clean_to_corrupt": ("clean", "corrupt")}
     return _map(models, prompts, metric, direction, points, roles, batch_size, progress)
 
@@ -122,7 +135,8 @@ def _map(
             "no prompt qualifies for this decision, so there is nothing to patch; see its counts."
         )
     roles = roles_of(first, roles)
-    wanted = components(next(iter(models.values())), points)
+    offered = [components(vlm, points) for vlm in models.values()]
+    wanted = [component for component in offered[0] if all(component in others for others in offered)]
     shape = (len(directions), len(wanted), len(roles), len(first))
     effect, other = np.full(shape, np.nan), np.full(shape, np.nan)
     itself = np.full(shape[:2], np.nan)
