@@ -81,7 +81,7 @@ class DataSettings:
     """Which questions; the synthetic reasoning tasks where none are named.
 
     Attributes:
-        data: JSONL with question, answer and image in each row; or mathvista, mathvista:general-vqa,
+        data: JSONL with question, answer and, if it has one, image in each row; or mathvista, mathvista:general-vqa,
             mathvista:math-targeted-vqa, math-500 or gsm8k; the synthetic reasoning tasks where not given.
         images: folder that relative image paths start from; by default that of the data.
         n: prompts to look at.

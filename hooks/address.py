@@ -2,7 +2,7 @@
 
 Grammar (ranges are inclusive)::
 
-    address := "embed" | "projector" | "ln_final" | "unembed" | "vision"
+    address := "embed" | "projector" | "ln_final" | "unembed" | "vision" | "rest"
              | [tower "."] "blocks." range [ "." part ]
     tower   := "vision" | "tower_" int
     part    := ("attn" | "cross_attn") [ ".head." range | ".kv_head." range ] | "mixer"
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from hooks.errors import FrankenlensError, nearest
 
-WHOLE = ("embed", "projector", "ln_final", "unembed", "vision")
+WHOLE = ("embed", "projector", "ln_final", "unembed", "vision", "rest")
 _BLOCKS = re.compile(
     r"(?:(?P<tower>vision|tower_\d+)\.)?blocks\.(?P<layers>\d+(?:-\d+)?)"
     r"(?:\.(?P<sub>attn|cross_attn|mixer|mlp)"

@@ -4,11 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from hooks.errors import FrankenlensError
 from hooks.extras import require_installed
-from hooks.processors import sees_images
 
 
 def load_model(
@@ -39,11 +45,12 @@ def load_model(
                 f"{folder}: {found}. Only safetensors are read: load it once in a place you trust and call "
                 "model.save_pretrained(folder)."
             )
-    kind = "image-text-to-text"
+    auto: Any = AutoModelForImageTextToText
     try:
-        auto: Any = AutoModelForImageTextToText
-        if not sees_images(str(path_or_id), trust_remote_code):
-            auto, kind = AutoModelForCausalLM, "causal language"
+        hub = {
+            name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in kwargs
+        }
+        auto = auto_class(AutoConfig.from_pretrained(path_or_id, trust_remote_code=trust_remote_code, **hub))
         loaded: Any = auto.from_pretrained(
             path_or_id,
             dtype=dtype,
@@ -55,6 +62,7 @@ def load_model(
         )
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
+        kind = "image-text-to-text" if auto is AutoModelForImageTextToText else "causal language"
         raise FrankenlensError(f"{path_or_id}: not loaded as a model of the kind {kind}: {first}") from error
     model, info = loaded
     for kind, meaning in (
@@ -67,3 +75,23 @@ def load_model(
                 f"{path_or_id}: {len(info[kind])} weights are {meaning} and would be random: {', '.join(names)} …"
             )
     return model.eval()
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a configuration's model with logits: images and text, else causal.
+
+    Some classes that see images are filed as causal language models (Phi-4-multimodal), some configurations have a
+    class of either kind; then the checkpoint's own `architectures` decides. Remote code says itself what it is.
+    """
+    kinds = (
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    )
+    named = set(getattr(config, "architectures", None) or ())
+    filed = [(auto, mapping[type(config)]) for auto, mapping in kinds if type(config) in mapping]
+    for auto, own in filed:
+        if named.intersection(kind.__name__ for kind in (own if isinstance(own, tuple) else (own,))):
+            return auto
+    remote = getattr(config, "auto_map", None) or {}
+    known = [auto for auto, _ in filed] or [auto for auto, _ in kinds if auto.__name__ in remote]
+    return known[0] if known else AutoModelForImageTextToText

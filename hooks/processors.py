@@ -85,6 +85,11 @@ def sees_images(name: str, trust_remote_code: bool = False, hub: Mapping[str, An
         config: Any = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **(hub or {}))
     except (OSError, ValueError):
         return True
+    return is_visual(config)
+
+
+def is_visual(config: Any) -> bool:
+    """Whether a configuration is that of an architecture with images."""
     seeing = (
         type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -97,6 +102,14 @@ def tokenizer_of(processor: Any) -> Any:
     return (
         processor if isinstance(processor, PreTrainedTokenizerBase) else getattr(processor, "tokenizer", None)
     )
+
+
+def image_token_of(model: Any, processor: Any = None) -> int | None:
+    """The placeholder of image tokens, as the model or its processor names it; None where neither does."""
+    owners = (model.config, getattr(model.config, "text_config", None), processor)
+    names = ("image_token_id", "image_token_index", "image_patch_id")
+    ids = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((i for i in ids if isinstance(i, int)), None)
 
 
 @cache

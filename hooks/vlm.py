@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from hooks.anatomy import Anatomy, find_anatomy
 from hooks.anatomy.drawing import drawn
+from hooks.anatomy.observed import require_all_blocks
 from hooks.cache import ActivationCache
 from hooks.capabilities import missing
 from hooks.engine import Hook, HookContext, HookFunction, attached, hook_by_keyword
@@ -20,9 +21,9 @@ from hooks.errors import FrankenlensError, nearest
 from hooks.loading import load_model
 from hooks.nnsight.traceable import Traceable
 from hooks.points import HookPoint, hook_point_table
-from hooks.processors import load_processor
+from hooks.processors import image_token_of, is_visual, load_processor
 from hooks.refusals import refuse_checkpointing, refuse_foreign
-from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
+from hooks.selfcheck import has_pixels, opening_inputs, self_check, undisturbed, zero_every_point
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 FwdHooks = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
@@ -69,7 +70,7 @@ class HookedVLM(Traceable):
             name: v.to(_embedding_device(model)) if isinstance(v, Tensor) else v
             for name, v in (inputs if inputs is not None else opening_inputs(model, processor)).items()
         }
-        self.image_token_id = _image_token(model, processor)
+        self.image_token_id = image_token_of(model, processor)
         self.anatomy = _watched(model, given, self.image_token_id)
         self._packed = frozenset(
             site.module
@@ -292,9 +293,7 @@ class HookedVLM(Traceable):
 
     def has_image(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a batch holds an image."""
-        return any("pixel" in name or "patches" in name for name in inputs) or bool(
-            self.image_mask(inputs).any()
-        )
+        return has_pixels(inputs) or bool(self.image_mask(inputs).any())
 
     def readout(self, stream: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead vocab"]:
         """Logits of a residual stream as it stands behind the last block.
@@ -356,19 +355,14 @@ def _embedding_device(model: PreTrainedModel) -> torch.device:
     return next(model.get_input_embeddings().parameters()).device
 
 
-def _image_token(model: PreTrainedModel, processor: Any) -> int | None:
-    """The placeholder of image tokens, as the model or its processor names it."""
-    owners = (model.config, getattr(model.config, "text_config", None), processor)
-    names = ("image_token_id", "image_token_index", "image_patch_id")
-    ids = (getattr(owner, name, None) for owner in owners for name in names)
-    return next((i for i in ids if isinstance(i, int)), None)
-
-
 def _watched(model: PreTrainedModel, inputs: Mapping[str, Any], token: int | None) -> Anatomy:
     """The anatomy, with one clear error whatever happens inside the model."""
     try:
         with undisturbed(model):
-            return find_anatomy(model, inputs, token)
+            found = find_anatomy(model, inputs, token)
+        if is_visual(model.config) and not has_pixels(inputs):
+            require_all_blocks(model, found)
+        return found
     except FrankenlensError:
         raise
     except Exception as error:

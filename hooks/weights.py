@@ -35,7 +35,9 @@ def weight_slices(model: nn.Module, anatomy: Anatomy, address: Address | str) ->
     that grouped query heads share are `kv_head`. A neuron owns its row of every matrix into the MLP (two rows where
     gate and up are one matrix) and its column of the matrix out of it. An expert owns its matrices, or its part of
     every tensor that holds those of all experts; the router belongs to none.
-    `embed` is the unembedding too where the two are tied; `vision` leaves out the projector inside the tower.
+    What a post-norm makes of a part is what the part adds, so the norm is the part's (not a neuron's or a head's).
+    `embed` is the unembedding too where the two are tied; `vision` leaves out the projector inside the tower; `rest` is
+    what no other address names.
 
     Raises:
         FrankenlensError: the model has no such layer, head or part.
@@ -59,7 +61,39 @@ def graft(recipient: nn.Module, donor: nn.Module, slices: list[WeightSlice]) -> 
         piece.of(target[piece.parameter]).copy_(piece.of(source[piece.parameter]))
 
 
+def wholes(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
+    """Addresses that together name every weight exactly once; an unembedding that is tied goes with the embedding."""
+    blocks = [
+        f"{prefix}blocks.0-{len(tower.blocks) - 1}"
+        for prefix, tower in anatomy.towers.items()
+        if prefix != "vision."
+    ]
+    parts = (
+        ("vision", anatomy.vision.path),
+        ("projector", anatomy.projector_weights),
+        *((address, address) for address in blocks),
+        ("embed", anatomy.embed),
+        ("ln_final", anatomy.final_norm),
+        ("unembed", "" if _tied(model, anatomy) else anatomy.unembed),
+    )
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    rest = any(True for _ in _rest(model, anatomy, parameters))
+    return (*(address for address, path in parts if path), *(("rest",) if rest else ()))
+
+
+def _rest(model: nn.Module, anatomy: Anatomy, parameters: list[str]) -> Iterator[str]:
+    """Weights outside of all that has an address of its own."""
+    named = [anatomy.vision.path, anatomy.projector_weights, *anatomy.deepstack.values()]
+    named += [anatomy.embed, anatomy.final_norm, anatomy.unembed]
+    named += [block.path for tower in anatomy.towers.values() for block in tower.blocks]
+    paths = [path for path in named if path]
+    yield from (name for name in parameters if not any(_under(name, path) for path in paths))
+
+
 def _whole(model: nn.Module, anatomy: Anatomy, address: Address, parameters: list[str]) -> Iterator[str]:
+    if address.kind == "rest":
+        yield from _rest(model, anatomy, parameters)
+        return
     path = {
         "projector": anatomy.projector_weights,
         "embed": anatomy.embed,
@@ -68,8 +102,10 @@ def _whole(model: nn.Module, anatomy: Anatomy, address: Address, parameters: lis
         "vision": anatomy.vision.path,
     }[address.kind]
     if not path:
+        why = anatomy.absent.get(address.kind)
         raise FrankenlensError(
-            f"{address}: {type(model).__name__} has no such part that could be told apart."
+            f"{address}: {type(model).__name__} has no such part that could be told apart"
+            + (f" ({why})." if why else ".")
         )
     if address.kind == "unembed" and _tied(model, anatomy):
         raise FrankenlensError(
@@ -130,14 +166,28 @@ def _in_block(
 
 
 def _paths(block: Block, address: Address) -> list[str]:
-    """The modules of a block, or of what a part of it adds: the part and the norm behind it."""
+    """The modules of a block, or of what a part of it adds."""
     if address.sub is None:
         return [block.path]
-    roles: tuple[Role, ...] = ("mlp", "moe") if address.sub == "mlp" else (address.sub,)  # type: ignore[assignment]
-    found = [writer.body for writer in block.writers if writer.role in roles]
+    found = part_paths(block, address.sub)
     if not found:
         raise FrankenlensError(f"{address}: {block.path} has no {address.sub}. {block.why}".strip())
-    return found[:1]
+    return found
+
+
+def part_paths(block: Block, sub: str) -> list[str]:
+    """The modules of what a part of a block adds: the part and the norm behind it; none where there is no such part.
+
+    Args:
+        block: the block.
+        sub: attn, cross_attn, mixer or mlp.
+    """
+    roles: tuple[Role, ...] = ("mlp", "moe") if sub == "mlp" else (sub,)  # type: ignore[assignment]
+    writer = block.writer(*roles)
+    if writer is None:
+        return []
+    behind = [] if writer.rest or writer.module == writer.body else [writer.module]
+    return [writer.body, *behind]
 
 
 def site_at(block: Block, sub: str | None) -> Site:

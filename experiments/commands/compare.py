@@ -166,6 +166,8 @@ def _left_out(opened: Mapping[str, Checkpoint], table: pd.DataFrame) -> dict[str
         for name, one in opened.items()
     }
     found["tied to another tensor, counted once"] = len(opened["in"].ties)
+    if why := opened["in"].anatomy.absent.get("vision"):
+        found[f"vision tower and projector, counted under rest: {why}"] = 1
     if "n_untrusted" in table:
         found["singular values that are not exact to 1e-4"] = int(table["n_untrusted"].sum())
     return {reason: n for reason, n in found.items() if n}

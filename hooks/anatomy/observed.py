@@ -44,6 +44,24 @@ def observed_anatomy(
     return _Looking(model, inputs, image, found, record).anatomy()
 
 
+def require_all_blocks(model: nn.Module, anatomy: Anatomy) -> None:
+    """Refuse an anatomy that was seen without an image, where some decoder blocks run only with one.
+
+    Raises:
+        FrankenlensError: names them; the blocks behind them would have other numbers.
+    """
+    paths = [block.path for block in anatomy.text.blocks]
+    stack = paths[0].rpartition(".")[0]
+    silent = [
+        name for name, _ in model.get_submodule(stack).named_children() if f"{stack}.{name}" not in paths
+    ]
+    if silent:
+        raise FrankenlensError(
+            f"{type(model).__name__}: decoder blocks {', '.join(silent)} do not run without an image, so the others "
+            "would have other numbers. Give the model's processor, or `inputs` with an image."
+        )
+
+
 def _image_mask(inputs: Mapping[str, Any], image_token_id: int | None) -> Bool[Tensor, "batch pos"] | None:
     ids = inputs.get("input_ids")
     if image_token_id is None or not isinstance(ids, Tensor):

@@ -58,14 +58,14 @@ class RemoteVLM(TransformersModel):
     """
 
     def __init__(self, repo_id: str | Path, **kwargs: Any) -> None:
-        from hooks.anatomy.by_names import declared_anatomy
         from hooks.processors import load_processor
+        from hooks.unopened import unopened_anatomy
 
         kwargs.setdefault("task", "image-text-to-text")
         if "processor" not in kwargs:
             kwargs["processor"] = load_processor(repo_id)
         super().__init__(str(repo_id), **kwargs)
-        self._places = native_places(declared_anatomy(self._module), self.path)
+        self._places = native_places(unopened_anatomy(self._module, kwargs["processor"]), self.path)
 
     def trace(self, inputs: Any = None, *, remote: Any = False, **kwargs: Any) -> Any:
         """nnsight's trace of processor tensors, here or on its server."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxtyping import Float
 
 from hooks.address import Address
 from hooks.errors import FrankenlensError
-from hooks.weights import WeightSlice, weight_slices
+from hooks.weights import WeightSlice, n_units, part_paths, weight_slices, wholes
 from interp.comparison.aggregate import cosines
 from interp.comparison.checkpoint import PART, Checkpoint
 from interp.comparison.table import Source, chance, opened
@@ -22,20 +23,33 @@ from interp.comparison.workers import READERS, in_threads
 SUMS = ("squares", "reference", "unchanged")
 """Per stage: squares of the update, squares of W_IN, entries with the same bfloat16 value before and after."""
 _Key = tuple[str, int]
+_PARTS = ("attn", "cross_attn", "mixer", "mlp")
+_UNITS = ("attn.head", "attn.kv_head", "cross_attn.head", "cross_attn.kv_head", "mlp.expert")
 
 
 def every_address(checkpoint: Checkpoint) -> list[str]:
-    """Every component with weights: the wholes, layers, attentions, MLPs, heads and shared kv heads."""
-    found = ["vision", "projector", "embed", "ln_final", "unembed"]
-    if checkpoint.anatomy.unembed + ".weight" in checkpoint.ties:
-        found.remove("unembed")
-    for prefix, tower in (("vision.", checkpoint.anatomy.vision), ("", checkpoint.anatomy.text)):
-        for i, block in enumerate(tower.blocks):
-            name = f"{prefix}blocks.{i}"
-            found += [name, f"{name}.attn", f"{name}.mlp"]
-            found += [f"{name}.attn.head.{head}" for head in range(block.n_heads)]
-            found += [f"{name}.attn.kv_head.{head}" for head in range(block.n_kv_heads)]
+    """Every component with weights: the wholes, layers, their parts, heads, shared kv heads and experts."""
+    model, anatomy = checkpoint.model, checkpoint.anatomy
+    found = [name for name in wholes(model, anatomy) if "blocks" not in name]
+    for prefix, tower in anatomy.towers.items():
+        for layer, block in enumerate(tower.blocks):
+            name = f"{prefix}blocks.{layer}"
+            found += [name, *(f"{name}.{sub}" for sub in _PARTS if part_paths(block, sub))]
+            for unit in _UNITS:
+                found += _units(checkpoint, Address.parse(f"{name}.{unit}.0"))
     return found
+
+
+def _units(checkpoint: Checkpoint, first: Address) -> list[str]:
+    """All heads, kv heads or experts of a block; none where they own no weights."""
+    model, anatomy = checkpoint.model, checkpoint.anatomy
+    tower = anatomy.towers["" if first.tower == "text" else f"{first.tower}."]
+    try:
+        weight_slices(model, anatomy, first)
+        n = n_units(model, tower.blocks[first.layer or 0], first)
+    except FrankenlensError:
+        return []
+    return [str(replace(first, units=(unit, unit))) for unit in range(n)]
 
 
 def owned(checkpoint: Checkpoint, addresses: Sequence[Address | str]) -> dict[str, list[WeightSlice]]:
@@ -64,10 +78,11 @@ def by_address(
 ) -> pd.DataFrame:
     """One row per address and stage.
 
-    Columns: address, section, layer_index, unified_index, part (block, attn, mlp, head, kv_head, neuron or the whole's
-    own name), index (of a head or neuron); n, fro_norm, reference_norm, relative_norm, sparsity, scalar_product,
-    cosine and cosine_chance, as in `compare`, of all entries that the address owns together. Addresses contain one
-    another (a layer its heads), so rows do not add up; heads and kv heads of a layer do not overlap.
+    Columns: address, section, layer_index, unified_index, part (block, attn, cross_attn, mixer, mlp, head, kv_head,
+    neuron, expert or the whole's own name), index (of a head, neuron or expert); n, fro_norm, reference_norm,
+    relative_norm, sparsity, scalar_product, cosine and cosine_chance, as in `compare`, of all entries that the address
+    owns together. Addresses contain one another (a layer its heads), so rows do not add up; heads and kv heads of a
+    layer do not overlap.
 
     Args:
         table: what `compare` returned for the same checkpoints.
@@ -184,9 +199,9 @@ def _labels(address: str, checkpoint: Checkpoint) -> dict[str, Any]:
     labels: dict[str, Any] = {"address": address, "section": _section(parsed), "layer_index": None}
     labels |= {"unified_index": 0 if parsed.kind == "projector" else None}
     if parsed.layers is not None and parsed.layers[0] == parsed.layers[1]:
-        vision = parsed.tower == "vision"
         labels["layer_index"] = parsed.layer
-        labels["unified_index"] = parsed.layers[0] + (-len(checkpoint.anatomy.vision.blocks) if vision else 1)
+        before = {"text": 1, "vision": -len(checkpoint.anatomy.vision.blocks)}.get(parsed.tower)
+        labels["unified_index"] = None if before is None else parsed.layers[0] + before
     single = parsed.units is not None and parsed.units[0] == parsed.units[1]
     part = parsed.unit or parsed.sub or ("block" if parsed.layers is not None else parsed.kind)
     return labels | {"part": part, "index": parsed.index if single else None}
@@ -194,5 +209,5 @@ def _labels(address: str, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _section(address: Address) -> str:
     if address.kind == "blocks":
-        return "vision" if address.tower == "vision" else "decoder"
+        return {"text": "decoder", "vision": "vision"}.get(address.tower, "rest")
     return {"embed": "embeddings", "ln_final": "norm", "unembed": "head"}.get(address.kind, address.kind)

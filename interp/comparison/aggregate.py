@@ -81,10 +81,10 @@ def cosines(found: pd.DataFrame, by: Sequence[str]) -> pd.Series:
 def layers(table: pd.DataFrame) -> pd.DataFrame:
     """One row per layer and stage, along the unified index; `layer` is an address, its norms included.
 
-    What is in no block has a row of its own: projector (index 0), embed, ln_final, unembed, and `vision (rest)`, what
-    of the tower is in none of its blocks.
+    What is in no block has a row of its own: projector (index 0), embed, ln_final, unembed, `vision (rest)`, what of
+    the tower is in none of its blocks, and rest.
     """
-    blocks = table["address"].str.extract(r"^((?:vision\.)?blocks\.\d+)", expand=False)
+    blocks = table["address"].str.extract(r"^((?:\w+\.)?blocks\.\d+)", expand=False)
     named = table.assign(layer=blocks.fillna(table["address"].replace("vision", "vision (rest)")))
     found = aggregate(named, ["layer", "section", "unified_index"])
     return found.sort_values(["stage", "unified_index"], kind="stable", ignore_index=True)

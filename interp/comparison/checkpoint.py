@@ -17,11 +17,13 @@ import torch
 from jaxtyping import Shaped
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from hooks.anatomy import Anatomy
-from hooks.anatomy.by_names import declared_anatomy
 from hooks.errors import FrankenlensError
+from hooks.loading import auto_class
+from hooks.processors import load_processor
+from hooks.unopened import unopened_anatomy
 from interp.comparison.names import Names
 
 PART = 1 << 20  # entries read at once: large enough for a disk's read-ahead, a few megabytes
@@ -96,15 +98,21 @@ class Checkpoint:
         try:
             config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
             with torch.device("meta"):
-                return AutoModelForImageTextToText.from_config(config)
+                return auto_class(config).from_config(config)
         except (OSError, ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0]
-            raise FrankenlensError(f"{self.folder}: not an image-text-to-text model: {first}") from error
+            raise FrankenlensError(f"{self.folder}: no language model that is known: {first}") from error
 
     @cached_property
     def anatomy(self) -> Anatomy:
         """Where the model's parts are."""
-        return declared_anatomy(self.model)
+        try:
+            processor = load_processor(self.folder, local_files_only=True)
+        except (
+            FrankenlensError
+        ):  # weights alone: see `unopened_anatomy` for what is then known of a vision tower
+            processor = None
+        return unopened_anatomy(self.model, processor)
 
     def parts(self, name: str, entries: int = PART) -> Iterator[Shaped[Tensor, " entry"]]:
         """One tensor, flat and in its own type, in parts of `entries`; each part is overwritten by the next."""

@@ -10,8 +10,10 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from hooks.anatomy import Anatomy, Block
 from hooks.errors import FrankenlensError
+from hooks.weights import part_paths
 
-SECTIONS = ("vision", "projector", "embeddings", "decoder", "norm", "head")
+SECTIONS = ("vision", "projector", "embeddings", "decoder", "norm", "head", "rest")
+_PARTS = ("attn", "cross_attn", "mixer", "mlp")
 _COMPONENTS = {"gate_proj": "gate", "up_proj": "up", "fc1": "up", "linear_fc1": "up"}
 
 
@@ -48,10 +50,12 @@ class Place:
 
     Attributes:
         address: the smallest component that holds it, as `hooks.address` names it.
-        section: one of `SECTIONS`; "norm" is the final norm, the norms of blocks belong to their blocks.
+        section: one of `SECTIONS`; "norm" is the final norm, the norms of blocks belong to their blocks; "rest" is what
+            no other part holds, and further towers (an encoder, a second vision tower).
         layer: decoder layer or vision block, from 0; None elsewhere.
         unified: vision blocks -n..-1, projector 0, decoder layers from 1 (2602.12395); None elsewhere.
-        component: q, k, v, qkv, o, gate, up, down, ln1, ln2 or the module's own name; biases end in `_bias`.
+        component: q, k, v, qkv, o, gate, up, down, the norms of a block in the order of its parts (ln1, ln2; behind a
+            part: ln1_post), or the module's or the tensor's own name; biases end in `_bias`.
     """
 
     address: str
@@ -63,8 +67,11 @@ class Place:
 
 def places(anatomy: Anatomy, parameters: list[str]) -> dict[str, Place]:
     """The place of every parameter."""
-    blocks = [("", i, block) for i, block in enumerate(anatomy.text.blocks)]
-    blocks += [("vision.", i, block) for i, block in enumerate(anatomy.vision.blocks)]
+    blocks = [
+        (prefix, layer, block)
+        for prefix, tower in anatomy.towers.items()
+        for layer, block in enumerate(tower.blocks)
+    ]
     found = {}
     for name in parameters:
         inside = next((one for one in blocks if _under(name, one[2].path)), None)
@@ -74,30 +81,47 @@ def places(anatomy: Anatomy, parameters: list[str]) -> dict[str, Place]:
 
 def _in_block(anatomy: Anatomy, name: str, tower: str, layer: int, block: Block) -> Place:
     address = f"{tower}blocks.{layer}"
-    for sub, path in (("attn", block.attention), ("mlp", block.mlp)):
-        if _under(name, path):
-            address += f".{sub}"
-    unified = layer - len(anatomy.vision.blocks) if tower else layer + 1
-    return Place(address, "vision" if tower else "decoder", layer, unified, _component(name, block))
+    subs = [sub for sub in _PARTS if any(_under(name, path) for path in part_paths(block, sub))]
+    address += f".{subs[0]}" if subs else ""
+    section = {"": "decoder", "vision.": "vision"}.get(tower, "rest")
+    unified = {"decoder": layer + 1, "vision": layer - len(anatomy.vision.blocks)}.get(section)
+    return Place(address, section, layer, unified, _component(name, block))
 
 
 def _component(name: str, block: Block) -> str:
     module, _, leaf = name.rpartition(".")
-    kinds = ("q", "k", "v") if len(block.qkv) == 3 else ("qkv",)
-    known = dict(zip(block.qkv, kinds, strict=True)) | {block.out: "o", block.mlp_out: "down"}
-    if module in known:
-        kind = known[module]
-    elif not _under(name, block.attention) and not _under(name, block.mlp):
-        kind = "ln2" if module == block.mid_norm else "ln1"
-    else:
-        last = module.rpartition(".")[2]
-        kind = _COMPONENTS.get(last, last)
+    kind = _known(block).get(module)
+    if kind is None:
+        kind = module.removeprefix(block.path).rpartition(".")[2] or leaf
+        kind = _COMPONENTS.get(kind, kind)
+    if leaf not in ("weight", "bias") and module not in _known(block):
+        kind = _COMPONENTS.get(leaf, leaf)
     return kind + ("_bias" if leaf == "bias" else "")
+
+
+def _known(block: Block) -> dict[str, str]:
+    """Module to what it is: projections by what they make, norms by the part that they stand before or behind."""
+    found: dict[str, str] = {}
+    for site in block.sites:
+        for letter in "qkv":
+            own = getattr(site, letter)
+            if own is not None:
+                found[own.module] = found.get(own.module, "") + letter
+        if site.out is not None:
+            found[site.out] = "o"
+    for place, writer in enumerate(block.writers, 1):
+        if writer.last is not None and not writer.rest:
+            found[writer.last] = "down"
+        if writer.reader is not None:
+            found.setdefault(writer.reader, f"ln{place}")
+        if writer.module != writer.body and not writer.rest:
+            found[writer.module] = f"ln{place}_post"
+    return found
 
 
 def _outside(anatomy: Anatomy, name: str) -> Place:
     for path in (anatomy.projector_weights, *anatomy.deepstack.values()):
-        if _under(name, path):
+        if path and _under(name, path):
             return Place("projector", "projector", None, 0, _inside(name, path, "projector"))
     for path, address, section in (
         (anatomy.embed, "embed", "embeddings"),
@@ -105,12 +129,9 @@ def _outside(anatomy: Anatomy, name: str) -> Place:
         (anatomy.unembed, "unembed", "head"),
         (anatomy.vision.path, "vision", "vision"),
     ):
-        if _under(name, path):
+        if path and _under(name, path):
             return Place(address, section, None, None, _inside(name, path, address))
-    raise FrankenlensError(
-        f"{name} is in no part of the model that hooks.anatomy knows; only its towers, projector, embedding, final "
-        "norm and unembedding are compared."
-    )
+    return Place("rest", "rest", None, None, _inside(name, name.rpartition(".")[0], "rest"))
 
 
 def _inside(name: str, path: str, whole: str) -> str:

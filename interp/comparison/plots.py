@@ -93,7 +93,7 @@ def plot_spectra(long: pd.DataFrame, partition: Partition, seed: int = 0) -> Fig
         _trend(axis, trends(inside[inside["stage"] == stage], ["unified_index"], TRENDS, seed))
         axis.set_title(f"{STAGES[stage]}: mean over a layer's matrices", fontsize=10)
         _regions(axis, inside, partition)
-        axis.set_xlabel("layer (vision < 0, projector 0, decoder from 1)")
+        axis.set_xlabel(_along_label(inside))
     lower[0].set_ylabel("$\\log(\\sigma_i / \\sigma_1)$")
     lower[0].legend(fontsize=7, loc="lower left", ncols=2)
     return figure
@@ -121,7 +121,7 @@ def plot_directions(layers: pd.DataFrame, partition: Partition) -> Figure:
         axis.remove()
     some, at = _along(layers, _stages(layers)[0])
     for axis in axes[: len(panels)]:
-        _name_layers(axis, some, at, "")
+        _name_layers(axis, some, at, labelled=False)
     random = Line2D([], [], color="0.5", linewidth=2, alpha=0.6, label="random update of that norm")
     lines, _ = axes[0].get_legend_handles_labels()
     figure.legend(handles=[*lines, random], fontsize=8, loc="outside upper right", ncols=3)
@@ -241,7 +241,7 @@ def _name_layers(
     axis: Axes,
     some: pd.DataFrame,
     at: Sequence[int],
-    label: str = "layer (vision < 0, projector 0, decoder from 1)",
+    labelled: bool = True,
 ) -> None:
     """A tick every few layers, and names where the unified index ends."""
     beyond = some["unified_index"].isna()
@@ -252,5 +252,11 @@ def _name_layers(
     axis.set_xticks([*ticks, *names], [*map(str, ticks), *names.values()])
     for text in axis.get_xticklabels()[len(ticks) :]:
         text.set(rotation=45, ha="right", fontsize=7)
-    if label:
-        axis.set_xlabel(label)
+    if labelled:
+        axis.set_xlabel(_along_label(some))
+
+
+def _along_label(table: pd.DataFrame) -> str:
+    """What the unified index counts: vision and projector only where there are some."""
+    vision = table["unified_index"].min() < 1
+    return f"layer ({'vision < 0, projector 0, ' if vision else ''}decoder from 1)"

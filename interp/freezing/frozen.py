@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hooks import Address, FrankenlensError, HookedVLM, weight_slices
-from hooks.anatomy.by_names import declared_anatomy
+from hooks.unopened import unopened_anatomy
 from interp.freezing.refusals import (
     adapter_message,
     adapter_of,
@@ -211,7 +211,9 @@ class Frozen:
                 raise FrankenlensError(sharded_message(name, str(own)))
 
 
-def freeze(model: nn.Module | HookedVLM, addresses: str | Address | Iterable[str | Address]) -> Frozen:
+def freeze(
+    model: nn.Module | HookedVLM, addresses: str | Address | Iterable[str | Address], processor: Any = None
+) -> Frozen:
     """Freeze components for any training that follows, until the returned object is released.
 
     Whole tensors and single heads, kv heads and neurons alike stay bit-identical under every optimizer of
@@ -223,6 +225,7 @@ def freeze(model: nn.Module | HookedVLM, addresses: str | Address | Iterable[str
     Args:
         model: a Hugging Face model, or one that is opened; without adapters.
         addresses: one or several, ranges too, e.g. `["blocks.0-9", "blocks.17.attn.head.3"]`; they may overlap.
+        processor: of a model that is not opened, to see its vision tower by (of common families it is not needed).
 
     Raises:
         FrankenlensError: no address, one that names nothing, nothing left to train, an adapter, weights that are not
@@ -234,12 +237,14 @@ def freeze(model: nn.Module | HookedVLM, addresses: str | Address | Iterable[str
         frozen.report()
     """
     given = [addresses] if isinstance(addresses, str | Address) else list(addresses)
-    rows = frozen_rows(model, given)
+    rows = frozen_rows(model, given, processor)
     bare = model.model if isinstance(model, HookedVLM) else model
     return Frozen(bare, tuple(str(address) for address in given), rows)
 
 
-def frozen_rows(model: nn.Module | HookedVLM, addresses: Sequence[str | Address]) -> dict[str, Rows | None]:
+def frozen_rows(
+    model: nn.Module | HookedVLM, addresses: Sequence[str | Address], processor: Any = None
+) -> dict[str, Rows | None]:
     """What `freeze` would freeze: a parameter's name to its frozen rows, None for all of it. Changes nothing.
 
     Raises:
@@ -254,7 +259,7 @@ def frozen_rows(model: nn.Module | HookedVLM, addresses: Sequence[str | Address]
         raise FrankenlensError(
             f"freezing takes a Hugging Face model or a HookedVLM, not a {type(bare).__name__}; freeze before wrapping"
         )
-    anatomy = model.anatomy if isinstance(model, HookedVLM) else declared_anatomy(bare)
+    anatomy = model.anatomy if isinstance(model, HookedVLM) else unopened_anatomy(bare, processor)
     named = dict(bare.named_parameters(remove_duplicate=False))
     first = {id(p): name for name, p in bare.named_parameters()}
     places: dict[str, list[tuple[int | None, range]]] = defaultdict(list)

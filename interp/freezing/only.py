@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -11,18 +12,20 @@ from interp.freezing.frozen import Frozen, frozen_rows
 from interp.freezing.rows import Rows
 
 
-def train_only(model: nn.Module | HookedVLM, addresses: str | Address | Iterable[str | Address]) -> Frozen:
+def train_only(
+    model: nn.Module | HookedVLM, addresses: str | Address | Iterable[str | Address], processor: Any = None
+) -> Frozen:
     """Freeze everything but the named components, as `freeze` freezes, until the returned object is released.
 
     Args:
-        model: as in `freeze`.
+        model, processor: as in `freeze`.
         addresses: what may be trained, e.g. `["blocks.3.mlp", "blocks.5.attn.head.1"]`; they may overlap.
 
     Raises:
         FrankenlensError: as `freeze`; the addresses name all weights, so that nothing is frozen.
     """
     given = [addresses] if isinstance(addresses, str | Address) else list(addresses)
-    trained = frozen_rows(model, given)
+    trained = frozen_rows(model, given, processor)
     bare = model.model if isinstance(model, HookedVLM) else model
     rows: dict[str, Rows | None] = {}
     for name, parameter in bare.named_parameters():

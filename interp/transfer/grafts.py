@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks import FrankenlensError, HookedVLM, WeightSlice, weight_slices
+from hooks.weights import wholes
 
 FORMS = ("delta", "low_rank", "random")
 _EXACT = 2048  # up to this many rows or columns, the low-rank form is an exact SVD
@@ -82,12 +83,7 @@ def everything(vlm: HookedVLM) -> tuple[str, ...]:
 
     The unembedding is left out where it is tied to the embedding.
     """
-    tied = vlm.model.get_parameter(f"{vlm.anatomy.unembed}.weight") is vlm.model.get_parameter(
-        f"{vlm.anatomy.embed}.weight"
-    )
-    last = vlm.n_layers - 1
-    rest = ("embed", "ln_final", *(() if tied else ("unembed",)))
-    return ("vision", "projector", f"blocks.0-{last}", *rest)
+    return wholes(vlm.model, vlm.anatomy)
 
 
 def slices_of(vlm: HookedVLM, grafts: Sequence[Graft]) -> list[tuple[Graft, list[WeightSlice]]]:

@@ -89,7 +89,7 @@ def factors(vlm: HookedVLM) -> list[Variant]:
 def parts(vlm: HookedVLM, partition: Partition | None = None) -> list[Variant]:
     """All attention and all MLPs of the decoder; of each region as well where a partition is given.
 
-    A block's norms belong to neither.
+    The norms before them belong to neither.
     """
     spans = {"all": _blocks(vlm)}
     spans |= {region: partition.address(region) for region in partition.regions} if partition else {}

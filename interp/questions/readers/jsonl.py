@@ -1,10 +1,11 @@
-"""A user's own questions: a JSONL file beside a folder of images."""
+"""A user's own questions: a JSONL file, beside a folder of images where they have any."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hooks.errors import FrankenlensError
 from interp.questions.examples import Example
@@ -14,10 +15,12 @@ from interp.questions.readers.rows import Row, gradable, image_at, objects, text
 META = ("grader", "choices", "tolerance", "decimals", "iou", "description")
 """Fields that go into `meta` where a row has them: see `interp.questions.grading` and `interp.fine_grained`."""
 
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of a row's fields. `image` holds a path or a list of paths; the last four may be absent."""
+    """Names of a row's fields. `image` holds a path or a list of paths; all but the first two may be absent."""
 
     question: str = "question"
     answer: str = "answer"
@@ -33,7 +36,7 @@ def read_jsonl(
     """Examples of a JSONL file, and a report that counts every row that could not be read.
 
     A row may also name its grader, and have the fields of `META`; a row whose own reference its grader does not
-    accept is not read.
+    accept is not read. Questions without images need no field for them.
 
     Arguments:
         path: one JSON object per line.
@@ -41,7 +44,8 @@ def read_jsonl(
         fields: names of the fields.
 
     Raises:
-        FrankenlensError: no such file, no rows, or a required field (question, answer, image) that no row has.
+        FrankenlensError: no such file, no rows, a required field (question, answer) that no row has, or images under
+            another name than `image`.
     """
     path, fields = Path(path), fields or Fields()
     rows, failures = objects(path)
@@ -67,12 +71,33 @@ def read_jsonl(
 
 def _require_fields(path: Path, rows: Sequence[tuple[int, Row]], fields: Fields) -> None:
     present = dict.fromkeys(key for _, row in rows for key in row)
-    for role in ("question", "answer", "image"):
+    for role in ("question", "answer"):
         if getattr(fields, role) not in present:
             raise FrankenlensError(
                 f"{path}: no row has the field {getattr(fields, role)!r} for the {role}. Fields there: "
                 f"{', '.join(present)}. Name the right one as Fields({role}=...)."
             )
+    if fields.image not in present and (looks := _like_images(rows, present)):
+        raise FrankenlensError(
+            f"{path}: no row has the field {fields.image!r}, and {' and '.join(looks)} looks like images, which "
+            f"would be left out. Call it {fields.image!r} in the file, or name it as Fields(image=...)."
+        )
+
+
+def _like_images(rows: Sequence[tuple[int, Row]], present: Iterable[str]) -> list[str]:
+    """Fields that are named for images, or hold paths of some."""
+    return [
+        name
+        for name in present
+        if "image" in name.lower()
+        or name.lower() in ("img", "imgs", "picture", "photo")
+        or any(_is_path_of_image(row.get(name)) for _, row in rows)
+    ]
+
+
+def _is_path_of_image(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return any(isinstance(text, str) and text.lower().endswith(IMAGES) for text in texts)
 
 
 def _example(n: int, row: Row, root: Path, fields: Fields, used: set[str]) -> Example:
