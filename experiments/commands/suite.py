@@ -57,7 +57,7 @@ class SuiteConfig(PairSettings):
     data: Path | None = default(None, only=_one_of("metrics", "attention", "transfer"))  # noqa: RUF009
     images: Path | None = None
     functions_data: Path | None = default(None, only=_one_of("localize"))  # noqa: RUF009
-    parts: tuple[Part, ...] = default(tuple(PARTS))  # noqa: RUF009
+    parts: tuple[Part, ...] = default(tuple(PARTS))
     n: int | None = default(None, only=_one_of("metrics", "localize", "attention", "transfer"))
     partition: str = default("paper", only=_one_of("localize", "attention", "compare", "transfer"))
     paper: bool = False

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from hooks import Address, FrankenlensError, HookedVLM
-from hooks.weights import n_units
+from hooks.weights import n_units, part_paths
 
 Kind = tuple[str, str | None, str | None]
 """Tower (or the address itself where there is only one such component), sublayer and unit."""
@@ -29,6 +29,8 @@ def alike(vlm: HookedVLM, kind: Kind) -> list[str]:
     found = []
     for layer, block in enumerate(tower.blocks):
         base = f"{'vision.' if where == 'vision' else ''}blocks.{layer}" + (f".{sub}" if sub else "")
+        if sub is not None and not part_paths(block, sub):
+            continue
         if unit is None:
             found.append(base)
             continue

@@ -145,7 +145,7 @@ def _map(
             "no prompt qualifies for this decision, so there is nothing to patch; see its counts."
         )
     roles = roles_of(first, roles)
-    images = any("image" in prompt.roles for prompt in first)
+    images = any(prompt.has_image for prompt in first)
     offered = [components(vlm, points) for vlm in models.values()]
     wanted = [
         one
