@@ -270,9 +270,14 @@ class HookedVLM(Traceable):
             if point.experts is not None and int(expert) < point.experts.n_experts:
                 return point.of_expert(int(expert))
         if name not in self.hook_points:
-            raise FrankenlensError(
-                f"{name!r} is no hook point of this model. {nearest(name, self.hook_points)}"
+            unseen = name.startswith(("vision.", "projector.")) and not self.anatomy.vision.blocks
+            hint = (
+                "Its vision side was not seen: the prompt that it was opened with holds no image. Give its processor, "
+                "or inputs= with an image."
+                if unseen and is_visual(self.model.config)
+                else nearest(name, self.hook_points)
             )
+            raise FrankenlensError(f"{name!r} is no hook point of this model. {hint}")
         return self.hook_points[name]
 
     def verify(self, inputs: Mapping[str, Any] | None = None, progress: bool = True) -> dict[str, float]:

@@ -237,7 +237,7 @@ class StoredRun:
         tap: Tap | None,
         dense: bool,
         cut: Bool[Tensor, "lane column key"] | None,
-        wanted: Int[Tensor, " column"] | None,
+        wanted: Int[Tensor, " wanted"] | None,
     ) -> None:
         """Hand the block's attention what it needs beyond the segment."""
         attention: Any = self.vlm.module(self._attending[layer].module)
