@@ -14,7 +14,7 @@ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'
 endef
 
-.PHONY: demo test test-slow check benchmarks notebooks figures
+.PHONY: demo test test-slow check architectures benchmarks notebooks figures
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -40,6 +40,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+architectures: $(INSTALLED)  ## what works on which architecture, measured on tiny models; docs/architectures.md
+	$(BIN)/python -m tests.architectures.table --out docs/architectures.md
 
 benchmarks: $(INSTALLED)  ## against plain hooks, TransformerLens and nnsight; table and figure in out/benchmarks
 	$(BIN)/python -m tests.benchmarks.run --out out/benchmarks

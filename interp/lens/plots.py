@@ -183,7 +183,8 @@ def plot_answers(answers: xr.Dataset) -> Figure:
 
 
 def plot_attribution(table: pd.DataFrame) -> Figure:
-    """Every layer's heads (or attention as a whole) and other parts: mean contribution in IN, in RL, and RL − IN.
+    """Heads (or attention as a whole), mixer, output bias, MLP, DeepStack of every layer: mean contribution in IN,
+    in RL, and RL − IN.
 
     A dot marks a difference whose corrected p is below 0.05; the colours grow with the square root. Components that
     write nothing, and what lies outside the blocks, are in the table alone.

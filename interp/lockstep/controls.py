@@ -34,7 +34,10 @@ def alike(vlm: HookedVLM, kind: Kind) -> list[str]:
         if unit is None:
             found.append(base)
             continue
-        size = n_units(vlm.model, block, Address.parse(f"{base}.{unit}.0"))
+        try:
+            size = n_units(vlm.model, block, Address.parse(f"{base}.{unit}.0"))
+        except FrankenlensError:  # no such units in this block
+            size = 0
         found += [f"{base}.{unit}.{i}" for i in range(size)]
     return found
 

@@ -20,15 +20,15 @@ from interp.prompts.pairing import PatchBatch, borrowed
 from interp.sweep.activations import activation_of
 from interp.sweep.batch import BatchSweep
 from interp.sweep.edits import Edit, Span
-from interp.sweep.rerun import before_the_decoder
+from interp.sweep.places import of_vision
 
 
 class Donor:
     """A model's clean activations and metric on a batch."""
 
     def __init__(self, vlm: HookedVLM, batch: PromptBatch, names: Sequence[str], metric: Metric) -> None:
-        image = bool(batch.mask("image").any())
-        kept = [name for name in names if image or not before_the_decoder(name)]
+        image = bool(batch.with_image.any())
+        kept = [name for name in names if image or not of_vision(name)]
         with torch.no_grad():
             output, self._cache = vlm.run_with_cache(batch.inputs, kept, use_cache=False)
         self.vlm = vlm

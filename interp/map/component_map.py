@@ -24,6 +24,7 @@ from interp.map.components import (
     lacking,
 )
 from interp.metrics import Metric
+from interp.pair.agreement import model_differences
 from interp.prompts import Prompt, collate
 from interp.prompts.pairing import PatchBatch, image_shapes, partners
 from interp.prompts.roles import ROLES
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from interp.pair.pair import Pair
 
 DIRECTIONS = {"rl_to_in": ("rl", "in"), "in_to_rl": ("in", "rl")}
-MAP_POINTS = tuple(point for point in POINTS if point != "z")
+MAP_POINTS = tuple(point for point in POINTS if point not in ("z", "expert"))
+"""Patched where nothing else is asked for; experts, of which there may be thousands, only by name."""
 
 
 def component_map(
@@ -52,7 +54,8 @@ def component_map(
         pair: IN and RL, opened.
         decisions: what is measured, and the prompts up to each decision.
         directions: "rl_to_in" (sufficient?), "in_to_rl" (necessary?).
-        points: see `interp.map.components.components`.
+        points: see `interp.map.components.components`; "expert" (every expert of every layer) is patched where it is
+            named.
         roles: of `ROLES`, "decision" and "all"; by default those that occur.
         batch_size: prompts a forward.
 
@@ -84,8 +87,13 @@ def patch(
     roles: Sequence[str] | None = None,
     batch_size: int = 16,
     progress: bool = True,
+    *,
+    donor: HookedVLM | None = None,
 ) -> xr.Dataset:
     """Patch one model's activations on clean prompts into its runs on corrupt ones (counterfactual images, say).
+
+    With a donor, the clean prompts are run by it: on the same prompts twice, that is `component_map` in one direction,
+    for models whose prompts you make yourself (`Prompt.from_inputs`).
 
     Args:
         vlm: the opened model.
@@ -93,13 +101,19 @@ def patch(
         corrupt: prompts they go to, row by row with the same roles at the same positions.
         metric: read on the corrupt run; see `interp.metrics`.
         points, roles, batch_size: as in `component_map`.
+        donor: what runs on the clean prompts; by default `vlm`.
 
     Returns:
         As `component_map`, with the one direction "clean_to_corrupt".
 
     Raises:
-        FrankenlensError: a row whose clean and corrupt tokens do not line up.
+        FrankenlensError: a row whose clean and corrupt tokens do not line up; a donor of another architecture.
     """
+    if donor is not None and (differences := model_differences(vlm.model, donor.model)):
+        raise FrankenlensError(
+            f"recipient and donor are no pair; they differ in {'; '.join(differences[:3])}. Give a checkpoint of the "
+            "same architecture."
+        )
     if len(clean) != len(corrupt):
         raise FrankenlensError(f"{len(clean)} clean and {len(corrupt)} corrupt prompts; they go in pairs.")
     for row, (one, other) in enumerate(zip(clean, corrupt, strict=True)):
@@ -109,7 +123,8 @@ def patch(
                 " other roles, or images of other sizes;"
                 " the two prompts must line up token by token. Give images of equal size and the same question."
             )
-    models, prompts = {"clean": vlm, "corrupt": vlm}, {"clean": clean, "corrupt": corrupt}
+    models = {"clean": vlm if donor is None else donor, "corrupt": vlm}
+    prompts = {"clean": clean, "corrupt": corrupt}
     direction = {"clean_to_corrupt": ("clean", "corrupt")}
     return _map(models, prompts, metric, direction, points, roles, batch_size, progress)
 
@@ -130,10 +145,15 @@ def _map(
             "no prompt qualifies for this decision, so there is nothing to patch; see its counts."
         )
     roles = roles_of(first, roles)
-    vlm, images = next(iter(models.values())), any("image" in prompt.roles for prompt in first)
-    wanted = [one for one in components(vlm, points) if images or one.point not in BEFORE_THE_DECODER]
+    images = any(prompt.has_image for prompt in first)
+    offered = [components(vlm, points) for vlm in models.values()]
+    wanted = [
+        one
+        for one in offered[0]
+        if all(one in others for others in offered) and (images or one.point not in BEFORE_THE_DECODER)
+    ]
     if not wanted:
-        told = "; ".join(lacking(vlm, points, images))
+        told = "; ".join(lacking(next(iter(models.values())), points, images))
         raise FrankenlensError(f"there is nothing to patch: {told}. Choose others of {', '.join(POINTS)}.")
     shape = (len(directions), len(wanted), len(roles), len(first))
     effect, other = np.full(shape, np.nan), np.full(shape, np.nan)
@@ -147,7 +167,7 @@ def _map(
             for name, vlm in models.items():
                 batch = collate([prompts[name][i] for i in rows]).to(vlm.device)
                 ready[name] = PatchBatch(batch, select.reads(batch), partners(batch))
-                donors[name] = Donor(vlm, batch, cached_names(wanted), select)
+                donors[name] = Donor(vlm, batch, cached_names(vlm, wanted), select)
             for d, (donor, recipient) in enumerate(directions.values()):
                 cells = cells_of(donors[donor], donors[recipient], ready[recipient], wanted, roles)
                 found = run_cells(models[recipient], ready[recipient], select, cells, bar)

@@ -1,0 +1,220 @@
+"""Every offered point, read and written, against plain hooks: one cell of the table for each kind of point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooks import HookedVLM
+from hooks.points import HookPoint
+from tests.architectures.table import plain
+from tests.architectures.table.cells import ABSENT, FAILS, YES, Cell, finite, within
+
+KINDS = (
+    "stream",
+    "writers",
+    "mixer",
+    "cross-attention",
+    "attention",
+    "pattern",
+    "q k v",
+    "z / result",
+    "neurons",
+    "experts",
+    "final norm",
+    "vision",
+    "projector",
+)
+_OF_LEAF = {
+    "hook_embed": "stream",
+    "hook_mixer_out": "mixer",
+    "hook_cross_attn_out": "cross-attention",
+    "hook_pattern": "pattern",
+    "hook_z": "z / result",
+    "hook_result": "z / result",
+    "hook_post": "neurons",
+    "hook_normalized": "final norm",
+    "hook_deepstack": "projector",
+} | dict.fromkeys(("hook_q", "hook_k", "hook_v"), "q k v")
+LARGE = 100
+"""How much larger than what is allowed to differ the effect of a write must be."""
+
+
+@dataclass
+class Proof:
+    """What was found at one point: how far reading and writing are off, and how large the effect of the write is."""
+
+    read: float = 0.0
+    write: float = 0.0
+    effect: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+
+def kind_of(point: HookPoint) -> str:
+    """The column that a point belongs to."""
+    if point.name.startswith(("vision.", "tower_")):
+        return "vision"
+    if point.name.startswith("projector."):
+        return "projector"
+    if ".cross_attn." in point.name:
+        return "cross-attention"
+    if point.leaf in _OF_LEAF:
+        return _OF_LEAF[point.leaf]
+    if point.leaf.startswith("hook_resid"):
+        return "stream"
+    if "expert" in point.leaf or "router" in point.leaf or "shared" in point.leaf:
+        return "experts"
+    if point.leaf.startswith("hook_mixer_out"):
+        return "mixer"
+    if point.leaf.startswith("hook_cross_attn_out"):
+        return "cross-attention"
+    return "writers" if "_out" in point.leaf else "attention"
+
+
+@torch.no_grad()
+def prove(vlm: HookedVLM, inputs: Mapping[str, Tensor], bare: Tensor) -> dict[str, Proof]:
+    """Every offered point by name."""
+    points = vlm.hook_points
+    paths = {point.module for point in points.values()}
+    paths |= {str(point.key) for point in points.values() if point.place == "rest"}
+    seen = plain.look(vlm.model, inputs, paths)
+    _, cache = vlm.run_with_cache(inputs, use_cache=False)
+    proofs = {name: Proof() for name in points}
+    for name, point in points.items():
+        proof, own = proofs[name], cache[name]
+        expected = plain.read(vlm, point, seen)
+        if expected is not None:
+            _compare_read(proof, point, own, expected)
+        _write(vlm, point, inputs, bare, seen, proof)
+    return proofs
+
+
+def _compare_read(proof: Proof, point: HookPoint, own: Tensor, expected: Tensor) -> None:
+    if own.numel() != expected.numel():
+        proof.faults.append(f"read {tuple(own.shape)} where plain hooks see {tuple(expected.shape)}")
+        return
+    expected = expected.reshape(own.shape).to(own.dtype)
+    if point.leaf == "hook_attn_scores":  # what is hidden may be -inf or very low
+        seen = (own > -1e30) & (expected > -1e30)
+        own, expected = own[seen], expected[seen]
+    proof.read = within(own, expected)
+    if not proof.read <= 1.0:
+        proof.faults.append(f"read is {proof.read:.1e} times what is allowed off plain hooks")
+
+
+def _write(
+    vlm: HookedVLM,
+    point: HookPoint,
+    inputs: Mapping[str, Tensor],
+    bare: Tensor,
+    seen: plain.Seen,
+    proof: Proof,
+) -> None:
+    def change(value: Tensor, hook: object) -> Tensor:
+        if point.leaf != "hook_attn_scores":
+            return -value
+        new = value.clone()
+        new[..., 0] += plain.SHIFT
+        return new
+
+    ours = vlm.run_with_hooks(inputs, [(point.name, change)], use_cache=False).logits
+    again = vlm.run_with_hooks(
+        inputs, [(point.name, lambda value, hook: value.clone())], use_cache=False
+    ).logits
+    keep = finite(bare)
+    theirs = plain.written(vlm, point, inputs, seen)
+    proof.effect = within(ours[keep], bare[keep])
+    back = within(again[keep], bare[keep])
+    if not back <= 1.0:
+        proof.faults.append(f"its own value written back moves the logits {back:.1e} times what is allowed")
+    if theirs is not None:
+        proof.write = within(ours[keep], theirs[keep])
+        if not proof.write <= 1.0:
+            proof.write /= max(1.0, _rounding(vlm, inputs, point, change, ours))
+        if not proof.write <= 1.0:
+            proof.faults.append(f"written logits are {proof.write:.1e} times what is allowed off plain hooks")
+    if not proof.effect >= LARGE:
+        proof.faults.append(f"negating it moves the logits by {proof.effect:.1e} times what is allowed only")
+
+
+def _rounding(
+    vlm: HookedVLM, inputs: Mapping[str, Tensor], point: HookPoint, change: Any, ours: Tensor
+) -> float:
+    """How far logits move when every block's input is off by one step of its rounding, in units of what is allowed."""
+    generator = torch.Generator().manual_seed(0)
+
+    def shake(value: Tensor, hook: object) -> Tensor:
+        signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
+        return value * (1 + signs * torch.finfo(value.dtype).eps)
+
+    streams = [name for name in vlm.hook_points if name.endswith("hook_resid_pre")]
+    hooks = [*((name, shake) for name in streams), (point.name, change)]
+    moved = vlm.run_with_hooks(inputs, hooks, use_cache=False).logits
+    keep = finite(ours)
+    return 4 * within(moved[keep], ours[keep])
+
+
+def cells(vlm: HookedVLM, proofs: Mapping[str, Proof]) -> dict[str, Cell]:
+    """The proofs by kind of point; what is not offered, with the reason."""
+    found = {}
+    for kind in KINDS:
+        own = {name: proof for name, proof in proofs.items() if kind_of(vlm.hook_points[name]) == kind}
+        wrong = {name: proof for name, proof in own.items() if proof.faults}
+        if wrong:
+            name, proof = next(iter(wrong.items()))
+            found[kind] = Cell(FAILS, f"{name}: {proof.faults[0]} ({len(wrong)} of {len(own)} points)")
+        elif own:
+            number = max(max(proof.read, proof.write) for proof in own.values())
+            found[kind] = Cell(YES, _where(vlm, kind, own), number, len(own))
+        else:
+            found[kind] = Cell(ABSENT, why_absent(vlm, kind))
+    return found
+
+
+def _where(vlm: HookedVLM, kind: str, own: Mapping[str, Proof]) -> str:
+    """The decoder's blocks that have it, where it is not all of them."""
+    if kind in ("vision", "projector", "final norm"):
+        return ""
+    there = {layer for name in own if (layer := vlm.hook_points[name].layer) is not None}
+    if not there or len(there) == vlm.n_layers:
+        return ""
+    return f"in blocks {', '.join(map(str, sorted(there)))} of 0-{vlm.n_layers - 1}"
+
+
+def why_absent(vlm: HookedVLM, kind: str) -> str:
+    """Why a model offers no point of a kind, in one sentence."""
+    told = [why for name, why in vlm.absent.items() if _kind_of_name(name) == kind]
+    if told:
+        return told[0]
+    anatomy = vlm.anatomy
+    blocks = anatomy.text.blocks
+    sites = [site for block in blocks for site in block.sites if not site.cross]
+    moe = any(block.writer("moe") for block in blocks)
+    reasons = {
+        "mixer": "all its blocks attend",
+        "cross-attention": "no block reads another tower",
+        "attention": "no block calls the attention interface of transformers",
+        "pattern": "no block calls the attention interface of transformers",
+        "q k v": "no projection makes exactly its queries, keys or values"
+        if sites
+        else "no block calls the attention interface of transformers",
+        "z / result": "no block calls the attention interface of transformers",
+        "neurons": "no block has a dense MLP whose last layer is known",
+        "experts": "single experts have no points yet" if moe else "no mixture of experts",
+        "final norm": anatomy.absent.get("ln_final", ""),
+        "projector": anatomy.absent.get("projector", ""),
+        "vision": "no image"
+        if "no image" in anatomy.absent.get("projector", "")
+        else "no tower of vision blocks",
+        "writers": next((block.why for block in blocks if block.why), ""),
+    }
+    return reasons.get(kind) or "not found"
+
+
+def _kind_of_name(name: str) -> str:
+    """The column of a point that is absent, from its name alone."""
+    return kind_of(HookPoint(name, "", "output", ()))

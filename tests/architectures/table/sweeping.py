@@ -1,0 +1,204 @@
+"""Sweep and map against one full forward pass for each intervention."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hooks.points import HookPoint
+from interp.map import patch
+from interp.map.components import POINTS, Component, components
+from interp.sweep import Intervention, sweep
+from tests.architectures.table.bench import Bench, Change, masked, worst
+from tests.architectures.table.cells import FAILS, YES, Cell
+
+SKIPPED = ("hook_attn_out", "hook_mlp_out", "hook_resid_post")
+MEANT = ("hook_attn_out", "hook_mlp_out", "hook_mixer_out", "hook_cross_attn_out", "hook_resid_post")
+LARGE = 100
+"""How many times what is allowed to differ most effects must be."""
+SHOWN = 16
+"""Components of a map that are measured again, by full forwards."""
+
+
+def sweep_cell(bench: Bench) -> Cell:
+    """Every kind of intervention at every kind of point of a block of each kind."""
+    wanted = list(_interventions(bench))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = sweep(
+            bench.vlm, bench.prompts, wanted, bench.metric, donor=bench.donor, batch_size=2, progress=False
+        )
+    values, clean = found["value"].to_numpy()[0], bench.measured(bench.clean)
+    off: dict[str, float] = {"clean": bench.off(found["clean"].to_numpy()[0], clean)}
+    effects = []
+    for one, value in zip(wanted, values, strict=True):
+        there = ~np.isnan(value)
+        hooks = [reference(bench, one)]
+        theirs = bench.measured(bench.full(hooks))
+        off[one.name] = bench.off(value[there], theirs[there], hooks) if there.any() else np.nan
+        effects.append(np.abs(theirs - clean).max())
+    return verdict(off, effects, bench, caught)
+
+
+def verdict(off: dict[str, float], effects: list[float], bench: Bench, caught: list) -> Cell:
+    """A cell from differences in units of what is allowed, and effects."""
+    name, number = worst(off)
+    if not number <= 1.0:
+        wrong = sum(not n <= 1.0 for n in off.values())
+        return Cell(FAILS, f"{name} is {number:.1e} times what is allowed off ({wrong} of {len(off)})")
+    allowed = 1e-5 * max(1.0, bench.clean.abs().clamp(max=1e4).max().item())
+    if not np.median(effects) >= LARGE * allowed:
+        return Cell(FAILS, f"effects are too small to tell: {np.median(effects):.1e}")
+    return Cell(YES, longer_way(caught), number, len(off))
+
+
+def longer_way(caught: list) -> str:
+    """What a warning said of the way that was taken."""
+    told = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+    told = [one for one in told if "cannot be taken up" in one or "cannot be resumed" in one]
+    if any("every rerun is a full forward" in one for one in told):
+        return "by full forward passes"
+    return "by reruns of all tokens from the layer on" if told else ""
+
+
+def _interventions(bench: Bench) -> Iterator[Intervention]:
+    points = bench.vlm.hook_points
+    layers = _one_of_each(bench)
+    for name, point in points.items():
+        vision = name.startswith(("vision.", "tower_"))
+        if (point.layer in layers and not vision) or (vision and point.layer == 1):
+            yield from _at(point)
+        elif point.layer is None or point.leaf == "hook_deepstack":
+            yield Intervention(name, "scale", "all", value=-0.5)
+
+
+def _one_of_each(bench: Bench) -> list[int]:
+    """The last block of every kind, but for the very last."""
+    kinds: dict[tuple, int] = {}
+    blocks = bench.vlm.anatomy.text.blocks
+    for layer, block in enumerate(blocks[:-1] or blocks):
+        kinds[tuple(w.role for w in block.writers), len(block.sites)] = layer
+    return list(kinds.values())
+
+
+def _at(point: HookPoint) -> Iterator[Intervention]:
+    name, tokens = point.name, point.axes[0] == "batch"
+    where = "question" if tokens else "all"
+    if point.leaf == "hook_attn_scores":
+        yield Intervention(name, "knockout", "decision" if tokens else "all", source=2)
+        return
+    if point.leaf == "hook_pattern":
+        yield Intervention(name, "scale", where, value=0.5)
+        return
+    yield Intervention(name, "zero", where)
+    yield Intervention(name, "scale", "all", value=-0.5)
+    yield Intervention(name, "replace", "decision" if tokens else "all")
+    if any(axis in point.axes for axis in ("head", "kv_head")):
+        yield Intervention(name, "zero", where, index=1)
+    if tokens and point.leaf in MEANT:
+        yield Intervention(name, "mean", where)
+        yield Intervention(name, "resample", where)
+        yield Intervention(name, "add", where, value=0.5)
+    if tokens and point.leaf in SKIPPED:
+        yield Intervention(name, "skip", "all")
+
+
+def reference(bench: Bench, one: Intervention) -> tuple[str, Change]:
+    """The same as a plain change in a full forward pass of both prompts."""
+    point = bench.vlm.hook_points[one.hook]
+    tokens = point.axes[0] == "batch"
+    new = _new(bench, one, point)
+    if one.index is not None:
+        axis = next(point.axes.index(a) for a in ("head", "kv_head") if a in point.axes)
+        whole = new
+
+        def new(value: Tensor, hook: object, whole: Change = whole, axis: int = axis) -> Tensor:
+            out = value.clone()
+            out.select(axis, one.index).copy_(whole(value, hook).select(axis, one.index))  # type: ignore[arg-type]
+            return out
+
+    if not tokens:
+        return one.hook, new
+    axis = point.axes.index("query") if "query" in point.axes else 1
+    return one.hook, masked(bench.where(one.where), new, axis)  # type: ignore[arg-type]
+
+
+def _new(bench: Bench, one: Intervention, point: HookPoint) -> Change:
+    def cached(vlm, name: str) -> Tensor:
+        return vlm.run_with_cache(bench.batch.inputs, name, use_cache=False)[1][name]
+
+    if one.kind == "zero" or (one.kind == "skip" and point.leaf != "hook_resid_post"):
+        return lambda value, hook: torch.zeros_like(value)
+    if one.kind == "scale":
+        return lambda value, hook: value * one.value
+    if one.kind == "add":
+        return lambda value, hook: value + one.value
+    if one.kind == "knockout":
+        return lambda value, hook: _cut(value, int(one.source), point.axes[0] == "batch")  # type: ignore[arg-type]
+    if one.kind == "skip":
+        pre = cached(bench.vlm, one.hook.replace("resid_post", "resid_pre"))
+        return lambda value, hook: pre
+    if one.kind == "replace":
+        theirs = cached(bench.donor, one.hook)
+        return lambda value, hook: theirs
+    own = cached(bench.vlm, one.hook)
+    if one.kind == "mean":
+        mean = own[:, bench.where(one.where)].flatten(0, 1).mean(0)  # type: ignore[arg-type]
+        return lambda value, hook: mean.expand_as(value)
+    return lambda value, hook: own.roll(1, 0)
+
+
+def _cut(scores: Tensor, key: int, tokens: bool) -> Tensor:
+    new = scores.clone()
+    if tokens:
+        new[..., key] = -torch.inf
+        return new
+    sides = [scores.shape[-1]] if scores.ndim == 4 else [scores.shape[-1] // 2] * 2  # two images, packed
+    for n, side in enumerate(sides):
+        new[..., n * side + key] = -torch.inf
+    return new
+
+
+def map_cell(bench: Bench) -> Cell:
+    """Components of every kind, patched from the donor at every role."""
+    vlm = bench.vlm
+    wanted = components(vlm, POINTS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = patch(
+            vlm, bench.prompts, bench.prompts, bench.metric, POINTS, donor=bench.donor, progress=False
+        )
+    clean = bench.measured(bench.clean)
+    off, effects = {}, []
+    chosen = {component.point: component for component in wanted}
+    few = [*chosen.values(), *wanted[:: max(1, len(wanted) // SHOWN)]]
+    roles = [role for role in ("image", "question", "decision") if role in found["role"].to_numpy()]
+    for component in dict.fromkeys(few):
+        for role in roles if component.point not in ("vision", "projector") else ["image"]:
+            ours = found["effect"].sel(component=component.name, role=role).to_numpy()[0]
+            hooks = [_patched(bench, component, name, role) for name in component.hooks]
+            theirs = bench.measured(bench.full(hooks)) - clean
+            off[f"{component.name} @ {role}"] = bench.off(ours, theirs, hooks)
+            effects.append(np.abs(theirs).max())
+    itself = found["control_self"].to_numpy()
+    off["the control: from itself"] = float(np.nanmax(np.abs(itself)) > 0) * 2
+    return verdict(off, effects, bench, caught)
+
+
+def _patched(bench: Bench, component: Component, name: str, role: str) -> tuple[str, Change]:
+    point = bench.vlm.hook_points[name]
+    theirs = bench.donor.run_with_cache(bench.batch.inputs, name, use_cache=False)[1][name]
+
+    def new(value: Tensor, hook: object) -> Tensor:
+        if component.head is None:
+            return theirs.to(value)
+        out = value.clone()
+        out[..., component.head, :] = theirs[..., component.head, :].to(value)
+        return out
+
+    early = component.point in ("vision", "projector")
+    return name, new if early or point.axes[0] != "batch" else masked(bench.where(role), new, 1)
