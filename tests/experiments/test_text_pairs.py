@@ -162,8 +162,10 @@ def test_direct_attribution_adds_up_to_the_logits(bare, opened) -> None:
     metric = decisions.metric
     found = fl.direct_logit_attribution(pair.rl, decisions.prompts, metric.a, metric.b, where="decision")
     total = found["contribution"].sum("component").to_numpy()
+    cap = getattr(bare["rl"].config, "final_logit_softcapping", None)
     for row, prompt in enumerate(decisions.prompts):
         logits = last_logits(bare["rl"], prompt)
+        logits = logits if cap is None else cap * torch.atanh(logits / cap)  # what is added up is not yet capped
         assert total[row] == pytest.approx(float(logits[metric.a[row]] - logits[metric.b[row]]), abs=1e-3)
 
 
