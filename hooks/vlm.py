@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -97,6 +97,8 @@ class HookedVLM(Traceable):
         device_map: str | dict | None = None,
         trust_remote_code: bool = False,
         check: bool = True,
+        processor: ProcessorMixin | PreTrainedTokenizerBase | Literal["auto"] | None = "auto",
+        inputs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> "HookedVLM":
         """Load model and processor from a folder or a repository id (safetensors only) and open it.
@@ -106,15 +108,17 @@ class HookedVLM(Traceable):
             dtype: "auto" keeps the checkpoint's own.
             device_map: as in transformers and accelerate.
             trust_remote_code: run code that comes with the checkpoint.
-            check: see the class.
-            kwargs: passed to `AutoModelForImageTextToText.from_pretrained`.
+            check, inputs: see the class.
+            processor: "auto" loads that of the checkpoint, of a text-only one its tokenizer; None: there is none.
+            kwargs: passed to `from_pretrained` of the class of transformers that has the model.
 
         Raises:
             FrankenlensError: no such checkpoint, no safetensors, no processor, missing weights, unknown architecture.
         """
-        processor = load_processor(path_or_id, trust_remote_code=trust_remote_code)
+        if isinstance(processor, str):
+            processor = load_processor(path_or_id, trust_remote_code=trust_remote_code)
         model = load_model(path_or_id, dtype, device_map, trust_remote_code, **kwargs)
-        return cls(model, processor, check=check)
+        return cls(model, processor, inputs=inputs, check=check)
 
     @property
     def device(self) -> torch.device:
