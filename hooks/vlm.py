@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from hooks.anatomy import Anatomy, find_anatomy
 from hooks.anatomy.drawing import drawn
 from hooks.anatomy.observed import require_all_blocks
+from hooks.anatomy.watching import has_pixels
 from hooks.cache import ActivationCache
 from hooks.capabilities import missing
 from hooks.engine import Hook, HookContext, HookFunction, attached, hook_by_keyword
@@ -23,7 +24,7 @@ from hooks.nnsight.traceable import Traceable
 from hooks.points import HookPoint, hook_point_table, points_without_experts
 from hooks.processors import image_token_of, is_visual, load_processor
 from hooks.refusals import refuse_checkpointing, refuse_foreign
-from hooks.selfcheck import has_pixels, opening_inputs, self_check, undisturbed, zero_every_point
+from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 FwdHooks = Sequence[tuple[str | Callable[[str], bool], HookFunction]]

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooks.anatomy.watching import has_pixels
 from hooks.errors import FrankenlensError
-from hooks.selfcheck import has_pixels
 from interp.prompts.roles import ROLES, RoleScanner, Trace, TraceFormat
 from interp.questions.examples import Example
 
