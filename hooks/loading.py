@@ -15,6 +15,7 @@ from transformers import (
 
 from hooks.errors import FrankenlensError
 from hooks.extras import require_installed
+from hooks.processors import needs_own_code, own_code_message
 
 
 def load_model(
@@ -61,6 +62,8 @@ def load_model(
             **kwargs,
         )
     except (OSError, ValueError, KeyError) as error:
+        if needs_own_code(error):
+            raise FrankenlensError(own_code_message(str(path_or_id))) from error
         first = str(error).strip().splitlines()[0]
         kind = "image-text-to-text" if auto is AutoModelForImageTextToText else "causal language"
         raise FrankenlensError(f"{path_or_id}: not loaded as a model of the kind {kind}: {first}") from error

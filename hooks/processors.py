@@ -62,12 +62,22 @@ def load_processor(
         else:
             processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
     except (OSError, ImportError, TypeError, ValueError) as error:
+        if needs_own_code(error):
+            raise FrankenlensError(own_code_message(name)) from error
         raise FrankenlensError(
             f"cannot load the processor of {name!r}: {_first_line(error)}\n"
             "Put the processor's files (processor_config.json or preprocessor_config.json, tokenizer files, "
             "chat template) next to the weights: AutoProcessor.from_pretrained(<original model>)"
             ".save_pretrained(<folder>)." + _torchvision_hint()
         ) from error
+    words: Any = tokenizer_of(processor)
+    if words is not None and set(words.get_vocab()) <= set(words.all_special_tokens):
+        # transformers makes up a tokenizer without words where a folder has no files of one
+        raise FrankenlensError(
+            f"cannot load the processor of {name!r}: it holds no files of a tokenizer, which would know no word.\n"
+            "Put them next to the weights: AutoTokenizer.from_pretrained(<original model>).save_pretrained(<folder>); "
+            "or open it without: processor=None."
+        )
     if isinstance(processor, PreTrainedTokenizerBase) and not sees_images(name, trust_remote_code, hub):
         return processor
     if not isinstance(processor, ProcessorMixin):
@@ -178,6 +188,19 @@ def _declared_class(name: str, trust_remote_code: bool, hub: dict[str, Any]) -> 
         return None
     found: Any = PROCESSOR_MAPPING.get(type(config), None)
     return found
+
+
+def needs_own_code(error: Exception) -> bool:
+    """Whether transformers refused a checkpoint because it comes with code of its own."""
+    return "trust_remote_code" in str(error)
+
+
+def own_code_message(name: str) -> str:
+    """What to do about such a checkpoint."""
+    return (
+        f"{name} comes with code of its own, which is run only when you ask for it: read it, and give "
+        "trust_remote_code=True."
+    )
 
 
 def _first_line(error: Exception) -> str:

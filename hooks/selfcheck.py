@@ -51,11 +51,6 @@ def tolerance(logits: Float[Tensor, "..."]) -> float:
     )
 
 
-def has_pixels(inputs: Mapping[str, Any]) -> bool:
-    """Whether processor tensors hold an image."""
-    return any("pixel" in name or "patches" in name for name in inputs)
-
-
 def opening_inputs(model: Any, processor: Any) -> dict[str, Any]:
     """The prompt that a model is watched on: a small random image where there is a processor, else a few random words.
 

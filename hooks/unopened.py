@@ -17,9 +17,10 @@ from hooks.anatomy import Anatomy, find_anatomy
 from hooks.anatomy.by_names import declared_anatomy
 from hooks.anatomy.observed import require_all_blocks
 from hooks.anatomy.rebuilt import rebuilt
+from hooks.anatomy.watching import has_pixels
 from hooks.errors import FrankenlensError
 from hooks.processors import image_token_of, is_visual
-from hooks.selfcheck import has_pixels, opening_inputs
+from hooks.selfcheck import opening_inputs
 
 READ_OFF = frozenset(
     {

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from hooks.anatomy import Anatomy, find_anatomy
 from hooks.anatomy.drawing import drawn
 from hooks.anatomy.observed import require_all_blocks
+from hooks.anatomy.watching import has_pixels
 from hooks.cache import ActivationCache
 from hooks.capabilities import missing
 from hooks.engine import Hook, HookContext, HookFunction, attached, hook_by_keyword
@@ -23,7 +24,7 @@ from hooks.nnsight.traceable import Traceable
 from hooks.points import HookPoint, hook_point_table, points_without_experts
 from hooks.processors import image_token_of, is_visual, load_processor
 from hooks.refusals import refuse_checkpointing, refuse_foreign
-from hooks.selfcheck import has_pixels, opening_inputs, self_check, undisturbed, zero_every_point
+from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 FwdHooks = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
@@ -97,6 +98,8 @@ class HookedVLM(Traceable):
         device_map: str | dict | None = None,
         trust_remote_code: bool = False,
         check: bool = True,
+        processor: ProcessorMixin | PreTrainedTokenizerBase | Literal["auto"] | None = "auto",
+        inputs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> "HookedVLM":
         """Load model and processor from a folder or a repository id (safetensors only) and open it.
@@ -106,15 +109,17 @@ class HookedVLM(Traceable):
             dtype: "auto" keeps the checkpoint's own.
             device_map: as in transformers and accelerate.
             trust_remote_code: run code that comes with the checkpoint.
-            check: see the class.
-            kwargs: passed to `AutoModelForImageTextToText.from_pretrained`.
+            check, inputs: see the class.
+            processor: "auto" loads that of the checkpoint, of a text-only one its tokenizer; None: there is none.
+            kwargs: passed to `from_pretrained` of the class of transformers that has the model.
 
         Raises:
             FrankenlensError: no such checkpoint, no safetensors, no processor, missing weights, unknown architecture.
         """
-        processor = load_processor(path_or_id, trust_remote_code=trust_remote_code)
+        if isinstance(processor, str):
+            processor = load_processor(path_or_id, trust_remote_code=trust_remote_code)
         model = load_model(path_or_id, dtype, device_map, trust_remote_code, **kwargs)
-        return cls(model, processor, check=check)
+        return cls(model, processor, inputs=inputs, check=check)
 
     @property
     def device(self) -> torch.device:

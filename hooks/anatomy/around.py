@@ -168,6 +168,27 @@ def projector(
     return found
 
 
+def read_across(
+    states: Float[Tensor, "..."], calls: Sequence[Call], towers: Sequence[str]
+) -> Projector | None:
+    """The last module whose output rows are those that cross-attention makes its keys and values of.
+
+    Args:
+        states: what goes into a projection of keys.
+        calls: of the modules outside the towers, with copies.
+        towers: the modules around the towers; what lies in them, or holds one, is no projector.
+    """
+    for call in sorted(calls, key=lambda call: -call.ended):
+        around = any(
+            f"{call.path}.".startswith(f"{t}.") or f"{t}.".startswith(f"{call.path}.") for t in towers
+        )
+        for key, made in call.made.items() if not around and call.path else ():
+            alike = made.numel() == states.numel() and made.shape[-1] == states.shape[-1]
+            if alike and made.dtype == states.dtype and bool(torch.equal(made.reshape(states.shape), states)):
+                return Projector(call.path, key, call.path)
+    return None
+
+
 def _added(made: Tensor, rows: Float[Tensor, "row d"], words: Float[Tensor, "row d"]) -> bool:
     """Whether rows are these words' embeddings plus what a module made."""
     flat = made.reshape(-1, made.shape[-1])

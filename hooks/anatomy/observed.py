@@ -13,7 +13,7 @@ from hooks.anatomy import around
 from hooks.anatomy.blocks import look_at
 from hooks.anatomy.nouns import Anatomy, Block, Tower
 from hooks.anatomy.towers import Stack, stacks
-from hooks.anatomy.watching import Call, Record, attention_watched, copied, run, watched
+from hooks.anatomy.watching import Call, Record, attention_watched, copied, has_pixels, run, watched
 from hooks.errors import FrankenlensError
 
 
@@ -86,6 +86,7 @@ class _Looking:
         self._blocks: dict[str, Block] = {}
         self._streams: dict[str, tuple[Tensor, Tensor]] = {}
         self._first: dict[str, tuple[Tensor, int]] = {}
+        self._crossed: dict[Any, Tensor] = {}
         self._decoder = found[-1]
         self._outside: list[Call] = []
         self._run()
@@ -124,9 +125,19 @@ class _Looking:
             if stack.path == self._decoder.path:
                 self._streams[whole.path] = whole.given, post
             self._first.setdefault(stack.path, (whole.given, whole.started))
+            self._note_crossing(whole, calls)
         dropped = {id(call) for call in calls} | {id(whole)}
         record.calls[:] = [call for call in record.calls if id(call) not in dropped]
         record.attended.clear()
+
+    def _note_crossing(self, whole: Call, calls: list[Call]) -> None:
+        """Keep what the first cross-attention to a stream of this shape makes its keys of."""
+        site = next((one for one in self._blocks[whole.path].sites if one.cross and one.k is not None), None)
+        if site is None or site.k is None or whole.given is None or whole.given.shape in self._crossed:
+            return
+        given = next((call.given for call in calls if call.path == site.k.module), None)
+        if given is not None:
+            self._crossed[whole.given.shape] = given
 
     def anatomy(self) -> Anatomy:
         """All that was seen, put together."""
@@ -143,7 +154,8 @@ class _Looking:
         entered = around.entry(self._decoder, first, calls)
         where, key = (embed, "") if entered is None else (entered.path, entered.key)
         before = [stack for stack in self._stacks if stack.started < self._decoder.started]
-        made = self._projector(calls, before, embed)
+        self._ends = [read.unembed] if read else []
+        made = self._projector(calls, before, embed) or self._read_across(calls, before, first)
         if made is None:
             absent["projector"] = (
                 "no module's output rows are rows of the decoder's input" if before else "no image"
@@ -178,6 +190,14 @@ class _Looking:
                 if made is not None:
                     return made
         return None
+
+    def _read_across(self, calls: list[Call], before: list[Stack], first: Tensor) -> around.Projector | None:
+        """What hands images to the cross-attention of a decoder that puts none among its tokens."""
+        states = self._crossed.get(first.shape)
+        own = [stack for stack in before if self._first[stack.path][0].shape != first.shape]
+        if states is None or not own or not has_pixels(self._inputs):
+            return None
+        return around.read_across(states, calls, [self._root(stack) for stack in own])
 
     def _tower(self, stack: Stack, name: str) -> Tower:
         blocks = tuple(self._blocks[call.path] for call in stack.calls if call.path in self._blocks)

@@ -97,6 +97,11 @@ def floating_parts(output: Any) -> dict[str | None, Tensor]:
     return found
 
 
+def has_pixels(inputs: Mapping[str, Any]) -> bool:
+    """Whether processor tensors hold an image."""
+    return any("pixel" in name or "patches" in name for name in inputs)
+
+
 @contextmanager
 def watched(
     model: nn.Module,

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooks.anatomy.watching import has_pixels
 from hooks.errors import FrankenlensError
 from interp.prompts.roles import ROLES, RoleScanner, Trace, TraceFormat
 from interp.questions.examples import Example
@@ -127,7 +128,7 @@ class Prompt:
     @classmethod
     def from_inputs(
         cls,
-        inputs: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
         roles: Sequence[str] | None = None,
         *,
         image_token_id: int | None = None,
@@ -136,38 +137,57 @@ class Prompt:
     ) -> Prompt:
         """A prompt from processor tensors of your own, for pipelines without a chat template or a processor.
 
-        It sweeps, maps and lenses like any other; it cannot be continued by text, and nothing is read as a trace.
+        It sweeps, maps and lenses like any other, in batches with others. It cannot be continued by text, and nothing
+        in it is read as a trace; roles may say where reasoning and answer are.
 
         Args:
-            inputs: processor tensors of one prompt, `input_ids` [1, pos] among them.
+            inputs: tensors of one prompt as the model's forward takes them, `input_ids` [1, pos] among them; a missing
+                `attention_mask` is all ones.
             roles: one of `ROLES` per token; by default image placeholders are `image` and all else is `question`.
-            image_token_id: the placeholder of image tokens, where there is one.
+            image_token_id: the placeholder of image tokens (`vlm.image_token_id`), where there is one.
             tokenizer: for showing tokens as words; without one they are shown as numbers.
-            name: the example's id.
+            name: the example's id, by which results are labelled.
 
         Raises:
-            FrankenlensError: more than one row, or roles that do not fit the tokens.
+            FrankenlensError: more than one row, something else than tensors, tensors of tokens in another shape, roles
+                that do not fit the tokens, or an image of which no token is known.
+
+        Example:
+            >>> tensors = pair.builder.build(fl.tasks.sample("sum", 1, seed=0, split="map")[0]).inputs
+            >>> prompt = fl.Prompt.from_inputs(tensors, image_token_id=pair.in_.image_token_id, name="mine")
+            >>> len(prompt), len(prompt.positions("image")), len(prompt.positions("question"))
+            (29, 16, 13)
+            >>> lens = fl.logit_lens(pair.in_, [prompt], where="decision", top_k=1, progress=False)
+            >>> lens["word"].to_numpy()[-1].tolist()  # by number, without a tokenizer
+            [['46']]
+            >>> fl.Prompt.from_inputs(tensors, ["question"] * 3)
+            Traceback (most recent call last):
+            ...
+            hooks.errors.FrankenlensError: prompt 'given': 3 roles for 29 tokens; give one of image, ... for each token.
         """
         ids = inputs.get("input_ids")
-        if ids is None or ids.ndim != 2 or ids.shape[0] != 1:
-            shape = None if ids is None else tuple(ids.shape)
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[0] != 1:
+            shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
             raise FrankenlensError(
                 f"input_ids must be [1, pos], one prompt; got {shape}. Call this once for each row."
             )
-        tokens = ids[0].tolist()
-        own = tuple(roles or ("image" if token == image_token_id else "question" for token in tokens))
-        if len(own) != len(tokens) or (wrong := [role for role in own if role not in ROLES]):
-            why = (
-                f"{len(own)} roles for {len(tokens)} tokens"
-                if len(own) != len(tokens)
-                else f"no role {wrong[0]!r}"
-            )
-            raise FrankenlensError(f"prompt {name!r}: {why}; give one of {', '.join(ROLES)} for each token.")
-        held = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
+        held = {key: value for key, value in inputs.items() if value is not None}
+        for key, value in held.items():
+            if not isinstance(value, Tensor):
+                raise FrankenlensError(
+                    f"prompt {name!r}: {key} is a {type(value).__name__}; give tensors, as a processor returns them "
+                    'with return_tensors="pt".'
+                )
+            if key in TOKEN_TENSORS and value.shape != ids.shape:
+                raise FrankenlensError(
+                    f"prompt {name!r}: {key} is {list(value.shape)} and input_ids {list(ids.shape)}; give one number "
+                    "per token."
+                )
         held.setdefault("attention_mask", torch.ones_like(ids))
+        own = _given_roles(name, held, roles, image_token_id)
         source = GivenTokens(tokenizer, -1 if image_token_id is None else image_token_id)
-        example = Example(name, (), source.decode(tokens), "")
-        return cls(example, held, own, example.question, len(tokens), source)
+        example = Example(name, (), source.decode(ids[0].tolist()), "")
+        return cls(example, held, own, example.question, len(own), source)
 
     def __len__(self) -> int:
         return self.inputs["input_ids"].shape[1]
@@ -227,3 +247,34 @@ class Prompt:
                 f"it has {self.n_prompt_tokens} before its trace and {len(self)} in all"
             )
         return self.builder.with_trace(self, self.trace_ids[: n - self.n_prompt_tokens])
+
+
+def _given_roles(
+    name: str, inputs: Mapping[str, Tensor], roles: Sequence[str] | None, image_token_id: int | None
+) -> tuple[str, ...]:
+    """A role for every token that was given as a tensor: as they were given, or image and question."""
+    tokens = inputs["input_ids"][0].tolist()
+    if roles is None:
+        if has_pixels(inputs) and image_token_id not in tokens:
+            why = (
+                "no token is told to stand for it"
+                if image_token_id is None
+                else f"no token is {image_token_id}"
+            )
+            raise FrankenlensError(
+                f"prompt {name!r} has an image and {why}: give image_token_id (vlm.image_token_id), or roles where no "
+                "token stands for an image."
+            )
+        return tuple("image" if token == image_token_id else "question" for token in tokens)
+    choices = f"give one of {', '.join(ROLES)} for each token."
+    if len(roles) != len(tokens):
+        raise FrankenlensError(f"prompt {name!r}: {len(roles)} roles for {len(tokens)} tokens; {choices}")
+    for place, (role, token) in enumerate(zip(roles, tokens, strict=True)):
+        if role not in ROLES:
+            raise FrankenlensError(f"prompt {name!r}: token {place} has no role {role!r}; {choices}")
+        if token == image_token_id and role != "image":
+            raise FrankenlensError(
+                f"prompt {name!r}: token {place} is the image's placeholder ({token}) and has the role {role!r}; its "
+                "role is image."
+            )
+    return tuple(roles)

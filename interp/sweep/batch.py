@@ -155,7 +155,8 @@ class BatchSweep:
         for edit in self.interventions[number]:
             if edit.point.leaf == "hook_out" and self._run is not None:
                 columns = self._run.image_mask.any(0).nonzero()
-                firsts.append(int(columns[0]) if len(columns) else None)
+                across = 0 if bool(self.batch.with_image.any()) and not self._run.image_rows else None
+                firsts.append(int(columns[0]) if len(columns) and across is None else across)
             else:
                 firsts.append(edit.first_column())
         known = [first for first in firsts if first is not None]

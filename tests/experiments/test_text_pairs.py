@@ -165,7 +165,9 @@ def test_direct_attribution_adds_up_to_the_logits(bare, opened) -> None:
     cap = getattr(bare["rl"].config, "final_logit_softcapping", None)
     for row, prompt in enumerate(decisions.prompts):
         logits = last_logits(bare["rl"], prompt)
-        logits = logits if cap is None else cap * torch.atanh(logits / cap)  # what is added up is not yet capped
+        logits = (
+            logits if cap is None else cap * torch.atanh(logits / cap)
+        )  # what is added up is not yet capped
         assert total[row] == pytest.approx(float(logits[metric.a[row]] - logits[metric.b[row]]), abs=1e-3)
 
 
