@@ -213,7 +213,7 @@ def missing(cut: Cut, batch: PromptBatch, generating: bool = False) -> list[str]
 
 
 def _imageless(cut: Knockout, batch: PromptBatch) -> list[str]:
-    has = batch.mask("image").any(1).tolist()
+    has = batch.with_image.tolist()
     return ["" if there else f"knockout {cut.name}: the prompt has no image" for there in has]
 
 

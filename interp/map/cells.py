@@ -20,15 +20,15 @@ from interp.prompts.pairing import PatchBatch, borrowed
 from interp.sweep.activations import activation_of
 from interp.sweep.batch import BatchSweep
 from interp.sweep.edits import Edit, Span
-from interp.sweep.rerun import before_the_decoder
+from interp.sweep.places import of_vision
 
 
 class Donor:
     """A model's clean activations and metric on a batch."""
 
     def __init__(self, vlm: HookedVLM, batch: PromptBatch, names: Sequence[str], metric: Metric) -> None:
-        image = bool(batch.mask("image").any())
-        kept = [name for name in names if image or not before_the_decoder(name)]
+        image = bool(batch.with_image.any())
+        kept = [name for name in names if image or not of_vision(name)]
         with torch.no_grad():
             output, self._cache = vlm.run_with_cache(batch.inputs, kept, use_cache=False)
         self.vlm = vlm
@@ -68,14 +68,16 @@ def cells_of(
     """Every component at every role that some row has (`self`: at all tokens), by kind of donor; see `Cell`."""
     cells = []
     whole = torch.ones_like(ready.partner, dtype=torch.bool)
+    # An image that no token stands for (it is attended to, or put before the text) is everybody's: role "all".
+    of_image = "image" if bool(ready.where("image").any()) else "all"
     for kind in kinds:
         usable = ready.partner >= 0 if kind == "other" else whole
         for c, component in enumerate(wanted):
             early = component.point in BEFORE_THE_DECODER
             for r, role in enumerate(roles if kind != "self" else [None]):
-                where = ready.where(role or ("image" if early else "all"))
-                present = usable & where.any(-1)
-                if (early and role not in ("image", None)) or not present.any():
+                where = ready.where(role or "all")
+                present = usable & (ready.batch.with_image if early else where.any(-1))
+                if (early and role not in (of_image, None)) or not present.any():
                     continue
                 source = own if kind == "self" else donor
                 borrow = ready if kind == "other" else None

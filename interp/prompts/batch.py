@@ -60,6 +60,11 @@ class PromptBatch:
         return self.roles == ROLE_CODES[role]
 
     @property
+    def with_image(self) -> Bool[Tensor, " batch"]:
+        """The rows that have an image."""
+        return torch.tensor([prompt.has_image for prompt in self.prompts], device=self.roles.device)
+
+    @property
     def last(self) -> Int[Tensor, " batch"]:
         """Column of each row's last real token: the position whose next token is decided."""
         return self.columns(self.lengths - 1)

@@ -192,6 +192,11 @@ class Prompt:
         """The trace as its format reads it."""
         return self.builder.read_trace(self)
 
+    @property
+    def has_image(self) -> bool:
+        """Whether there is an image: tokens that stand for one, or pixels that no token stands for (they are attended to)."""
+        return "image" in self.roles or any("pixel" in name or "patches" in name for name in self.inputs)
+
     def positions(self, role: str) -> Int[Tensor, " n"]:
         """Positions of the tokens of a role, ascending; empty where the prompt has none.
 

@@ -187,7 +187,7 @@ class _Part:
         if not names:
             return {}
         batch = collate(self.given).to(self.donor.device)
-        if not bool(batch.mask("image").any()):  # nothing fires there, and nothing is touched
+        if not bool(batch.with_image.any()):  # nothing fires there, and nothing is touched
             names = [name for name in names if not of_vision(name)]
         with torch.no_grad():
             return self.donor.run_with_cache(batch.inputs, names, use_cache=False)[1]
@@ -241,7 +241,7 @@ def _means(
     hooks = list(dict.fromkeys(hook for hook, _ in wanted))
     for rows in tqdm(parts, desc="means", disable=not progress, delay=1):
         batch = collate([prompts[row] for row in rows]).to(vlm.device)
-        there = [hook for hook in hooks if bool(batch.mask("image").any()) or not of_vision(hook)]
+        there = [hook for hook in hooks if bool(batch.with_image.any()) or not of_vision(hook)]
         with torch.no_grad():
             _, cache = vlm.run_with_cache(batch.inputs, there, use_cache=False)
         for key, where in wanted.items():

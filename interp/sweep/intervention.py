@@ -182,7 +182,7 @@ def bind(
     """
     point = vlm.hook_points[intervention.hook]
     if not has_tokens(point):
-        rows = batch.mask("image").any(1)
+        rows = batch.with_image
         if intervention.kind == "resample":
             rows = rows & (partners(batch) >= 0)
         if intervention.kind == "knockout":

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
+from interp.sweep.places import of_vision
 
 Hooks = Sequence[tuple[str, Any]]
 
@@ -34,7 +35,7 @@ class CleanRun:
         self.has_image = vlm.has_image(inputs)
         deepstack = [name for name in vlm.hook_points if name.endswith("hook_deepstack")]
         wanted = dict.fromkeys([*names, *deepstack])
-        kept = [name for name in wanted if self.has_image or not before_the_decoder(name)]
+        kept = [name for name in wanted if self.has_image or not of_vision(name)]
         handles = [block.register_forward_pre_hook(self._record, with_kwargs=True) for block in self._blocks]
         try:
             with torch.no_grad():
