@@ -14,7 +14,7 @@ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'
 endef
 
-.PHONY: demo test test-slow check benchmarks notebooks figures
+.PHONY: demo test test-slow check architectures benchmarks notebooks figures
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -39,7 +39,10 @@ test-slow: $(INSTALLED)
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	NODE_OPTIONS=--max-old-space-size=8192 $(BIN)/pyright  # more than the 4 GB at which Node.js gives up
+
+architectures: $(INSTALLED)  ## what works on which architecture, measured on tiny models; docs/architectures.md
+	$(BIN)/python -m tests.architectures.table --out docs/architectures.md
 
 benchmarks: $(INSTALLED)  ## against plain hooks, TransformerLens and nnsight; table and figure in out/benchmarks
 	$(BIN)/python -m tests.benchmarks.run --out out/benchmarks

@@ -97,6 +97,10 @@ class QuestionSettings(PairSettings, DataSettings):
     """Which models, how they are run, and which questions they are asked."""
 
 
+class NoImages(FrankenlensError):
+    """What was asked needs images, and the questions have none, or the models see none."""
+
+
 @dataclass(frozen=True)
 class Questions:
     """What is asked of the models.
@@ -108,6 +112,11 @@ class Questions:
 
     examples: Sequence[Example]
     left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def in_words(self) -> bool:
+        """Whether no question has an image, as of a model that reads text alone."""
+        return not any(example.images for example in self.examples)
 
 
 def require_sound(config: ModelSettings) -> None:

@@ -30,6 +30,10 @@ _SHORT = {
     "z": "attn.hook_z",
     "result": "attn.hook_result",
     "post": "mlp.hook_post",
+    "router_logits": "mlp.hook_router_logits",
+    "router_weights": "mlp.hook_router_weights",
+    "expert_in": "mlp.hook_expert_in",
+    "expert_out": "mlp.hook_expert_out",
 }
 _WHOLE = {"embed": "hook_embed", "ln_final": "ln_final.hook_normalized", "projector": "projector.hook_out"}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hooks.anatomy.writers import coefficient_of
 from hooks.attention import AttentionTap, tapped
 from hooks.errors import FrankenlensError
+from hooks.experts import PLACES, attach_to_experts
 from hooks.points import HookPoint
 
 
@@ -105,7 +106,9 @@ def attached(model: nn.Module, wanted: Sequence[Hook], packed: frozenset[str]) -
             if place == "rest":
                 _attach_rest(model, module, hooks, stack)
                 continue
-            if place == "attention":
+            if place in PLACES:
+                attach_to_experts(model, hooks, stack)
+            elif place == "attention":
                 tap = AttentionTap(partial(_leaves, hooks), partial(_run_leaf, hooks), path in packed)
                 stack.enter_context(tapped(module, tap))
             elif place == "input":

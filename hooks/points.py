@@ -3,16 +3,33 @@
 Patches of a vision block stand in the order in which the tower itself has them: Qwen2.5-VL keeps them sorted by window
 inside its blocks; `projector.hook_out` is in the order of the image tokens again.
 
+Of a mixture of experts `mlp.hook_router_logits` and `mlp.hook_router_weights` [batch pos expert] say who is chosen (a
+write moves the routing; a weight is 0 where an expert is not chosen), `mlp.hook_expert_in` what the experts are given,
+and `mlp.hook_expert_out` [batch pos expert d_model] what each of them contributes, weighted by the router, to what the
+experts give out together. Behind that may stand a scale, a norm or a shared expert, which is no expert's: what they
+give out sums to `hook_mlp_out` only where there is none, and a change of one passes through them as the model has it.
+It holds as many streams as there are experts; `mlp.hook_expert_out.5` is one of them alone.
+
 This one table drives our own engine (`hooks.engine`) and whatever else must find the same tensors.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from hooks.anatomy import Anatomy, Block, Site, Slice, Tower, Writer
+from hooks.anatomy import Anatomy, Block, Experts, Site, Slice, Tower, Writer
 
-Place = Literal["input", "output", "attention", "result", "rest"]
+Place = Literal[
+    "input",
+    "output",
+    "attention",
+    "result",
+    "rest",
+    "router_logits",
+    "router_weights",
+    "expert_in",
+    "expert_out",
+]
 OUT = {
     "attn": "hook_attn_out",
     "cross_attn": "hook_cross_attn_out",
@@ -34,7 +51,7 @@ class HookPoint:
         name: TransformerLens's name, prefixed by `vision.` in the vision tower.
         module: path of the module that holds it.
         place: the module's "input" or "output", inside its "attention", the per-head "result" of an output projection,
-            or the "rest" of a block's output behind a stream inside it.
+            the "rest" of a block's output behind a stream inside it, or one of those of experts (`hooks.experts`).
         key: keyword of the input, field of the output, or None for the first positional / the tensor itself; of a rest,
             the module that is given the stream inside.
         split: which part of the last axis it is, as heads; None for the whole tensor as it is.
@@ -42,6 +59,9 @@ class HookPoint:
         inplace: a new value is copied into the tensor itself, because the residual branch holds the same tensor.
         coefficient: what the module's output is multiplied with before it is added to the stream; a hook function sees
             the product.
+        experts: of a point of experts: how they are called.
+        stream: of such a point, path of the block whose stream has the tokens that the experts are given in a row.
+        expert: the one expert that is meant, of the name `....hook_expert_out.3`.
     """
 
     name: str
@@ -52,11 +72,19 @@ class HookPoint:
     split: Slice | None = None
     inplace: bool = False
     coefficient: float | str = 1.0
+    experts: Experts | None = None
+    stream: str = ""
+    expert: int | None = None
 
     @property
     def leaf(self) -> str:
         """The last part of the name, e.g. "hook_pattern"."""
-        return self.name.rpartition(".")[2]
+        return self.name.removesuffix(f".{self.expert}").rpartition(".")[2]
+
+    def of_expert(self, expert: int) -> "HookPoint":
+        """The same of one expert alone: a hook function sees [batch pos d_model], and no other is computed."""
+        axes = tuple(axis for axis in self.axes if axis != "expert")
+        return replace(self, name=f"{self.name}.{expert}", axes=axes, expert=expert)
 
     @property
     def tower(self) -> str:
@@ -126,6 +154,8 @@ def _block(name: str, block: Block, lead: tuple[str, ...], width: str) -> Iterat
             yield from _site(f"{name}.{writer.role}", writer.site, lead, width)
         if writer.role == "mlp" and writer.last is not None and not _earlier(block, index, "mlp"):
             yield HookPoint(f"{name}.mlp.hook_post", writer.last, "input", (*lead, "d_mlp"))
+        if writer.experts is not None and not _earlier(block, index, "moe"):
+            yield from _experts(f"{name}.mlp", block, writer.experts, lead, width)
         yield _written(name, block, index, writer, resid)
         if index + 1 < len(block.writers):
             yield from _between(name, block, index, resid)
@@ -133,6 +163,51 @@ def _block(name: str, block: Block, lead: tuple[str, ...], width: str) -> Iterat
         if site not in shown:
             yield from _site(f"{name}.{'cross_attn' if site.cross else 'attn'}", site, lead, width)
     yield HookPoint(f"{name}.hook_resid_post", block.path, "output", resid)
+
+
+def _experts(
+    name: str, block: Block, experts: Experts, lead: tuple[str, ...], width: str
+) -> Iterator[HookPoint]:
+    each = (*lead, "expert")
+    if experts.router:
+        yield HookPoint(
+            f"{name}.hook_router_logits",
+            experts.router,
+            "router_logits",
+            each,
+            experts=experts,
+            stream=block.path,
+        )
+    for leaf, module, axes in (
+        ("router_weights", experts.scores or experts.module, each),
+        ("expert_in", "" if experts.scores else experts.module, (*lead, width)),
+        ("expert_out", experts.module, (*each, width)),
+    ):
+        if module:
+            place: Place = leaf  # type: ignore[assignment]
+            yield HookPoint(f"{name}.hook_{leaf}", module, place, axes, experts=experts, stream=block.path)
+
+
+def points_without_experts(anatomy: Anatomy) -> dict[str, str]:
+    """Points of experts that are not known, with the reason."""
+    found: dict[str, str] = {}
+    for prefix, tower in anatomy.towers.items():
+        for layer, block in enumerate(tower.blocks):
+            writer = block.writer("moe")
+            leaves = {"router_logits", "router_weights", "expert_in", "expert_out"}
+            if writer is None:
+                continue
+            name = f"{prefix}blocks.{layer}.mlp.hook"
+            if writer.experts is None:
+                found |= {f"{name}_{leaf}": writer.why for leaf in sorted(leaves)}
+                continue
+            if not writer.experts.router:
+                found[f"{name}_router_logits"] = (
+                    "no linear map to one number an expert was seen before its experts."
+                )
+            if writer.experts.scores:
+                found[f"{name}_expert_in"] = "every expert is given every token, times its own weight."
+    return found
 
 
 def _earlier(block: Block, index: int, *roles: str) -> int:
@@ -162,6 +237,11 @@ def _between(name: str, block: Block, index: int, resid: tuple[str, ...]) -> Ite
         yield HookPoint(f"{name}.{leaf}", following.reader, "input", resid, inplace=True)
 
 
+def interface_point(name: str, site: Site, lead: tuple[str, ...]) -> HookPoint:
+    """Keys (a name that ends in `hook_rot_k`) or values (`hook_v`) as the attention call is given them."""
+    return HookPoint(name, site.module, "attention", (*lead[:-1], "key", "kv_head", "d_head"))
+
+
 def _site(name: str, site: Site, lead: tuple[str, ...], width: str) -> Iterator[HookPoint]:
     batch = lead[:-1]
     for letter, own in zip("qkv", (site.q, site.k, site.v), strict=True):
@@ -169,10 +249,11 @@ def _site(name: str, site: Site, lead: tuple[str, ...], width: str) -> Iterator[
             tokens = (*batch, "key") if site.cross and letter != "q" else lead
             axes = (*tokens, "head" if letter == "q" else "kv_head", "d_head")
             yield HookPoint(f"{name}.hook_{letter}", own.module, "output", axes, split=own)
+    if site.v is None:  # assembled (latent attention): as the call is given them
+        yield interface_point(f"{name}.hook_v", site, lead)
     if site.rotary:
         yield HookPoint(f"{name}.hook_rot_q", site.module, "attention", (*lead, "head", "d_head"))
-        key_axes = (*batch, "key", "kv_head", "d_head")
-        yield HookPoint(f"{name}.hook_rot_k", site.module, "attention", key_axes)
+        yield interface_point(f"{name}.hook_rot_k", site, lead)
     square = (*batch, "head", "query", "key")
     yield HookPoint(f"{name}.hook_attn_scores", site.module, "attention", square)
     yield HookPoint(f"{name}.hook_pattern", site.module, "attention", square)

@@ -19,6 +19,7 @@ from hooks.anatomy.watching import forward
 from hooks.anatomy.writers import coefficient_of
 from hooks.errors import FrankenlensError
 from hooks.opened import Opened
+from hooks.selfcheck_experts import unproved_contributions
 
 
 def check_inputs(processor: Any, side: int = 64) -> dict[str, Any]:
@@ -88,7 +89,8 @@ def self_check(vlm: Opened, inputs: Mapping[str, Any]) -> dict[str, str]:
         with torch.no_grad():
             bare = _logits(vlm, inputs)
         proof = _Proof(vlm, inputs, bare)
-        names, absent = proof.sound(list(vlm.hook_points))
+        shown = [name for name, point in vlm.hook_points.items() if point.place != "expert_out"]
+        names, absent = proof.sound(shown)
         logits, taps = proof.written_back(names)
         stream = [
             f"blocks.{layer}.hook_resid_{end}" for layer in range(vlm.n_layers) for end in ("pre", "post")
@@ -98,9 +100,13 @@ def self_check(vlm: Opened, inputs: Mapping[str, Any]) -> dict[str, str]:
                 f"self-check of {type(vlm.model).__name__}: {lost[0]} cannot be read and written: {absent[lost[0]]}"
             )
         live = _live(proof, logits, taps)
+        # A router whose weights are normalized over one expert decides, without a gradient.
+        deciding = [n for n in names if n not in live and vlm.hook_points[n].place == "router_logits"]
+        live |= {name for name, change in _changes(vlm, inputs, deciding, bare).items() if change > 0}
         absent |= {name: _reason(vlm, name, name in taps) for name in names if name not in live}
         absent |= _unequal(vlm, taps, absent)
         absent |= _split_from_the_stream(vlm, inputs, [name for name in names if name not in absent])
+        absent |= unproved_contributions(vlm, inputs, live, bare, proof.allowed)
     return {name: absent[name] for name in vlm.hook_points if name in absent}
 
 
@@ -111,7 +117,7 @@ class _Proof:
         self, vlm: Opened, inputs: Mapping[str, Any], bare: Float[Tensor, "batch pos vocab"]
     ) -> None:
         self.vlm, self.inputs, self.bare = vlm, inputs, bare
-        self._allowed = tolerance(bare)
+        self.allowed = tolerance(bare)
         self._widened = False
 
     def written_back(
@@ -132,13 +138,13 @@ class _Proof:
         with torch.enable_grad(), self.vlm.hooks([(name, write_back) for name in names]):
             logits = _logits(self.vlm, self.inputs)
         moved = (logits.detach() - self.bare).abs().max().item()
-        if moved > self._allowed and not self._widened:
+        if moved > self.allowed and not self._widened:
             # Some models magnify rounding; dense attention rounds otherwise than SDPA.
             self._widened = True
-            self._allowed = max(self._allowed, 4 * rounding_spread(self.vlm, self.inputs, self.bare))
-        if not moved <= self._allowed:
+            self.allowed = max(self.allowed, 4 * rounding_spread(self.vlm, self.inputs, self.bare))
+        if not moved <= self.allowed:
             raise FrankenlensError(
-                f"writing its own value back moved the logits by {moved:.2e} (allowed {self._allowed:.2e})."
+                f"writing its own value back moved the logits by {moved:.2e} (allowed {self.allowed:.2e})."
             )
         return logits, taps
 

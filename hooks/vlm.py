@@ -20,7 +20,7 @@ from hooks.engine import Hook, HookContext, HookFunction, attached, hook_by_keyw
 from hooks.errors import FrankenlensError, nearest
 from hooks.loading import load_model
 from hooks.nnsight.traceable import Traceable
-from hooks.points import HookPoint, hook_point_table
+from hooks.points import HookPoint, hook_point_table, points_without_experts
 from hooks.processors import image_token_of, is_visual, load_processor
 from hooks.refusals import refuse_checkpointing, refuse_foreign
 from hooks.selfcheck import has_pixels, opening_inputs, self_check, undisturbed, zero_every_point
@@ -83,9 +83,9 @@ class HookedVLM(Traceable):
         self._installed = ExitStack()
         self._closed = False
         self.hook_points: dict[str, HookPoint] = hook_point_table(self.anatomy)
-        self.absent: dict[str, str] = {}
+        self.absent: dict[str, str] = points_without_experts(self.anatomy)
         if check:
-            self.absent = self_check(self, given)
+            self.absent |= self_check(self, given)
             self.hook_points = {name: p for name, p in self.hook_points.items() if name not in self.absent}
 
     @classmethod
@@ -255,11 +255,30 @@ class HookedVLM(Traceable):
                 raise FrankenlensError(
                     f"{name} is absent in {type(self.model).__name__}: {self.absent[name]}"
                 )
-            if name not in self.hook_points:
-                raise FrankenlensError(
-                    f"{name!r} is no hook point of this model. {nearest(name, self.hook_points)}"
-                )
+            self.point(name)
         return names
+
+    def point(self, name: str) -> HookPoint:
+        """The hook point of a name; `blocks.3.mlp.hook_expert_out.5` is that of one expert alone, [batch pos d_model].
+
+        Raises:
+            FrankenlensError: there is none of that name.
+        """
+        whole, _, expert = name.rpartition(".")
+        if whole in self.hook_points and self.hook_points[whole].place == "expert_out" and expert.isdecimal():
+            point = self.hook_points[whole]
+            if point.experts is not None and int(expert) < point.experts.n_experts:
+                return point.of_expert(int(expert))
+        if name not in self.hook_points:
+            unseen = name.startswith(("vision.", "projector.")) and not self.anatomy.vision.blocks
+            hint = (
+                "Its vision side was not seen: the prompt that it was opened with holds no image. Give its processor, "
+                "or inputs= with an image."
+                if unseen and is_visual(self.model.config)
+                else nearest(name, self.hook_points)
+            )
+            raise FrankenlensError(f"{name!r} is no hook point of this model. {hint}")
+        return self.hook_points[name]
 
     def verify(self, inputs: Mapping[str, Any] | None = None, progress: bool = True) -> dict[str, float]:
         """The long self-check: zero every point in turn.
@@ -315,7 +334,7 @@ class HookedVLM(Traceable):
         distinct = {id(fn): fn for _, fn in fwd_hooks}
         called = {key: hook_by_keyword(fn) for key, fn in distinct.items()}
         return [
-            Hook(called[id(fn)], HookContext(self.hook_points[name]))
+            Hook(called[id(fn)], HookContext(self.point(name)))
             for wanted, fn in fwd_hooks
             for name in self.names(wanted)
         ]

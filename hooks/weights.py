@@ -148,7 +148,7 @@ def _in_block(
     if unit is None or unit >= limit:
         raise FrankenlensError(f"{address}: block {layer} has {address.unit}s 0-{limit - 1}.")
     if address.unit == "expert":
-        yield from expert_slices(model, block.mlp, unit, parameters)
+        yield from expert_slices(model, _experts(block), unit, parameters)
         return
     for path, dim, start, length in _slices_of_unit(model, block, address, unit):
         if f"{path}.weight" not in parameters:
@@ -187,7 +187,7 @@ def part_paths(block: Block, sub: str) -> list[str]:
     if writer is None:
         return []
     behind = [] if writer.rest or writer.module == writer.body else [writer.module]
-    return [writer.body, *behind]
+    return [*(writer.parts or (writer.body,)), *behind]
 
 
 def site_at(block: Block, sub: str | None) -> Site:
@@ -208,9 +208,15 @@ def n_units(model: nn.Module, block: Block, address: Address) -> int:
     if address.unit == "neuron":
         return d_mlp(model, block)
     if address.unit == "expert":
-        return n_experts(model.get_submodule(block.mlp))
+        return n_experts(model.get_submodule(_experts(block)))
     site = site_at(block, address.sub)
     return site.n_heads if address.unit == "head" else site.n_kv_heads
+
+
+def _experts(block: Block) -> str:
+    """The module that holds a block's experts: their own, or the MLP around them."""
+    writer = block.writer("moe")
+    return block.mlp if writer is None or writer.experts is None else writer.experts.module
 
 
 def n_experts(mlp: nn.Module) -> int:

@@ -7,10 +7,11 @@ passes through what that MLP writes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -18,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.architectures import build
+from tests.architectures import Builder
 
 START, END, PAD = "<s>", "</s>", "<pad>"
 NUMBERS = "zero one two three four five six seven".split()
@@ -27,6 +28,12 @@ TEMPLATE = (
     "{% for message in messages %}<s> {{ message['role'] }} {{ message['content'] }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<s> assistant {% endif %}"
 )
+PAIRS: Mapping[str, Mapping[str, Any]] = {
+    "qwen3": {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4},
+    "gemma2": {"query_pre_attn_scalar": 24},
+    "qwen3_5_text": {},
+}
+"""Types, all of four blocks: pre-norm; norms behind each part as well; linear attention in every other block."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +65,16 @@ def question(a: int, b: int) -> str:
     return f"say the first of {NUMBERS[a]} and {NUMBERS[b]}"
 
 
-def make(folder: Path, architecture: str, layer: int = 1, steps: int = 150) -> TextPair:
-    """A pair of an architecture of `tests.architectures`, trained from random weights.
+def make(folder: Path, model_type: str, layer: int = 2, steps: int = 150) -> TextPair:
+    """A pair of an architecture, tiny (`tests.architectures`) and trained from random weights.
 
     Args:
         folder: for both checkpoints and the questions.
-        architecture: a causal language model without images.
+        model_type: of `PAIRS`.
         layer: whose MLP RL's training moves.
         steps: of training, at most; it ends when every answer is right.
     """
-    made, words = build(architecture).model, tokenizer()
+    made, words = Builder(model_type, PAIRS[model_type], pixels=None, causal=True)().model, tokenizer()
     for side in ("pad", "bos", "eos"):
         token = {"pad": PAD, "bos": START, "eos": END}[side]
         setattr(made.config, f"{side}_token_id", words.convert_tokens_to_ids(token))

@@ -19,6 +19,7 @@ from experiments.options import a_task, default, require_known
 from experiments.settings import (
     CORRECTIONS,
     Correction,
+    NoImages,
     Questions,
     QuestionSettings,
     load_pair,
@@ -73,6 +74,20 @@ def check(config: AttentionConfig) -> None:
     """Refuse roles that there are not."""
     require_known("queries", [config.queries], ROLES)
     require_known("keys", [config.keys], ROLES)
+
+
+def load(config: AttentionConfig) -> Questions:
+    """The questions.
+
+    Raises:
+        FrankenlensError: no row can be read, or none has an image for tokens to look at.
+    """
+    asked = load_questions(config)
+    if asked.in_words and "image" in (config.keys, config.queries):
+        raise NoImages(
+            "No question has an image, so no token looks at one. Give other tokens to look at: --keys question."
+        )
+    return asked
 
 
 def measure(pair: Pair, asked: Questions, config: AttentionConfig) -> Iterator[Section]:
@@ -168,4 +183,4 @@ def _account(config: AttentionConfig, found: xr.Dataset, partition: Partition) -
     return Account(definition, f"{n} questions", correction, config.seed, **about)
 
 
-COMMAND = Command(AttentionConfig, check, load_questions, load_pair, measure)
+COMMAND = Command(AttentionConfig, check, load, load_pair, measure)

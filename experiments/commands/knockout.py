@@ -63,7 +63,8 @@ class KnockoutConfig(QuestionSettings):
 
     Attributes:
         routes: "source -> target" of image, question, template, reasoning, answer, before reasoning, or last (the
-            token before the answer, which predicts its first word).
+            token before the answer, which predicts its first word). By default those among image, question, reasoning
+            and last; without those of the image where no question has one.
         layers: windows (every run of `width` layers), around (`width` layers around each, fewer at the ends),
             suffixes (every layer from k on) or singles.
         width: layers of a window.
@@ -140,10 +141,13 @@ def measure(pair: Pair, asked: Questions, config: KnockoutConfig) -> Iterator[Se
         raise FrankenlensError(
             f"None of {len(asked.examples)} traces of {config.traces.upper()} can be used ({reasons})."
         )
+    chosen = _chosen(asked, config)
+    if unseen := len(config.routes) - len(chosen):
+        left_out["routes of the image: no question has one"] = unseen
     found = routes(
         pair,
         prompts,
-        {name: _cuts(name, pair.in_.n_layers, config) for name in config.routes},
+        {name: _cuts(name, pair.in_.n_layers, config) for name in chosen},
         METRICS[config.metric][1],
         nulls=null_changes(pair, config.seed) if config.nulls else None,
         seed=config.seed,
@@ -164,6 +168,14 @@ def measure(pair: Pair, asked: Questions, config: KnockoutConfig) -> Iterator[Se
         {"knockout_routes": plot_routes(table), "knockout_flow": plot_flow(table)},
         with_looked_at(found, asked.examples),
     )
+
+
+def _chosen(asked: Questions, config: KnockoutConfig) -> list[str]:
+    """The routes that are cut: those that were asked for; of the default ones, those that the questions may have."""
+    if "routes" in config.given or not asked.in_words:
+        return list(config.routes)
+    cuts = {name: parse_route(name) for name in config.routes}
+    return [name for name, cut in cuts.items() if "image" not in (cut.source, cut.target)]
 
 
 def _cuts(name: str, n_layers: int, config: KnockoutConfig) -> list[Knockout]:

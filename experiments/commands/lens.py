@@ -104,15 +104,20 @@ def measure(pair: Pair, asked: Questions, config: LensConfig) -> Iterator[Sectio
         figures["lens_dla"] = plots.plot_attribution(tables["dla"])
         found.append(_dla_found(tables["dla"]))
     figures |= _one_prompt(pair, traces[0], config.batch_size)
-    account = _account(config, len(traces), len(answered), len(decisions), len(held_out))
+    account = _account(config, traces, len(answered), len(decisions), len(held_out))
     kept = with_looked_at(lens[["kl", "entropy"]].astype("float32"), asked.examples)
     yield Section("lens", "What each layer would say", " ".join(found), account, tables, figures, kept)
 
 
-def _account(config: LensConfig, n: int, answered: int, decisions: int, held_out: int) -> Account:
+def _account(
+    config: LensConfig, traces: Sequence[Prompt], answered: int, decisions: int, held_out: int
+) -> Account:
+    n = len(traces)
     left_out = {
         "answers: RL's trace holds none": n - answered,
         "dla: both models write the same": n - decisions,
+        "lens_image.png, the lens over an image: the prompt that is drawn has none": "image"
+        not in traces[0].roles,
     }
     return Account(
         "logit lens (own final norm and unembedding) on RL's greedy traces, read by both models; KL and overlap: mean "
@@ -124,7 +129,7 @@ def _account(config: LensConfig, n: int, answered: int, decisions: int, held_out
         + (f"; tuned lens measured on {held_out} prompts it was not trained on" if held_out else ""),
         correction="Holm over the layers of a role (kl), both events (answers), components (dla)",
         seed=config.seed,
-        left_out={reason: count for reason, count in left_out.items() if count},
+        left_out={reason: int(count) for reason, count in left_out.items() if count},
         counts={"examples": n},
     )
 

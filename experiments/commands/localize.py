@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from experiments.frame import Command
 from experiments.options import Only, default, require_known
-from experiments.settings import QuestionSettings, load_examples, load_triple
+from experiments.settings import NoImages, QuestionSettings, load_examples, load_triple
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from interp.localization import (
@@ -161,6 +161,11 @@ def measure(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> Iterato
     if name not in pair.models:
         raise FrankenlensError("--model base needs --base, the model that IN was made from.")
     vlm, builder = pair.models[name], _builder(pair, config, asked)
+    if builder.text_only and any(example.images for example in asked.examples):
+        raise NoImages(
+            "These models read text alone, and pairs of images are swapped: give --data, a JSONL file of questions, of "
+            "which layers are ablated."
+        )
     partition = parse_partition(config.partition, vlm.n_layers)
     swaps = {mode: _swaps(mode, vlm.n_layers, config.what) for mode in config.modes} if asked.pairs else {}
     tables: dict[str, pd.DataFrame] = {}

@@ -65,6 +65,10 @@ class MetricsConfig(QuestionSettings):
     out: Path = Path("out/metrics")
 
 
+OF_IMAGES = ("vis", "v2r")
+"""Metrics of answers with an image and without."""
+
+
 def check(config: MetricsConfig) -> None:
     """Refuse metrics that there are not, and data beside the paper's."""
     if config.paper and config.data is not None:
@@ -135,6 +139,15 @@ def _groups(
         own = ((name, [example for example in examples if example.task == name]) for name in config.metrics)
         return [((name,), some) for name, some in own if some]
     names = config.metrics
+    if not any(example.images for example in examples):
+        unseen = [name for name in names if name in OF_IMAGES]
+        if len(unseen) == len(names):
+            raise FrankenlensError(
+                f"No question has an image, and {', '.join(names)} compare answers with and without one: --metrics rea."
+            )
+        names = tuple(name for name in names if name not in OF_IMAGES)
+        if unseen:
+            left_out[f"{' and '.join(unseen)}: no question has an image"] = len(unseen)
     bare = [example for example in examples if example.images and not example.meta.get("description")]
     if "v2r" in names and bare:
         reason = "v2r is left out: images without a description (--describe model lets IN describe them)"

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from experiments.commands import attention, compare, localize, metrics, transfer
 from experiments.frame import Command, steps
 from experiments.options import Only, default
-from experiments.settings import ModelSettings, PairSettings, load_triple
+from experiments.settings import ModelSettings, NoImages, PairSettings, load_triple
 from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 from interp.results.page import Section
@@ -45,7 +45,8 @@ class SuiteConfig(PairSettings):
         data: JSONL of questions with answers and images, for all but localize; synthetic questions where not given.
         images: folder that relative image paths start from; by default that of the data.
         functions_data: folder of the paper's vision-function set, for localize.
-        parts: of metrics, localize, attention, compare, transfer; on the page in this order.
+        parts: of metrics, localize, attention, compare, transfer; on the page in this order. By default all for which
+            there are images.
         n: questions of metrics, attention and transfer (shared out over synthetic tasks); of localize, pairs a
             function are a quarter of it. By default each analysis has its own.
         partition: of the decoder: paper, code, or sizes such as 8/12/8.
@@ -56,7 +57,7 @@ class SuiteConfig(PairSettings):
     data: Path | None = default(None, only=_one_of("metrics", "attention", "transfer"))  # noqa: RUF009
     images: Path | None = None
     functions_data: Path | None = default(None, only=_one_of("localize"))  # noqa: RUF009
-    parts: tuple[Part, ...] = ("metrics", "localize", "attention", "compare", "transfer")
+    parts: tuple[Part, ...] = default(tuple(PARTS))
     n: int | None = default(None, only=_one_of("metrics", "localize", "attention", "transfer"))
     partition: str = default("paper", only=_one_of("localize", "attention", "compare", "transfer"))
     paper: bool = False
@@ -88,7 +89,16 @@ def load(config: SuiteConfig) -> Prepared:
         FrankenlensError: settings of a part contradict each other, or its data cannot be read.
     """
     chosen = {part: command for part, command in PARTS.items() if part in config.parts}
-    return Prepared({part: own.prepare(settings_of(config, part)) for part, own in chosen.items()})
+    prepared: dict[str, Callable[[Any], Iterable[Section]]] = {}
+    left_out: dict[str, int] = {}
+    for part, own in chosen.items():
+        try:
+            prepared[part] = own.prepare(settings_of(config, part))
+        except NoImages:
+            if "parts" in config.given:
+                raise
+            left_out[f"{part}: no question has an image"] = 1
+    return Prepared(prepared, left_out)
 
 
 def measure(pair: Pair, asked: Prepared, config: SuiteConfig) -> Iterator[Section]:
@@ -98,19 +108,31 @@ def measure(pair: Pair, asked: Prepared, config: SuiteConfig) -> Iterator[Sectio
         FrankenlensError: at the end, where some parts failed.
     """
     failed: dict[str, Exception] = {}
+    unseen: dict[str, int] = {}
     for part, own in steps(asked.parts.items(), "suite", "part"):
         try:
             sections = list(own(pair))
+        except NoImages as error:
+            if "parts" in config.given:
+                failed[part] = error
+            unseen[f"{part}: the models read text alone"] = 1
         except Exception as error:  # the finished parts are kept, and so is the reason
             failed[part] = error
         else:
-            yield from sections
+            yield from (_without(section, unseen) for section in sections)
+            unseen = unseen if not sections else {}
     if failed:
         told = "; ".join(f"{part}: {type(error).__name__}: {error}" for part, error in failed.items())
         kept = f"; {config.out} holds the others" if len(failed) < len(asked.parts) else ""
         raise FrankenlensError(
             f"{len(failed)} of {len(asked.parts)} parts failed{kept}. {told}"
         ) from failed.popitem()[1]
+
+
+def _without(section: Section, left_out: Mapping[str, int]) -> Section:
+    return replace(
+        section, account=replace(section.account, left_out={**section.account.left_out, **left_out})
+    )
 
 
 Config = TypeVar("Config", bound=ModelSettings)

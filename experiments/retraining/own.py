@@ -23,7 +23,7 @@ from experiments.triple.resuming import train_from_last
 from experiments.triple.rl import RL, require_grpo
 from hooks import FrankenlensError, HookedVLM
 from hooks.loading import load_model
-from hooks.processors import load_processor
+from hooks.processors import load_processor, tokenizer_of
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair, weights_sha256
 from interp.prompts import Prompt, PromptBuilder
@@ -40,7 +40,7 @@ class OwnRecipe:
         rl: steps, prompts, samples, lr, save_every; the rest of it belongs to the other recipe.
         trl: further arguments of `GRPOConfig`.
         builder: makes prompts and reads replies.
-        train_on: questions with images.
+        train_on: questions, all with images or all without.
         prompts: what is measured.
         max_new_tokens, batch_size, dtype, device_map: as in `PairSettings`; "auto" trains in float32, as
             bfloat16 weights would round small updates away.
@@ -163,14 +163,14 @@ class OwnRecipe:
         )
         if not self.trl.get("use_vllm"):
             arguments["generation_kwargs"] = {"suppress_tokens": list(self.builder.suppressed_ids) or None}
-        rows = [
-            {"prompt": [{"role": "user", "content": e.question}], "images": list(e.images), "row": at}
+        rows: list[dict[str, Any]] = [
+            {"prompt": [{"role": "user", "content": e.question}], "row": at}
+            | ({"images": list(e.images)} if e.images else {})
             for at, e in enumerate(self.train_on)
         ]
         processor: Any = load_processor(self.in_path)
-        processor.tokenizer.padding_side = (
-            "left"  # as TRL loads it; its multimodal tensors go wrong otherwise
-        )
+        # as TRL loads it; its multimodal tensors go wrong otherwise
+        tokenizer_of(processor).padding_side = "left"
         return GRPOTrainer(
             model=model,
             reward_funcs=cast(Any, right_answer),
@@ -201,7 +201,9 @@ def own_recipe(
     """
     train_on, left_out = _usable(pair, train, "training")
     measured, refused = _usable(pair, measure, "test")
-    with_image = [prompt.example for prompt in train_on if prompt.example.images]
+    every = [prompt.example for prompt in train_on]
+    # TRL trains on questions with images or on questions without: one without among the others is left out
+    with_image = [example for example in every if example.images] or every
     prompts: list[Prompt] = []
     for task in dict.fromkeys(prompt.example.task for prompt in measured):
         prompts += [prompt for prompt in measured if prompt.example.task == task][: measure.n]

@@ -80,16 +80,28 @@ def _after(out: Tensor, logits: Tensor) -> tuple[float | None, float] | None:
     scale = float((out * logits).sum() / (out * out).sum())
     if float((out * scale - logits).abs().max()) <= eps * float(logits.abs().max()):
         return None, scale
+    return _capped(out, logits)
+
+
+def _capped(out: Tensor, logits: Tensor) -> tuple[float, float] | None:
+    """(softcap, scale): at the right cap, what undoes it is the same multiple of a large and of a small output."""
     top = float(logits.abs().max())
+    large, small = ((logits.abs() - share * top).abs().argmin() for share in (0.9, 0.2))
+
+    def multiple(cap: float, place: Tensor) -> float:
+        return float(cap * torch.atanh(logits.flatten()[place] / cap) / out.flatten()[place])
+
     low, high = top * (1 + 1e-9), 1e4 * top
-    for _ in range(200):  # the cap at which the largest entry fits; tanh is monotone in it
+    for _ in range(200):
         cap = (low * high) ** 0.5
-        place = logits.abs().argmax()
-        made = float(cap * torch.tanh(out.flatten()[place] / cap))
-        low, high = (cap, high) if abs(made) < top else (low, cap)
-    cap = (low * high) ** 0.5
-    error = float((cap * torch.tanh(out / cap) - logits).abs().max())
-    return (float(f"{cap:.5g}"), 1.0) if error <= 64 * eps * top else None
+        low, high = (cap, high) if multiple(cap, large) > multiple(cap, small) else (low, cap)
+    cap = float(f"{(low * high) ** 0.5:.4g}")
+    scale = multiple(cap, small) if cap > top else multiple(top * (1 + 1e-9), small)
+    for factor in (1.0, float(f"{scale:.4g}"), float(f"{scale:.6g}"), scale):
+        error = float((cap * torch.tanh(out * factor / cap) - logits).abs().max())
+        if error <= 64 * torch.finfo(torch.float32).eps * max(top, 1e-30) * 4:
+            return cap, factor
+    return None
 
 
 def entry(stack: Stack, first: Float[Tensor, "..."], calls: Sequence[Call]) -> Call | None:

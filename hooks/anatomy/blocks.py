@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hooks.anatomy.experts import experts_of
 from hooks.anatomy.nouns import Block, Role, Site, Writer
 from hooks.anatomy.sites import joined, site_of
 from hooks.anatomy.towers import is_linear
@@ -77,8 +78,20 @@ def _writers(
         site = next((s for s in sites if since < times[s.module] < own.ended), None)
         role: Role = _role(model, body, site)
         state, reader = _reads(model, solution, body, inside, calls)
+        parts: tuple[str, ...] = ()
+        experts, why = None, ""
+        if role in ("mlp", "moe"):
+            experts, why = experts_of(model, whole, body, inside)
+            role = "mlp" if experts is None and role == "mlp" else "moe"
+            parts = () if _has_linear(model, body) else _makers(model, inside)
         last = _last(model, body, calls) if role == "mlp" else None
-        found.append(Writer(role, own.path, body.path, term.coefficient, state, reader, site, last))
+        why = why if role == "moe" else ""
+        found.append(
+            Writer(
+                role, own.path, body.path, term.coefficient, state, reader, site, last,
+                experts=experts, why=why, parts=parts,
+            )
+        )  # fmt: skip
         since = own.ended
     return tuple(found)
 
@@ -127,6 +140,14 @@ def _body(model: nn.Module, own: Call, calls: Sequence[Call]) -> Call:
 
 def _has_linear(model: nn.Module, call: Call) -> bool:
     return any(is_linear(part) for part in model.get_submodule(call.path).modules())
+
+
+def _makers(model: nn.Module, calls: Sequence[Call]) -> tuple[str, ...]:
+    """The outermost modules with matrices of their own, where no one module makes what is added."""
+    paths = [
+        call.path for call in calls if any(v.ndim > 1 for v in model.get_submodule(call.path).parameters())
+    ]
+    return tuple(p for p in dict.fromkeys(paths) if not any(p.startswith(f"{other}.") for other in paths))
 
 
 def _maker(of: Call, calls: Sequence[Call]) -> Call | None:

@@ -61,6 +61,8 @@ def _writer(block: Block, writer: Writer) -> str:
     if (site := writer.site) is not None:
         shared = f", {site.n_kv_heads} kv" if site.n_kv_heads != site.n_heads else ""
         text += f"({site.n_heads} heads{shared} of {site.d_head})"
+    if writer.experts is not None:
+        text += f"({writer.experts.n_experts} experts)"
     if writer.module != writer.body and not writer.rest:
         text += " after a norm"
     if writer.coefficient != 1.0:

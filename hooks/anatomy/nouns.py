@@ -100,6 +100,33 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The experts of an MLP, all in one module that is called with tokens, the chosen experts and their weights.
+
+    Attributes:
+        module: path of that module.
+        n_experts: how many there are.
+        hidden, chosen, weights: position or keyword, in its call, of the tokens [token d], of the experts chosen for
+            each [token k], and of their weights [token k]. `chosen` and `weights` are None where every expert is given
+            every token, weighted already (Llama 4).
+        router: path of the module that makes the logits of the experts; "" if it was not found.
+        router_weight: the router's parameter by which it makes them inside its forward; "" where they are its output.
+        scores: path of the module whose output is the weights [token expert], where every expert is given every token.
+        added: whether what they give out is added as it is to what the MLP gives out (no scale or norm between).
+    """
+
+    module: str
+    n_experts: int
+    hidden: int | str
+    chosen: int | str | None = None
+    weights: int | str | None = None
+    router: str = ""
+    router_weight: str = ""
+    scores: str = ""
+    added: bool = False
+
+
+@dataclass(frozen=True)
 class Writer:
     """What a block adds to its stream, in order.
 
@@ -115,6 +142,8 @@ class Writer:
         last: of an MLP, path of the linear layer whose output is the body's output.
         rest: no module's output is what is added: it is the difference between the block's output (`module` is the
             block) and the state that `reader` is given.
+        experts: of an MLP of experts, where they are one module; `why` says why they are not known.
+        parts: the modules that make it together, where no one module does (Gemma 4: an MLP beside experts).
     """
 
     role: Role
@@ -126,6 +155,9 @@ class Writer:
     site: Site | None = None
     last: str | None = None
     rest: bool = False
+    experts: Experts | None = None
+    why: str = ""
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

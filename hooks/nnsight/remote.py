@@ -24,6 +24,7 @@ _INSIDE = "it is computed inside {}, and nnsight serves what modules take and re
 _DERIVED = (
     "no tensor of the forward pass holds it: take hook_z and the head's slice of {}'s weight, or HookedVLM."
 )
+_EXPERTS = "it is made of what {} is given and gives out for all tokens in a row; HookedVLM reaches it."
 
 
 def native_places(anatomy: Anatomy, root: str = "model") -> dict[str, Place | str]:
@@ -35,7 +36,9 @@ def native_places(anatomy: Anatomy, root: str = "model") -> dict[str, Place | st
     """
     places: dict[str, Place | str] = {}
     for name, p in hook_point_table(anatomy).items():
-        if p.place in ("attention", "result"):
+        if p.experts is not None:
+            places[name] = _EXPERTS.format(p.module)
+        elif p.place in ("attention", "result"):
             places[name] = (_INSIDE if p.place == "attention" else _DERIVED).format(p.module)
         else:
             where = f"{root}.{p.module}.{p.place}"

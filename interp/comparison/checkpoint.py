@@ -77,7 +77,7 @@ class Checkpoint:
         self.ignored: list[str] = []
         for file in files:
             for key, stored in _header(file):
-                name = names(key)
+                name = names(key, stored.shape)
                 if name in parameters:
                     self._require_shape(name, stored.shape, tuple(parameters[name].shape))
                     found[name] = stored

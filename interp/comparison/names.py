@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -26,8 +27,8 @@ class Names:
         self._renamings = [entry for entry in wanted if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in wanted if not isinstance(entry, WeightRenaming)]
 
-    def __call__(self, key: str) -> str:
-        """The model's name of a key.
+    def __call__(self, key: str, shape: tuple[int, ...] | None = None) -> str:
+        """The model's name of a key, of a tensor of that shape on disk.
 
         Raises:
             FrankenlensError: transformers would change the tensor itself.
@@ -36,12 +37,18 @@ class Names:
         name, converted = rename_source_key(key, self._renamings, self._converters, *where)  # type: ignore[arg-type]
         if name not in self._state and key in self._state:
             name, converted = rename_source_key(key, [], [], *where)
-        if converted is not None:
+        if converted is not None and not self._as_it_is(name, converted, shape):
             raise FrankenlensError(
                 f"{key} is stored in a layout that transformers converts at loading; load the model and save it with "
                 "save_pretrained(folder, save_original_format=False) first."
             )
         return name
+
+    def _as_it_is(self, name: str, pattern: str, shape: tuple[int, ...] | None) -> bool:
+        """Whether the conversion leaves a tensor of this shape alone: it transposes only what has another shape."""
+        converter: Any = next(one for one in self._converters if pattern in one.source_patterns)
+        only_if_other = all(getattr(operation, "check_dims", False) for operation in converter.operations)
+        return only_if_other and name in self._state and tuple(self._state[name].shape) == shape
 
 
 @dataclass(frozen=True)

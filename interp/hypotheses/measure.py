@@ -186,7 +186,7 @@ def _require(claim: Claim, addresses: Sequence[str], vlm: HookedVLM) -> None:
 def _activations(pair, decisions: DecisionSet, wanted: Sequence[Moved], n, batch_size, values, bar) -> None:
     models, prompts = {"in": pair.in_, "rl": pair.rl}, decisions.prompts
     sets = {moved: activation_components(pair.in_, moved[3]) for moved in wanted}
-    names = cached_names([component for found in sets.values() for component in found])
+    names = cached_names(pair.in_, [component for found in sets.values() for component in found])
     example = np.array([decision.row for decision in decisions.decisions])
     for moved in wanted:
         for which in ("donor", "control"):

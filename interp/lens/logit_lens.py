@@ -73,6 +73,7 @@ def logit_lens(
     models = model.models if isinstance(model, Pair) else {"": model}
     models = {name: vlm for name, vlm in models.items() if name != "base"}
     for name, vlm in models.items():
+        vlm.require("lens", "the logit lens")
         wanted = resolve_layers(layers, vlm.n_layers)
         require_top_k(top_k, vlm)
         if (lens := _lens_of(tuned, name)) is not None:

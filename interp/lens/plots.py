@@ -183,7 +183,8 @@ def plot_answers(answers: xr.Dataset) -> Figure:
 
 
 def plot_attribution(table: pd.DataFrame) -> Figure:
-    """Heads, output bias, MLP and DeepStack of every layer: mean contribution in IN, in RL, and RL − IN.
+    """Heads (or attention as a whole), mixer, output bias, MLP, DeepStack of every layer: mean contribution in IN,
+    in RL, and RL − IN.
 
     A dot marks a difference whose corrected p is below 0.05; the colours grow with the square root. Components that
     write nothing, and what lies outside the blocks, are in the table alone.
@@ -195,7 +196,12 @@ def plot_attribution(table: pd.DataFrame) -> Figure:
     heads = sorted(set(inside["head"]) - {-1})
     written = set(inside.query("`in` != 0 or rl != 0")["kind"])
     columns = [("head", h) for h in heads]
-    columns += [(kind, -1) for kind in ("attn_bias", "mlp", "deepstack") if kind in written]
+    kinds = dict.fromkeys(inside["kind"])
+    wholes = [
+        kind for kind in ("attn", "attn_bias", "cross_attn", "mixer", "mlp", "deepstack") if kind in kinds
+    ]
+    wholes += [kind for kind in kinds if kind not in (*wholes, "head")]
+    columns += [(kind, -1) for kind in wholes if kind in written]
     inside = inside.query("kind == 'head' or kind in @written")
     layers = sorted(set(inside["layer"]))
     names = [f"head {h}" if kind == "head" else kind.replace("_", " ") for kind, h in columns]

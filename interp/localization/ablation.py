@@ -36,7 +36,7 @@ class Ablation:
     """One component, and what takes its place.
 
     Attributes:
-        address: `blocks.3`, `blocks.3.attn`, `blocks.3.mlp` or `blocks.3.attn.head.1`.
+        address: `blocks.3`, `blocks.3.attn`, `blocks.3.mlp`, `blocks.3.attn.head.1` or `blocks.3.mlp.expert.7`.
         kind: of `KINDS`; a whole block can only be skipped.
 
     Raises:
@@ -50,9 +50,10 @@ class Ablation:
         place = Address.parse(self.address)
         if self.kind not in KINDS:
             raise FrankenlensError(f"there is no ablation {self.kind!r}; choose {', '.join(KINDS)}")
-        if place.kind != "blocks" or place.tower != "text" or place.unit not in (None, "head"):
+        if place.kind != "blocks" or place.tower != "text" or place.unit not in (None, "head", "expert"):
             raise FrankenlensError(
-                f"{self.address} cannot be ablated while generating; give a decoder block, its .attn or .mlp, or a head"
+                f"{self.address} cannot be ablated while generating; give a decoder block, its .attn or .mlp, a head "
+                "or an expert"
             )
         if place.sub is None and self.kind != "skip":
             raise FrankenlensError(
@@ -75,6 +76,8 @@ class Ablation:
         layer, sub = self.place.layer, self.place.sub
         if self.place.unit == "head":
             return f"blocks.{layer}.attn.hook_z"
+        if self.place.unit == "expert":
+            return f"blocks.{layer}.mlp.hook_expert_out.{self.place.index}"
         return (
             f"blocks.{layer}."
             + {None: "hook_resid_post", "attn": "hook_attn_out", "mlp": "hook_mlp_out"}[sub]
@@ -84,21 +87,27 @@ class Ablation:
 def layers_of(
     vlm: HookedVLM, parts: Sequence[str] = ("block", "attn", "mlp"), kind: str = "skip"
 ) -> list[Ablation]:
-    """Every layer's block, attention, MLP, or heads ("head"); blocks are skipped whatever the kind.
+    """Every layer's block, attention, MLP, heads ("head") or experts ("expert"); blocks are skipped whatever the kind.
 
     Raises:
         FrankenlensError: another part.
     """
     found = []
     for part in parts:
-        if part not in ("block", "attn", "mlp", "head"):
-            raise FrankenlensError(f"there is no part {part!r}; choose of block, attn, mlp, head")
+        if part not in ("block", "attn", "mlp", "head", "expert"):
+            raise FrankenlensError(f"there is no part {part!r}; choose of block, attn, mlp, head, expert")
+        if part == "expert":
+            vlm.require("experts", "ablation of experts")
         for layer in range(vlm.n_layers):
             if part == "block":
                 found.append(Ablation(f"blocks.{layer}", "skip"))
             elif part == "head":
                 heads = vlm.anatomy.text.blocks[layer].n_heads
                 found += [Ablation(f"blocks.{layer}.attn.head.{h}", kind) for h in range(heads)]
+            elif part == "expert":
+                found += [
+                    Ablation(f"blocks.{layer}.mlp.expert.{e}", kind) for e in range(_n_experts(vlm, layer))
+                ]
             else:
                 found.append(Ablation(f"blocks.{layer}.{part}", kind))
     return found
@@ -214,7 +223,7 @@ def ablation_hooks(
 
     def write(activation: Tensor, hook: HookContext) -> Tensor:
         head = ablation.place.index
-        if head is None:
+        if head is None or ablation.place.unit == "expert":
             return new(activation)
         whole = activation.clone()
         whole[:, :, head] = new(activation)[:, :, head]
@@ -264,8 +273,20 @@ def _require(vlm: HookedVLM, ablation: Ablation) -> None:
     place, layers = ablation.place, vlm.n_layers
     if place.layer is None or place.layer >= layers:
         raise FrankenlensError(f"{ablation.address}: the decoder has blocks 0-{layers - 1}")
+    if place.unit == "expert":
+        experts = _n_experts(vlm, place.layer)
+        if place.index is None or place.index >= experts:
+            have = f"experts 0-{experts - 1}" if experts else "no experts that could be told apart"
+            raise FrankenlensError(f"{ablation.address}: the block has {have}")
+        vlm.names(ablation.hook)
+        return
     vlm.require("attention", "ablation of layers and heads")
     heads = vlm.anatomy.text.blocks[place.layer].n_heads
     if place.index is not None and place.index >= heads:
         raise FrankenlensError(f"{ablation.address}: the block has heads 0-{heads - 1}")
     vlm.names(ablation.hook)
+
+
+def _n_experts(vlm: HookedVLM, layer: int) -> int:
+    writer = vlm.anatomy.text.blocks[layer].writer("moe")
+    return 0 if writer is None or writer.experts is None else writer.experts.n_experts

@@ -64,7 +64,7 @@ def plot_ablations(table: pd.DataFrame, partition: Partition) -> Figure:
         table: what `interp.localization.accuracy` returns; heads are drawn by `plot_head_ablations`.
         partition: its regions are shaded.
     """
-    table = table.loc[table["part"] != "head"]
+    table = table.loc[~table["part"].isin(["head", "expert"])]
     functions, kinds = _names(table["function"], but="all"), _names(table["kind"])
     figure, grid = _grid(len(kinds), len(functions))
     for row, kind in zip(grid, kinds, strict=True):
@@ -85,13 +85,14 @@ def plot_ablations(table: pd.DataFrame, partition: Partition) -> Figure:
     return figure
 
 
-def plot_head_ablations(table: pd.DataFrame) -> Figure:
-    """Change of accuracy without a head, layer by head; pale: not told from 0 after correction.
+def plot_head_ablations(table: pd.DataFrame, part: str = "head") -> Figure:
+    """Change of accuracy without a head (or expert), layer by head; pale: not told from 0 after correction.
 
     Args:
-        table: what `interp.localization.accuracy` returns, with the part "head".
+        table: what `interp.localization.accuracy` returns, with that part.
+        part: "head" or "expert".
     """
-    table = table.loc[table["part"] == "head"]
+    table = table.loc[table["part"] == part]
     functions, kinds = _names(table["function"], but="all"), _names(table["kind"])
     figure, grid = _grid(len(kinds), len(functions), height=2.8, sharey=False)
     reach = max(0.05, float(table["change"].abs().max()))
@@ -103,6 +104,7 @@ def plot_head_ablations(table: pd.DataFrame) -> Figure:
                 some.pivot(index="layer", columns="head", values=name) for name in ("change", "p_corrected")
             )
             draw_heads(axes, value.to_numpy(), p.to_numpy() < ALPHA, norm)
+            axes.set_xlabel(part, fontsize=8)
             axes.set_title(f"{function}  (n = {_span(some['n'])})", fontsize=9)
         row[0].set_ylabel(f"layer ({kind})", fontsize=8)
     bar = figure.colorbar(ScalarMappable(norm, "RdBu"), ax=list(np.ravel(np.array(grid))), shrink=0.8)

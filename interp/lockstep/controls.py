@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from hooks import Address, FrankenlensError, HookedVLM
+from hooks.weights import n_units, part_paths
 
 Kind = tuple[str, str | None, str | None]
 """Tower (or the address itself where there is only one such component), sublayer and unit."""
@@ -28,11 +29,15 @@ def alike(vlm: HookedVLM, kind: Kind) -> list[str]:
     found = []
     for layer, block in enumerate(tower.blocks):
         base = f"{'vision.' if where == 'vision' else ''}blocks.{layer}" + (f".{sub}" if sub else "")
+        if sub is not None and not part_paths(block, sub):
+            continue
         if unit is None:
             found.append(base)
             continue
-        width = getattr(vlm.module(block.mlp_out), "in_features", 0)
-        size = {"head": block.n_heads, "kv_head": block.n_kv_heads, "neuron": width}[unit]
+        try:
+            size = n_units(vlm.model, block, Address.parse(f"{base}.{unit}.0"))
+        except FrankenlensError:  # no such units in this block
+            size = 0
         found += [f"{base}.{unit}.{i}" for i in range(size)]
     return found
 

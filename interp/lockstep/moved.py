@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hooks import Address, FrankenlensError, HookedVLM
 from hooks.errors import nearest
+from hooks.weights import n_units
 from interp.prompts import Prompt
 from interp.prompts.roles import ROLES
 
@@ -27,10 +28,11 @@ class Moved:
     Attributes:
         components: addresses, ranges too, or names of hook points with a token axis. A block takes the donor's
             `hook_resid_post`; its attention and MLP `hook_attn_out` and `hook_mlp_out`; a head what it writes through
-            its own model's W_O; a neuron `mlp.hook_post`; a kv_head `attn.hook_k` and `hook_v`, which the cache then
-            holds; `embed` `hook_embed` (at image tokens: what the projector wrote); `projector` its output and
-            Qwen3-VL's DeepStack states; `ln_final` `ln_final.hook_normalized`; `unembed` the donor's logits, so that
-            moved alone it makes the recipient write what the donor would.
+            its own model's W_O; an expert what it contributes, weighted by its own model's router; a neuron
+            `mlp.hook_post`; a kv_head `attn.hook_k` and `hook_v`, which the cache then holds; `embed` `hook_embed` (at
+            image tokens: what the projector wrote); `projector` its output and Qwen3-VL's DeepStack states; `ln_final`
+            `ln_final.hook_normalized`; `unembed` the donor's logits, so that moved alone it makes the recipient write
+            what the donor would.
         when: of `WHEN`; any of them counts. Components of the vision side act while the prompt is read.
         from_divergence: only from the first token on at which the two models choose different next ones.
 
@@ -159,6 +161,8 @@ def _sites(vlm: HookedVLM, spec: int, name: str) -> Iterator[tuple[Site, str]]:
         if address.unit == "head":
             _live(vlm, f"{block}.attn.hook_z")
             yield Site(spec, _live(vlm, f"{block}.hook_attn_out"), heads=index, tokens=tokens), "heads"
+        elif address.unit == "expert":
+            yield Site(spec, _live(vlm, f"{address.hook_name}.{address.index}"), tokens=tokens), "whole"
         elif address.unit == "kv_head":
             for letter in "kv":
                 hook = _live(vlm, f"{block}.attn.hook_{letter}")
@@ -169,7 +173,7 @@ def _sites(vlm: HookedVLM, spec: int, name: str) -> Iterator[tuple[Site, str]]:
 
 
 def _hook_site(vlm: HookedVLM, spec: int, name: str) -> Site:
-    axes = vlm.hook_points[_live(vlm, name)].axes
+    axes = vlm.point(_live(vlm, name)).axes
     if axes[:2] != ("batch", "pos"):
         raise FrankenlensError(
             f"{name} [{' '.join(axes)}] has no axis of the decoder's tokens, so it cannot be moved token by token; "
@@ -191,8 +195,7 @@ def _require_there(vlm: HookedVLM, address: Address) -> None:
     if address.index is None:
         return
     block = tower.blocks[address.layer]
-    width = getattr(vlm.module(block.mlp_out), "in_features", 0)
-    size = {"head": block.n_heads, "kv_head": block.n_kv_heads, "neuron": width}[str(address.unit)]
+    size = n_units(vlm.model, block, address)
     if address.index >= size:
         raise FrankenlensError(f"{address}: the block has {address.unit}s 0-{size - 1}")
 

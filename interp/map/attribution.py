@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.anatomy import Role, Writer
 from hooks.engine import HookContext, head_results
 from hooks.weights import d_mlp
 from interp.map.cells import Donor, cells_of, run_cells
@@ -33,13 +34,16 @@ from interp.metrics import Metric
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.prompts.pairing import PatchBatch, partners
 from interp.questions.examples import with_looked_at
+from interp.sweep.activations import activation_of
 from interp.sweep.rerun import CleanRun
 
 if TYPE_CHECKING:
     from interp.decision import DecisionSet
     from interp.pair.pair import Pair
 
-ATTRIBUTED = ("resid_pre", "attn_out", "cross_attn_out", "mixer_out", "mlp_out", "head")
+ATTRIBUTED = ("resid_pre", "attn_out", "cross_attn_out", "mixer_out", "mlp_out", "head", "expert")
+BY_DEFAULT = ATTRIBUTED[:-1]
+"""Attributed where nothing else is asked for; experts, of which there may be thousands, only by name."""
 _STREAM = {
     "resid_pre": "hook_resid_pre",
     "attn_out": "hook_attn_out",
@@ -47,6 +51,7 @@ _STREAM = {
     "mixer_out": "hook_mixer_out",
     "mlp_out": "hook_mlp_out",
     "head": "hook_attn_out",
+    "expert": "hook_mlp_out",
 }
 """The stream whose gradient a component's change meets."""
 
@@ -55,7 +60,7 @@ def attribute(
     pair: "Pair",
     decisions: "DecisionSet",
     directions: Sequence[str] = tuple(DIRECTIONS),
-    points: Sequence[str] = ATTRIBUTED,
+    points: Sequence[str] = BY_DEFAULT,
     roles: Sequence[str] | None = None,
     steps: int = 0,
     neurons: bool = False,
@@ -68,7 +73,8 @@ def attribute(
         pair: IN and RL, opened.
         decisions: what is measured, and the prompts up to each decision.
         directions: "rl_to_in", "in_to_rl".
-        points: of `ATTRIBUTED`. A head's activation is its result, through its own model's W_O.
+        points: of `ATTRIBUTED`. A head's activation is its result, through its own model's W_O; an expert's what it
+            contributes, weighted by its own model's router.
         roles: as in `component_map`.
         steps: 0 for AtP; otherwise points on the way of integrated gradients, each a forward and a backward pass per
             layer and stream.
@@ -100,7 +106,7 @@ def attribute_within(
     clean: Sequence[Prompt],
     corrupt: Sequence[Prompt],
     metric: Metric,
-    points: Sequence[str] = ATTRIBUTED,
+    points: Sequence[str] = BY_DEFAULT,
     roles: Sequence[str] | None = None,
     steps: int = 0,
     neurons: bool = False,
@@ -161,7 +167,7 @@ def verify(
             for name, vlm in models.items():
                 batch = collate([decisions.prompts[i] for i in rows]).to(vlm.device)
                 ready[name] = PatchBatch(batch, select.reads(batch), partners(batch))
-                donors[name] = Donor(vlm, batch, cached_names(wanted), select)
+                donors[name] = Donor(vlm, batch, cached_names(vlm, wanted), select)
             for d, direction in enumerate(directions):
                 donor, recipient = DIRECTIONS[direction]
                 ends = donors[donor], donors[recipient]
@@ -283,21 +289,28 @@ def _attribute(
 
 
 def _attributable(vlm: HookedVLM, points: Sequence[str]) -> list[Component]:
-    """The components; heads only where their results are added to the stream as they are."""
+    """The components; heads and experts only where what they give out is added to the stream as it is."""
     wanted = components(vlm, points)
-    blocks = vlm.anatomy.text.blocks
-    apart = {
-        layer
-        for layer, block in enumerate(blocks)
-        if (own := block.writer("attn")) is not None and (own.module != own.body or own.coefficient != 1.0)
-    }
-    if apart and "head" in points:
-        warnings.warn(
-            f"{type(vlm.model).__name__} puts a norm or a factor between its heads and the stream, so the gradient "
-            "of the stream says nothing of single heads: they are left out; component_map measures them.",
-            stacklevel=4,
-        )
-    return [one for one in wanted if one.point != "head" or one.layer not in apart]
+    roles: dict[str, Role] = {"head": "attn", "expert": "moe"}
+    for point, role in roles.items():
+        apart = {layer for layer, block in enumerate(vlm.anatomy.text.blocks) if _apart(block.writer(role))}
+        if any(one.point == point and one.layer in apart for one in wanted):
+            warnings.warn(
+                f"{type(vlm.model).__name__} puts a norm or a factor between its {point}s and the stream, so the "
+                f"gradient of the stream says nothing of single {point}s: they are left out; component_map measures "
+                "them.",
+                stacklevel=4,
+            )
+        wanted = [one for one in wanted if one.point != point or one.layer not in apart]
+    return wanted
+
+
+def _apart(writer: Writer | None) -> bool:
+    """Whether something lies between what a part's heads or experts give out and the stream."""
+    if writer is None:
+        return False
+    between = writer.experts is not None and not writer.experts.added
+    return writer.module != writer.body or writer.coefficient != 1.0 or between
 
 
 def _by_role(of_token: Float[Tensor, "batch pos"], masks: Tensor) -> Float[np.ndarray, "role batch"]:
@@ -317,7 +330,10 @@ class _Run:
     def __init__(self, vlm: HookedVLM, batch: PromptBatch, metric: Metric) -> None:
         self.vlm, self.batch, self._metric = vlm, batch, metric
         layers = range(vlm.n_layers)
-        leaves = (*dict.fromkeys(_STREAM.values()), "attn.hook_z", "mlp.hook_post")
+        leaves = (
+            *dict.fromkeys(_STREAM.values()),
+            *("attn.hook_z", "mlp.hook_post", "mlp.hook_expert_in", "mlp.hook_router_weights"),
+        )
         with torch.inference_mode(False), torch.no_grad():
             self._clean = CleanRun(
                 vlm,
@@ -338,9 +354,12 @@ class _Run:
         return self._metric.reads(self.batch) if role == "decision" else self.batch.mask(role)
 
     def activation(self, hook: str, head: int | None) -> Float[Tensor, "batch pos d_model"]:
-        """An activation; a head's result goes through this model's W_O."""
+        """An activation; a head's result is made by this model's own W_O, an expert's contribution by its experts."""
         if head is None:
             return self.cache[hook]
+        if hook.endswith("hook_expert_out"):
+            with torch.no_grad():
+                return activation_of(self.vlm, lambda name: self.cache[name], hook, head)
         if hook not in self._results:  # all heads of a layer are asked for in turn
             z = self.cache[hook.replace("hook_result", "hook_z")]
             self._results = {hook: head_results(self.vlm.module(self.vlm.hook_points[hook].module), z)}

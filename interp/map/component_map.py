@@ -5,6 +5,7 @@
 recoveries with intervals.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,14 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from interp.map.cells import Donor, cells_of, run_cells
-from interp.map.components import BEFORE_THE_DECODER, POINTS, Component, cached_names, components
+from interp.map.components import (
+    BEFORE_THE_DECODER,
+    POINTS,
+    Component,
+    cached_names,
+    components,
+    lacking,
+)
 from interp.metrics import Metric
 from interp.pair.agreement import model_differences
 from interp.prompts import Prompt, collate
@@ -27,7 +35,8 @@ if TYPE_CHECKING:
     from interp.pair.pair import Pair
 
 DIRECTIONS = {"rl_to_in": ("rl", "in"), "in_to_rl": ("in", "rl")}
-MAP_POINTS = tuple(point for point in POINTS if point != "z")
+MAP_POINTS = tuple(point for point in POINTS if point not in ("z", "expert"))
+"""Patched where nothing else is asked for; experts, of which there may be thousands, only by name."""
 
 
 def component_map(
@@ -45,7 +54,8 @@ def component_map(
         pair: IN and RL, opened.
         decisions: what is measured, and the prompts up to each decision.
         directions: "rl_to_in" (sufficient?), "in_to_rl" (necessary?).
-        points: see `interp.map.components.components`.
+        points: see `interp.map.components.components`; "expert" (every expert of every layer) is patched where it is
+            named.
         roles: of `ROLES`, "decision" and "all"; by default those that occur.
         batch_size: prompts a forward.
 
@@ -135,8 +145,16 @@ def _map(
             "no prompt qualifies for this decision, so there is nothing to patch; see its counts."
         )
     roles = roles_of(first, roles)
+    images = any(prompt.has_image for prompt in first)
     offered = [components(vlm, points) for vlm in models.values()]
-    wanted = [component for component in offered[0] if all(component in others for others in offered)]
+    wanted = [
+        one
+        for one in offered[0]
+        if all(one in others for others in offered) and (images or one.point not in BEFORE_THE_DECODER)
+    ]
+    if not wanted:
+        told = "; ".join(lacking(next(iter(models.values())), points, images))
+        raise FrankenlensError(f"there is nothing to patch: {told}. Choose others of {', '.join(POINTS)}.")
     shape = (len(directions), len(wanted), len(roles), len(first))
     effect, other = np.full(shape, np.nan), np.full(shape, np.nan)
     itself = np.full(shape[:2], np.nan)
@@ -149,7 +167,7 @@ def _map(
             for name, vlm in models.items():
                 batch = collate([prompts[name][i] for i in rows]).to(vlm.device)
                 ready[name] = PatchBatch(batch, select.reads(batch), partners(batch))
-                donors[name] = Donor(vlm, batch, cached_names(wanted), select)
+                donors[name] = Donor(vlm, batch, cached_names(vlm, wanted), select)
             for d, (donor, recipient) in enumerate(directions.values()):
                 cells = cells_of(donors[donor], donors[recipient], ready[recipient], wanted, roles)
                 found = run_cells(models[recipient], ready[recipient], select, cells, bar)
@@ -164,9 +182,11 @@ def _map(
                 ends[0, d, rows], ends[1, d, rows] = donors[recipient].metric, donors[donor].metric
         bar.total = bar.n  # roles that no row of a batch has are not run
         bar.refresh()
-    return _dataset(
+    found = _dataset(
         effect, other, itself, ends, list(directions), wanted, roles, [p.example.id for p in first], metric
     )
+    found.attrs["lacking"] = json.dumps(lacking(vlm, points, images))
+    return found
 
 
 def roles_of(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str]:

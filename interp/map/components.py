@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.errors import nearest
+from interp.sweep.activations import kept_for
 
 POINTS = (
     "resid_pre",
@@ -16,13 +17,14 @@ POINTS = (
     "z",
     "vision",
     "projector",
+    "expert",
 )
 BEFORE_THE_DECODER = ("vision", "projector")
 
 
 @dataclass(frozen=True)
 class Component:
-    """What one patch moves: the address (or hook) that names it, the hook points that carry it, and the head.
+    """What one patch moves: the address (or hook) that names it, the hook points that carry it, and the head or expert.
 
     Only the projector of a DeepStack model has several: what it adds in the decoder is as much its output.
     """
@@ -44,7 +46,8 @@ def components(vlm: HookedVLM, points: Sequence[str] = POINTS) -> list[Component
 
     Args:
         vlm: the opened model.
-        points: of `POINTS`. `head` is the head's result, through its own model's W_O; `z` stops before it.
+        points: of `POINTS`. `head` is the head's result, through its own model's W_O; `z` stops before it. `expert`
+            is what one expert of an MLP contributes, weighted by its own model's router.
 
     Raises:
         FrankenlensError: an unknown point.
@@ -65,6 +68,30 @@ def components(vlm: HookedVLM, points: Sequence[str] = POINTS) -> list[Component
     return [component for component in found if component.hook in vlm.hook_points]
 
 
+def lacking(vlm: HookedVLM, points: Sequence[str], images: bool = True) -> dict[str, int]:
+    """Points that a map was asked for and that a model does not have, in words, to how many there would be.
+
+    Args:
+        vlm: the opened model.
+        points: of `POINTS`; cross-attention and mixers are told only where nothing but them was asked for.
+        images: whether a prompt has an image.
+    """
+    found: dict[str, int] = {}
+    early = [point for point in BEFORE_THE_DECODER if point in points]
+    unseen = [point for point in early if not (images and components(vlm, (point,)))]
+    if unseen:
+        why = f"{type(vlm.model).__name__} shows none" if images else "no prompt has an image"
+        found[f"{' and '.join(unseen)}: {why}"] = len(unseen)
+    usual = ("attn_out", "mlp_out", "head")
+    told = [point for point in points if point not in BEFORE_THE_DECODER and point != "resid_pre"]
+    for point in [one for one in told if one in usual] or told:
+        layers = {component.layer for component in components(vlm, (point,))}
+        without = [layer for layer in range(vlm.n_layers) if layer not in layers]
+        if without:
+            found[f"{point}: none in decoder blocks {', '.join(map(str, without))}"] = len(without)
+    return found
+
+
 def _components_at(vlm: HookedVLM, point: str) -> Iterator[Component]:
     if point == "projector":
         deepstack = (name for name in vlm.hook_points if name.endswith("hook_deepstack"))
@@ -80,6 +107,12 @@ def _components_at(vlm: HookedVLM, point: str) -> Iterator[Component]:
         name = f"blocks.{layer}"
         if point == "resid_pre":
             yield Component(f"{name}.hook_resid_pre", point, (f"{name}.hook_resid_pre",), layer)
+        elif point == "expert":
+            writer = block.writer("moe")
+            for e in range(
+                writer.experts.n_experts if writer is not None and writer.experts is not None else 0
+            ):
+                yield Component(f"{name}.mlp.expert.{e}", point, (f"{name}.mlp.hook_expert_out",), layer, e)
         elif point.endswith("_out"):
             yield Component(f"{name}.{point[:-4]}", point, (f"{name}.hook_{point}",), layer)
         else:
@@ -89,6 +122,6 @@ def _components_at(vlm: HookedVLM, point: str) -> Iterator[Component]:
                 yield Component(label, point, (hook,), layer, head)
 
 
-def cached_names(wanted: Sequence[Component]) -> list[str]:
-    """The hook points a donor run must keep; per-head results are made again from z, which is smaller."""
-    return list(dict.fromkeys(name.replace("hook_result", "hook_z") for c in wanted for name in c.hooks))
+def cached_names(vlm: HookedVLM, wanted: Sequence[Component]) -> list[str]:
+    """The hook points a donor run must keep; results of heads and experts are made again from smaller ones."""
+    return kept_for(vlm, [name for c in wanted for name in c.hooks])

@@ -33,6 +33,7 @@ TITLES = {
     "mlp_out": "MLP",
     "head": "heads",
     "z": "heads before $W_O$",
+    "expert": "experts",
     "vision": "vision",
 }
 _ROLES = ("image", "question", "template", "reasoning", "answer", "decision", "all")
@@ -179,7 +180,7 @@ def _panels(one: xr.Dataset) -> list[_Panel]:
     points = one["point"].to_numpy()
     of_layers = ("resid_pre", "attn_out", "cross_attn_out", "mixer_out", "mlp_out")
     found = [_by_role(one, point) for point in of_layers if point in points]
-    found += [_by_head(one, point) for point in ("head", "z") if point in points]
+    found += [_by_head(one, point) for point in ("head", "z", "expert") if point in points]
     if np.isin(points, ["vision", "projector"]).any():
         found.append(_vision(one))
     return found
@@ -205,7 +206,8 @@ def _by_head(one: xr.Dataset, point: str) -> _Panel:
     for grid, cells in zip(grids, (recovery, unsure, control), strict=True):
         grid[layer, head] = cells
     rows, columns = (tuple(str(i) for i in range(n)) for n in shape)
-    return _Panel(f"{TITLES[point]}, {role}", "head", "layer", rows, columns, *grids)
+    across = "expert" if point == "expert" else "head"
+    return _Panel(f"{TITLES[point]}, {role}", across, "layer", rows, columns, *grids)
 
 
 def _vision(one: xr.Dataset) -> _Panel:

@@ -81,7 +81,8 @@ def _account(summary: xr.Dataset, decisions: Mapping[str, Any] | None, seed: int
     if decisions:
         n = f"{decisions['n_qualify']} decisions ({decisions['choice']}) of {decisions['n_prompts']} prompts"
         counts = {"examples": decisions["n_prompts"], "decisions": decisions["n_qualify"]}
-    return Account(definition, n, "none", seed, left_out=_left_out(decisions), counts=counts)
+    left_out = _left_out(decisions) | json.loads(summary.attrs.get("lacking", "{}"))
+    return Account(definition, n, "none", seed, left_out=left_out, counts=counts)
 
 
 def _left_out(decisions: Mapping[str, Any] | None) -> dict[str, int]:

@@ -30,7 +30,16 @@ from interp.statistics import Interval, Method, bootstrap_mean, bootstrap_ratio
 
 CELLS = ("direction", "component", "role")
 # states and second readings of the same head are in the map, but are no components of their own
-RANKED_POINTS = ("attn_out", "cross_attn_out", "mixer_out", "mlp_out", "head", "vision", "projector")
+RANKED_POINTS = (
+    "attn_out",
+    "cross_attn_out",
+    "mixer_out",
+    "mlp_out",
+    "head",
+    "expert",
+    "vision",
+    "projector",
+)
 
 
 def summarise(

@@ -7,11 +7,13 @@ from interp.planting.plants import (
     DECODER,
     EVERYWHERE,
     NOISES,
+    WITH_EXPERTS,
     Plant,
     candidates,
     draw,
     on_grid,
     planted,
+    told_apart,
     truth,
 )
 from interp.planting.trial import claims_possible, effect_of_plant, trial
@@ -29,6 +31,7 @@ __all__ = [
     "NULLS",
     "TRAINED",
     "VISIBILITY",
+    "WITH_EXPERTS",
     "Draws",
     "Method",
     "Plant",
@@ -41,6 +44,7 @@ __all__ = [
     "on_grid",
     "planted",
     "relative_norm",
+    "told_apart",
     "trial",
     "truth",
 ]

@@ -10,7 +10,7 @@ from functools import cached_property
 from hooks import FrankenlensError, HookedVLM
 from interp.map.components import Component
 from interp.planting.methods import relative_norm
-from interp.planting.plants import DECODER, EVERYWHERE, Plant, candidates, draw
+from interp.planting.plants import DECODER, EVERYWHERE, WITH_EXPERTS, Plant, candidates, draw
 from interp.regions import NAMES, thirds
 
 KINDS: Mapping[str, str] = {
@@ -28,13 +28,14 @@ KINDS: Mapping[str, str] = {
     "noise": "nothing but noise of the size of that rounding",
     "projector": "the projector with RL's weights",
     "named": "the components that are named",
+    "experts": "experts with RL's weights",
 }
 """In an order that seeds depend on: a new kind comes last."""
 NULLS = {"identical": "none", "bf16": "bf16", "noise": "gaussian"}
 """Kinds in which nothing was changed, to the noise of their weights."""
 TRAINED = ("supervised", "reinforced")
 """Kinds whose donor is trained, with everything but the plant frozen."""
-DRAWN = ("rl", "random", "rotated", "decoys", *TRAINED)
+DRAWN = ("rl", "random", "rotated", "decoys", *TRAINED, "experts")
 """Kinds whose components are drawn one by one."""
 VISIBILITY = "visibility"
 """Noise pairs that say from where on a plant can be seen."""
@@ -66,6 +67,8 @@ class Draws:
 
     def among(self, kind: str) -> list[Component]:
         """What the methods choose among."""
+        if kind == "experts" or (kind == "named" and any(".expert." in name for name in self.named)):
+            return candidates(self.in_, WITH_EXPERTS)
         early = kind in ("vision", "projector") or (kind == "named" and self._names_vision)
         return candidates(self.in_, EVERYWHERE if early else DECODER)
 
@@ -89,7 +92,16 @@ class Draws:
 
     def _free(self, kind: str) -> list[Component]:
         """What the components of a kind are drawn from."""
-        if kind in ("rotated", *TRAINED):
+        if kind == "experts":
+            experts = candidates(self.in_, ("expert",))
+            if not experts:
+                raise FrankenlensError(
+                    f"pairs of kind experts: {type(self.in_.model).__name__} has no experts that could be told apart; "
+                    "leave experts out of the kinds."
+                )
+            free = [one for one in experts if relative_norm(self.in_, self.donor, one.name) > 0]
+            what = "experts that RL moved"
+        elif kind in ("rotated", *TRAINED):
             free, what = self.among(kind), "components to choose from"
         else:
             free, what = self._moved, "components that RL moved"

@@ -200,7 +200,10 @@ def _patched(subject: Subject, direction: str, inner: bool) -> Effects:
     for rows in batches_of(decisions.prompts, subject.batch_size):
         select = decisions.metric.select(rows)
         batch = collate([decisions.prompts[i] for i in rows]).to(subject.pair.in_.device)
-        ends = {name: Donor(models[name], batch, cached_names(parts), select) for name in (donor, recipient)}
+        ends = {
+            name: Donor(models[name], batch, cached_names(models[recipient], parts), select)
+            for name in (donor, recipient)
+        }
         ready = PatchBatch(batch, select.reads(batch), partners(batch))
         cells = [
             cell
@@ -243,7 +246,7 @@ def _inner(component: Component) -> Component | None:
 
 
 def _left_out(component: Component) -> Intervention | None:
-    if component.point == "head":
+    if component.point in ("head", "expert"):
         return Intervention(component.hook, "zero", index=component.head)
     return None if component.point == "projector" else Intervention(component.hook, "skip")
 

@@ -21,6 +21,7 @@ CHANGES = ("donor", "random", "rotated")
 NOISES = ("none", "gaussian", "bf16")
 DECODER = ("mlp_out", "head")
 EVERYWHERE = (*DECODER, "vision", "projector")
+WITH_EXPERTS = (*DECODER, "expert")
 _DIGITS = 8  # significant bits of bfloat16
 
 
@@ -60,6 +61,12 @@ class Plant:
     def holds(self, component: str) -> bool:
         """Whether a component lies within those that change."""
         return any(_within(Address.parse(component), Address.parse(one)) for one in self.components)
+
+    def lies_within(self, component: str) -> bool:
+        """Whether a part of a component changes, and not all of it: an MLP one of whose experts does."""
+        whole = Address.parse(component)
+        inside = any(_within(Address.parse(one), whole) for one in self.components)
+        return inside and not self.holds(component)
 
 
 @torch.no_grad()
@@ -113,8 +120,13 @@ def draw(candidates: Sequence[Component], n: int, seed: int) -> tuple[str, ...]:
 
 
 def candidates(vlm: HookedVLM, points: Sequence[str] = DECODER) -> list[Component]:
-    """What a method has to choose among: heads and MLPs of the decoder, or more (`EVERYWHERE`)."""
+    """What a method has to choose among: heads and MLPs of the decoder, or more (`EVERYWHERE`, `WITH_EXPERTS`)."""
     return components(vlm, points)
+
+
+def told_apart(among: Sequence[Component], plant: Plant) -> list[Component]:
+    """The candidates that a plant either changed or left alone; not those of which it changed a part."""
+    return [component for component in among if not plant.lies_within(component.name)]
 
 
 def truth(among: Sequence[Component], plant: Plant) -> Bool[Tensor, " component"]:
@@ -128,17 +140,17 @@ def _within(inner: Address, outer: Address) -> bool:
         return inner.kind == outer.kind or whole_tower
     if inner.kind != "blocks" or inner.tower != outer.tower:
         return False
-    if inner.layers is None or outer.layers is None or inner.layer not in _span(outer.layers):
+    if inner.layers is None or outer.layers is None or not _inside(inner.layers, outer.layers):
         return False
     if outer.sub is None:
         return True
     if inner.sub != outer.sub or outer.unit is None or outer.units is None:
         return inner.sub == outer.sub
-    return inner.unit == outer.unit and inner.index in _span(outer.units)
+    return inner.unit == outer.unit and inner.units is not None and _inside(inner.units, outer.units)
 
 
-def _span(ends: tuple[int, int]) -> range:
-    return range(ends[0], ends[1] + 1)
+def _inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
 def _require_a_difference(

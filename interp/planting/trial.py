@@ -15,7 +15,7 @@ from interp.decision import DecisionSet, find_decisions, null_pair_denominator, 
 from interp.map.components import Component
 from interp.pair.pair import Pair
 from interp.planting.methods import Method, Subject
-from interp.planting.plants import Plant, planted, truth
+from interp.planting.plants import Plant, planted, told_apart, truth
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.statistics import MIN_EXAMPLES, adjust, sign_flips
@@ -41,7 +41,8 @@ def trial(
         in_, donor, plant: see `interp.planting.planted`; neither model changes.
         examples: the prompts of this pair.
         methods: by name.
-        among: what the methods choose among.
+        among: what the methods choose among; what a plant changed a part of is neither changed nor left alone, and is
+            left out.
         max_new_tokens, batch_size, trace_format: as everywhere.
 
     Returns:
@@ -54,12 +55,14 @@ def trial(
     Raises:
         FrankenlensError: as `planted`; the plant lies outside the components; no prompt can be scored.
     """
-    changed = truth(among, plant).numpy()
+    known = told_apart(among, plant)
+    changed = truth(known, plant).numpy()
     if plant.components and not changed.any():
         raise FrankenlensError(
             f"none of the {len(among)} components to choose among lies in {', '.join(plant.components)}; plant whole "
-            "heads, MLPs, layers, or with `EVERYWHERE` vision blocks and the projector"
+            "heads, MLPs, layers, with `EVERYWHERE` vision blocks and the projector, or with `WITH_EXPERTS` experts"
         )
+    among = known
     with _planted_pair(in_, donor, plant, trace_format) as pair:
         settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": False}
         decisions = find_decisions(pair, examples, "soft", **settings)

@@ -27,6 +27,9 @@ class PromptBuilder:
         template: a Jinja chat template to use instead of the processor's own.
         system: a system message put before the question.
 
+    Attributes:
+        text_only: whether it has the tokenizer of a model that sees no images.
+
     Raises:
         FrankenlensError: no tokenizer, no chat template, or a processor without an image token.
     """
@@ -51,7 +54,7 @@ class PromptBuilder:
                 f"{type(processor).__name__} has no chat template; give one as PromptBuilder(template=...)."
             )
         self.image_token, self.image_token_id = _image_token(processor, self.tokenizer)
-        self._text_only = processor is self.tokenizer
+        self.text_only = processor is self.tokenizer
         trace_format = trace_format or TraceFormat()
         if (eos := self.tokenizer.eos_token) and eos not in trace_format.end_of_turn:
             trace_format = replace(trace_format, end_of_turn=(*trace_format.end_of_turn, eos))
@@ -101,9 +104,10 @@ class PromptBuilder:
         """
         if not example.question.strip():
             raise FrankenlensError(f"example {example.id!r} has an empty question")
-        if self._text_only and example.images:
+        if self.text_only and example.images:
             raise FrankenlensError(
-                f"example {example.id!r} has {len(example.images)} images, and this model reads text alone."
+                f"example {example.id!r} has {len(example.images)} images, and this model reads text alone; give "
+                "questions without images (of a command: --data)"
             )
         if self.image_token and self.image_token in example.question:
             raise FrankenlensError(
@@ -174,7 +178,7 @@ class PromptBuilder:
         images = [{"type": "image"} for _ in example.images]
 
         def said(text: str, before: list[dict[str, Any]]) -> Any:
-            return text if self._text_only else [*before, {"type": "text", "text": text}]
+            return text if self.text_only else [*before, {"type": "text", "text": text}]
 
         messages = [{"role": "user", "content": said(question, images)}]
         if self.system is not None:

@@ -194,7 +194,7 @@ class Prompt:
 
     @property
     def has_image(self) -> bool:
-        """Whether there is an image: tokens that stand for one, or pixels that no token stands for (they are attended to)."""
+        """Whether there is an image: tokens that stand for one, or pixels that are attended to."""
         return "image" in self.roles or any("pixel" in name or "patches" in name for name in self.inputs)
 
     def positions(self, role: str) -> Int[Tensor, " n"]:

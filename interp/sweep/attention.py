@@ -33,8 +33,8 @@ class SegmentContext:
         visible: which keys (prefix, then segment) each query may look at; the first axis may be 1, the rows of the
             batch, or all lanes.
         causal: whether `visible` is the plain lower triangle: nothing before a query is hidden from it.
-        tap: shows and edits `hook_rot_q`, `hook_rot_k` [lane pos head d_head], `hook_attn_scores` and `hook_pattern`
-            [lane head query key]; None where nothing inside is touched.
+        tap: shows and edits `hook_rot_q`, `hook_rot_k`, `hook_v` [lane pos head d_head], `hook_attn_scores` and
+            `hook_pattern` [lane head query key]; None where nothing inside is touched.
         dense: whether scores and pattern must exist.
         wanted: the queries whose output is used, all if None; the others' is 0.
     """
@@ -46,6 +46,20 @@ class SegmentContext:
     tap: Tap | None = None
     dense: bool = False
     wanted: Int[Tensor, " wanted"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Special:
+    """What some models do to their scores: a soft cap on them, and a score a head that takes its share of the softmax
+    and gives nothing (gpt-oss)."""
+
+    softcap: float | None = None
+    sinks: Float[Tensor, " head"] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Neither."""
+        return self.softcap is None and self.sinks is None
 
 
 @contextmanager
@@ -72,6 +86,8 @@ def segment_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "lane query head d_head"], None]:
     """The attention function that transformers calls for a segment; the mask is the context's own."""
@@ -80,8 +96,10 @@ def segment_attention(
     if context.tap is not None:
         query = context.tap("hook_rot_q", query.transpose(1, 2)).transpose(1, 2)
         key = context.tap("hook_rot_k", key.transpose(1, 2)).transpose(1, 2)
-    if context.dense:
-        out = _with_copies(context, query, key, value, scale, dense=True)
+        value = context.tap("hook_v", value.transpose(1, 2)).transpose(1, 2)
+    special = Special(softcap, s_aux)
+    if context.dense or not special.plain:
+        out = _with_copies(context, query, key, value, scale, True, special)
         return out.transpose(1, 2).contiguous(), None
     some, visible = query, context.visible
     if context.wanted is not None:
@@ -98,7 +116,13 @@ def segment_attention(
 
 
 def _with_copies(
-    context: SegmentContext, query: Tensor, key: Tensor, value: Tensor, scale: float, dense: bool
+    context: SegmentContext,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    dense: bool,
+    special: Special = Special(),
 ) -> Float[Tensor, "lane head query d_head"]:
     rows, lanes = context.keys.shape[0], query.shape[0]
     if context.keys.shape[2]:
@@ -114,10 +138,18 @@ def _with_copies(
             query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups > 1
         )
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~visible, -torch.inf)
+    scores = query @ key.transpose(2, 3) * scale
+    if special.softcap is not None:
+        scores = torch.tanh(scores / special.softcap) * special.softcap
+    scores = scores.masked_fill(~visible, -torch.inf)
     if context.tap is not None:
         scores = context.tap("hook_attn_scores", scores)
-    pattern = _softmax(scores).to(query.dtype)
+    if special.sinks is None:
+        pattern = _softmax(scores)
+    else:
+        sunk = special.sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores)
+        pattern = _softmax(torch.cat([scores, sunk], dim=-1))[..., :-1]
+    pattern = pattern.to(query.dtype)
     if context.tap is not None:
         pattern = context.tap("hook_pattern", pattern)
     return pattern @ value

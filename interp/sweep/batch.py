@@ -15,6 +15,7 @@ from hooks.weights import d_mlp
 from interp.prompts import PromptBatch
 from interp.sweep.brigade import run_lanes
 from interp.sweep.edits import Edit, Span, needed_names
+from interp.sweep.halves import Halves
 from interp.sweep.places import of_vision
 from interp.sweep.rerun import CleanRun
 from interp.sweep.stored import StoredRun, Unsupported
@@ -63,6 +64,7 @@ class BatchSweep:
         self.interventions = interventions
         self._max_memory, self._names = max_memory, names
         self._whole: CleanRun | None = None
+        self._halves: dict[int, Halves] = {}
         self._require_budget()
         fast = [edits[0] for edits in interventions if self._is_fast(edits)]
         self._run: StoredRun | None = None
@@ -134,7 +136,15 @@ class BatchSweep:
         return torch.where(reached.to(found.device), found, self.clean)
 
     def _is_fast(self, edits: Sequence[Edit]) -> bool:
-        return len(edits) == 1 and edits[0].stage is not None
+        """Whether these are one edit, at a place where the clean run can be taken up."""
+        if len(edits) != 1 or edits[0].stage is None:
+            return False
+        point = edits[0].point
+        if point.layer is None:
+            return True
+        if point.layer not in self._halves:
+            self._halves[point.layer] = Halves(self.vlm, point.layer)
+        return edits[0].stage == "inside" or self._halves[point.layer].starts(point.leaf)
 
     def _is_apart(self, edit: Edit) -> bool:
         """An edit of a projector whose rows are not those that the decoder reads (newlines stand among them)."""

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks.engine import head_results
+from interp.sweep.activations import activation_of
 from interp.sweep.attention import segment_attention_on
 from interp.sweep.edits import STAGES, Edit, Span
 from interp.sweep.stored import StoredRun
@@ -59,7 +60,8 @@ def run_lanes(run: StoredRun, lanes: Sequence[Lane], span: Span) -> Iterator[Val
                 after += [number for number, _ in here["inside"]]
                 joined.append(_run_inside(run, layer, [edit for _, edit in here["inside"]], span))
             mids: Tensor | None = None
-            for number, edit in here["mid"]:
+            in_turn = run.halves[layer].in_turn
+            for number, edit in here["mid"] if in_turn else []:
                 own = run.mid(layer, span)
                 mids, ok = _join(mids, _begin_mid(run, layer, edit, own, span), own)
                 if ok:
@@ -68,7 +70,7 @@ def run_lanes(run: StoredRun, lanes: Sequence[Lane], span: Span) -> Iterator[Val
                     yield number, None
             if mids is not None:
                 joined.append(_run_mlp(run, layer, mids, span))
-            for number, edit in here["post"]:
+            for number, edit in here["post"] if in_turn else here["mid"] + here["post"]:
                 own = run.post(layer, span)
                 new = _begin_post(run, layer, edit, own, span)
                 if torch.equal(new, own):
@@ -102,26 +104,78 @@ def _begin_pre(run: StoredRun, edit: Edit, own: Tensor, span: Span) -> Tensor:
 
 
 def _begin_mid(run: StoredRun, layer: int, edit: Edit, own: Tensor, span: Span) -> Tensor:
-    leaf, block = edit.point.leaf, run.vlm.anatomy.text.blocks[layer]
-    if leaf == "hook_resid_mid":
+    """The stream behind the first writer, which the second reads."""
+    if edit.point.leaf == "hook_resid_mid":
         return edit.apply(own, span)
-    attn_out = run.read(f"blocks.{layer}.hook_attn_out", span)
-    if leaf == "hook_attn_out":
-        return run.pre(layer, span) + edit.apply(attn_out, span)
+    old, new = _added(run, layer, edit, span)
+    return own if torch.equal(new, old) else run.pre(layer, span) + new
+
+
+def _begin_post(run: StoredRun, layer: int, edit: Edit, own: Tensor, span: Span) -> Tensor:
+    if edit.point.leaf == "hook_resid_post":
+        return edit.apply(own, span)
+    old, new = _added(run, layer, edit, span)
+    if torch.equal(new, old):
+        return own
+    return run.mid(layer, span) + new if run.halves[layer].in_turn else own + (new - old)
+
+
+def _added(run: StoredRun, layer: int, edit: Edit, span: Span) -> tuple[Tensor, Tensor]:
+    """What the edited writer adds to the stream in the clean run, and with the edit."""
+    half, leaf = run.halves[layer], edit.point.leaf
+    if leaf in ("hook_z", "hook_result"):
+        assert half.first is not None
+        old = run.read(half.point(half.first), span)
+        return old, _of_heads(run, layer, edit, old, span)
+    if leaf == "hook_post":
+        assert half.second is not None
+        old = run.read(half.point(half.second), span)
+        return old, _of_neurons(run, layer, edit, old, span)
+    if leaf == "hook_expert_out":
+        assert half.second is not None
+        old = run.read(half.point(half.second), span)
+        mine = activation_of(run.vlm, lambda name: run.read(name, span), edit.point.name, edit.index)
+        change = edit.alone(mine, span) - mine
+        return old, old + (change if edit.index is not None else change.sum(-2)).to(old.dtype)
+    old = run.read(edit.point.name, span)
+    return old, edit.apply(old, span)
+
+
+def _of_heads(run: StoredRun, layer: int, edit: Edit, old: Tensor, span: Span) -> Tensor:
+    half, block = run.halves[layer], run.halves[layer].block
+    assert half.first is not None
     out = run.vlm.module(block.out)
     z = run.read(f"blocks.{layer}.attn.hook_z", span)
-    if leaf == "hook_z":
+    if edit.point.leaf == "hook_z":
         mixed = edit.apply(z, span)
-        same = torch.equal(mixed, z)  # a product of fewer columns may round differently
-        return own if same else run.pre(layer, span) + out.forward(mixed.flatten(-2))
+        # a product of fewer columns may round differently
+        return old if torch.equal(mixed, z) else half.added(half.first, out.forward(mixed.flatten(-2)))
     if edit.index is not None and type(out) is nn.Linear:
         weight = out.weight.unflatten(1, (block.n_heads, -1))[:, edit.index]
         wide = torch.promote_types(z.dtype, torch.float32)
         mine = z[:, :, edit.index].to(wide) @ weight.T.to(wide)
-        changed = _one_head(edit, mine, span)
-        return run.pre(layer, span) + (attn_out + (changed - mine).to(attn_out.dtype))
-    result = head_results(out, z)
-    return run.pre(layer, span) + (attn_out + (edit.apply(result, span) - result).sum(-2).to(attn_out.dtype))
+        change = (_one_head(edit, mine, span) - mine).to(old.dtype)
+    else:
+        result = head_results(out, z)
+        change = (edit.apply(result, span) - result).sum(-2).to(old.dtype)
+    if half.adds_as_made(half.first):
+        return old + change
+    return half.added(half.first, out.forward(z.flatten(-2)) + change) if bool(change.any()) else old
+
+
+def _of_neurons(run: StoredRun, layer: int, edit: Edit, old: Tensor, span: Span) -> Tensor:
+    half, block = run.halves[layer], run.halves[layer].block
+    assert half.second is not None
+    down = run.vlm.module(block.mlp_out)
+    post = run.read(f"blocks.{layer}.mlp.hook_post", span)
+    if edit.index is not None and type(down) is nn.Linear and half.adds_as_made(half.second):
+        mine = post[:, :, edit.index]
+        assert edit.where is not None
+        here = edit.where[:, span.columns].to(mine.device)
+        change = torch.where(here, edit.new(mine, span).to(mine) - mine, 0)
+        return old + change[..., None] * down.weight[:, edit.index]
+    changed = edit.apply(post, span)
+    return old if torch.equal(changed, post) else half.added(half.second, down.forward(changed))
 
 
 def _one_head(edit: Edit, mine: Tensor, span: Span) -> Tensor:
@@ -129,25 +183,6 @@ def _one_head(edit: Edit, mine: Tensor, span: Span) -> Tensor:
     assert edit.where is not None
     here = edit.where[:, span.columns, None].to(mine.device)
     return torch.where(here, edit.new(mine, span).to(mine), mine)
-
-
-def _begin_post(run: StoredRun, layer: int, edit: Edit, own: Tensor, span: Span) -> Tensor:
-    leaf, block = edit.point.leaf, run.vlm.anatomy.text.blocks[layer]
-    if leaf == "hook_resid_post":
-        return edit.apply(own, span)
-    mlp_out = run.read(f"blocks.{layer}.hook_mlp_out", span)
-    if leaf == "hook_mlp_out":
-        return run.mid(layer, span) + edit.apply(mlp_out, span)
-    down = run.vlm.module(block.mlp_out)
-    post = run.read(f"blocks.{layer}.mlp.hook_post", span)
-    if edit.index is not None and type(down) is nn.Linear:
-        mine = post[:, :, edit.index]
-        assert edit.where is not None
-        here = edit.where[:, span.columns].to(mine.device)
-        change = torch.where(here, edit.new(mine, span).to(mine) - mine, 0)
-        return run.mid(layer, span) + (mlp_out + change[..., None] * down.weight[:, edit.index])
-    changed = edit.apply(post, span)
-    return own if torch.equal(changed, post) else run.mid(layer, span) + down.forward(changed)
 
 
 def _run_mlp(run: StoredRun, layer: int, mids: Tensor, span: Span) -> Tensor:
@@ -164,13 +199,12 @@ def _run_inside(run: StoredRun, layer: int, edits: Sequence[Edit], span: Span) -
     rows = len(run.batch)
     stream = run.pre(layer, span).repeat(len(edits), 1, 1)
 
-    def tap(leaf: str, value: Tensor) -> Tensor:
-        if not any(edit.point.leaf == leaf for edit in edits):
+    def tap(leaf: str, value: Tensor, place: str = "attention") -> Tensor:
+        acts = [edit.point.leaf == leaf and edit.point.place == place for edit in edits]
+        if not any(acts):
             return value
-        parts = value.split(rows)
-        return torch.cat(
-            [e.apply(p, span) if e.point.leaf == leaf else p for e, p in zip(edits, parts, strict=True)]
-        )
+        parts = zip(edits, acts, value.split(rows), strict=True)
+        return torch.cat([edit.apply(part, span) if on else part for edit, on, part in parts])
 
     leaves = {edit.point.leaf for edit in edits}
     dense = bool(leaves & {"hook_attn_scores", "hook_pattern"})
@@ -182,9 +216,9 @@ def _run_inside(run: StoredRun, layer: int, edits: Sequence[Edit], span: Span) -
         return run.run_block(layer, stream, span, tap, dense)
 
 
-def _projection(point: Any, tap: Callable[[str, Tensor], Tensor]) -> Callable[..., Tensor]:
+def _projection(point: Any, tap: Callable[[str, Tensor, str], Tensor]) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return point.split.into(output, tap(point.leaf, point.split.of(output)))
+        return point.split.into(output, tap(point.leaf, point.split.of(output), point.place))
 
     return hook
 

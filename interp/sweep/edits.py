@@ -14,10 +14,11 @@ from torch import Tensor
 from hooks import HookedVLM
 from hooks.engine import HookContext
 from hooks.points import HookPoint
+from interp.sweep.activations import INDEXED, kept_for
 
 Stage = Literal["pre", "inside", "mid", "post", "final"]
-"""Where in its block an edit acts: before it, inside its attention, on the stream between attention and MLP, after
-the MLP, or (after all blocks) on the normalized stream."""
+"""Where in its block an edit acts: before it, inside its attention, on what its first writer adds, on what its MLP
+adds, or (after all blocks) on the normalized stream."""
 STAGES: tuple[Stage, ...] = ("pre", "inside", "mid", "post", "final")
 
 _STAGE_OF: dict[str, Stage] = {
@@ -34,8 +35,11 @@ _STAGE_OF: dict[str, Stage] = {
     "hook_z": "mid",
     "hook_result": "mid",
     "hook_attn_out": "mid",
+    "hook_mixer_out": "mid",
+    "hook_cross_attn_out": "mid",
     "hook_resid_mid": "mid",
     "hook_post": "post",
+    "hook_expert_out": "post",
     "hook_mlp_out": "post",
     "hook_resid_post": "post",
     "hook_normalized": "final",
@@ -59,7 +63,7 @@ class Span:
 
 
 New = Callable[[Float[Tensor, "..."], Span], Float[Tensor, "..."]]
-"""From the activation (of the head or neuron, where one is meant) at the columns of a span to its replacement."""
+"""From the activation (of one head, neuron or expert, where one is meant) at a span's columns to its replacement."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +74,7 @@ class Edit:
         point: the hook point.
         new: what takes the activation's place; see `New`.
         where: the tokens (for scores and pattern: the queries); None for points without a token axis, whole.
-        index: head (of `kv_head`s for k and v) or neuron; None for the whole activation.
+        index: head (of `kv_head`s for k and v), neuron or expert; None for the whole activation.
     """
 
     point: HookPoint
@@ -81,7 +85,11 @@ class Edit:
     @cached_property
     def stage(self) -> Stage | None:
         """None for what lies in another tower, and for points inside a block that no shortcut starts at."""
-        return None if self.point.tower else _STAGE_OF.get(self.point.leaf)
+        experts = self.point.experts
+        elsewhere = self.point.tower or ".cross_attn." in self.point.name
+        if elsewhere or (experts is not None and not experts.added):
+            return None
+        return _STAGE_OF.get(self.point.leaf)
 
     @cached_property
     def start(self) -> tuple[int, int]:
@@ -102,28 +110,37 @@ class Edit:
     def apply(self, activation: Float[Tensor, "..."], span: Span) -> Float[Tensor, "..."]:
         """The activation [row, its columns of the span, ...] with this edit in it; the input is left as it is."""
         axis = self._index_axis
-        own = activation if axis is None else activation.select(axis, self._index)
+        if axis is None:
+            return self.alone(activation, span)
+        whole = activation.clone()
+        whole.select(axis, self._index).copy_(self.alone(activation.select(axis, self._index), span))
+        return whole
+
+    def alone(self, own: Float[Tensor, "..."], span: Span) -> Float[Tensor, "..."]:
+        """`apply` to the head, neuron or expert that is meant, without the others."""
         new = self.new(own, span).to(own)
         if self.point.leaf == "hook_attn_scores":  # what the mask hides stays hidden
             new = new.masked_fill(own == -torch.inf, -torch.inf)
         if self.where is not None:
             here = self.where[:, span.columns].to(own.device)
-            here = here[:, None] if self.point.axes[-2:] == ("query", "key") and axis is None else here
+            here = (
+                here[:, None]
+                if self.point.axes[-2:] == ("query", "key") and self._index_axis is None
+                else here
+            )
             new = torch.where(here.reshape(*here.shape, *[1] * (own.ndim - here.ndim)), new, own)
-        if axis is None:
-            return new
-        whole = activation.clone()
-        whole.select(axis, self._index).copy_(new)
-        return whole
+        return new
 
     def hook(self) -> tuple[str, Callable[[Tensor, HookContext], Tensor]]:
         """The same as a forward hook of a whole forward pass."""
         width = None if self.where is None else self.where.shape[1]
+        alone = self.index is not None and self.point.place == "expert_out"  # no other expert is computed
+        apply = self.alone if alone else self.apply
 
         def write(activation: Tensor, hook: HookContext) -> Tensor:
-            return self.apply(activation, Span(0, activation.shape[1] if width is None else width))
+            return apply(activation, Span(0, activation.shape[1] if width is None else width))
 
-        return self.point.name, write
+        return f"{self.point.name}.{self.index}" if alone else self.point.name, write
 
     @property
     def _index(self) -> int:
@@ -135,10 +152,10 @@ class Edit:
         if self.index is None:
             return None
         axes = self.point.axes
-        for name in ("head", "kv_head", "d_mlp", "expert"):
+        for name in INDEXED:
             if name in axes:
                 return axes.index(name)
-        raise AssertionError(f"{self.point.name} has neither heads nor neurons")
+        raise AssertionError(f"{self.point.name} has neither heads nor neurons nor experts")
 
 
 def needed_names(edits: list[Edit], vlm: HookedVLM) -> list[str]:
@@ -154,6 +171,8 @@ def needed_names(edits: list[Edit], vlm: HookedVLM) -> list[str]:
             names |= {f"{block}.attn.hook_z": None, f"{block}.hook_attn_out": None}
         elif leaf == "hook_post":
             names |= {f"{block}.mlp.hook_post": None, f"{block}.hook_mlp_out": None}
-        elif leaf in ("hook_attn_out", "hook_mlp_out"):
+        elif leaf == "hook_expert_out":
+            names |= dict.fromkeys([*kept_for(vlm, [edit.point.name]), f"{block}.hook_mlp_out"])
+        elif leaf.endswith("_out"):
             names[f"{block}.{leaf}"] = None
     return [name for name in names if name in vlm.hook_points]

@@ -20,7 +20,7 @@ from hooks import FrankenlensError, HookedVLM
 from interp.metrics import Metric
 from interp.prompts import Prompt, collate
 from interp.prompts.pairing import image_shapes
-from interp.sweep.activations import activation_of
+from interp.sweep.activations import activation_of, kept_for
 from interp.sweep.batch import BatchSweep
 from interp.sweep.intervention import Bound, Intervention, Means, bind, has_tokens, mean_key, validate
 from interp.sweep.places import LEADING, Where, of_vision, where_label, where_mask
@@ -165,7 +165,7 @@ class _Part:
                 self.reads,
                 lambda logits, batch: torch.stack([metric(logits, batch) for metric in self.metrics]),
                 [bound.edits for bound in self.bound],
-                _cached(self.interventions, ("resample", "skip")),
+                _cached(self.recipient, self.interventions, ("resample", "skip")),
                 self.max_memory,
             )
         return self._sweep
@@ -183,7 +183,7 @@ class _Part:
         return values
 
     def _donor_run(self) -> Mapping[str, Tensor]:
-        names = _cached([i for i in self.interventions if i.value is None], ("replace",))
+        names = _cached(self.donor, [i for i in self.interventions if i.value is None], ("replace",))
         if not names:
             return {}
         batch = collate(self.given).to(self.donor.device)
@@ -216,13 +216,13 @@ class _Part:
         return digest.hexdigest()
 
 
-def _cached(interventions: Sequence[Intervention], kinds: Sequence[str]) -> list[str]:
-    names: dict[str, None] = {}
-    for intervention in interventions:
-        if intervention.kind in kinds:
-            name = intervention.hook.replace("hook_result", "hook_z")
-            names[name.replace("resid_post", "resid_pre") if intervention.kind == "skip" else name] = None
-    return list(names)
+def _cached(vlm: HookedVLM, interventions: Sequence[Intervention], kinds: Sequence[str]) -> list[str]:
+    hooks = [
+        i.hook.replace("resid_post", "resid_pre") if i.kind == "skip" else i.hook
+        for i in interventions
+        if i.kind in kinds
+    ]
+    return kept_for(vlm, hooks)
 
 
 def _means(
@@ -247,7 +247,7 @@ def _means(
         for key, where in wanted.items():
             if key[0] not in there:
                 continue
-            point = vlm.hook_points[key[0]]
+            point = vlm.point(key[0])
             if has_tokens(point):
                 chosen = cache[key[0]][where_mask(where, batch).to(vlm.device)].double()
             else:

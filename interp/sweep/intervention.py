@@ -14,7 +14,7 @@ from hooks.points import HookPoint
 from hooks.weights import d_mlp, site_at
 from interp.prompts import PromptBatch
 from interp.prompts.pairing import PatchBatch, borrowed, partners
-from interp.sweep.activations import of_index
+from interp.sweep.activations import INDEXED, of_index
 from interp.sweep.edits import Edit, New, Span
 from interp.sweep.places import LEADING, Where, cut_patches, where_label, where_mask
 
@@ -22,7 +22,7 @@ KINDS = ("replace", "add", "scale", "zero", "mean", "resample", "skip", "knockou
 Means = Mapping[tuple[str, Where], Float[Tensor, "..."]]
 """Hook and place to the mean activation."""
 Activations = Callable[[str, int | None], Float[Tensor, "..."]]
-"""Hook point and head or neuron to its activation in a clean run."""
+"""Hook point and head, neuron or expert to its activation in a clean run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +37,8 @@ class Intervention:
             `hook_resid_post`, the whole block adds nothing; `knockout`: on `attn.hook_attn_scores`, the edges from
             the keys `source` to the queries `where` are cut before the softmax.
         where: tokens that are acted on; points of the vision side have none and are taken whole, but for `knockout`.
-        index: head, or neuron of `mlp.hook_post`; None for the whole activation.
-        value: broadcastable to the activation (of the head or neuron).
+        index: head, neuron of `mlp.hook_post`, or expert of `mlp.hook_expert_out`; None for the whole activation.
+        value: broadcastable to the activation (of the head, neuron or expert).
         source: for `knockout`, the keys.
         label: name in the result; by default made of the rest.
 
@@ -69,7 +69,9 @@ class Intervention:
 
 def mean_key(intervention: Intervention) -> tuple[str, Where]:
     """What the mean of a `mean` intervention is known by."""
-    return intervention.hook, intervention.where
+    expert = intervention.index is not None and intervention.hook.endswith("hook_expert_out")
+    hook = f"{intervention.hook}.{intervention.index}" if expert else intervention.hook
+    return hook, intervention.where
 
 
 def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> None:
@@ -79,10 +81,14 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
         FrankenlensError: see the message.
     """
     (name,) = vlm.names(intervention.hook)
-    point, kind = vlm.hook_points[name], intervention.kind
 
     def refuse(why: str) -> None:
         raise FrankenlensError(f"intervention {intervention.name!r}: {why}")
+
+    if name not in vlm.hook_points:
+        hook, _, index = name.rpartition(".")
+        refuse(f"name one expert as Intervention({hook!r}, ..., index={index})")
+    point, kind = vlm.hook_points[name], intervention.kind
 
     if kind not in KINDS:
         refuse(f"kind {kind!r} is none of {', '.join(KINDS)}")
@@ -115,7 +121,8 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
     size = index_size(point, vlm)
     if intervention.index is not None and not 0 <= intervention.index < size:
         refuse(
-            f"index {intervention.index} is out of range; {name} has {size or 'no'} heads or neurons to choose from"
+            f"index {intervention.index} is out of range; {name} has {size or 'no'} heads, neurons or experts to "
+            "choose from"
         )
 
 
@@ -125,7 +132,7 @@ def _refuse_values_of_tokens(
     """A segment of tokens is computed, not all of them: a value must be the same for every token and row."""
     if not isinstance(intervention.value, Tensor) or not has_tokens(point):
         return
-    split = () if intervention.index is None else ("head", "kv_head", "d_mlp")
+    split = () if intervention.index is None else INDEXED
     axes = [axis for axis in point.axes if axis not in split]
     shape = (1,) * (len(axes) - intervention.value.ndim) + tuple(intervention.value.shape)
     if len(shape) != len(axes):
@@ -139,7 +146,9 @@ def _refuse_values_of_tokens(
 
 
 def index_size(point: HookPoint, vlm: HookedVLM) -> int:
-    """How many heads or neurons a point has; 0 where it is not split."""
+    """How many heads, neurons or experts a point has; 0 where it is not split."""
+    if point.experts is not None:
+        return point.experts.n_experts if "expert" in point.axes else 0
     if point.layer is None:
         return 0
     block = vlm.anatomy.towers[point.tower].blocks[point.layer]
@@ -230,7 +239,7 @@ def _new(
         return lambda activation, span: torch.zeros_like(activation)
     if kind == "mean":
         mean = means[mean_key(intervention)]
-        if index is not None:
+        if index is not None and point.place != "expert_out":
             lead = sum(axis in LEADING for axis in point.axes)
             mean = of_index(mean[(None,) * lead], point, index)[(0,) * lead]
         return lambda activation, span: mean.to(activation).expand_as(activation)

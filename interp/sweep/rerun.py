@@ -84,7 +84,7 @@ class CleanRun:
         """The first decoder block that hooks act in; None where they act before the decoder."""
         if any(before_the_decoder(name) for name in names):
             return None
-        layers = [self.vlm.hook_points[name].layer for name in self.vlm.names(names)]
+        layers = [self.vlm.point(name).layer for name in self.vlm.names(names)]
         return min((layer for layer in layers if layer is not None), default=len(self._blocks) - 1)
 
     def _record(self, block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

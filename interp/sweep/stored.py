@@ -13,11 +13,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.engine import HookContext
+from hooks.engine import Hook, HookContext
+from hooks.points import interface_point
 from hooks.selfcheck import tolerance
 from interp.prompts import PromptBatch
 from interp.sweep.attention import SegmentContext, Tap, segment_attention_on
 from interp.sweep.edits import Span
+from interp.sweep.halves import Halves, mixes
 from interp.sweep.places import of_vision
 
 
@@ -63,25 +65,26 @@ class StoredRun:
             raise FrankenlensError("the metric reads no token of this batch.")
         self.end = int(self.columns[-1]) + 1
         text = vlm.anatomy.text.blocks
-        if not all(block.plain for block in text):
-            raise Unsupported("not all its blocks are attention and then an MLP, each behind its own norm")
+        _require_one_stream(vlm)
         self.blocks = [vlm.module(block.path) for block in text]
-        self.attentions = [vlm.module(block.attention) for block in text]
-        self._mid_norms = [vlm.module(block.mid_norm) for block in text]
-        self._mlps = [vlm.module(block.mlp) for block in text]
-        self._calls: list[tuple[tuple, dict[str, Any]]] = []
+        self.halves = [Halves(vlm, layer) for layer in range(len(text))]
+        self._attending = {layer: block.site for layer, block in enumerate(text) if block.site is not None}
+        self.attentions = [vlm.module(site.module) for site in self._attending.values()]
+        self._calls: list[dict[str, Any]] = []
         self.cache: dict[str, Tensor] = {}
-        self._own = {
-            leaf: [f"blocks.{layer}.{leaf}" for layer in range(len(self.blocks))]
-            for leaf in ("hook_resid_pre", "hook_resid_mid", "attn.hook_rot_k", "attn.hook_v")
-        }
+        own = [f"blocks.{layer}.hook_resid_pre" for layer in range(len(text))]
+        own += [
+            f"blocks.{layer}.hook_resid_mid"
+            for layer, half in enumerate(self.halves)
+            if half.in_turn and f"blocks.{layer}.hook_resid_mid" in vlm.hook_points
+        ]
         last = f"blocks.{len(self.blocks) - 1}.hook_resid_post"
         self.has_image = vlm.has_image(batch.inputs)
         self._deepstack = {
             int(name.split(".")[1]): name for name in vlm.hook_points if name.endswith("hook_deepstack")
         }
         before = [f"blocks.{layer}.hook_resid_post" for layer in self._deepstack]
-        kept = dict.fromkeys([*names, *(n for own in self._own.values() for n in own), last, *before])
+        kept = dict.fromkeys([*names, *own, last, *before])
         kept |= dict.fromkeys(self._deepstack.values())
         self._run([name for name in kept if self.has_image or not of_vision(name)])
 
@@ -90,10 +93,18 @@ class StoredRun:
         if missing:
             raise Unsupported(f"it has no hook point {missing[0]}")
         handles = [block.register_forward_pre_hook(self._record, with_kwargs=True) for block in self.blocks]
+        ends = [
+            Hook(
+                self._keep,
+                HookContext(interface_point(f"blocks.{layer}.interface.{leaf}", site, ("batch", "pos"))),
+            )
+            for layer, site in self._attending.items()
+            for leaf in ("hook_rot_k", "hook_v")
+        ]
         some = "logits_to_keep" in inspect.signature(self.vlm.model.forward).parameters
         extra = {"logits_to_keep": self.columns} if some else {}
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.vlm.attached(ends):
                 output = self.vlm.run_with_hooks(
                     self.batch.inputs, [(name, self._keep) for name in names], use_cache=False, **extra
                 )
@@ -104,15 +115,18 @@ class StoredRun:
         self.logits: Float[Tensor, "batch column vocab"] = logits.clone()
         if len(self._calls) != len(self.blocks):
             raise Unsupported("its decoder blocks do not run once each, in order")
-        self._keys = [self._heads_first(name) for name in self._own["attn.hook_rot_k"]]
-        self._values = [self._heads_first(name) for name in self._own["attn.hook_v"]]
-        self._visible = [self._visibility(layer) for layer in range(len(self.blocks))]
-        if any(bool(visible.triu(1).any()) for visible in self._visible):
+        unseen = [layer for layer in self._attending if f"blocks.{layer}.interface.hook_v" not in self.cache]
+        if unseen:
+            raise Unsupported(f"its block {unseen[0]} did not attend")
+        self._keys = {layer: self._heads_first(layer, "hook_rot_k") for layer in self._attending}
+        self._values = {layer: self._heads_first(layer, "hook_v") for layer in self._attending}
+        self._visible = {layer: self._visibility(layer) for layer in self._attending}
+        if any(bool(visible.triu(1).any()) for visible in self._visible.values()):
             raise Unsupported(
                 "its tokens look at later ones, so an earlier token is not out of an edit's reach"
             )
         triangle = torch.ones(self.end, self.end, dtype=torch.bool, device=self.vlm.device).tril()
-        self._causal = [bool((visible == triangle).all()) for visible in self._visible]
+        self._causal = {layer: bool((v == triangle).all()) for layer, v in self._visible.items()}
         self.added = {layer: self._scattered(self.read(name)) for layer, name in self._deepstack.items()}
 
     def _keep(self, activation: Tensor, hook: HookContext) -> None:
@@ -125,16 +139,19 @@ class StoredRun:
         return (kept if span is None else kept[:, span.columns]).to(self._runs_on)
 
     def _record(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        for value in [*args[1:], *kwargs.values()]:
-            if isinstance(value, Tensor) and value.requires_grad:
+        given = _by_name(block, args, kwargs)
+        known = self.halves[len(self._calls) % len(self.halves)].block.key
+        stream = known if known in given else next(iter(given))
+        for name, value in given.items():
+            if name != stream and isinstance(value, Tensor) and value.requires_grad:
                 raise Unsupported("its blocks are handed tensors that need gradients")
         # logits_to_keep is ours, for the unembedding; some families hand it down to their blocks.
-        self._calls.append(
-            (args, {k: v for k, v in kwargs.items() if k not in ("hidden_states", "logits_to_keep")})
-        )
+        self._calls.append({k: v for k, v in given.items() if k not in (stream, "logits_to_keep")})
 
-    def _heads_first(self, name: str) -> Float[Tensor, "batch kv_head pos d_head"]:
-        return self.cache[name][:, : self.end].transpose(1, 2).contiguous()
+    def _heads_first(self, layer: int, leaf: str) -> Float[Tensor, "batch kv_head pos d_head"]:
+        """Keys or values, taken out of the cache."""
+        kept = self.cache.pop(f"blocks.{layer}.interface.{leaf}")
+        return kept[:, : self.end].transpose(1, 2).contiguous()
 
     def _scattered(
         self, features: Float[Tensor, "image_token d_model"]
@@ -189,9 +206,41 @@ class StoredRun:
 
         After the last block only the columns that are read hold anything meant, unless something inside is tapped.
         """
-        wanted = self.reads_within(span) if layer == len(self.blocks) - 1 and tap is None else None
+        if mixes(self.halves[layer].block) and span.start:
+            return self._from_the_first_token(layer, stream, span, tap is None and cut is None)
+        plain = self.halves[layer].block.plain and tap is None
+        wanted = self.reads_within(span) if plain and layer == len(self.blocks) - 1 else None
         wanted = None if wanted is None or len(wanted) == len(span) else wanted
-        attention: Any = self.attentions[layer]
+        if layer in self._attending:
+            self._context(layer, stream, span, tap, dense, cut, wanted)
+        given = {
+            name: self._cut(name, value, span, len(stream) // len(self.batch), layer)
+            for name, value in self._calls[layer].items()
+        }
+        with ExitStack() as stack:
+            if wanted is not None:
+                half = self.halves[layer].block
+                norm, mlp = self.vlm.module(half.mid_norm), self.vlm.module(half.mlp)
+                taken = norm.register_forward_pre_hook(lambda _, args: (args[0][:, wanted], *args[1:]))
+                spread = mlp.register_forward_hook(lambda *io: _spread(io[-1], wanted, len(span)))
+                stack.callback(taken.remove)
+                stack.callback(spread.remove)
+            key = self.halves[layer].block.key
+            out = self.blocks[layer](**{key: stream}, **given) if key else self.blocks[layer](stream, **given)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _context(
+        self,
+        layer: int,
+        stream: Float[Tensor, "lane column d_model"],
+        span: Span,
+        tap: Tap | None,
+        dense: bool,
+        cut: Bool[Tensor, "lane column key"] | None,
+        wanted: Int[Tensor, " wanted"] | None,
+    ) -> None:
+        """Hand the block's attention what it needs beyond the segment."""
+        attention: Any = self.vlm.module(self._attending[layer].module)
         visible = self._visible[layer][:, :, span.columns, : span.stop]
         if cut is not None:
             visible = visible.repeat(len(cut) // len(visible), 1, 1, 1) & ~cut[:, None]
@@ -204,22 +253,16 @@ class StoredRun:
             dense,
             wanted,
         )
-        args, kwargs = self._calls[layer]
-        if len(args) > 1:
-            raise Unsupported("its blocks are called with positional arguments")
-        given = {
-            name: self._cut(name, value, span, len(stream) // len(self.batch))
-            for name, value in kwargs.items()
-        }
-        with ExitStack() as stack:
-            if wanted is not None:
-                norm, mlp = self._mid_norms[layer], self._mlps[layer]
-                taken = norm.register_forward_pre_hook(lambda _, args: (args[0][:, wanted], *args[1:]))
-                spread = mlp.register_forward_hook(lambda *io: _spread(io[-1], wanted, len(span)))
-                stack.callback(taken.remove)
-                stack.callback(spread.remove)
-            out = self.blocks[layer](stream, **given)
-        return out[0] if isinstance(out, tuple) else out
+
+    def _from_the_first_token(
+        self, layer: int, stream: Float[Tensor, "lane column d_model"], span: Span, whole_block: bool
+    ) -> Float[Tensor, "lane column d_model"]:
+        """A block that carries a state along the tokens: what stands before the segment is the clean run's."""
+        if not whole_block:
+            raise Unsupported(f"its block {layer} does not attend")
+        before = self.pre(layer, Span(0, span.start)).to(stream)
+        whole = torch.cat([before.repeat(len(stream) // len(before), 1, 1), stream], dim=1)
+        return self.run_block(layer, whole, Span(0, span.stop))[:, span.start :]
 
     def reads_within(self, span: Span) -> Int[Tensor, " column"]:
         """The columns that are read, counted from the span's first."""
@@ -228,21 +271,24 @@ class StoredRun:
     def run_mlp(
         self, layer: int, mid: Float[Tensor, "lane column d_model"]
     ) -> Float[Tensor, "lane column d_model"]:
-        """The second half of a block."""
-        out = self._mlps[layer](self._mid_norms[layer](mid))
-        return mid + (out[0] if isinstance(out, tuple) else out)
+        """The second half of a block whose writers read one after the other."""
+        return mid + self.halves[layer].second_adds(mid)
 
-    def _cut(self, name: str, value: Any, span: Span, copies: int) -> Any:
+    def _cut(self, name: str, value: Any, span: Span, copies: int, layer: int) -> Any:
         """One argument of a block for the columns of a span and that many copies of the batch."""
-        if name in ("attention_mask", "past_key_values", "past_key_value"):
+        padding = name.endswith("mask") and isinstance(value, Tensor) and value.ndim == 2
+        if _is_past(name) or (name.endswith("mask") and not padding):
             return None
-        if name in ("use_cache", "output_attentions"):
+        if padding and layer in self._attending:
+            return None
+        if name in ("use_cache", "output_attentions", "output_router_logits"):
             return False
         if isinstance(value, tuple):
-            return tuple(self._cut(name, part, span, copies) for part in value)
+            return tuple(self._cut(name, part, span, copies, layer) for part in value)
         if not isinstance(value, Tensor):
             return value
-        axis = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}.get(name)
+        axes = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
+        axis = -1 if padding else axes.get(name)
         if axis is None:
             raise Unsupported(f"its blocks take a tensor {name!r} whose axes are not known")
         value = value.narrow(axis, span.start, len(span))
@@ -253,8 +299,10 @@ class StoredRun:
         return value
 
     def _visibility(self, layer: int) -> Bool[Tensor, "#batch 1 query key"]:
-        _, kwargs = self._calls[layer]
-        mask, n = kwargs.get("attention_mask"), self.batch.roles.shape[1]
+        masks = [v for k, v in self._calls[layer].items() if k.endswith("mask") and isinstance(v, Tensor)]
+        mask, n = masks[0] if masks else None, self.batch.roles.shape[1]
+        if len(masks) > 1:
+            raise Unsupported("its blocks are handed several masks")
         device = self.vlm.device
         if mask is None:
             return torch.ones(self.end, self.end, dtype=torch.bool, device=device).tril()[None, None]
@@ -283,6 +331,8 @@ class StoredRun:
             self.cache["hook_embed"], self.cache["blocks.0.hook_resid_pre"]
         ):
             raise Unsupported("it changes the embeddings before the first block")
+        if not self.vlm.can("lens"):
+            raise Unsupported("its logits were not seen to be an unembedding's of a normed stream")
         last = self.post(len(self.blocks) - 1, Span(0, self.end))[:, self.columns]
         error = (self.vlm.readout(last) - self.logits).abs().max().item()
         if not error <= tolerance(self.logits):
@@ -290,21 +340,70 @@ class StoredRun:
         real = (self.batch.mask("all").to(self.vlm.device))[..., None]
         for start in {0, self.end // 2, self.end - 1}:
             span = Span(start, self.end)
-            keep = real[:, span.columns]
             with segment_attention_on(self.attentions):
                 for layer in range(len(self.blocks)):
-                    expected = self.post(layer, span)
-                    whole = self.run_block(layer, self.pre(layer, span), span)
-                    half = self.run_mlp(layer, self.mid(layer, span))
-                    if layer == len(self.blocks) - 1:
-                        keep = torch.zeros_like(keep).index_fill(1, self.reads_within(span), True) & keep
-                    for way, got in (("at a token", whole), ("between attention and MLP", half)):
-                        error = ((got - expected) * keep).abs().max().item()
-                        if not error <= tolerance(expected):
-                            raise Unsupported(
-                                f"block {layer} taken up {way} is off by {error:.1e} "
-                                f"(allowed {tolerance(expected):.1e})"
-                            )
+                    self._check_block(layer, span, real[:, span.columns])
+
+    def _check_block(self, layer: int, span: Span, keep: Bool[Tensor, "batch column 1"]) -> None:
+        expected, half = self.post(layer, span), self.halves[layer]
+        if layer == len(self.blocks) - 1:
+            keep = torch.zeros_like(keep).index_fill(1, self.reads_within(span), True) & keep
+        ways = {"at a token": (self.run_block(layer, self.pre(layer, span), span), expected)}
+        if half.in_turn and f"blocks.{layer}.hook_resid_mid" in self.cache:
+            ways["between its writers"] = self.run_mlp(layer, self.mid(layer, span)), expected
+        ways |= self._second_ways(layer, span)
+        for way, (got, wanted) in ways.items():
+            error = ((got - wanted) * keep).abs().max().item()
+            if not error <= tolerance(wanted):
+                raise Unsupported(
+                    f"block {layer} taken up {way} is off by {error:.1e} (allowed {tolerance(wanted):.1e})"
+                )
+
+    def _second_ways(self, layer: int, span: Span) -> dict[str, tuple[Tensor, Tensor]]:
+        """What edits of heads and neurons start from: z and neurons, through to what is added."""
+        half, block = self.halves[layer], self.halves[layer].block
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        z, post = f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.mlp.hook_post"
+        if z in self.cache and half.first is not None and half.starts("hook_z"):
+            raw = self.vlm.module(block.out)(self.read(z, span).flatten(-2))
+            found["at its heads"] = half.added(half.first, raw), self.read(half.point(half.first), span)
+        if post in self.cache and half.second is not None and half.starts("hook_post"):
+            raw = self.vlm.module(block.mlp_out)(self.read(post, span))
+            raw = raw.reshape(self.read(half.point(half.second), span).shape)
+            found["at its neurons"] = half.added(half.second, raw), self.read(half.point(half.second), span)
+        return found
+
+
+def _require_one_stream(vlm: HookedVLM) -> None:
+    if vlm.anatomy.text.ndim != 3:
+        raise Unsupported("its stream is not [batch pos d_model]")
+    for layer, block in enumerate(vlm.anatomy.text.blocks):
+        if len(block.sites) > 1:
+            raise Unsupported(f"its block {layer} attends more than once")
+        if block.sites and (block.site is None or mixes(block)):
+            raise Unsupported(
+                f"its block {layer} attends elsewhere, or carries a state along the tokens besides"
+            )
+
+
+def _is_past(name: str) -> bool:
+    return name.startswith(("past_key_value", "layer_past", "cache_params"))
+
+
+def _by_name(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, in the order of the signature, the stream first."""
+    forward: Any = block.forward
+    bound = inspect.signature(forward).bind(*args, **kwargs)
+    names = {p.name for p in bound.signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD}
+    found: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        if (
+            isinstance(value, tuple)
+            and bound.signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+        ):
+            raise Unsupported("its blocks are called with positional arguments without names")
+        found |= value if name in names else {name: value}
+    return found
 
 
 def _spread(few: Any, wanted: Int[Tensor, " column"], width: int) -> Any:

@@ -32,8 +32,8 @@ class Graft:
         addresses: components (ranges too), e.g. `("blocks.0-9", "projector")`.
         coefficient: c above.
         form: f above: "delta", "low_rank" or "random".
-        rank: of "low_rank", or of the update that a "random" one has the norm of (None: the whole); vectors (biases,
-            norms) are taken whole.
+        rank: of "low_rank", or of the update that a "random" one has the norm of (None: the whole); of a tensor of
+            experts, that of each expert's matrix. Vectors (biases, norms) are taken whole.
         seed: of "random".
 
     Raises:
@@ -178,6 +178,8 @@ def new_weights(
     delta = theirs.to(own.device, wide) - own.to(wide)
     if graft.rank is not None and delta.ndim == 2:
         delta = _low_rank(delta, graft.rank)
+    elif graft.rank is not None and delta.ndim == 3:
+        delta = torch.stack([_low_rank(matrix, graft.rank) for matrix in delta])
     if graft.form == "random":
         delta = random_update(delta, own.dtype, graft.seed + zlib.crc32(name.encode()))
     return (own.to(wide) + graft.coefficient * delta).to(own.dtype)

@@ -14,6 +14,7 @@ from itertools import product
 import numpy as np
 
 from hooks import Address, FrankenlensError, HookedVLM
+from hooks.weights import part_paths
 from interp.regions import Partition
 from interp.transfer.grafts import Graft, everything
 
@@ -87,17 +88,26 @@ def factors(vlm: HookedVLM) -> list[Variant]:
 
 
 def parts(vlm: HookedVLM, partition: Partition | None = None) -> list[Variant]:
-    """All attention and all MLPs of the decoder; of each region as well where a partition is given.
+    """All attention and all MLPs of the decoder (mixers and cross-attention where it has some); of each region as well
+    where a partition is given.
 
     The norms before them belong to neither.
     """
     spans = {"all": _blocks(vlm)}
     spans |= {region: partition.address(region) for region in partition.regions} if partition else {}
-    return [
-        Variant(f"{where} {part}", (Graft((f"{address}.{part}",)),), "part")
-        for where, address in spans.items()
-        for part in ("attn", "mlp")
-    ]
+    found = []
+    for where, address in spans.items():
+        for part in ("attn", "cross_attn", "mixer", "mlp"):
+            having = [str(one) for one in Address.parse(f"{address}.{part}").expand() if _has(vlm, one)]
+            whole = len(having) == len(list(Address.parse(address).expand()))
+            addresses = (f"{address}.{part}",) if whole else tuple(having)
+            found += [Variant(f"{where} {part}", (Graft(addresses),), "part")] if having else []
+    return found
+
+
+def _has(vlm: HookedVLM, part: Address) -> bool:
+    """Whether a decoder block has this part."""
+    return bool(part_paths(vlm.anatomy.text.blocks[part.layer or 0], part.sub or ""))
 
 
 def addressed(addresses: Sequence[str]) -> list[Variant]:

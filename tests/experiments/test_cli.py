@@ -25,7 +25,7 @@ def test_every_command_has_help(command, capsys):
     [
         (["mpa"], "Did you mean 'map'"),
         (["map", "--in", "somewhere"], "--in and --rl go together"),
-        (["map", "--points", "mlp"], "choose of resid_pre, attn_out, mlp_out"),
+        (["map", "--points", "mlp"], "choose of resid_pre, attn_out, cross_attn_out, mixer_out, mlp_out"),
         (["map", "--n", "0"], "--n is 0"),
         (["map", "--batch-size", "-1"], "--batch-size is -1"),
         (["map", "--images", "x"], "give --data as well"),

@@ -37,7 +37,7 @@ def test_head_weights_change_that_heads_result_and_no_other(opened, tower: str) 
     model = _perturbed(vlm, f"{tower}blocks.1.attn.head.1")
     name = f"{tower}blocks.1.attn.hook_result"
     _, before = vlm.run_with_cache(inputs, name)
-    _, after = HookedVLM(model, check=False).run_with_cache(inputs, name)
+    _, after = HookedVLM(model, inputs=inputs, check=False).run_with_cache(inputs, name)
     moved = (after[name] - before[name]).abs().flatten(0, -3).amax((0, 2))
     assert moved[1] > 1e-2
     assert moved[[h for h in range(len(moved)) if h != 1]].max() == 0
@@ -49,7 +49,7 @@ def test_kv_head_weights_change_keys_and_values_of_that_head(opened, tower: str)
     model = _perturbed(vlm, f"{tower}blocks.1.attn.kv_head.1")
     names = [f"{tower}blocks.1.attn.hook_{letter}" for letter in "qkv"]
     _, before = vlm.run_with_cache(inputs, names)
-    _, after = HookedVLM(model, check=False).run_with_cache(inputs, names)
+    _, after = HookedVLM(model, inputs=inputs, check=False).run_with_cache(inputs, names)
     q, k, v = ((after[name] - before[name]).abs().flatten(0, -3).amax((0, 2)) for name in names)
     assert q.max() == 0
     assert k[1] > 1e-2 and v[1] > 1e-2
@@ -61,9 +61,9 @@ def test_neuron_weights_change_that_neuron(opened, tower: str) -> None:
     vlm, inputs = opened
     name = f"{tower}blocks.1.mlp.hook_post"
     _, before = vlm.run_with_cache(inputs, name)
-    _, after = HookedVLM(_perturbed(vlm, f"{tower}blocks.1.mlp.neuron.3"), check=False).run_with_cache(
-        inputs, name
-    )
+    _, after = HookedVLM(
+        _perturbed(vlm, f"{tower}blocks.1.mlp.neuron.3"), inputs=inputs, check=False
+    ).run_with_cache(inputs, name)
     moved = (after[name] - before[name]).abs().flatten(0, -2).amax(0)
     assert moved[3] > 1e-3 and moved.sum() == moved[3]
 

@@ -20,7 +20,7 @@ from interp.transfer.grafts import Graft, everything, grafted
 from tests.architectures.table import plain
 from tests.architectures.table.bench import Bench, largest, worst
 from tests.architectures.table.cells import ABSENT, FAILS, YES, Cell, within
-from tests.architectures.table.sweeping import longer_way, verdict
+from tests.architectures.table.sweeping import verdict
 
 
 def _streams(bench: Bench) -> list[Tensor]:
@@ -43,9 +43,7 @@ def _read_out(bench: Bench, stream: Tensor) -> Tensor:
 def lens_cell(bench: Bench) -> Cell:
     """Log-probabilities of a word at every layer and token."""
     word = int(bench.metric.a[0])
-    found = logit_lens(
-        bench.vlm, bench.prompts, where="all", top_k=1, targets=[word, word], progress=False
-    )
+    found = logit_lens(bench.vlm, bench.prompts, where="all", top_k=1, targets=[word, word], progress=False)
     streams = _streams(bench)
     off = {"the model's own output": largest(_read_out(bench, streams[-1]), bench.clean)}
     for layer, stream in enumerate(streams):
@@ -228,7 +226,9 @@ def graft_cell(bench: Bench) -> Cell:
     vlm, off, effects = bench.vlm, {}, []
     inputs = bench.batch.inputs
     with grafted(vlm, bench.donor, Graft(everything(vlm))):
-        off["everything"] = largest(vlm(inputs, use_cache=False).logits, bench.donor(inputs, use_cache=False).logits)
+        off["everything"] = largest(
+            vlm(inputs, use_cache=False).logits, bench.donor(inputs, use_cache=False).logits
+        )
     refusals = []
     for address, paths in _parts(bench):
         names = [n for n, _ in vlm.model.named_parameters(remove_duplicate=False) if _under(n, paths)]

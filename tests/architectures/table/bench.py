@@ -111,7 +111,7 @@ class Bench:
         theirs: Float[np.ndarray, " example"],
         hooks: Sequence[tuple[str, Change]] = (),
     ) -> float:
-        """How far metrics differ, in units of what is allowed: 1e-5 x max(1, largest logit), or the model's rounding."""
+        """How far metrics differ, in units of what is allowed: 1e-5 x max(1, largest logit), or its rounding."""
         scale = max(1.0, self.clean[finite(self.clean)].abs().max().item())
         apart = float(np.abs(np.asarray(ours) - np.asarray(theirs)).max()) / (1e-5 * scale)
         return apart if apart <= 1.0 else apart / max(1.0, self.rounding(hooks, scale))

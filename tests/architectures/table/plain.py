@@ -116,7 +116,13 @@ def attention_wrapped(act: Callable[[nn.Module, Attending], Tensor]) -> Iterator
             return function
 
         def wrapped(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Any = None,
+            *args: Any,
+            **kwargs: Any,
         ):
             result = function(module, query, key, value, attention_mask, *args, **kwargs)
             kwargs |= dict(zip(("scaling", "dropout"), args, strict=False))
@@ -124,9 +130,7 @@ def attention_wrapped(act: Callable[[nn.Module, Attending], Tensor]) -> Iterator
             pattern = _eager_pattern(default, module, query, key, value, mask, kwargs)
             scale = kwargs.get("scaling")
             scale = query.shape[-1] ** -0.5 if scale is None else scale
-            call = Attending(
-                query, key, value, first(result), pattern, float(scale), kwargs.get("softcap")
-            )
+            call = Attending(query, key, value, first(result), pattern, float(scale), kwargs.get("softcap"))
             new = act(module, call)
             return (new, *result[1:]) if isinstance(result, tuple) else new
 

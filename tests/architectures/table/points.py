@@ -136,14 +136,14 @@ def _write(
         if not proof.write <= 1.0:
             proof.write /= max(1.0, _rounding(vlm, inputs, point, change, ours))
         if not proof.write <= 1.0:
-            proof.faults.append(
-                f"written logits are {proof.write:.1e} times what is allowed off plain hooks"
-            )
+            proof.faults.append(f"written logits are {proof.write:.1e} times what is allowed off plain hooks")
     if not proof.effect >= LARGE:
         proof.faults.append(f"negating it moves the logits by {proof.effect:.1e} times what is allowed only")
 
 
-def _rounding(vlm: HookedVLM, inputs: Mapping[str, Tensor], point: HookPoint, change: Any, ours: Tensor) -> float:
+def _rounding(
+    vlm: HookedVLM, inputs: Mapping[str, Tensor], point: HookPoint, change: Any, ours: Tensor
+) -> float:
     """How far logits move when every block's input is off by one step of its rounding, in units of what is allowed."""
     generator = torch.Generator().manual_seed(0)
 
@@ -207,7 +207,9 @@ def why_absent(vlm: HookedVLM, kind: str) -> str:
         "experts": "single experts have no points yet" if moe else "no mixture of experts",
         "final norm": anatomy.absent.get("ln_final", ""),
         "projector": anatomy.absent.get("projector", ""),
-        "vision": "no image" if "no image" in anatomy.absent.get("projector", "") else "no tower of vision blocks",
+        "vision": "no image"
+        if "no image" in anatomy.absent.get("projector", "")
+        else "no tower of vision blocks",
         "writers": next((block.why for block in blocks if block.why), ""),
     }
     return reasons.get(kind) or "not found"

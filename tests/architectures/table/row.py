@@ -79,3 +79,15 @@ def _cells(name: str) -> dict[str, Cell]:
 
 def _closed(opens: Cell) -> dict[str, Cell]:
     return {"opens": opens} | {column: Cell(ABSENT, "not opened") for column in COLUMNS if column != "opens"}
+
+
+def failed_row(name: str, why: str) -> dict[str, Any]:
+    """The row of an architecture whose process did not end as it should."""
+    cells = _closed(Cell(FAILS, why))
+    return {
+        "name": name,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "seconds": 0.0,
+        "cells": {column: asdict(cells[column]) for column in COLUMNS},
+    }

@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as pre_hooks
 
 from hooks import FrankenlensError, HookedVLM, weight_slices
-from hooks.anatomy import find_anatomy
+from hooks.unopened import unopened_anatomy
 from interp.freezing import freeze
 from tests.families import FAMILIES, TinyVLM, tiny
 
@@ -52,7 +52,7 @@ def masks(model, addresses) -> dict[str, Tensor]:
     """True where a weight is frozen, for every parameter; by the slices that grafts use too."""
     found = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
     for address in addresses:
-        for piece in weight_slices(model, find_anatomy(model), address):
+        for piece in weight_slices(model, unopened_anatomy(model), address):
             piece.of(found[piece.parameter]).fill_(True)
     return found
 
@@ -191,7 +191,7 @@ def test_the_embedding_is_both_where_it_is_tied() -> None:
 
 
 def test_all_heads_of_a_layer_leave_its_queries_to_no_one(vlm: TinyVLM) -> None:
-    block = find_anatomy(vlm.model).text.blocks[1]
+    block = unopened_anatomy(vlm.model).text.blocks[1]
     with freeze(vlm.model, ["blocks.1.attn.head.0-3", "blocks.1.attn.head.2"]) as held:
         assert not vlm.model.get_parameter(f"{block.qkv[0]}.weight").requires_grad
         assert not vlm.model.get_parameter(f"{block.out}.weight").requires_grad
@@ -211,7 +211,7 @@ def test_gradient_checkpointing_and_bfloat16_autocast(use_reentrant: bool, vlm: 
     with freeze(model, addresses), torch.autocast("cpu", torch.bfloat16):
         seen = train(model, inputs, OPTIMIZERS["adamw"])
     assert_kept_and_moved(before, model, frozen, seen)
-    assert seen[f"{find_anatomy(model).text.blocks[1].qkv[0]}.weight"].any()
+    assert seen[f"{unopened_anatomy(model).text.blocks[1].qkv[0]}.weight"].any()
 
 
 def test_bfloat16_weights(vlm: TinyVLM) -> None:
@@ -336,7 +336,7 @@ def test_it_acts_though_no_one_holds_it_and_ends_with_the_model() -> None:
 
 
 def test_the_report_sees_what_no_optimizer_did(vlm: TinyVLM) -> None:
-    head = next(iter(weight_slices(vlm.model, find_anatomy(vlm.model), UNITS[0])))
+    head = next(iter(weight_slices(vlm.model, unopened_anatomy(vlm.model), UNITS[0])))
     with freeze(vlm.model, MIXED) as held, torch.no_grad():
         assert held.report()["identical"].all() and held.report()["gradient"].isna().all()
         head.of(vlm.model.get_parameter(head.parameter))[0, 0] += 1e-6

@@ -191,7 +191,7 @@ def test_a_head_that_is_not_known_is_refused() -> None:
     model.load_state_dict(made.model.state_dict())
     model.config.text_config.unheard_of = True  # type: ignore[attr-defined]
     made = TinyVLM("llava", model.eval(), made.processor)
-    with pytest.raises(FrankenlensError, match="does something to its logits after the unembedding"):
+    with pytest.raises(FrankenlensError, match="no linear layer's output is the logits"):
         logit_lens(opened(made), prompts_of(made), progress=False)
 
 

@@ -86,7 +86,9 @@ def test_a_component_from_the_same_model_changes_nothing_at_all(duo) -> None:
     wanted = components(vlm, POINTS)
     batch = collate(_prompts(given, 2))
     run = CleanRun(vlm, batch.inputs)
-    own = Donor(vlm, batch, cached_names(wanted), LogitDifference(torch.tensor([1, 2]), torch.tensor([5, 6])))
+    own = Donor(
+        vlm, batch, cached_names(vlm, wanted), LogitDifference(torch.tensor([1, 2]), torch.tensor([5, 6]))
+    )
     for component in wanted:
         early = component.point in BEFORE_THE_DECODER
         edits = edits_of(own, own, component, None if early else batch.mask("all"), early)

@@ -531,7 +531,7 @@ def test_a_budget_makes_lanes_fewer_and_numbers_no_other() -> None:
     [
         (Intervention("blocks.1.hook_mlp", "zero"), "is no hook point"),
         (Intervention("blocks.1.attn.hook_z", "zero", "all", 4), "index 4 is out of range"),
-        (Intervention("blocks.1.hook_mlp_out", "zero", "all", 0), "no heads or neurons"),
+        (Intervention("blocks.1.hook_mlp_out", "zero", "all", 0), "no heads, neurons or experts"),
         (Intervention("blocks.1.hook_mlp_out", "replace"), "needs a value, or a donor"),
         (Intervention("blocks.1.hook_mlp_out", "add"), "add needs a value"),
         (Intervention("blocks.1.hook_mlp_out", "zero", value=1.0), "takes no value"),

@@ -1,0 +1,75 @@
+"""The table as a page for people who ask whether their model opens, and what runs on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from tests.architectures.table.cells import ABSENT, FAILS, REFUSED, YES
+from tests.architectures.table.row import COLUMNS
+
+Row = Mapping[str, Any]
+_SHOWN = {YES: "yes", ABSENT: "–", REFUSED: "refused", FAILS: "**fails**"}
+_HEAD = """# What works on which architecture
+
+Made by `make architectures` with transformers {transformers} and torch {torch}: {n} tiny random models (large weights,
+random gains and biases), one or more for every image-text-to-text architecture of transformers, for such models with
+another language model inside, and for text-only ones. Nothing here is copied from a list; every word was measured.
+
+- **yes**: numbers were compared, and none was further off than 1e-5 × max(1, largest logit) (or, where a model
+  magnifies its own rounding more than that, than four times what one step of rounding at every block moves them).
+  *opens*: the self-check of opening went through. *logits identical*: `torch.equal` to the bare model, with nothing
+  attached and after `close()`. Points: read and written against plain PyTorch hooks. *sweep*: every intervention
+  against one full forward. *map*, *lens*, *logit attribution*, *attribution patching*, *paths*, *knockout*,
+  *attention mass*, *grafts*: against the same worked out with plain PyTorch.
+- **–**: the model has no such part, or it could not be proved; the note says which.
+- **refused**: the analysis says in one sentence what it lacks; the note quotes it.
+- **fails**: a wrong number or a raw exception; a fault of ours.
+
+{summary}
+"""
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The page in Markdown."""
+    notes: dict[str, int] = {}
+    groups = {
+        "Image-text-to-text": [r for r in rows if r["name"] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES],
+        "With another language model inside, or other settings": [r for r in rows if "+" in r["name"]],
+    }
+    known = {r["name"] for group in groups.values() for r in group}
+    groups["Text only"] = [r for r in rows if r["name"] not in known]
+    tables = [f"## {title}\n\n{_table(group, notes)}" for title, group in groups.items() if group]
+    told = "\n".join(f"{number}. {why}" for why, number in notes.items())
+    head = _HEAD.format(
+        transformers=rows[0]["transformers"], torch=rows[0]["torch"], n=len(rows), summary=summary(rows)
+    )
+    return "\n\n".join([head.rstrip(), *tables, f"## Notes\n\n{told}"]) + "\n"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """How many say what, column by column."""
+    lines = [f"| of {len(rows)} | yes | – | refused | fails |", "|---|---:|---:|---:|---:|"]
+    for column in COLUMNS:
+        counts = Counter(row["cells"][column]["state"] for row in rows)
+        lines.append(f"| {column} | " + " | ".join(str(counts[state]) for state in _SHOWN) + " |")
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Row], notes: dict[str, int]) -> str:
+    lines = [f"| architecture | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
+    for row in rows:
+        cells = [_cell(row["cells"][column], notes) for column in COLUMNS]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(cell: Mapping[str, Any], notes: dict[str, int]) -> str:
+    shown = _SHOWN[cell["state"]]
+    if not cell["why"]:
+        return shown
+    number = notes.setdefault(cell["why"].replace("|", "\\|"), len(notes) + 1)
+    return f"{shown} <sup>{number}</sup>"
