@@ -42,7 +42,9 @@ class Halves:
         if leaf == "hook_resid_mid":
             return self.in_turn
         if leaf in ("hook_z", "hook_result"):
-            return self.first is not None and self.first.role == "attn" and self._followed(self.first)
+            first = self.first
+            heads = first is not None and first.role == "attn" and first.site is not None and first.site.out
+            return bool(heads) and self._followed(first)  # type: ignore[arg-type]
         if leaf == "hook_expert_out":
             return self.second is not None and self.adds_as_made(self.second)
         if leaf == "hook_post":
