@@ -48,6 +48,11 @@ def _vision(anatomy: Anatomy, points: Mapping[str, object]) -> str:
     return "" if anatomy.vision.blocks else "vision tower that was seen to run"
 
 
+def _positions(anatomy: Anatomy, points: Mapping[str, object]) -> str:
+    why = anatomy.absent.get("positions")
+    return f"logits at every token of input_ids ({why})" if why else ""
+
+
 def _lens(anatomy: Anatomy, points: Mapping[str, object]) -> str:
     if not anatomy.unembed:
         return f"unembedding ({anatomy.absent.get('unembed')})"
@@ -56,6 +61,7 @@ def _lens(anatomy: Anatomy, points: Mapping[str, object]) -> str:
 
 CAPABILITIES: Mapping[str, Missing] = {
     "stream": lambda anatomy, points: "",
+    "positions": _positions,
     "writers": _every("known writers", lambda block: bool(block.writers)),
     "additive blocks": _every(
         "a stream that is the sum of known writers", lambda block: bool(block.writers) and block.gain == 1.0

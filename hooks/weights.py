@@ -44,13 +44,35 @@ def weight_slices(model: nn.Module, anatomy: Anatomy, address: Address | str) ->
     """
     address = Address.parse(address)
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    if address.kind == "blocks":
-        found = [s for single in address.expand() for s in _in_block(model, anatomy, single, parameters)]
-    else:
-        found = [WeightSlice(name) for name in _whole(model, anatomy, address, parameters)]
+    found = _named(model, anatomy, address, parameters)
     if not found:
         raise FrankenlensError(f"{address} names no weights of {type(model).__name__}.")
     return found
+
+
+def buffer_slices(model: nn.Module, anatomy: Anatomy, address: Address | str) -> list[WeightSlice]:
+    """The numbers that an address has in a checkpoint beside its weights, such as the biases that balance experts.
+
+    They are no parameters, and no head's, neuron's or expert's own.
+    """
+    address = Address.parse(address)
+    return [] if address.unit else _named(model, anatomy, address, list(saved_buffers(model)))
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The floating-point buffers that a checkpoint holds, by name."""
+    found = {}
+    for path, module in model.named_modules():
+        for name, value in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and value.is_floating_point():
+                found[f"{path}.{name}" if path else name] = value
+    return found
+
+
+def _named(model: nn.Module, anatomy: Anatomy, address: Address, names: list[str]) -> list[WeightSlice]:
+    if address.kind == "blocks":
+        return [s for single in address.expand() for s in _in_block(model, anatomy, single, names)]
+    return [WeightSlice(name) for name in _whole(model, anatomy, address, names)]
 
 
 @torch.no_grad()

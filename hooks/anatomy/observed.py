@@ -142,6 +142,8 @@ class _Looking:
     def anatomy(self) -> Anatomy:
         """All that was seen, put together."""
         absent: dict[str, str] = {}
+        if why := self._positions():
+            absent["positions"] = why
         streams = list(self._streams.values())
         calls = [call for call in self._outside if call.ended >= 0]
         embed = around.embedding(self._model)
@@ -173,6 +175,17 @@ class _Looking:
             read.softcap if read else None, read.scale if read else 1.0, absent,
         )  # fmt: skip
         return anatomy
+
+    def _positions(self) -> str:
+        """Why logits and tokens do not stand side by side; "" where they do."""
+        ids = self._inputs.get("input_ids")
+        if "decoder_input_ids" in self._inputs:
+            return "its logits are of decoder_input_ids"
+        if not isinstance(ids, Tensor):
+            return "it is not given input_ids"
+        if self.logits.ndim != 3 or self.logits.shape[:2] != ids.shape:
+            return f"its logits are {list(self.logits.shape[:-1])} where the prompt is {list(ids.shape)}"
+        return ""
 
     def _projector(self, calls: list[Call], before: list[Stack], embed: str) -> around.Projector | None:
         """What hands image rows to the decoder, or to the encoder of an encoder-decoder."""

@@ -68,14 +68,16 @@ def cells_of(
     """Every component at every role that some row has (`self`: at all tokens), by kind of donor; see `Cell`."""
     cells = []
     whole = torch.ones_like(ready.partner, dtype=torch.bool)
+    # An image that no token stands for (it is attended to, or put before the text) is everybody's: role "all".
+    of_image = "image" if bool(ready.where("image").any()) else "all"
     for kind in kinds:
         usable = ready.partner >= 0 if kind == "other" else whole
         for c, component in enumerate(wanted):
             early = component.point in BEFORE_THE_DECODER
             for r, role in enumerate(roles if kind != "self" else [None]):
-                where = ready.where(role or ("image" if early else "all"))
-                present = usable & where.any(-1)
-                if (early and role not in ("image", None)) or not present.any():
+                where = ready.where(role or "all")
+                present = usable & (ready.batch.with_image if early else where.any(-1))
+                if (early and role not in (of_image, None)) or not present.any():
                     continue
                 source = own if kind == "self" else donor
                 borrow = ready if kind == "other" else None

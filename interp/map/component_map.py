@@ -211,7 +211,7 @@ def batches_of(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]
 
 def _n_runs(wanted: Sequence[Component], roles: Sequence[str]) -> int:
     early = sum(component.point in BEFORE_THE_DECODER for component in wanted)
-    cells = (len(wanted) - early) * len(roles) + early * ("image" in roles)
+    cells = (len(wanted) - early) * len(roles) + early
     return 2 * cells + len(wanted)
 
 

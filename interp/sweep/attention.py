@@ -40,7 +40,7 @@ class SegmentContext:
     """
 
     keys: Float[Tensor, "batch kv_head prefix d_head"]
-    values: Float[Tensor, "batch kv_head prefix d_head"]
+    values: Float[Tensor, "batch kv_head prefix d_value"]
     visible: Bool[Tensor, "_ 1 query key"]
     causal: bool = False
     tap: Tap | None = None
@@ -82,14 +82,14 @@ def segment_attention(
     module: Any,
     query: Float[Tensor, "lane head query d_head"],
     key: Float[Tensor, "lane kv_head query d_head"],
-    value: Float[Tensor, "lane kv_head query d_head"],
+    value: Float[Tensor, "lane kv_head query d_value"],
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
-) -> tuple[Float[Tensor, "lane query head d_head"], None]:
+) -> tuple[Float[Tensor, "lane query head d_value"], None]:
     """The attention function that transformers calls for a segment; the mask is the context's own."""
     context: SegmentContext = module.config._frankenlens_segment
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -109,7 +109,7 @@ def segment_attention(
     else:
         out = _with_copies(replace(context, visible=visible), some, key, value, scale, dense=False)
     if context.wanted is not None:
-        whole = torch.zeros_like(query)
+        whole = query.new_zeros(*query.shape[:3], value.shape[-1])
         whole[:, :, context.wanted] = out
         out = whole
     return out.transpose(1, 2).contiguous(), None
@@ -123,7 +123,7 @@ def _with_copies(
     scale: float,
     dense: bool,
     special: Special = Special(),
-) -> Float[Tensor, "lane head query d_head"]:
+) -> Float[Tensor, "lane head query d_value"]:
     rows, lanes = context.keys.shape[0], query.shape[0]
     if context.keys.shape[2]:
         key, value = _after(context.keys, key), _after(context.values, value)
@@ -169,13 +169,14 @@ def _after(
 
 def _shared_prefix(
     context: SegmentContext, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float
-) -> Float[Tensor, "lane head query d_head"]:
+) -> Float[Tensor, "lane head query d_value"]:
     """The lanes of one row are further queries to the one prefix; each sees, besides, only its own segment."""
     (rows, kv_heads, prefix, d_head), (lanes, heads, n) = context.keys.shape, query.shape[:3]
+    d_value = value.shape[-1]  # latent attention: not that of the keys
     copies, groups, own = lanes // rows, heads // kv_heads, key.shape[2]
     q = (query * scale).reshape(copies, rows, kv_heads, groups * n, d_head).permute(1, 2, 0, 3, 4)
     k = key.reshape(copies, rows, kv_heads, own, d_head).permute(1, 2, 0, 3, 4)
-    v = value.reshape(copies, rows, kv_heads, own, d_head).permute(1, 2, 0, 3, 4)
+    v = value.reshape(copies, rows, kv_heads, own, d_value).permute(1, 2, 0, 3, 4)
     far = q.reshape(rows, kv_heads, copies * groups * n, d_head) @ context.keys.transpose(2, 3)
     far = far.reshape(rows, kv_heads, copies, groups, n, prefix)
     near = (q @ k.transpose(-2, -1)).reshape(rows, kv_heads, copies, groups, n, own)
@@ -188,10 +189,10 @@ def _shared_prefix(
         far.masked_fill_(~visible[..., :prefix], -torch.inf)
     pattern = _softmax(torch.cat([far, near], dim=-1), guarded=not context.causal).to(query.dtype)
     out = pattern[..., :prefix].reshape(rows, kv_heads, copies * groups * n, prefix) @ context.values
-    out = out.reshape(rows, kv_heads, copies, groups * n, d_head)
+    out = out.reshape(rows, kv_heads, copies, groups * n, d_value)
     out = out + pattern[..., prefix:].reshape(rows, kv_heads, copies, groups * n, own) @ v
-    out = out.reshape(rows, kv_heads, copies, groups, n, d_head)
-    return out.permute(2, 0, 1, 3, 4, 5).reshape(lanes, heads, n, d_head)
+    out = out.reshape(rows, kv_heads, copies, groups, n, d_value)
+    return out.permute(2, 0, 1, 3, 4, 5).reshape(lanes, heads, n, d_value)
 
 
 def _softmax(

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM, WeightSlice, weight_slices
-from hooks.weights import wholes
+from hooks.weights import buffer_slices, saved_buffers, wholes
 
 FORMS = ("delta", "low_rank", "random")
 _EXACT = 2048  # up to this many rows or columns, the low-rank form is an exact SVD
@@ -97,7 +97,8 @@ def slices_of(vlm: HookedVLM, grafts: Sequence[Graft]) -> list[tuple[Graft, list
     for one in grafts:
         pieces = []
         for address in one.addresses:
-            for piece in weight_slices(vlm.model, vlm.anatomy, address):
+            own = weight_slices(vlm.model, vlm.anatomy, address)
+            for piece in (*own, *buffer_slices(vlm.model, vlm.anatomy, address)):
                 for other, taken in seen.setdefault(piece.parameter, []):
                     if _overlap(piece, taken):
                         raise FrankenlensError(
@@ -118,11 +119,15 @@ def require_graftable(
         FrankenlensError: as `grafted`.
     """
     work = slices_of(recipient, grafts)
-    own, theirs = (dict(v.model.named_parameters(remove_duplicate=False)) for v in (recipient, donor))
+    own, theirs = _tensors(recipient), _tensors(donor)
     for _, pieces in work:
         for piece in pieces:
             _require_alike(piece.parameter, own, theirs)
     return work
+
+
+def _tensors(vlm: HookedVLM) -> dict[str, Tensor]:
+    return dict(vlm.model.named_parameters(remove_duplicate=False)) | saved_buffers(vlm.model)
 
 
 def _overlap(a: WeightSlice, b: WeightSlice) -> bool:
@@ -152,7 +157,7 @@ def grafted(recipient: HookedVLM, donor: HookedVLM, grafts: Graft | Sequence[Gra
     """
     wanted = [grafts] if isinstance(grafts, Graft) else list(grafts)
     work = require_graftable(recipient, donor, wanted)
-    own, theirs = (dict(v.model.named_parameters(remove_duplicate=False)) for v in (recipient, donor))
+    own, theirs = _tensors(recipient), _tensors(donor)
     with ExitStack() as stack, torch.no_grad():
         for one, pieces in work:
             for piece in pieces:
@@ -215,7 +220,7 @@ def _same_place(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.device == b.device
 
 
-def _require_alike(name: str, own: dict[str, nn.Parameter], theirs: dict[str, nn.Parameter]) -> None:
+def _require_alike(name: str, own: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     if name not in theirs or theirs[name].shape != own[name].shape:
         shape = tuple(theirs[name].shape) if name in theirs else "missing"
         raise FrankenlensError(f"{name} is {tuple(own[name].shape)} in the recipient, {shape} in the donor")

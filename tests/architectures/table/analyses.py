@@ -231,7 +231,7 @@ def graft_cell(bench: Bench) -> Cell:
         )
     refusals = []
     for address, paths in _parts(bench):
-        names = [n for n, _ in vlm.model.named_parameters(remove_duplicate=False) if _under(n, paths)]
+        names = [name for name in vlm.model.state_dict() if _under(name, paths)]
         theirs = _copied(bench, names)
         with grafted(vlm, bench.donor, Graft((address,))):
             ours = vlm(inputs, use_cache=False).logits
@@ -269,9 +269,10 @@ def _parts(bench: Bench) -> list[tuple[str, list[str]]]:
         block = anatomy.text.blocks[layer]
         found.append((f"blocks.{layer}", [block.path]))
         for role in dict.fromkeys("mlp" if w.role == "moe" else w.role for w in block.writers):
-            own = [w.body for w in block.writers if w.role == role or (role, w.role) == ("mlp", "moe")]
-            if any(True for body in own for _ in bench.vlm.module(body).parameters()):
-                found.append((f"blocks.{layer}.{role}", own[:1]))
+            own = next(w for w in block.writers if w.role == role or (role, w.role) == ("mlp", "moe"))
+            behind = [] if own.rest or own.module == own.body else [own.module]
+            if any(True for _ in bench.vlm.module(own.body).parameters()):
+                found.append((f"blocks.{layer}.{role}", [own.body, *behind]))
     found += [("ln_final", [anatomy.final_norm])] if anatomy.final_norm else []
     return found
 
@@ -279,7 +280,7 @@ def _parts(bench: Bench) -> list[tuple[str, list[str]]]:
 def _copied(bench: Bench, names: list[str]) -> Tensor:
     """Logits with these parameters taken from the donor, in a copy of the model."""
     model = copy.deepcopy(bench.vlm.model)
-    own, theirs = (dict(m.named_parameters(remove_duplicate=False)) for m in (model, bench.donor.model))
+    own, theirs = model.state_dict(), bench.donor.model.state_dict()
     for name in names:
         own[name].data.copy_(theirs[name].data)
     return plain.logits_of(model, bench.batch.inputs)

@@ -16,7 +16,7 @@ from interp.metrics import LogitDifference
 from interp.prompts import Prompt, PromptBatch, collate
 from tests.architectures import ARCHITECTURES, TinyModel, build
 from tests.architectures.inputs import BEFORE
-from tests.architectures.shrink import FIRST_MARK
+from tests.architectures.shrink import FIRST_MARK, IMAGE
 from tests.architectures.table import plain
 from tests.architectures.table.cells import finite, within
 
@@ -64,11 +64,9 @@ class Bench:
 
     @property
     def _roles(self) -> tuple[str, ...]:
-        n, mask = self.tiny.inputs["input_ids"].shape[1], self.tiny.image_mask
-        roles = ["template"] * BEFORE + ["question"] * (n - BEFORE)
-        return tuple(
-            "image" if mask is not None and bool(mask[0, at]) else role for at, role in enumerate(roles)
-        )
+        ids = self.tiny.inputs["input_ids"][0].tolist()
+        roles = ["template"] * BEFORE + ["question"] * (len(ids) - BEFORE)
+        return tuple("image" if token == IMAGE else role for token, role in zip(ids, roles, strict=True))
 
     @cached_property
     def batch(self) -> PromptBatch:

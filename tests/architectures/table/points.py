@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooks import HookedVLM
 from hooks.points import HookPoint
-from tests.architectures.table import plain
+from tests.architectures.table import plain, plain_experts
 from tests.architectures.table.cells import ABSENT, FAILS, YES, Cell, finite, within
 
 KINDS = (
@@ -86,7 +86,8 @@ def prove(vlm: HookedVLM, inputs: Mapping[str, Tensor], bare: Tensor) -> dict[st
     proofs = {name: Proof() for name in points}
     for name, point in points.items():
         proof, own = proofs[name], cache[name]
-        expected = plain.read(vlm, point, seen)
+        of_experts = point.place in plain_experts.PLACES
+        expected = (plain_experts if of_experts else plain).read(vlm, point, seen)
         if expected is not None:
             _compare_read(proof, point, own, expected)
         _write(vlm, point, inputs, bare, seen, proof)
@@ -94,6 +95,8 @@ def prove(vlm: HookedVLM, inputs: Mapping[str, Tensor], bare: Tensor) -> dict[st
 
 
 def _compare_read(proof: Proof, point: HookPoint, own: Tensor, expected: Tensor) -> None:
+    if point.place == "expert_out" and own.numel() != expected.numel():
+        own = own.sum(-2)
     if own.numel() != expected.numel():
         proof.faults.append(f"read {tuple(own.shape)} where plain hooks see {tuple(expected.shape)}")
         return
@@ -126,7 +129,10 @@ def _write(
         inputs, [(point.name, lambda value, hook: value.clone())], use_cache=False
     ).logits
     keep = finite(bare)
-    theirs = plain.written(vlm, point, inputs, seen)
+    if point.place in plain_experts.PLACES:
+        theirs = plain_experts.written(vlm, point, inputs)
+    else:
+        theirs = plain.written(vlm, point, inputs, seen)
     proof.effect = within(ours[keep], bare[keep])
     back = within(again[keep], bare[keep])
     if not back <= 1.0:

@@ -177,8 +177,9 @@ def map_cell(bench: Bench) -> Cell:
     chosen = {component.point: component for component in wanted}
     few = [*chosen.values(), *wanted[:: max(1, len(wanted) // SHOWN)]]
     roles = [role for role in ("image", "question", "decision") if role in found["role"].to_numpy()]
+    of_image = "image" if "image" in roles else "all"
     for component in dict.fromkeys(few):
-        for role in roles if component.point not in ("vision", "projector") else ["image"]:
+        for role in roles if component.point not in ("vision", "projector") else [of_image]:
             ours = found["effect"].sel(component=component.name, role=role).to_numpy()[0]
             hooks = [_patched(bench, component, name, role) for name in component.hooks]
             theirs = bench.measured(bench.full(hooks)) - clean
