@@ -306,8 +306,9 @@ class Anatomy:
         others: further towers: an encoder, a second vision tower, a resampler.
         embed, final_norm, unembed: module paths.
         entry, entry_key: the module, and the keyword of its input, where the decoder is handed its embeddings.
-        projector, projector_key, projector_weights: where image rows, or what cross-attention reads, come from, the
-            field of that module's output (None for a plain tensor), and the module that holds the weights.
+        projector, projector_key, projector_weights: where image rows, or what cross-attention reads, come
+            from, the field of that module's output (None
+            for a plain tensor), and the module that holds the weights.
         deepstack: layer to the module whose output is added to the stream at image tokens behind that layer's block.
         softcap, scale: logits = softcap * tanh(scale * unembedding / softcap); None and 1 where there is no such thing.
         absent: part to the reason why it is not there.

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from hooks.extras import require_installed
-from hooks.processors import tokenizer_of
+from hooks.processors import load_processor, tokenizer_of
 from interp.pair.agreement import (
     chat_template,
     model_differences,
@@ -103,8 +103,8 @@ class Pair:
             opened = HookedVLM.from_pretrained(in_path, **{**loading, "check": False})
             rl = _with_adapter(opened, Path(rl_path), kwargs.get("check", True), not template)
         else:
-            rl = HookedVLM.from_pretrained(rl_path, **loading)
-        opened_base = None if base is None else HookedVLM.from_pretrained(base, **loading)
+            rl = _opened(in_, rl_path, "RL", loading, not template)
+        opened_base = None if base is None else _opened(in_, base, "Base", loading, not template)
         return cls(in_, rl, opened_base, trace_format, template, system)
 
     @property
@@ -177,6 +177,19 @@ def _require_pair(in_: HookedVLM, other: HookedVLM, name: str, templates: bool) 
     differences += processor_differences(_processor(in_, "IN"), _processor(other, name), templates)
     if differences:
         _refuse(name, differences)
+
+
+def _opened(
+    in_: HookedVLM, path: str | Path, name: str, loading: dict[str, Any], templates: bool
+) -> HookedVLM:
+    """A model of the pair; where it does not open and its processor is another, that is what is said."""
+    try:
+        return HookedVLM.from_pretrained(path, **loading)
+    except FrankenlensError:
+        other = load_processor(path, trust_remote_code=bool(loading.get("trust_remote_code")))
+        if differences := processor_differences(_processor(in_, "IN"), other, templates):
+            _refuse(name, differences)
+        raise
 
 
 def _refuse(name: str, differences: list[str]) -> None:

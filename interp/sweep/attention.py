@@ -163,7 +163,7 @@ def _after(
     rows, _, before, _ = prefix.shape
     whole = own.new_empty(lanes // rows, rows, heads, before + n, d_head)
     whole[:, :, :, :before] = prefix
-    whole[:, :, :, before:] = own.view(lanes // rows, rows, heads, n, d_head)
+    whole[:, :, :, before:] = own.reshape(lanes // rows, rows, heads, n, d_head)
     return whole.view(lanes, heads, before + n, d_head)
 
 

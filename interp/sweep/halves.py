@@ -42,7 +42,8 @@ class Halves:
         if leaf == "hook_resid_mid":
             return self.in_turn
         if leaf in ("hook_z", "hook_result"):
-            return self.first is not None and self.first.role == "attn" and self._followed(self.first)
+            site = None if self.first is None else self.first.site
+            return site is not None and site.out is not None and not site.cross and self._followed(self.first)
         if leaf == "hook_expert_out":
             return self.second is not None and self.adds_as_made(self.second)
         if leaf == "hook_post":

@@ -161,7 +161,9 @@ def test_swap_from_a_layer_on_is_the_source_put_in_once_with_its_deepstack_state
     swap = Swap(layer, vlm.n_layers - 1, what)
     got = _logits(vlm, batch, swap_hooks(vlm, swap, batch, *_states(vlm, batch, source, [swap])))
     block = vlm.model.get_submodule(vlm.anatomy.text.blocks[layer].path)
-    mergers = [vlm.model.get_submodule(path) for path in vlm.anatomy.deepstack[layer:]]
+    mergers = [
+        vlm.model.get_submodule(path) for at, path in sorted(vlm.anatomy.deepstack.items()) if at >= layer
+    ]
     image, kept = batch.mask("image"), {}
 
     def run(inputs, on_block, on_merger):
