@@ -91,7 +91,9 @@ def auto_class(config: Any) -> Any:
         (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
     )
     named = set(getattr(config, "architectures", None) or ())
-    filed = [(auto, mapping[type(config)]) for auto, mapping in kinds if type(config) in mapping]
+    filed: list[tuple[Any, Any]] = [
+        (auto, mapping[type(config)]) for auto, mapping in kinds if type(config) in mapping
+    ]
     for auto, own in filed:
         if named.intersection(kind.__name__ for kind in (own if isinstance(own, tuple) else (own,))):
             return auto

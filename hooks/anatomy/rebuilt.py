@@ -9,6 +9,7 @@ are drawn as transformers initializes them, and stirred, because unit norms, zer
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,7 +28,7 @@ def rebuilt(kind: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0
         config: its configuration, which is not changed; quantization is left out.
         seed: of the weights.
     """
-    own = deepcopy(config)
+    own: Any = deepcopy(config)
     if hasattr(own, "quantization_config"):
         del own.quantization_config
     own._attn_implementation = None  # the default, of every part

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,37 +22,19 @@ from hooks.loading import auto_class
 from hooks.processors import load_processor
 from hooks.unopened import unopened_anatomy
 from interp.comparison.names import Names
+from interp.comparison.stored import Reader, Stored
 
 PART = 1 << 20  # entries read at once: large enough for a disk's read-ahead, a few megabytes
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHOWN = 5
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Where one tensor lies: file, first byte, shape and type."""
-
-    file: Path
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def entries(self) -> int:
-        """How many numbers it has."""
-        return math.prod(self.shape)
-
-    @property
-    def matrix(self) -> tuple[int, int] | None:
-        """Rows and columns of the linear map (a convolution's kernel is flattened to columns); None for a vector."""
-        return (self.shape[0], math.prod(self.shape[1:])) if len(self.shape) > 1 else None
-
-
 class Checkpoint:
     """A folder of safetensors files, one or many shards, opened without loading a weight.
 
-    Names are those of the transformers model: older names on disk (`visual.`, `model.layers.`) are renamed as
-    transformers does at loading. The model itself is built on the meta device, without weights.
+    Names are those of the transformers model: older names on disk (`visual.`, `model.layers.`) are renamed, and experts
+    that lie apart joined, as transformers does at loading. The model itself is built on the meta device, without
+    weights.
 
     Attributes:
         folder: where it is.
@@ -65,7 +44,7 @@ class Checkpoint:
 
     Raises:
         FrankenlensError: no such folder, no safetensors in it, a missing shard, missing weights, integer (quantized)
-            weights, or a layout that transformers converts rather than renames.
+            weights, or a layout that transformers converts in other ways.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -75,14 +54,19 @@ class Checkpoint:
         names, found = Names(self.model), {}
         self.ties: dict[str, str] = {}
         self.ignored: list[str] = []
+        apart: dict[str, dict[tuple[int, ...], Stored]] = {}
         for file in files:
             for key, stored in _header(file):
-                name = names(key, stored.shape)
-                if name in parameters:
+                name, order = names(key, stored.shape)
+                if name in parameters and order is not None:
+                    apart.setdefault(name, {})[order] = stored
+                elif name in parameters:
                     self._require_shape(name, stored.shape, tuple(parameters[name].shape))
                     found[name] = stored
                 else:
                     self.ignored.append(key)
+        for name, parts in apart.items():
+            found[name] = self._joined(name, parts, tuple(parameters[name].shape))
         self.ties = self._tie(found)
         absent = [name for name in parameters if name not in found and name not in self.ties]
         if absent:
@@ -117,13 +101,11 @@ class Checkpoint:
     def parts(self, name: str, entries: int = PART) -> Iterator[Shaped[Tensor, " entry"]]:
         """One tensor, flat and in its own type, in parts of `entries`; each part is overwritten by the next."""
         stored = self._stored(name)
-        buffer = torch.empty(min(entries, stored.entries), dtype=stored.dtype)
-        with stored.file.open("rb", buffering=0) as file:
-            _announce(file)
-            file.seek(stored.start)
+        buffer, size = torch.empty(min(entries, stored.entries), dtype=stored.dtype), stored.dtype.itemsize
+        with Reader(stored, ahead=True) as reader:
             for first in range(0, stored.entries, entries):
                 part = buffer[: min(entries, stored.entries - first)]
-                _read_into(file, _bytes(part))
+                reader.read(first * size, _bytes(part))
                 yield part
 
     def blocks(self, name: str, entries: int = PART) -> Iterator[Shaped[Tensor, "long short"]]:
@@ -139,14 +121,13 @@ class Checkpoint:
             return
         width = min(columns, max(1, entries // rows))
         buffer, size = torch.empty(rows * width, dtype=stored.dtype), stored.dtype.itemsize
-        with stored.file.open("rb", buffering=0) as file:
+        with Reader(stored) as reader:
             for first in range(0, columns, width):
                 n = min(width, columns - first)
                 part = buffer[: rows * n].view(rows, n)
                 view = _bytes(part)
                 for row in range(rows):
-                    file.seek(stored.start + (row * columns + first) * size)
-                    _read_into(file, view[row * n * size : (row + 1) * n * size])
+                    reader.read((row * columns + first) * size, view[row * n * size : (row + 1) * n * size])
                 yield part.T
 
     def sample(self, name: str, runs: int, length: int) -> Shaped[Tensor, " entry"]:
@@ -155,12 +136,11 @@ class Checkpoint:
         if stored.entries <= runs * length:
             return self.read(name).flatten()
         found = torch.empty(runs, length, dtype=stored.dtype)
-        with stored.file.open("rb", buffering=0) as file:
+        with Reader(stored) as reader:
             for run, first in zip(
                 found, np.linspace(0, stored.entries - length, runs).astype(int), strict=True
             ):
-                file.seek(stored.start + int(first) * stored.dtype.itemsize)
-                _read_into(file, _bytes(run))
+                reader.read(int(first) * stored.dtype.itemsize, _bytes(run))
         return found.flatten()
 
     def read(self, name: str) -> Shaped[Tensor, "..."]:
@@ -188,6 +168,19 @@ class Checkpoint:
             "dtype": ", ".join(types),
             "weights_sha256": self.weights_sha256(),
         }
+
+    def _joined(self, name: str, parts: Mapping[tuple[int, ...], Stored], wanted: tuple[int, ...]) -> Stored:
+        """One tensor whose parts lie apart on disk (each expert's), as transformers lays them behind one another."""
+        ordered = [parts[order] for order in sorted(parts)]
+        types = {one.dtype for one in ordered}
+        rows = sum(one.shape[0] for one in ordered)
+        if len(types) > 1 or rows != wanted[0] * wanted[1] or any(o.shape[1:] != wanted[2:] for o in ordered):
+            shapes = ", ".join(dict.fromkeys(f"{list(one.shape)} {one.dtype}" for one in ordered))
+            raise FrankenlensError(
+                f"{self.folder}: {len(ordered)} parts of {name}, {shapes}, do not make {list(wanted)}; download or "
+                "save it again, whole."
+            )
+        return Stored(tuple(piece for one in ordered for piece in one.pieces), wanted, types.pop())
 
     def _require_shape(self, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         if stored != wanted:
@@ -282,24 +275,10 @@ def _header(file: Path) -> Iterator[tuple[str, Stored]]:
                 f"{file}: {key} is {about['dtype']}; only {', '.join(_DTYPES)} are compared, so save it unquantized."
             )
         start = 8 + length + about["data_offsets"][0]
-        yield key, Stored(file, start, tuple(about["shape"]), _DTYPES[about["dtype"]])
-
-
-def _announce(file: Any) -> None:
-    """Tells the system to read further ahead, where it can be told."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        size = about["data_offsets"][1] - about["data_offsets"][0]
+        yield key, Stored(((file, start, size),), tuple(about["shape"]), _DTYPES[about["dtype"]])
 
 
 def _bytes(part: Shaped[Tensor, "..."]) -> memoryview:
     flat: Any = part.view(-1).view(torch.uint8).numpy()
     return memoryview(flat).cast("B")
-
-
-def _read_into(file: Any, view: memoryview) -> None:
-    done = 0
-    while done < len(view):
-        n = file.readinto(view[done:])
-        if not n:
-            raise FrankenlensError(f"{file.name} ends before its last tensor does; download it again.")
-        done += n

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from hooks.errors import FrankenlensError
 from interp.comparison.alignment import align
-from interp.comparison.checkpoint import Checkpoint, Stored
+from interp.comparison.checkpoint import Checkpoint
 from interp.comparison.controls import gaussian_spectrum, rounding
 from interp.comparison.energy import Sums, energies
 from interp.comparison.names import Place, places
 from interp.comparison.singular_values import TOP, Spectrum, blockwise, is_small
+from interp.comparison.stored import Stored
 from interp.comparison.subspace import energy_outside, leading, principal_angles
 from interp.comparison.workers import READERS, in_threads
 

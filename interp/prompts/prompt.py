@@ -185,7 +185,7 @@ class Prompt:
                 )
         held.setdefault("attention_mask", torch.ones_like(ids))
         own = _given_roles(name, held, roles, image_token_id)
-        source = GivenTokens(tokenizer, -1 if image_token_id is None else image_token_id)
+        source: Any = GivenTokens(tokenizer, -1 if image_token_id is None else image_token_id)
         example = Example(name, (), source.decode(ids[0].tolist()), "")
         return cls(example, held, own, example.question, len(own), source)
 

@@ -252,3 +252,28 @@ def test_what_is_about_images_alone_says_so(made, tmp_path, capsys) -> None:
         assert main([command, *own, *data]) == 2
         told = capsys.readouterr().err
         assert words in told and "Traceback" not in told
+
+
+def test_the_suite_leaves_out_the_parts_that_need_images(made, tmp_path, capsys) -> None:
+    if made[0] != "qwen3":
+        return
+    pair = made[1]
+    own = [
+        "--in",
+        str(pair.in_),
+        "--rl",
+        str(pair.rl),
+        "--data",
+        str(pair.data),
+        "--n",
+        "4",
+        "--max-new-tokens",
+        "12",
+    ]
+    assert main(["suite", *own, "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "attention: no question has an image" in page and "localize: the models read text alone" in page
+    assert {"metrics.csv", "compare.csv", "transfer.csv"} <= {path.name for path in tmp_path.iterdir()}
+    assert "vis and v2r: no question has an image" in page
+    assert main(["suite", *own, "--parts", "attention", "--out", str(tmp_path / "one")]) == 2
+    assert "--keys question" in capsys.readouterr().err

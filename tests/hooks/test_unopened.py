@@ -86,7 +86,7 @@ def test_families_that_are_read_off_are_read_as_they_are_seen(family: str) -> No
 @pytest.mark.parametrize("name", ["gemma2", "qwen3_5_text", "gpt2", "qwen3_moe"])
 def test_an_address_is_the_same_weights_in_comparison_grafts_and_freezing(name: str, tmp_path) -> None:
     model = build(name).model
-    model.save_pretrained(tmp_path, save_original_format=False)
+    model.save_pretrained(tmp_path)
     checkpoint, vlm = Checkpoint(tmp_path), HookedVLM(model, check=False)
     own = dict(model.named_parameters(remove_duplicate=False))
     addresses = every_address(checkpoint)

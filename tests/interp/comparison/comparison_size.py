@@ -121,7 +121,7 @@ def measure(folder: Path) -> dict[str, Any]:
 def _speeds(checkpoints: Sequence[Checkpoint], names: Sequence[str], found: dict[str, Any]) -> None:
     """Reading the second shard of all three, and their energies; in turn, `_ROUNDS` times, cold and warm."""
     files = [checkpoint.folder / "model-00002.safetensors" for checkpoint in checkpoints]
-    some = [name for name in names if checkpoints[0].tensors[name].file == files[0]]
+    some = [name for name in names if checkpoints[0].tensors[name].pieces[0][0] == files[0]]
     size = sum(file.stat().st_size for file in files) / 1e9
     sizes = [checkpoints[0].tensors[name].entries for name in some]
     energy = partial(in_threads, partial(energies, checkpoints), some, sizes, "norms", False, READERS)

@@ -111,3 +111,19 @@ def test_files_without_rows(folder):
         read_jsonl(folder / "other.jsonl")
     with pytest.raises(FrankenlensError, match="holds no JSON objects; row 1: no JSON"):
         read_jsonl(write(folder, ["{"]))
+
+
+def test_questions_without_images_need_no_field_for_them(tmp_path):
+    rows = [{"question": "two and two ?", "answer": "4"}, {"question": "one ?", "answer": 1, "task": "count"}]
+    examples, report = read_jsonl(write(tmp_path, rows))
+    assert [example.images for example in examples] == [(), ()] and not report.failures
+    assert [example.answer for example in examples] == ["4", "1"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"img": "x"}, {"image_path": "x"}, {"file": "images/a.PNG"}, {"files": ["a.jpg", "b.jpg"]}]
+)
+def test_images_under_another_name_are_not_left_out(other, tmp_path):
+    rows = [{"question": "what ?", "answer": "red"} | other, {"question": "what ?", "answer": "blue"}]
+    with pytest.raises(FrankenlensError, match=f"and {next(iter(other))} looks like images"):
+        read_jsonl(write(tmp_path, rows))
