@@ -39,7 +39,7 @@ test-slow: $(INSTALLED)
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	NODE_OPTIONS=--max-old-space-size=8192 $(BIN)/pyright  # more than the 4 GB at which Node.js gives up
+	$(BIN)/pyright
 
 architectures: $(INSTALLED)  ## what works on which architecture, measured on tiny models; docs/architectures.md
 	$(BIN)/python -m tests.architectures.table --out docs/architectures.md

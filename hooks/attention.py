@@ -108,8 +108,8 @@ def hooked_attention(
     query, key = tap.on_heads("hook_rot_q", query), tap.on_heads("hook_rot_k", key)
     value = tap.on_heads("hook_v", value)
     given = (module, query, key, value, attention_mask, scaling, dropout, kwargs)
-    out, *weights = (_dense if tap.dense else _as_the_user_set_it)(tap, *given)
-    return (tap.on_out("hook_z", out), *weights)
+    result: Any = (_dense if tap.dense else _as_the_user_set_it)(tap, *given)
+    return tap.on_out("hook_z", result[0]), *result[1:]
 
 
 def _dense(

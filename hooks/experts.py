@@ -23,8 +23,15 @@ from hooks.errors import FrankenlensError
 class Acting(Protocol):
     """A hook of `hooks.engine`."""
 
-    context: Any
-    awake: Callable[[], bool]
+    @property
+    def context(self) -> Any:
+        """What is handed to its function."""
+        ...
+
+    @property
+    def awake(self) -> Callable[[], bool]:
+        """Whether it acts now."""
+        ...
 
     def __call__(self, activation: Tensor) -> Tensor | None:
         """The new value, or None."""

@@ -69,4 +69,5 @@ def save(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
 def load(folder: Path) -> tuple[Qwen2_5_VLForConditionalGeneration, ProcessorMixin]:
     """Model (fp32, eval mode) and processor of a folder that `save` wrote."""
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, local_files_only=True)
-    return model.eval(), load_processor(folder, local_files_only=True)
+    processor: Any = load_processor(folder, local_files_only=True)
+    return model.eval(), processor

@@ -148,8 +148,9 @@ def _site(attention: nn.Module, names: dict[nn.Module, str], heads: int | None) 
         n_kv = _sizes(separate[1])[1] // d
         parts = [Slice(names[m], n) for m, n in zip(separate, (heads, n_kv, n_kv), strict=True)]
     else:
-        return Site(names[attention], heads, heads, d, d, None, None, None, names[out], rotary)
-    return Site(names[attention], heads, n_kv, d, d, *parts, names[out], rotary)
+        return Site(names[attention], heads, heads, d, d, out=names[out], rotary=rotary)
+    q, k, v = parts
+    return Site(names[attention], heads, n_kv, d, d, q, k, v, names[out], rotary)
 
 
 def _sizes(module: Any) -> tuple[int, int]:

@@ -149,7 +149,11 @@ def _of_heads(run: StoredRun, layer: int, edit: Edit, old: Tensor, span: Span) -
     if edit.point.leaf == "hook_z":
         mixed = edit.apply(z, span)
         # a product of fewer columns may round differently
-        return old if torch.equal(mixed, z) else half.added(half.first, out.forward(mixed.flatten(-2)))
+        return (
+            old
+            if torch.equal(mixed, z)
+            else half.added(half.first, half.project(block.out, mixed.flatten(-2)))
+        )
     if edit.index is not None and type(out) is nn.Linear:
         weight = out.weight.unflatten(1, (block.n_heads, -1))[:, edit.index]
         wide = torch.promote_types(z.dtype, torch.float32)
@@ -160,7 +164,9 @@ def _of_heads(run: StoredRun, layer: int, edit: Edit, old: Tensor, span: Span) -
         change = (edit.apply(result, span) - result).sum(-2).to(old.dtype)
     if half.adds_as_made(half.first):
         return old + change
-    return half.added(half.first, out.forward(z.flatten(-2)) + change) if bool(change.any()) else old
+    return (
+        half.added(half.first, half.project(block.out, z.flatten(-2)) + change) if bool(change.any()) else old
+    )
 
 
 def _of_neurons(run: StoredRun, layer: int, edit: Edit, old: Tensor, span: Span) -> Tensor:
@@ -175,7 +181,9 @@ def _of_neurons(run: StoredRun, layer: int, edit: Edit, old: Tensor, span: Span)
         change = torch.where(here, edit.new(mine, span).to(mine) - mine, 0)
         return old + change[..., None] * down.weight[:, edit.index]
     changed = edit.apply(post, span)
-    return old if torch.equal(changed, post) else half.added(half.second, down.forward(changed))
+    return (
+        old if torch.equal(changed, post) else half.added(half.second, half.project(block.mlp_out, changed))
+    )
 
 
 def _one_head(edit: Edit, mine: Tensor, span: Span) -> Tensor:

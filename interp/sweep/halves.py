@@ -42,15 +42,15 @@ class Halves:
         if leaf == "hook_resid_mid":
             return self.in_turn
         if leaf in ("hook_z", "hook_result"):
-            site = None if self.first is None else self.first.site
-            return site is not None and site.out is not None and not site.cross and self._followed(self.first)
+            if self.first is None or (site := self.first.site) is None:
+                return False
+            return site.out is not None and not site.cross and self._followed(self.first)
         if leaf == "hook_expert_out":
             return self.second is not None and self.adds_as_made(self.second)
         if leaf == "hook_post":
             return self.second is not None and self.second.last is not None and self._followed(self.second)
-        return any(
-            self._points[writer].endswith(f".{leaf}") for writer in (self.first, self.second) if writer
-        )
+        known = [writer for writer in (self.first, self.second) if writer is not None]
+        return any(self._points[writer].endswith(f".{leaf}") for writer in known)
 
     def _followed(self, writer: Writer) -> bool:
         """Whether at most a norm and a factor lie between what a part makes and what is added."""
@@ -59,6 +59,11 @@ class Halves:
     def adds_as_made(self, writer: Writer) -> bool:
         """Whether what a part makes is added as it is."""
         return writer.module == writer.body and writer.coefficient == 1.0
+
+    def project(self, path: str, given: Float[Tensor, "*lead width"]) -> Float[Tensor, "*lead d_model"]:
+        """What a linear layer makes of an input, past its hooks; laid out in one piece, as GPT-2's Conv1D needs it."""
+        layer: Any = self._vlm.module(path)
+        return layer.forward(given.contiguous())
 
     def added(
         self, writer: Writer, made: Float[Tensor, "lane column d_model"]
@@ -82,12 +87,10 @@ class Halves:
 def _pair(block: Block) -> tuple[Writer | None, Writer | None]:
     if block.gain != 1.0 or not block.writers or any(writer.rest for writer in block.writers):
         return None, None
-    if len(block.writers) == 1:
-        (only,) = block.writers
-        return (None, only) if only.role in ("mlp", "moe") else (only, None)
-    if len(block.writers) > 2 or block.writers[1].role not in ("mlp", "moe"):
-        return None, None
-    return block.writers[0], block.writers[1]
+    *before, last = block.writers
+    if last.role not in ("mlp", "moe"):
+        return (None, None) if before else (last, None)
+    return (None, None) if len(before) > 1 else (next(iter(before), None), last)
 
 
 def mixes(block: Block) -> bool:

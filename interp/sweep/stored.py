@@ -365,10 +365,10 @@ class StoredRun:
         found: dict[str, tuple[Tensor, Tensor]] = {}
         z, post = f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.mlp.hook_post"
         if z in self.cache and half.first is not None and half.starts("hook_z"):
-            raw = self.vlm.module(block.out)(self.read(z, span).flatten(-2))
+            raw = half.project(block.out, self.read(z, span).flatten(-2))
             found["at its heads"] = half.added(half.first, raw), self.read(half.point(half.first), span)
         if post in self.cache and half.second is not None and half.starts("hook_post"):
-            raw = self.vlm.module(block.mlp_out)(self.read(post, span))
+            raw = half.project(block.mlp_out, self.read(post, span))
             raw = raw.reshape(self.read(half.point(half.second), span).shape)
             found["at its neurons"] = half.added(half.second, raw), self.read(half.point(half.second), span)
         return found

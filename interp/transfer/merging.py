@@ -6,7 +6,8 @@ that every architecture merges and no tensor is dropped. Two of mergekit's defin
 
 - SLERP turns on the angle between whole tensors and falls back to linear interpolation where |cosine| > 0.9995. That
   is nearly every tensor of a model and its RL checkpoint: `MergeReport.collinear` counts them.
-- TIES trims each tensor by itself; the paper (2306.01708) trims the task vector of the whole model.
+- TIES trims each tensor by itself; the paper (2306.01708) trims the task vector of the whole model. The experts of a
+  layer are one tensor, as the model holds them, however they are stored.
 
 DARE here rescales as its paper does (2311.03099): what is kept is divided by the density. mergekit's own default, to
 restore the tensor's L1 norm, is `rescale="l1"`.
@@ -15,6 +16,7 @@ restore the tensor's L1 norm, is `rescale="l1"`.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
@@ -240,7 +242,7 @@ def merge(
                 merged = recipe.of(tensors, name=name)
             else:
                 merged = recipe.of(tensors[1:], tensors[0], name)
-            writer.save_tensor(keys[name], merged)
+            _save(writer, keys[name], merged)
         writer.finalize()
         _copy_settings(opened[0].folder, staging)
         about = {**asdict(recipe), "models": [Path(m).name for m in models], "mergekit": version("mergekit")}
@@ -255,16 +257,30 @@ def _collinear(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> bool:
     return product > 0 and abs(float(x @ y)) / product > COLLINEAR
 
 
-def _keys(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """Parameter to its name on disk."""
-    names, found = Names(checkpoint.model), {}
-    for file in sorted({stored.file for stored in checkpoint.tensors.values()}):
+_OnDisk = tuple[tuple[int, ...], str, tuple[int, ...]]
+"""A part of a parameter on disk: its place among the parts, its name there and its shape."""
+
+
+def _keys(checkpoint: Checkpoint) -> Mapping[str, list[_OnDisk]]:
+    """Parameter to what it is on disk: one tensor, or several (experts) that follow one another."""
+    names = Names(checkpoint.model)
+    found: dict[str, list[_OnDisk]] = {}
+    for file in sorted({path for stored in checkpoint.tensors.values() for path, *_ in stored.pieces}):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118
-                name = names(key)
-                found[name] = key
-                found.setdefault(checkpoint.ties.get(name, name), key)
-    return found
+                shape = tuple(opened.get_slice(key).get_shape())
+                name, order = names(key, shape)
+                parts = [] if order is None else found.get(name, [])
+                found[name] = [*parts, (order or (), key, shape)]
+                found.setdefault(checkpoint.ties.get(name, name), found[name])
+    return {name: sorted(parts) for name, parts in found.items()}
+
+
+def _save(writer: Any, parts: Sequence[_OnDisk], merged: Float[Tensor, "..."]) -> None:
+    """A merged parameter, in the pieces in which it was."""
+    pieces = merged.flatten().split([math.prod(shape) for *_, shape in parts])
+    for (_, key, shape), piece in zip(parts, pieces, strict=True):
+        writer.save_tensor(key, piece.reshape(shape).clone())
 
 
 def _copy_settings(source: Path, target: Path) -> None:

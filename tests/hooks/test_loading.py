@@ -12,6 +12,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    PreTrainedTokenizerBase,
     dynamic_module_utils,
 )
 
@@ -51,6 +52,7 @@ def test_a_text_only_checkpoint_opens_with_its_tokenizer_alone(tmp_path: Path) -
     assert vlm.processor is None and same(vlm, made)
     tokenizer().save_pretrained(tmp_path)
     vlm = fl.HookedVLM.from_pretrained(tmp_path)
+    assert isinstance(vlm.processor, PreTrainedTokenizerBase)
     assert vlm.processor.get_vocab() == tokenizer().get_vocab()
     assert vlm.image_token_id is None and not vlm.can("vision") and same(vlm, made)
 
@@ -96,4 +98,5 @@ def test_code_of_a_checkpoint_runs_only_when_asked(tmp_path: Path, monkeypatch: 
     vlm = fl.HookedVLM.from_pretrained(folder, processor=None, trust_remote_code=True)
     assert type(vlm.model).__name__ == "OwnForCausalLM" and same(vlm, made)
     vlm = fl.HookedVLM.from_pretrained(folder, trust_remote_code=True)
+    assert isinstance(vlm.processor, PreTrainedTokenizerBase)
     assert vlm.processor.get_vocab() == tokenizer().get_vocab()

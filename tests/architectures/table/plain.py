@@ -274,7 +274,7 @@ def written(vlm: HookedVLM, point: HookPoint, inputs: Mapping[str, Tensor], seen
             other.remove()
     elif point.place == "result":
         bias: Any = getattr(module, "bias", None)
-        twice = 0.0 if bias is None else 2 * bias
+        twice: Any = 0.0 if bias is None else 2 * bias
         handle = module.register_forward_hook(lambda m, args, out: twice - out)
     else:
         handle = module.register_forward_hook(_negate_output(point), prepend=True)

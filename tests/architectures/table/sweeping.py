@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,17 +115,22 @@ def reference(bench: Bench, one: Intervention) -> tuple[str, Change]:
     new = _new(bench, one, point)
     if one.index is not None:
         axis = next(point.axes.index(a) for a in ("head", "kv_head") if a in point.axes)
-        whole = new
-
-        def new(value: Tensor, hook: object, whole: Change = whole, axis: int = axis) -> Tensor:
-            out = value.clone()
-            out.select(axis, one.index).copy_(whole(value, hook).select(axis, one.index))  # type: ignore[arg-type]
-            return out
-
+        new = _of_one(new, axis, one.index)
     if not tokens:
         return one.hook, new
     axis = point.axes.index("query") if "query" in point.axes else 1
     return one.hook, masked(bench.where(one.where), new, axis)  # type: ignore[arg-type]
+
+
+def _of_one(whole: Change, axis: int, index: int) -> Change:
+    """The change of one head alone."""
+
+    def new(value: Tensor, hook: object) -> Tensor:
+        out = value.clone()
+        out.select(axis, index).copy_(whole(value, hook).select(axis, index))
+        return out
+
+    return new
 
 
 def _new(bench: Bench, one: Intervention, point: HookPoint) -> Change:
@@ -133,10 +139,11 @@ def _new(bench: Bench, one: Intervention, point: HookPoint) -> Change:
 
     if one.kind == "zero" or (one.kind == "skip" and point.leaf != "hook_resid_post"):
         return lambda value, hook: torch.zeros_like(value)
+    number: Any = one.value
     if one.kind == "scale":
-        return lambda value, hook: value * one.value
+        return lambda value, hook: value * number
     if one.kind == "add":
-        return lambda value, hook: value + one.value
+        return lambda value, hook: value + number
     if one.kind == "knockout":
         return lambda value, hook: _cut(value, int(one.source), point.axes[0] == "batch")  # type: ignore[arg-type]
     if one.kind == "skip":

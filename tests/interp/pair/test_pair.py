@@ -17,7 +17,8 @@ from tests.families import TinyVLM, tiny
 
 
 def opened(made: TinyVLM) -> HookedVLM:
-    return HookedVLM(made.model, made.processor, check=False)
+    """On a prompt that an unchanged processor wrote: what is changed here is for the pair to find, not for opening."""
+    return HookedVLM(made.model, made.processor, inputs=tiny(made.family).inputs(), check=False)
 
 
 @pytest.fixture
@@ -151,6 +152,14 @@ def test_own_templates_may_differ_where_one_is_given(in_, rl, folders, tmp_path)
     with pytest.raises(FrankenlensError, match="chat template"):
         Pair.from_pretrained(folders / "in", tmp_path, check=False)
     assert Pair.from_pretrained(folders / "in", tmp_path, check=False, template=given)
+
+
+def test_a_processor_that_keeps_rl_from_opening_is_named(rl, folders, tmp_path):
+    rl.model.save_pretrained(tmp_path)
+    rl.processor.patch_size = 3
+    rl.processor.save_pretrained(tmp_path)
+    with pytest.raises(FrankenlensError, match="processor setting patch_size: 6 and 3"):
+        Pair.from_pretrained(folders / "in", tmp_path)
 
 
 def test_another_architecture_is_refused(in_):

@@ -76,9 +76,10 @@ def expected(vlm: HookedVLM, donor: HookedVLM, prompt: Prompt, one: Intervention
             out[:, :, tokens, n + one.source] = -torch.inf
             return out
         place: Any = (slice(None), tokens)
+        factor: Any = one.value
         if one.index is not None:
             place = (*place, one.index)
-        out[place] = cache[one.hook][place] if one.kind == "replace" else out[place] * one.value
+        out[place] = cache[one.hook][place] if one.kind == "replace" else out[place] * factor
         return out
 
     with torch.no_grad():
