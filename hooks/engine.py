@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooks.anatomy.watching import first_floating
 from hooks.anatomy.writers import coefficient_of
 from hooks.attention import AttentionTap, tapped
 from hooks.errors import FrankenlensError
@@ -24,11 +25,13 @@ class HookContext:
     """The `hook` argument of a hook function `fn(activation, hook)`, as in TransformerLens.
 
     `ctx` is a dictionary of the user's own that lives as long as the hook; `calls` counts how often it has fired.
+    `lead` are the sizes of the axes of its block's stream before the width, where the point is relaid.
     """
 
     point: HookPoint
     ctx: dict[str, Any] = field(default_factory=dict)
     calls: int = 0
+    lead: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def name(self) -> str:
@@ -71,6 +74,19 @@ class Hook:
 
     def __call__(self, activation: Tensor) -> Tensor | None:
         point = self.context.point
+        if point.moved:
+            new = self._on(activation.movedim(0, 2))
+            return None if new is None else new.movedim(2, 0)
+        if point.relaid:
+            behind = len(point.axes) - len(self.context.lead)
+            new = self._on(
+                activation.reshape(*self.context.lead, *activation.shape[activation.ndim - behind :])
+            )
+            return None if new is None else new.reshape(activation.shape)
+        return self._on(activation)
+
+    def _on(self, activation: Tensor) -> Tensor | None:
+        point = self.context.point
         self.context.calls += 1
         version = None if activation.is_inference() else activation._version
         new = self.fn(activation, self.context)
@@ -100,6 +116,11 @@ def attached(model: nn.Module, wanted: Sequence[Hook], packed: frozenset[str]) -
     for hook in wanted:
         places[hook.context.point.module, hook.context.point.place].append(hook)
     with ExitStack() as stack:
+        for hook in wanted:
+            if hook.context.point.relaid:
+                block = model.get_submodule(hook.context.point.stream)
+                handle = block.register_forward_pre_hook(partial(_note_lead, hook.context), with_kwargs=True)
+                stack.callback(handle.remove)
         # Of the hooks on one module's output, those registered last run first: a rest must come before the whole.
         for (path, place), hooks in sorted(places.items(), key=lambda item: item[0][1] == "rest"):
             module = model.get_submodule(path)
@@ -122,6 +143,12 @@ def attached(model: nn.Module, wanted: Sequence[Hook], packed: frozenset[str]) -
                 handle = module.register_forward_hook(function, prepend=True)
                 stack.callback(handle.remove)
         yield
+
+
+def _note_lead(context: HookContext, block: nn.Module, args: tuple, kwargs: dict) -> None:
+    """How the tokens of a block's stream are laid out."""
+    _, stream = first_floating(args, kwargs)
+    context.lead = () if stream is None else tuple(stream.shape[:-1])
 
 
 def _attach_rest(model: nn.Module, block: nn.Module, hooks: list[Hook], stack: ExitStack) -> None:

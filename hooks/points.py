@@ -59,8 +59,11 @@ class HookPoint:
         inplace: a new value is copied into the tensor itself, because the residual branch holds the same tensor.
         coefficient: what the module's output is multiplied with before it is added to the stream; a hook function sees
             the product.
+        relaid: its tensor has other axes before the last ones (tokens in a row, an axis of one); a hook function sees
+            those of its block's stream.
+        moved: parallel streams are the tensor's first axis; a hook function sees them behind the tokens.
         experts: of a point of experts: how they are called.
-        stream: of such a point, path of the block whose stream has the tokens that the experts are given in a row.
+        stream: of a point of experts, and of one that is relaid, path of the block whose stream says how tokens lie.
         expert: the one expert that is meant, of the name `....hook_expert_out.3`.
     """
 
@@ -72,6 +75,8 @@ class HookPoint:
     split: Slice | None = None
     inplace: bool = False
     coefficient: float | str = 1.0
+    relaid: bool = False
+    moved: bool = False
     experts: Experts | None = None
     stream: str = ""
     expert: int | None = None
@@ -123,15 +128,16 @@ def _vision(anatomy: Anatomy) -> Iterator[HookPoint]:
 
 def _text(anatomy: Anatomy) -> Iterator[HookPoint]:
     lead = _lead(anatomy.text, "batch")
-    resid = (*lead, "d_model")
     if anatomy.entry_key == "":
         yield HookPoint("hook_embed", anatomy.entry, "output", ("batch", "pos", "d_model"))
     elif anatomy.entry:
-        yield HookPoint("hook_embed", anatomy.entry, "input", resid, key=anatomy.entry_key or "inputs_embeds")
+        given = anatomy.entry_key or "inputs_embeds"
+        yield HookPoint("hook_embed", anatomy.entry, "input", ("batch", "pos", "d_model"), key=given)
     for layer, block in enumerate(anatomy.text.blocks):
-        yield from _block(f"blocks.{layer}", block, lead, "d_model")
+        for point in _block(f"blocks.{layer}", block, lead, "d_model"):
+            yield replace(point, moved=anatomy.text.streams == 0 and "stream" in point.axes)
     if anatomy.final_norm:
-        yield HookPoint("ln_final.hook_normalized", anatomy.final_norm, "output", resid)
+        yield HookPoint("ln_final.hook_normalized", anatomy.final_norm, "output", ("batch", "pos", "d_model"))
 
 
 def _lead(tower: Tower, batch: str) -> tuple[str, ...]:
@@ -139,7 +145,7 @@ def _lead(tower: Tower, batch: str) -> tuple[str, ...]:
     if tower.packed:
         return ("patch",)
     if batch == "batch":
-        return {3: ("batch", "pos"), 4: ("stream", "batch", "pos")}.get(tower.ndim, ("batch", "pos"))
+        return ("batch", "pos") if tower.streams is None else ("batch", "pos", "stream")
     return {3: ("image", "patch"), 4: ("image", "row", "column")}.get(tower.ndim, ("image", "patch"))
 
 
@@ -242,7 +248,8 @@ def interface_point(name: str, site: Site, lead: tuple[str, ...]) -> HookPoint:
     return HookPoint(name, site.module, "attention", (*lead[:-1], "key", "kv_head", "d_head"))
 
 
-def _site(name: str, site: Site, lead: tuple[str, ...], width: str) -> Iterator[HookPoint]:
+def _site(name: str, site: Site, stream: tuple[str, ...], width: str) -> Iterator[HookPoint]:
+    lead = tuple(axis for axis in stream if axis != "stream")
     batch = lead[:-1]
     for letter, own in zip("qkv", (site.q, site.k, site.v), strict=True):
         if own is not None:

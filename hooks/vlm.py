@@ -19,6 +19,7 @@ from hooks.cache import ActivationCache
 from hooks.capabilities import missing
 from hooks.engine import Hook, HookContext, HookFunction, attached, hook_by_keyword
 from hooks.errors import FrankenlensError, nearest
+from hooks.layout import laid_out
 from hooks.loading import load_model
 from hooks.nnsight.traceable import Traceable
 from hooks.points import HookPoint, hook_point_table, points_without_experts
@@ -85,6 +86,9 @@ class HookedVLM(Traceable):
         self._closed = False
         self.hook_points: dict[str, HookPoint] = hook_point_table(self.anatomy)
         self.absent: dict[str, str] = points_without_experts(self.anatomy)
+        with undisturbed(model):
+            self.hook_points, odd = laid_out(self, given)
+        self.absent |= odd
         if check:
             self.absent |= self_check(self, given)
             self.hook_points = {name: p for name, p in self.hook_points.items() if name not in self.absent}
@@ -376,7 +380,10 @@ class HookedVLM(Traceable):
 
 
 def _embedding_device(model: PreTrainedModel) -> torch.device:
-    return next(model.get_input_embeddings().parameters()).device
+    try:
+        return next(model.get_input_embeddings().parameters()).device
+    except (NotImplementedError, AttributeError, StopIteration):  # transformers does not know where they are
+        return next(model.parameters()).device
 
 
 def _watched(model: PreTrainedModel, inputs: Mapping[str, Any], token: int | None) -> Anatomy:

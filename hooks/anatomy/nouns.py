@@ -287,6 +287,7 @@ class Tower:
         name: prefix of its addresses where it is neither the decoder nor the vision tower.
         width: of the stream.
         ndim: axes of the stream.
+        streams: of a decoder, the axis of its parallel streams; None where there is one stream.
     """
 
     path: str
@@ -295,6 +296,7 @@ class Tower:
     name: str = ""
     width: int = 0
     ndim: int = 3
+    streams: int | None = None
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,10 @@ class _Looking:
         packed = given is not None and given.ndim == 2
         path = self._root(stack)
         width, ndim = (int(given.shape[-1]), given.ndim) if given is not None else (0, 3)
-        return Tower(path, blocks, packed, name, width, ndim)
+        ids = self._inputs.get("input_ids")
+        last = given is not None and isinstance(ids, Tensor) and given.shape[:2] == ids.shape
+        streams = (2 if last else 0) if ndim == 4 and stack is self._decoder else None
+        return Tower(path, blocks, packed, name, width, ndim, streams)
 
     def _root(self, stack: Stack) -> str:
         """The largest module around a stack that holds no other stack, nor what comes before or after it."""

@@ -144,7 +144,9 @@ class BatchSweep:
             return True
         if point.layer not in self._halves:
             self._halves[point.layer] = Halves(self.vlm, point.layer)
-        return edits[0].stage == "inside" or self._halves[point.layer].starts(point.leaf)
+        if edits[0].stage == "inside":
+            return not point.relaid
+        return self._halves[point.layer].starts(point.leaf)
 
     def _is_apart(self, edit: Edit) -> bool:
         """An edit of a projector whose rows are not those that the decoder reads (newlines stand among them)."""

@@ -1,0 +1,95 @@
+"""Whether the tensor at a hook point is laid out as the point's axes say, looked at in one forward pass.
+
+Some models put the tokens of a batch in a row inside a block, or carry an axis of one along: such a point is shown with
+the axes of its block's own stream. What fits no such reading is absent, with its shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooks.anatomy.watching import forward
+from hooks.engine import Hook, HookContext
+from hooks.opened import Opened
+from hooks.points import HookPoint
+
+LEAD = ("batch", "pos", "stream", "image", "patch", "row", "column")
+"""Axes of a stream before its width."""
+_PROJECTED = {
+    2: ("image_token", "d_model"),
+    3: ("image", "image_token", "d_model"),
+    4: ("image", "row", "column", "d_model"),
+}
+
+
+def laid_out(vlm: Opened, inputs: Mapping[str, Any]) -> tuple[dict[str, HookPoint], dict[str, str]]:
+    """The points as the model's tensors are, and those that no reading fits: name → reason.
+
+    Args:
+        vlm: the opened model, with the points of its table.
+        inputs: what it is opened with.
+    """
+    shapes = _shapes(vlm, inputs)
+    points: dict[str, HookPoint] = {}
+    absent: dict[str, str] = {}
+    for name, point in vlm.hook_points.items():
+        found = point if name not in shapes else _as_it_is(vlm, point, shapes)
+        if found is None:
+            absent[name] = f"its tensor is {list(shapes[name])}, which is not [{' '.join(point.axes)}]."
+        else:
+            points[name] = found
+    return points, absent
+
+
+def _shapes(vlm: Opened, inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """What each point's function is shown; the insides of attention are left out where they cannot be looked at."""
+    whole = [
+        point for point in vlm.hook_points.values() if point.place not in ("expert_out", "router_weights")
+    ]
+    for wanted in (whole, [point for point in whole if point.place != "attention"]):
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def look(activation: Tensor, hook: HookContext, shapes: dict = shapes) -> None:
+            shapes[hook.name] = tuple(activation.shape)
+
+        hooks = [Hook(look, HookContext(point)) for point in wanted]
+        try:
+            with torch.no_grad(), vlm.attached(hooks):
+                forward(vlm.model, inputs)
+        except Exception:  # the self-check says which point it is, and why
+            continue
+        return shapes
+    return {}
+
+
+def _as_it_is(vlm: Opened, point: HookPoint, shapes: Mapping[str, tuple[int, ...]]) -> HookPoint | None:
+    shape = shapes[point.name]
+    if point.leaf in ("hook_out", "hook_deepstack"):
+        axes = _PROJECTED.get(len(shape))
+        return None if axes is None else replace(point, axes=axes)
+    first = f"{point.tower}blocks.{point.layer or 0}.hook_resid_pre"
+    stream = shapes.get(first)
+    if stream is None or point.experts is not None:
+        return point
+    own = tuple(axis for axis in point.axes if axis in LEAD)
+    lead = _sizes(vlm.hook_points[first].axes, stream, own)
+    if "key" in point.axes:
+        return point if len(shape) == len(point.axes) else None
+    if len(shape) == len(point.axes) and shape[: len(lead)] == lead:
+        return point
+    behind = len(point.axes) - len(own)
+    if point.layer is None or len(lead) != len(own) or prod(shape[: len(shape) - behind]) != prod(lead):
+        return None
+    return replace(point, relaid=True, stream=vlm.hook_points[first].module)
+
+
+def _sizes(axes: tuple[str, ...], shape: tuple[int, ...], own: tuple[str, ...]) -> tuple[int, ...]:
+    """The sizes of a stream's axes, of those that a point has too."""
+    known = dict(zip(axes, shape, strict=False))
+    return tuple(known[axis] for axis in own if axis in known)
