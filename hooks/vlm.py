@@ -128,6 +128,8 @@ class HookedVLM(Traceable):
     @property
     def device(self) -> torch.device:
         """The device that inputs go to."""
+        if not self.anatomy.embed:
+            return _embedding_device(self.model)
         offloading = getattr(self.module(self.anatomy.embed), "_hf_hook", None)
         execution = getattr(offloading, "execution_device", None)
         return self._embedding.device if execution is None else torch.device(execution)

@@ -231,4 +231,7 @@ def _adds(call: Call, after: Float[Tensor, "row d"], before: Float[Tensor, "row 
 def embedding(model: Any) -> str:
     """The embedding layer's path: as the model itself names it."""
     names = {module: name for name, module in model.named_modules()}
-    return names.get(model.get_input_embeddings(), "")
+    try:
+        return names.get(model.get_input_embeddings(), "")
+    except NotImplementedError:  # transformers does not know where they are
+        return ""

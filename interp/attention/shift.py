@@ -128,9 +128,10 @@ def attention_mass(
 ) -> Float[np.ndarray, "layer head example"]:
     """Attention from a token of role `target` to all tokens of role `source` together, averaged over the former.
 
-    NaN for prompts without tokens of role `target`.
+    NaN for prompts without tokens of role `target`, for layers that do not attend, and for heads that a layer lacks.
     """
-    vlm.require("pattern", "attention mass")
+    for capability in ("positions", "some attention"):
+        vlm.require(capability, "attention mass")
     layers, heads = vlm.n_layers, vlm.n_heads
     mass = np.full((layers, heads, len(prompts)), np.nan)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -140,10 +141,14 @@ def attention_mass(
         batch = collate([prompts[row] for row in rows]).to(vlm.device)
         seen: dict[int, Float[Tensor, "batch head"]] = {}
         hook = summing(batch.mask(target), batch.mask(source), seen)
-        names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(layers)]
+        names = [
+            f"blocks.{layer}.attn.hook_pattern"
+            for layer, block in enumerate(vlm.anatomy.text.blocks)
+            if block.site is not None
+        ]
         vlm.run_with_hooks(batch.inputs, [(name, hook) for name in names], use_cache=False)
-        for layer in range(layers):
-            mass[layer][:, rows] = seen[layer].T.cpu().numpy()
+        for layer, found in seen.items():
+            mass[layer, : found.shape[1], rows] = found.cpu().numpy()
     return mass
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hooks import FrankenlensError, HookedVLM
 from hooks.anatomy import Block
 from hooks.engine import HookContext, HookFunction
-from interp.knockout.cut import Cut, Knockout, blocks_of, require_cuts, together
+from interp.knockout.cut import Cut, Knockout, blocks_of, cut_layers, require_cuts, together
 from interp.knockout.places import Place, Unfolding, parts_of, place_label
 from interp.pair.generation import greedy_batch
 from interp.prompts import PromptBatch
@@ -127,7 +127,7 @@ def knocked_out(vlm: HookedVLM, cut: Cut, batch: PromptBatch, generating: bool =
     masks: dict[Block, list[Knockout]] = {}
     hooks: list[tuple[str, HookFunction]] = []
     for one in together(cut):
-        for layer in sorted(one.layers_in(len(blocks_of(vlm, one)))):
+        for layer in sorted(cut_layers(vlm, one)):
             block = blocks_of(vlm, one)[layer]
             as_mask = one.tower == "text" and one.mass == "renormalized"
             if as_mask and _implementation(vlm.module(block.attention)) == "sdpa":
@@ -159,7 +159,7 @@ def knockout_hooks(vlm: HookedVLM, cut: Cut, batch: PromptBatch) -> list[tuple[s
     return [
         (_hook_name(one, layer), cutting.dense(one))
         for one in together(cut)
-        for layer in sorted(one.layers_in(len(blocks_of(vlm, one))))
+        for layer in sorted(cut_layers(vlm, one))
     ]
 
 

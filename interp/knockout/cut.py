@@ -161,6 +161,12 @@ def blocks_of(vlm: HookedVLM, cut: Knockout) -> Sequence[Block]:
     return (vlm.anatomy.text if cut.tower == "text" else vlm.anatomy.vision).blocks
 
 
+def cut_layers(vlm: HookedVLM, cut: Knockout) -> frozenset[int]:
+    """The layers of a cut that attend; in hybrids the others carry tokens by a mixer, which no cut of edges reaches."""
+    blocks = blocks_of(vlm, cut)
+    return frozenset(layer for layer in cut.layers_in(len(blocks)) if blocks[layer].site is not None)
+
+
 def require_cuts(vlm: HookedVLM, cuts: Sequence[Cut]) -> None:
     """Refuse layers and heads that the model does not have, before anything runs.
 
@@ -170,8 +176,8 @@ def require_cuts(vlm: HookedVLM, cuts: Sequence[Cut]) -> None:
     if not cuts or not all(map(together, cuts)):
         raise FrankenlensError("a knockout needs at least one cut")
     if any(one.tower == "text" for cut in cuts for one in together(cut)):
-        vlm.require("attention", "attention knockout")
-        vlm.require("pattern", "attention knockout")
+        for capability in ("positions", "some attention"):
+            vlm.require(capability, "attention knockout")
     for row, cut in enumerate(cuts):
         for one in together(cut):
             blocks = blocks_of(vlm, one)
@@ -180,7 +186,13 @@ def require_cuts(vlm: HookedVLM, cuts: Sequence[Cut]) -> None:
                 raise FrankenlensError(
                     f"cut {row} ({one.name}): the {one.tower} tower has layers 0-{len(blocks) - 1}"
                 )
-            for layer in sorted(layers):
+            attending = cut_layers(vlm, one)
+            if not attending:
+                raise FrankenlensError(f"cut {row} ({one.name}): none of its layers attends")
+            for layer in sorted(attending):
+                point = f"{'vision.' if one.tower == 'vision' else ''}blocks.{layer}.attn.hook_attn_scores"
+                if point in vlm.absent:
+                    raise FrankenlensError(f"cut {row} ({one.name}): {point} is absent: {vlm.absent[point]}")
                 wrong = [head for head in one.heads or () if not 0 <= head < blocks[layer].n_heads]
                 if wrong:
                     raise FrankenlensError(

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from interp.knockout.attached import knocked_out, missing
-from interp.knockout.cut import Cut, cut_name, layers_label, require_cuts, together
+from interp.knockout.cut import Cut, cut_layers, cut_name, layers_label, require_cuts, together
 from interp.knockout.lanes import Lane, Part, run_cuts
 from interp.knockout.places import Unfolding
 from interp.metrics import Metric
@@ -105,7 +105,7 @@ def cut_lanes(vlm: HookedVLM, batch: PromptBatch, cuts: Sequence[Cut]) -> list[L
     for number, parts in wanted:
         for one in parts:
             made.setdefault((one.source, one.target), unfolding.edges(one.source, one.target))
-        of = [Part.of(one, made[one.source, one.target], vlm.n_layers) for one in parts]
+        of = [Part.of(one, made[one.source, one.target], cut_layers(vlm, one)) for one in parts]
         lanes.append(Lane(number, tuple(of)))
     return lanes
 

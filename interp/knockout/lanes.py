@@ -70,9 +70,9 @@ class Part:
     lost: bool = False
 
     @classmethod
-    def of(cls, cut: Knockout, edges: Bool[Tensor, "batch query key"], n_layers: int) -> Part:
-        """A knockout of the text, given its edges."""
-        return cls(edges, cut.layers_in(n_layers), cut.heads, cut.mass == "lost")
+    def of(cls, cut: Knockout, edges: Bool[Tensor, "batch query key"], layers: frozenset[int]) -> Part:
+        """A knockout of the text, given its edges and the layers that it reaches."""
+        return cls(edges, layers, cut.heads, cut.mass == "lost")
 
     @property
     def is_mask(self) -> bool:

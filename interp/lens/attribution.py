@@ -76,6 +76,7 @@ def direct_logit_attribution(
         raise FrankenlensError("give `tokens`: two models, or a difference, need a token that is named.")
     vlm = next(iter(models.values()))
     for opened in models.values():
+        opened.require("positions", "direct logit attribution")
         opened.require("additive blocks", "direct logit attribution")
     known = [row["component"] for row in _labels(vlm)]
     for component in components or ():

@@ -73,6 +73,7 @@ def logit_lens(
     models = model.models if isinstance(model, Pair) else {"": model}
     models = {name: vlm for name, vlm in models.items() if name != "base"}
     for name, vlm in models.items():
+        vlm.require("positions", "the logit lens")
         vlm.require("lens", "the logit lens")
         wanted = resolve_layers(layers, vlm.n_layers)
         require_top_k(top_k, vlm)

@@ -132,6 +132,7 @@ def run_at(
 
     `further` hooks run in the same forward.
     """
+    vlm.require("positions", "a lens")
     vlm.require("lens", "a lens")
     kept: dict[str, Tensor] = {}
     last, whole, raw = stream_name(vlm.n_layers, vlm.n_layers), [], []

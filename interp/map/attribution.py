@@ -235,6 +235,7 @@ def _attribute(
     if steps < 0:
         raise FrankenlensError(f"steps is {steps}; give 0 for AtP, or the number of points on the way")
     some = next(iter(models.values()))
+    some.require("positions", "attribution patching")
     wanted, names = _attributable(some, points), roles_of(first, roles)
     effect = np.full((len(directions), len(wanted), len(names), len(first)), np.nan)
     ends = np.full((2, len(directions), len(first)), np.nan)

@@ -145,6 +145,8 @@ def _map(
             "no prompt qualifies for this decision, so there is nothing to patch; see its counts."
         )
     roles = roles_of(first, roles)
+    for vlm in models.values():
+        vlm.require("positions", "a component map")
     images = any(prompt.has_image for prompt in first)
     offered = [components(vlm, points) for vlm in models.values()]
     wanted = [

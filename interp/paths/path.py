@@ -199,6 +199,7 @@ def require_paths(vlm: HookedVLM, paths: Sequence[Path], between: Between = "fro
         raise FrankenlensError("no path is given; write for example 'blocks.3.attn.head.1 -> logits'.")
     if between not in ("frozen", "mlps"):
         raise FrankenlensError(f"between={between!r}: choose 'frozen' or 'mlps'.")
+    vlm.require("positions", "path patching")
     vlm.require("plain blocks", "path patching")
     vlm.require("head result", "path patching")
     seen: dict[Path, int] = {}

@@ -268,6 +268,7 @@ def _require(
 ) -> None:
     if not prompts or not interventions or not metrics:
         raise FrankenlensError("a sweep needs at least one prompt, one intervention and one metric.")
+    vlm.require("positions", "a sweep")
     for intervention in interventions:
         validate(intervention, vlm, has_donor)
     if len(given) != len(prompts):
