@@ -26,6 +26,7 @@ from hooks.points import HookPoint, hook_point_table, points_without_experts
 from hooks.processors import image_token_of, is_visual, load_processor
 from hooks.refusals import refuse_checkpointing, refuse_foreign
 from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
+from hooks.unopened import unopened_anatomy
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 FwdHooks = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
@@ -68,12 +69,20 @@ class HookedVLM(Traceable):
         check: bool = True,
     ) -> None:
         self.model, self.processor = model, processor
-        given = {
-            name: v.to(_embedding_device(model)) if isinstance(v, Tensor) else v
-            for name, v in (inputs if inputs is not None else opening_inputs(model, processor)).items()
-        }
         self.image_token_id = image_token_of(model, processor)
-        self.anatomy = _watched(model, given, self.image_token_id)
+        self._layers_of_hooks: list[list[Hook]] = []
+        self._installed = ExitStack()
+        self._closed = False
+        weightless = _weightless(model)
+        if weightless and check:
+            raise FrankenlensError(
+                f"{type(model).__name__} has no weights (they are on the meta device), so it does not run and nothing "
+                "can be proved; load them, or open it with check=False to see its points."
+            )
+        given = {} if weightless else _on_device(model, inputs or opening_inputs(model, processor))
+        self.anatomy = (
+            unopened_anatomy(model, processor) if weightless else _watched(model, given, self.image_token_id)
+        )
         self._packed = frozenset(
             site.module
             for tower in self.anatomy.towers.values()
@@ -81,12 +90,14 @@ class HookedVLM(Traceable):
             for site in block.sites
             if tower.packed
         )
-        self._layers_of_hooks: list[list[Hook]] = []
-        self._installed = ExitStack()
-        self._closed = False
         self.hook_points: dict[str, HookPoint] = hook_point_table(self.anatomy)
         self.absent: dict[str, str] = points_without_experts(self.anatomy)
-        with undisturbed(model):
+        if not weightless:
+            self._look(given, check)
+
+    def _look(self, given: Mapping[str, Any], check: bool) -> None:
+        """Keep the points whose tensors are what they are said to be."""
+        with undisturbed(self.model):
             self.hook_points, odd = laid_out(self, given)
         self.absent |= odd
         if check:
@@ -379,6 +390,17 @@ class HookedVLM(Traceable):
             raise FrankenlensError(
                 "this HookedVLM is closed; open the model again with HookedVLM(model, processor)."
             )
+
+
+def _weightless(model: PreTrainedModel) -> bool:
+    """Whether all weights are on the meta device, and accelerate does not bring them when they are used."""
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return not offloaded and all(weight.is_meta for weight in model.parameters())
+
+
+def _on_device(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    device = _embedding_device(model)
+    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
 
 
 def _embedding_device(model: PreTrainedModel) -> torch.device:

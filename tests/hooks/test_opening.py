@@ -196,3 +196,12 @@ def test_missing_weights_are_not_made_up(tmp_path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(FrankenlensError, match=r"q_proj\.weight"):
         HookedVLM.from_pretrained(tmp_path)
+
+
+def test_a_model_without_weights_shows_its_points_and_is_not_run() -> None:
+    given = tiny("qwen2_5_vl")
+    points = set(HookedVLM(given.model, given.processor).hook_points)
+    bare = given.model.to("meta")
+    with pytest.raises(FrankenlensError, match="has no weights"):
+        HookedVLM(bare, given.processor)
+    assert points <= set(HookedVLM(bare, check=False).hook_points)
