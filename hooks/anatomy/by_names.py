@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -115,6 +116,8 @@ def _block(block: nn.Module, names: dict[nn.Module, str], heads: int | None) -> 
         role: Role = "moe" if experts else "mlp"
         own = None if last is None or experts else names[last]
         writers.append(_writer(role, mlp, names, before[1:], last=own))
+    if before and len(writers) == 2:  # each behind a norm of its own: one reads what the other has written
+        writers = [replace(writer, state=state) for state, writer in enumerate(writers)]
     return Block(names[block], "hidden_states", tuple(writers), () if site is None else (site,))
 
 

@@ -15,10 +15,22 @@ import torch
 from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.anatomy import find_anatomy
 from tests.architectures import ARCHITECTURES, build
+from tests.architectures.shrink import IMAGE
 
-DEFAULT = ("qwen3_5", "gemma3", "llama4", "mllama", "internvl+gpt_oss", "gpt2", "llava+cohere2", "granite")
-"""Mixers, post-norms, experts, cross-attention, sinks, Conv1D, parallel branches, multipliers."""
+DEFAULT = (
+    "qwen3_5",
+    "gemma3",
+    "gemma4",
+    "llama4",
+    "mllama",
+    "internvl+gpt_oss",
+    "gpt2",
+    "llava+cohere2",
+    "granite",
+)
+"""Mixers, post-norms, layer scales, experts, cross-attention, sinks, Conv1D, parallel branches, multipliers."""
 NO_LANGUAGE = {
     "pi0": "its logits are velocities of a robot's arm, made by a second decoder",
     "diffusion_gemma": "its logits are of a canvas beside the prompt",
@@ -79,6 +91,7 @@ def test_an_architecture_is_what_it_is_seen_to_do(name: str) -> None:
     bare = model(**inputs).logits
     state = {key: value.clone() for key, value in model.state_dict().items()}
     forwards = {path: module.forward.__func__ for path, module in model.named_modules()}
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     vlm = HookedVLM(model, inputs=inputs)
     assert torch.equal(model(**inputs).logits, bare)
 
@@ -123,6 +136,7 @@ def test_an_architecture_is_what_it_is_seen_to_do(name: str) -> None:
 
     vlm.close()
     assert torch.equal(model(**inputs).logits, bare)
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert {path: module.forward.__func__ for path, module in model.named_modules()} == forwards
 
@@ -145,6 +159,32 @@ def test_heads_are_those_of_the_attention_call(name: str) -> None:
         heads = cache[f"{lead}.hook_result"].sum(-2) + (0 if bias is None else bias)
         assert torch.equal(cache[f"{lead}.hook_z"].flatten(-2).reshape(z.shape), z)
         assert (heads.reshape(out.shape) - out).abs().max().item() <= 1e-5 * max(1.0, out.abs().max().item())
+
+
+@pytest.mark.parametrize("name", EVERY)
+@torch.no_grad()
+def test_heads_through_the_output_matrix_are_what_attention_gives(name: str) -> None:
+    """What goes into W_O, head by head through its rows, sums to what comes out."""
+    given = build(name)
+    model, inputs = given.model, given.inputs
+    sites = [b.site for b in find_anatomy(model, inputs, IMAGE).text.blocks if b.site is not None]
+    for site in sites[:2]:
+        if site.out is None:
+            continue
+        with plain_hooks(model, {site.out}) as seen:
+            model(**inputs)
+        z, out = seen[site.out]
+        assert z.shape[-1] == site.n_heads * site.d_value
+        projection: Any = model.get_submodule(site.out)
+        weight = projection.weight
+        weight = weight if type(projection).__name__ == "Conv1D" else weight.T
+        bias = getattr(projection, "bias", None)
+        heads = torch.einsum(
+            "...hd,hdm->...m", z.unflatten(-1, (site.n_heads, -1)), weight.unflatten(0, (site.n_heads, -1))
+        )
+        error = (heads + (0 if bias is None else bias) - out).abs().max().item()
+        assert error <= 1e-5 * max(1.0, out.abs().max().item())
+        assert heads.abs().max().item() > 1e-3 * max(1.0, out.abs().max().item())
 
 
 @pytest.mark.slow

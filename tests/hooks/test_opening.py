@@ -204,4 +204,4 @@ def test_a_model_without_weights_shows_its_points_and_is_not_run() -> None:
     bare = given.model.to("meta")
     with pytest.raises(FrankenlensError, match="has no weights"):
         HookedVLM(bare, given.processor)
-    assert points <= set(HookedVLM(bare, check=False).hook_points)
+    assert points - set(HookedVLM(bare, check=False).hook_points) == {"hook_embed"}  # seen only in a run
