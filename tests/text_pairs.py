@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from tests.architectures import Builder
 
 START, END, PAD = "<s>", "</s>", "<pad>"
-NUMBERS: list[str] = "zero one two three four five six seven".split()
+NUMBERS: Sequence[str] = "zero one two three four five six seven".split()
 WORDS = f"<unk> user assistant say the first of and <think> </think> it is answer {' '.join(NUMBERS)}".split()
 TEMPLATE = (
     "{% for message in messages %}<s> {{ message['role'] }} {{ message['content'] }} </s> {% endfor %}"

@@ -200,7 +200,7 @@ def _answered(model: Any, pair: TextPair, name: str) -> tuple[float, float]:
     builder = fl.PromptBuilder(fl.load_processor(pair.in_))
     (example,) = [one for one in fl.read_jsonl(pair.data)[0] if one.id == name]
     number = example.question.split()[4]
-    assert example.answer == NUMBERS[([*NUMBERS].index(number) + 1) % len(NUMBERS)]
+    assert example.answer == NUMBERS[(NUMBERS.index(number) + 1) % len(NUMBERS)]
     prompt = builder.build(example, f"<think> it is {number} </think> answer {example.answer}")
     ids, n = prompt.inputs["input_ids"], len(prompt)
     mask = torch.full((n, n), torch.finfo(torch.float32).min).triu(1)
