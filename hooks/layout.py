@@ -62,6 +62,8 @@ def _shapes(vlm: Opened, inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]
         try:
             with torch.no_grad(), vlm.attached(hooks):
                 forward(vlm.model, inputs)
+        except torch.OutOfMemoryError:  # says nothing about a point
+            raise
         except Exception:  # the self-check says which point it is, and why
             continue
         return shapes

@@ -166,6 +166,8 @@ class _Proof:
     def _fails(self, names: Sequence[str]) -> str:
         try:
             self.written_back(names)
+        except torch.OutOfMemoryError:  # says nothing about a point
+            raise
         except Exception as error:
             return " ".join(str(error).split())[:300] or type(error).__name__
         return ""

@@ -48,6 +48,8 @@ def unproved_contributions(
     try:
         with vlm.hooks([(name, write_back) for name in points]):
             logits = vlm.model(**inputs, use_cache=False).logits
+    except torch.OutOfMemoryError:  # says nothing about a point
+        raise
     except Exception as error:
         why = " ".join(str(error).split())[:300] or type(error).__name__
         return dict.fromkeys(points, why)

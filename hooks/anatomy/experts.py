@@ -89,6 +89,8 @@ def experts_of(
             continue
         try:
             whole_call = _sums_up(model, found, call)
+        except torch.OutOfMemoryError:  # says nothing about a point
+            raise
         except Exception as error:
             why = f"its experts cannot be called for one expert each: {' '.join(str(error).split())[:200]}"
             continue
