@@ -25,6 +25,7 @@ _PROJECTED = {
     2: ("image_token", "d_model"),
     3: ("image", "image_token", "d_model"),
     4: ("image", "row", "column", "d_model"),
+    5: ("image", "media", "tile", "image_token", "d_model"),
 }
 
 

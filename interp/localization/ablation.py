@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from hooks import Address, FrankenlensError, HookedVLM
 from hooks.engine import HookContext, HookFunction
+from hooks.weights import part_paths
 from interp.localization.outcomes import Grader
 from interp.localization.pools import GENERATED, Pool
 from interp.pair.generation import greedy, greedy_batch
@@ -84,10 +85,14 @@ class Ablation:
         )
 
 
+_SUB = {"attn": "attn", "head": "attn", "mlp": "mlp", "expert": "mlp"}
+
+
 def layers_of(
     vlm: HookedVLM, parts: Sequence[str] = ("block", "attn", "mlp"), kind: str = "skip"
 ) -> list[Ablation]:
-    """Every layer's block, attention, MLP, heads ("head") or experts ("expert"); blocks are skipped whatever the kind.
+    """Every layer's block, attention, MLP, heads ("head") or experts ("expert"), where a layer has them; blocks are
+    skipped whatever the kind.
 
     Raises:
         FrankenlensError: another part.
@@ -99,6 +104,8 @@ def layers_of(
         if part == "expert":
             vlm.require("experts", "ablation of experts")
         for layer in range(vlm.n_layers):
+            if part != "block" and not part_paths(vlm.anatomy.text.blocks[layer], _SUB[part]):
+                continue
             if part == "block":
                 found.append(Ablation(f"blocks.{layer}", "skip"))
             elif part == "head":
@@ -280,7 +287,6 @@ def _require(vlm: HookedVLM, ablation: Ablation) -> None:
             raise FrankenlensError(f"{ablation.address}: the block has {have}")
         vlm.names(ablation.hook)
         return
-    vlm.require("attention", "ablation of layers and heads")
     heads = vlm.anatomy.text.blocks[place.layer].n_heads
     if place.index is not None and place.index >= heads:
         raise FrankenlensError(f"{ablation.address}: the block has heads 0-{heads - 1}")

@@ -241,6 +241,11 @@ def _attribute(
     ends = np.full((2, len(directions), len(first)), np.nan)
     if neurons:
         some.require("neurons", "attribution to neurons")
+        if any(_apart(block.writer("mlp")) for block in some.anatomy.text.blocks):
+            raise FrankenlensError(
+                f"attribution to neurons needs an MLP whose output is added as it is; {type(some.model).__name__} puts "
+                "a norm or a factor between. Leave neurons out; attribute(points=('mlp_out',)) works."
+            )
     moments = _Moments(some, len(directions), len(names)) if neurons else None
     parts = list(batches_of(first, batch_size))
     streams = list(dict.fromkeys([*(_STREAM[point] for point in points), *(["hook_mlp_out"] * neurons)]))
@@ -433,7 +438,8 @@ class _Moments:
         for layer, block in enumerate(recipient.vlm.anatomy.text.blocks):
             down = recipient.vlm.module(block.mlp_out)
             name = f"blocks.{layer}.mlp.hook_post"
-            through = gradients[f"blocks.{layer}.hook_mlp_out"] @ down.weight  # type: ignore[operator]
+            weight: Any = down.weight.T if hasattr(down, "nf") else down.weight  # GPT-2's Conv1D is [in, out]
+            through = gradients[f"blocks.{layer}.hook_mlp_out"] @ weight
             of_token = (through * (donor.cache[name] - recipient.cache[name])).double()
             for r, mask in enumerate(masks):
                 rows = mask.any(-1)

@@ -187,7 +187,8 @@ def _map(
     found = _dataset(
         effect, other, itself, ends, list(directions), wanted, roles, [p.example.id for p in first], metric
     )
-    found.attrs["lacking"] = json.dumps(lacking(vlm, points, images))
+    told = dict.fromkeys(why for vlm in models.values() for why in lacking(vlm, points, images))
+    found.attrs["lacking"] = json.dumps(list(told))
     return found
 
 

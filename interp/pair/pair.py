@@ -186,8 +186,12 @@ def _opened(
     try:
         return HookedVLM.from_pretrained(path, **loading)
     except FrankenlensError:
-        other = load_processor(path, trust_remote_code=bool(loading.get("trust_remote_code")))
-        if differences := processor_differences(_processor(in_, "IN"), other, templates):
+        try:
+            other = load_processor(path, trust_remote_code=bool(loading.get("trust_remote_code")))
+            differences = processor_differences(_processor(in_, "IN"), other, templates)
+        except FrankenlensError:
+            differences = []  # then the reason is the first one
+        if differences:
             _refuse(name, differences)
         raise
 

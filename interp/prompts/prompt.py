@@ -84,7 +84,8 @@ class GivenTokens:
     @property
     def pad_id(self) -> int:
         """A token to pad with; it is masked."""
-        return getattr(self.tokenizer, "pad_token_id", None) or 0
+        own = getattr(self.tokenizer, "pad_token_id", None)
+        return own if own is not None else int(self.image_token_id == 0)  # not what stands for an image
 
     def decode(self, ids: Sequence[int]) -> str:
         """Words where there is a tokenizer, numbers otherwise."""

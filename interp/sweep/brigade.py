@@ -242,7 +242,7 @@ def _read(
     for first in range(len(riding)):
         assert stream is not None
         lane = stream[first * rows : (first + 1) * rows, columns]
-        yield riding[first], _with_clean(run, after(unembed(norm(lane))), within)
+        yield riding[first], _with_clean(run, run.vlm.readout(lane), within)
     for number, edit in final:
         own = norm(run.post(len(run.blocks) - 1, span))
         new = edit.apply(own, span)

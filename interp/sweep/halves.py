@@ -20,15 +20,18 @@ class Halves:
 
     Attributes:
         first, second: the writers; None where the block has none in that place, or is not known to be of this kind.
-        in_turn: whether the second reads the stream that the first has written to; else both read the block's input.
+        in_turn: whether the second reads the stream that the first has written to, at `hook_resid_mid`.
+        apart: whether what the first writes is nothing to the second. Where neither holds, an edit of the first cannot
+            be taken up.
     """
 
     def __init__(self, vlm: HookedVLM, layer: int) -> None:
         self._vlm, self.block, self.name = vlm, vlm.anatomy.text.blocks[layer], f"blocks.{layer}"
         self.first, self.second = _pair(self.block)
-        self.in_turn = bool(
-            self.first and self.second and self.second.state == 1 and self.second.reader is not None
-        )
+        both = self.first is not None and self.second is not None
+        reads = self.second is not None and self.second.state == 1 and self.second.reader is not None
+        self.in_turn = both and reads and f"{self.name}.hook_resid_mid" in vlm.hook_points
+        self.apart = not both or (self.second is not None and self.second.state == 0)
         self._points = dict(zip(self.block.writers, writer_points(self.name, self.block), strict=True))
 
     def point(self, writer: Writer) -> str:
@@ -44,13 +47,14 @@ class Halves:
         if leaf in ("hook_z", "hook_result"):
             if self.first is None or (site := self.first.site) is None:
                 return False
-            return site.out is not None and not site.cross and self._followed(self.first)
+            behind = self.in_turn or self.apart
+            return behind and site.out is not None and not site.cross and self._followed(self.first)
         if leaf == "hook_expert_out":
             return self.second is not None and self.adds_as_made(self.second)
         if leaf == "hook_post":
             return self.second is not None and self.second.last is not None and self._followed(self.second)
-        known = [writer for writer in (self.first, self.second) if writer is not None]
-        return any(self._points[writer].endswith(f".{leaf}") for writer in known)
+        known = [self.first if self.in_turn or self.apart else None, self.second]
+        return any(self._points[writer].endswith(f".{leaf}") for writer in known if writer is not None)
 
     def _followed(self, writer: Writer) -> bool:
         """Whether at most a norm and a factor lie between what a part makes and what is added."""
@@ -79,7 +83,9 @@ class Halves:
     def second_adds(self, mid: Float[Tensor, "lane column d_model"]) -> Float[Tensor, "lane column d_model"]:
         """What the second writer adds to a stream that the first has written to."""
         assert self.second is not None and self.second.reader is not None
-        made: Any = self._vlm.module(self.second.body)(self._vlm.module(self.second.reader)(mid))
+        body, reader = self.second.body, self.second.reader
+        at_once = reader == body or reader.startswith(f"{body}.")  # no norm before it
+        made: Any = self._vlm.module(body)(mid if at_once else self._vlm.module(reader)(mid))
         made = made[0] if isinstance(made, tuple) else made
         return self.added(self.second, made.reshape(mid.shape))
 

@@ -16,7 +16,7 @@ Where = str | int | Callable[[PromptBatch], Bool[Tensor, "..."]]
 """A role, "decision" (each row's last token) or "all"; a token counted from the row's first (negative: from the row's
 end); or a function of the batch. For attention edges of the vision tower: "all", a patch counted from each image's
 first, or a function of the batch to a mask [patch] (packed towers) or [image patch]."""
-LEADING = ("batch", "pos", "key", "image", "patch", "row", "column", "image_token")
+LEADING = ("batch", "pos", "key", "image", "patch", "row", "column", "media", "tile", "image_token")
 """Axes of an activation that number tokens, patches and what they belong to."""
 
 

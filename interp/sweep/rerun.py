@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from hooks import FrankenlensError, HookedVLM
 from interp.sweep.places import of_vision
@@ -61,7 +62,10 @@ class CleanRun:
     def _resumable(self) -> bool:
         with torch.no_grad():
             try:
+                self._require_no_state()
                 same = torch.equal(self._decode(0), self.logits)
+            except torch.OutOfMemoryError:  # says nothing about the model
+                raise
             except (
                 FrankenlensError,
                 RuntimeError,
@@ -79,6 +83,13 @@ class CleanRun:
                 stacklevel=3,
             )
         return same
+
+    def _require_no_state(self) -> None:
+        """Blocks that hand one another something to write to (keys that layers share) start with what a rerun left."""
+        for args, kwargs in self._calls:
+            for value in [*args, *kwargs.values()]:
+                if not is_constant(value):
+                    raise FrankenlensError(f"its blocks share a {type(value).__name__} that they write to")
 
     def _first_layer(self, names: Sequence[str]) -> int | None:
         """The first decoder block that hooks act in; None where they act before the decoder."""
@@ -115,6 +126,14 @@ class CleanRun:
     @property
     def _image_mask(self) -> Bool[Tensor, "batch pos"]:
         return self.vlm.image_mask(self.inputs)
+
+
+def is_constant(value: Any) -> bool:
+    """Whether an argument of a block is nothing that the block could leave something in."""
+    if isinstance(value, tuple):
+        return all(map(is_constant, value))
+    kinds = (Tensor, bool, int, float, str, torch.dtype, torch.device, torch.nn.Module, PreTrainedConfig)
+    return value is None or isinstance(value, kinds)
 
 
 def before_the_decoder(name: str) -> bool:

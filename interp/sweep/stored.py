@@ -21,6 +21,7 @@ from interp.sweep.attention import SegmentContext, Tap, segment_attention_on
 from interp.sweep.edits import Span
 from interp.sweep.halves import Halves, mixes
 from interp.sweep.places import of_vision
+from interp.sweep.rerun import is_constant
 
 
 class Unsupported(Exception):
@@ -73,11 +74,7 @@ class StoredRun:
         self._calls: list[dict[str, Any]] = []
         self.cache: dict[str, Tensor] = {}
         own = [f"blocks.{layer}.hook_resid_pre" for layer in range(len(text))]
-        own += [
-            f"blocks.{layer}.hook_resid_mid"
-            for layer, half in enumerate(self.halves)
-            if half.in_turn and f"blocks.{layer}.hook_resid_mid" in vlm.hook_points
-        ]
+        own += [f"blocks.{layer}.hook_resid_mid" for layer, half in enumerate(self.halves) if half.in_turn]
         last = f"blocks.{len(self.blocks) - 1}.hook_resid_post"
         self.has_image = vlm.has_image(batch.inputs)
         self._deepstack = {
@@ -285,6 +282,8 @@ class StoredRun:
             return False
         if isinstance(value, tuple):
             return tuple(self._cut(name, part, span, copies, layer) for part in value)
+        if not is_constant(value):
+            raise Unsupported(f"its blocks share a {type(value).__name__} {name!r} that they may write to")
         if not isinstance(value, Tensor):
             return value
         axes = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
@@ -342,16 +341,26 @@ class StoredRun:
             span = Span(start, self.end)
             with segment_attention_on(self.attentions):
                 for layer in range(len(self.blocks)):
-                    self._check_block(layer, span, real[:, span.columns])
+                    self._check_block(layer, span, real[:, span.columns], start == self.end // 2)
 
-    def _check_block(self, layer: int, span: Span, keep: Bool[Tensor, "batch column 1"]) -> None:
+    def _check_block(
+        self, layer: int, span: Span, keep: Bool[Tensor, "batch column 1"], inside: bool
+    ) -> None:
         expected, half = self.post(layer, span), self.halves[layer]
         if layer == len(self.blocks) - 1:
             keep = torch.zeros_like(keep).index_fill(1, self.reads_within(span), True) & keep
         ways = {"at a token": (self.run_block(layer, self.pre(layer, span), span), expected)}
-        if half.in_turn and f"blocks.{layer}.hook_resid_mid" in self.cache:
+        if half.in_turn:
             ways["between its writers"] = self.run_mlp(layer, self.mid(layer, span)), expected
         ways |= self._second_ways(layer, span)
+        if inside and layer in self._attending:  # two lanes, as edits inside attention and cuts run
+            two, uncut = self.pre(layer, span).repeat(2, 1, 1), torch.zeros(1, 1, 1, dtype=torch.bool)
+            dense = self.run_block(layer, two, span, lambda leaf, value: value, dense=True)
+            cut = self.run_block(
+                layer, two, span, cut=uncut.to(two.device).expand(len(two), len(span), span.stop)
+            )
+            rows = len(self.batch)
+            ways |= {"with its pattern": (dense[rows:], expected), "with cuts": (cut[rows:], expected)}
         for way, (got, wanted) in ways.items():
             error = ((got - wanted) * keep).abs().max().item()
             if not error <= tolerance(wanted):
@@ -380,10 +389,13 @@ def _require_one_stream(vlm: HookedVLM) -> None:
     for layer, block in enumerate(vlm.anatomy.text.blocks):
         if len(block.sites) > 1:
             raise Unsupported(f"its block {layer} attends more than once")
-        if block.sites and (block.site is None or mixes(block)):
-            raise Unsupported(
-                f"its block {layer} attends elsewhere, or carries a state along the tokens besides"
+        if block.sites and block.site is None:
+            raise Unsupported(f"its block {layer} attends to what is not the stream")
+        if block.sites and mixes(block):
+            besides = (
+                "carries a state along the tokens besides" if block.writers else "adds what is not known"
             )
+            raise Unsupported(f"its block {layer} attends and {besides}")
 
 
 def _is_past(name: str) -> bool:

@@ -19,6 +19,7 @@ from interp.sweep import Intervention, sweep
 from tests.architectures import build
 
 TAKEN_UP = {
+    "olmo2": "norms behind both writers and none before them",
     "qwen3_5": "mixers in most layers, a gate behind attention in the others",
     "qwen3_vl_moe": "experts, DeepStack",
     "llava+cohere2": "attention and MLP side by side",
@@ -28,7 +29,13 @@ TAKEN_UP = {
     "gemma2": "norms behind both writers, soft-capped scores and logits",
 }
 """Architectures whose clean run is taken up at a token, each for another reason."""
-SLOW = ("gpt_oss", "granite")
+LONGER = {
+    "gemma4+shared_keys": "layers that hand keys on: a rerun must not leave its own there",
+    "llama4": "experts that get every token",
+    "falcon_h1": "attention and a mixer side by side",
+}
+"""Architectures that go the longer way, each for another reason; the numbers are the same."""
+SLOW = ("falcon_h1", "gpt_oss", "granite")
 
 
 def prompts_of(name: str) -> tuple[HookedVLM, HookedVLM, list[Prompt]]:
@@ -51,7 +58,7 @@ def interventions(vlm: HookedVLM) -> list[Intervention]:
         for name, point in vlm.hook_points.items():
             if not name.startswith(f"blocks.{layer}.") or point.axes[0] != "batch" or "key" in point.axes:
                 continue
-            index = 1 if "head" in point.axes or "d_mlp" in point.axes else None
+            index = 1 if {"head", "d_mlp", "expert"} & set(point.axes) else None
             found.append(Intervention(name, "replace", -4, index=index))
             found.append(Intervention(name, "scale", "question", index=index, value=1.5))
         pattern = f"blocks.{layer}.attn.hook_attn_scores"
@@ -87,25 +94,28 @@ def expected(vlm: HookedVLM, donor: HookedVLM, prompt: Prompt, one: Intervention
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in TAKEN_UP]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in (*TAKEN_UP, *LONGER)]
 )
 def test_a_sweep_is_one_full_forward_per_intervention(name: str) -> None:
     vlm, donor, prompts = prompts_of(name)
     wanted = interventions(vlm)
     metric = LogitDifference(torch.tensor([5, 7]), torch.tensor([11, 12]))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # such as that the longer way is gone
+        warnings.simplefilter("ignore" if name in LONGER else "error")  # such as that the longer way is gone
         result = sweep(vlm, prompts, wanted, metric, donor=donor, progress=False)
     got, clean = result["value"].values[0], result["clean"].values[0]
     for row, prompt in enumerate(prompts):
         with torch.no_grad():
             bare = vlm.model(**collate([prompt]).inputs).logits[0, -1]
         allowed = 1e-5 * max(1.0, bare.abs().max().item())
-        moved = 0
+        moved: dict[str, list[bool]] = {}
         for number, one in enumerate(wanted):
             logits = expected(vlm, donor, prompt, one)
             value = float(logits[(5, 7)[row]] - logits[(11, 12)[row]])
             assert abs(got[number, row] - value) <= allowed, one.name
-            moved += abs(value - clean[row]) > 100 * allowed
-        assert moved > len(wanted) / 2
+            leaf = one.hook.rpartition(".")[2]
+            moved.setdefault(leaf, []).append(abs(value - clean[row]) > 100 * allowed)
+        assert all(any(some) for some in moved.values()), {
+            leaf for leaf, some in moved.items() if not any(some)
+        }
     assert np.isfinite(got).all()
