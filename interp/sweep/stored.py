@@ -422,6 +422,7 @@ def _spread(few: Any, wanted: Int[Tensor, " column"], width: int) -> Any:
     """An MLP's output for some columns, set among zeros for the others."""
     if isinstance(few, tuple):
         return (_spread(few[0], wanted, width), *few[1:])
+    few = few.reshape(-1, len(wanted), few.shape[-1])  # Llama 4's experts have the tokens in a row
     whole = few.new_zeros(len(few), width, few.shape[-1])
     whole[:, wanted] = few
     return whole

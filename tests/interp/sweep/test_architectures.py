@@ -60,7 +60,7 @@ def interventions(vlm: HookedVLM) -> list[Intervention]:
                 continue
             index = 1 if {"head", "d_mlp", "expert"} & set(point.axes) else None
             found.append(Intervention(name, "replace", -4, index=index))
-            found.append(Intervention(name, "scale", "question", index=index, value=1.5))
+            found.append(Intervention(name, "scale", "question", index=index, value=-4.0))
         pattern = f"blocks.{layer}.attn.hook_attn_scores"
         if pattern in vlm.hook_points:
             found.append(Intervention(pattern, "knockout", -1, source=-5))
