@@ -187,8 +187,8 @@ def _map(
     found = _dataset(
         effect, other, itself, ends, list(directions), wanted, roles, [p.example.id for p in first], metric
     )
-    told = dict.fromkeys(why for vlm in models.values() for why in lacking(vlm, points, images))
-    found.attrs["lacking"] = json.dumps(list(told))
+    told = {why: n for vlm in models.values() for why, n in lacking(vlm, points, images).items()}
+    found.attrs["lacking"] = json.dumps(told)
     return found
 
 
