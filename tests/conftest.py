@@ -7,6 +7,9 @@ import matplotlib
 import pytest
 import torch
 
+from tests import typechecker
+
+typechecker.install()  # before a module of the project is imported
 torch.set_num_threads(1)
 matplotlib.use("Agg")
 
