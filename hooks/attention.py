@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hooks.errors import FrankenlensError
+from hooks.inert import stays
 
 _NAME = "frankenlens"
 # transformers hands a packed vision tower's windows over in one call only where the name contains "flash".
@@ -86,6 +87,7 @@ def tapped(module: Any, tap: AttentionTap) -> Iterator[None]:
     flash = tap.packed or "flash" in tap.implementation
     shim._attn_implementation_internal = _PACKED_NAME if flash else _NAME
     shim._frankenlens_tap = tap
+    stays(shim, original)
     module.config = shim
     try:
         yield

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooks.anatomy.watching import first_floating
@@ -17,7 +17,9 @@ from hooks.anatomy.writers import coefficient_of
 from hooks.attention import AttentionTap, tapped
 from hooks.errors import FrankenlensError
 from hooks.experts import PLACES, attach_to_experts
+from hooks.inert import Stays
 from hooks.points import HookPoint
+from hooks.positions import At, Clock
 
 
 @dataclass
@@ -26,12 +28,26 @@ class HookContext:
 
     `ctx` is a dictionary of the user's own that lives as long as the hook; `calls` counts how often it has fired.
     `lead` are the sizes of the axes of its block's stream before the width, where the point is relaid.
+    `positions` [pos] are those of the tokens that the function is shown, in the whole sequence: while a model
+    generates, it is called at every step with one token more. None where the point has no axis of decoder tokens.
     """
 
     point: HookPoint
     ctx: dict[str, Any] = field(default_factory=dict)
     calls: int = 0
+    seen: Sequence[int] | None = field(default=None, repr=False)
     lead: tuple[int, ...] = field(default=(), repr=False)
+    clock: Clock = field(default_factory=Clock, repr=False)
+
+    @property
+    def positions(self) -> Int[Tensor, " pos"] | None:
+        """Where the tokens that the function is shown stand in the whole sequence."""
+        return None if self.seen is None else torch.tensor(self.seen)
+
+    @property
+    def prompt_length(self) -> int | None:
+        """How many tokens the sequence began with, padding included; None before the model runs."""
+        return self.clock.prompt
 
     @property
     def name(self) -> str:
@@ -65,12 +81,14 @@ def always() -> bool:
 class Hook:
     """One hook function on one point; returns the value that takes the tensor's place, or None for no change.
 
-    While it is not `awake` it is passed over, and nothing is computed for it.
+    While it is not `awake` it is passed over, and nothing is computed for it. Its function is shown the tokens `at`
+    certain positions alone.
     """
 
     fn: HookFunction
     context: HookContext
     awake: Callable[[], bool] = always
+    at: At = "all"
 
     def __call__(self, activation: Tensor) -> Tensor | None:
         point = self.context.point
@@ -86,6 +104,22 @@ class Hook:
         return self._on(activation)
 
     def _on(self, activation: Tensor) -> Tensor | None:
+        """Show the function the tokens that it is meant for."""
+        axis, context = self.context.point.token_axis, self.context
+        if axis is None:
+            return self._run(activation)
+        n = activation.shape[axis]
+        context.seen = everywhere = context.clock.positions(n)
+        if self.at == "all":
+            return self._run(activation)
+        context.seen = context.clock.chosen(n, self.at)
+        if not context.seen:
+            return None
+        index = torch.tensor([p - everywhere.start for p in context.seen], device=activation.device)
+        new = self._run(activation.index_select(axis, index))
+        return None if new is None else activation.index_copy(axis, index, new)
+
+    def _run(self, activation: Tensor) -> Tensor | None:
         point = self.context.point
         self.context.calls += 1
         version = None if activation.is_inference() else activation._version
@@ -104,22 +138,29 @@ class Hook:
 
 
 @contextmanager
-def attached(model: nn.Module, wanted: Sequence[Hook], packed: frozenset[str]) -> Iterator[None]:
+def attached(
+    model: nn.Module, wanted: Sequence[Hook], packed: frozenset[str], clock: Clock
+) -> Iterator[None]:
     """Attach hooks, in the order given, for the length of the context.
 
     Args:
         model: the model; modules are looked up now, so what was put in their place since opening is hooked.
         wanted: the hooks.
         packed: paths of attention modules that see [patch, d] without a batch axis.
+        clock: is told which tokens each forward pass works on.
     """
     places: dict[tuple[str, str], list[Hook]] = defaultdict(list)
     for hook in wanted:
+        hook.context.clock = clock
         places[hook.context.point.module, hook.context.point.place].append(hook)
     with ExitStack() as stack:
+        if wanted:
+            stack.callback(model.register_forward_pre_hook(Stays(clock.see), with_kwargs=True).remove)
         for hook in wanted:
             if hook.context.point.relaid:
                 block = model.get_submodule(hook.context.point.stream)
-                handle = block.register_forward_pre_hook(partial(_note_lead, hook.context), with_kwargs=True)
+                lead = Stays(partial(_note_lead, hook.context))
+                handle = block.register_forward_pre_hook(lead, with_kwargs=True)
                 stack.callback(handle.remove)
         # Of the hooks on one module's output, those registered last run first: a rest must come before the whole.
         for (path, place), hooks in sorted(places.items(), key=lambda item: item[0][1] == "rest"):
@@ -133,14 +174,14 @@ def attached(model: nn.Module, wanted: Sequence[Hook], packed: frozenset[str]) -
                 tap = AttentionTap(partial(_leaves, hooks), partial(_run_leaf, hooks), path in packed)
                 stack.enter_context(tapped(module, tap))
             elif place == "input":
-                handle = module.register_forward_pre_hook(partial(_on_input, hooks), with_kwargs=True)
+                handle = module.register_forward_pre_hook(Stays(partial(_on_input, hooks)), with_kwargs=True)
                 stack.callback(handle.remove)
             else:
                 # First in line: transformers records hidden states with hooks of its own, and must record our value.
                 function = (
                     partial(_on_output, hooks, model) if place == "output" else partial(_on_result, hooks)
                 )
-                handle = module.register_forward_hook(function, prepend=True)
+                handle = module.register_forward_hook(Stays(function), prepend=True)
                 stack.callback(handle.remove)
         yield
 
@@ -169,8 +210,8 @@ def _attach_rest(model: nn.Module, block: nn.Module, hooks: list[Hook], stack: E
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
     for handle in (
-        reader.register_forward_pre_hook(see, with_kwargs=True),
-        block.register_forward_hook(act, prepend=True),
+        reader.register_forward_pre_hook(Stays(see), with_kwargs=True),
+        block.register_forward_hook(Stays(act), prepend=True),
     ):
         stack.callback(handle.remove)
 

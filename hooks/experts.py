@@ -17,6 +17,7 @@ from hooks.anatomy import Experts
 from hooks.anatomy.experts import LinearMap, called
 from hooks.anatomy.watching import first_floating
 from hooks.errors import FrankenlensError
+from hooks.inert import Stays
 
 
 @runtime_checkable
@@ -47,18 +48,18 @@ def attach_to_experts(model: nn.Module, hooks: Sequence[Acting], stack: ExitStac
     experts, module = point.experts, model.get_submodule(point.module)
     tokens = _Tokens(hooks, experts, point.name)
     block = model.get_submodule(point.stream)
-    stack.callback(block.register_forward_pre_hook(tokens.arrive, with_kwargs=True).remove)
+    stack.callback(block.register_forward_pre_hook(Stays(tokens.arrive), with_kwargs=True).remove)
     match point.place:
         case "router_logits" if experts.router_weight:
             _inside(module, experts.router_weight, tokens, stack)
         case "router_weights" | "expert_in" if experts.chosen is not None:
             act = tokens.choose if point.place == "router_weights" else tokens.enter
-            stack.callback(module.register_forward_pre_hook(act, with_kwargs=True).remove)
+            stack.callback(module.register_forward_pre_hook(Stays(act), with_kwargs=True).remove)
         case "expert_out":
             act = tokens.contribute if experts.chosen is not None else tokens.contribute_each
-            stack.callback(module.register_forward_hook(act, with_kwargs=True, prepend=True).remove)
+            stack.callback(module.register_forward_hook(Stays(act), with_kwargs=True, prepend=True).remove)
         case _:
-            stack.callback(module.register_forward_hook(tokens.leave, prepend=True).remove)
+            stack.callback(module.register_forward_hook(Stays(tokens.leave), prepend=True).remove)
 
 
 def _inside(module: nn.Module, weight: str, tokens: _Tokens, stack: ExitStack) -> None:
@@ -75,8 +76,8 @@ def _inside(module: nn.Module, weight: str, tokens: _Tokens, stack: ExitStack) -
         while running:
             running.pop().__exit__(None, None, None)
 
-    stack.callback(module.register_forward_pre_hook(begin).remove)
-    stack.callback(module.register_forward_hook(end, always_call=True).remove)
+    stack.callback(module.register_forward_pre_hook(Stays(begin)).remove)
+    stack.callback(module.register_forward_hook(Stays(end), always_call=True).remove)
 
 
 class _Tokens:

@@ -15,6 +15,7 @@ This one table drives our own engine (`hooks.engine`) and whatever else must fin
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from hooks.anatomy import Anatomy, Block, Experts, Site, Slice, Tower, Writer
@@ -95,6 +96,12 @@ class HookPoint:
     def tower(self) -> str:
         """Prefix of the tower: "" in the decoder and outside the blocks."""
         return self.name.partition("blocks.")[0] if "blocks." in self.name else ""
+
+    @cached_property
+    def token_axis(self) -> int | None:
+        """The axis that runs over the decoder's tokens (over keys, where there is no other); None where none does."""
+        names = ("pos", "query") if "cross_attn" in self.name else ("pos", "query", "key")
+        return None if self.tower else next((self.axes.index(n) for n in names if n in self.axes), None)
 
     @property
     def layer(self) -> int | None:

@@ -1,10 +1,11 @@
 """HookedVLM: an unchanged Hugging Face vision-language model with its hook points open."""
 
-import weakref
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,17 +16,19 @@ from hooks.anatomy import Anatomy, find_anatomy
 from hooks.anatomy.drawing import drawn
 from hooks.anatomy.observed import require_all_blocks
 from hooks.anatomy.watching import has_pixels
-from hooks.cache import ActivationCache
+from hooks.cache import ActivationCache, Keeper
 from hooks.capabilities import missing
-from hooks.engine import Hook, HookContext, HookFunction, attached, hook_by_keyword
+from hooks.engine import Hook, HookContext, HookFunction, hook_by_keyword
 from hooks.errors import FrankenlensError, nearest
 from hooks.layout import laid_out
 from hooks.loading import load_model
 from hooks.nnsight.traceable import Traceable
 from hooks.points import HookPoint, hook_point_table, points_without_experts
+from hooks.positions import At, check_at
 from hooks.processors import image_token_of, is_visual, load_processor
 from hooks.refusals import refuse_checkpointing, refuse_foreign
 from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
+from hooks.standing import Standing, lock_of
 from hooks.unopened import unopened_anatomy
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -49,7 +52,8 @@ class HookedVLM(Traceable):
         absent: name → reason of the points that this architecture ignores, or that could not be proved.
 
     Args:
-        model: a Hugging Face model with logits: image-text-to-text, causal, or encoder-decoder.
+        model: a Hugging Face model with logits: image-text-to-text, causal, or encoder-decoder; of what `torch.compile`
+            returned, the model that it wraps.
         processor: its processor, or its tokenizer; the vision side is seen only with an image, so a model that has one
             needs its processor, or `inputs`.
         inputs: processor tensors to watch it on, instead of a small random prompt.
@@ -62,16 +66,22 @@ class HookedVLM(Traceable):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | nn.Module,
         processor: ProcessorMixin | PreTrainedTokenizerBase | None = None,
         *,
         inputs: Mapping[str, Any] | None = None,
         check: bool = True,
     ) -> None:
-        self.model, self.processor = model, processor
+        own: Any = getattr(model, "_orig_mod", model)
+        self.model: PreTrainedModel = own
+        self.processor = processor
+        with lock_of(own):
+            self._open(own, processor, inputs, check)
+
+    def _open(
+        self, model: PreTrainedModel, processor: Any, inputs: Mapping[str, Any] | None, check: bool
+    ) -> None:
         self.image_token_id = image_token_of(model, processor)
-        self._layers_of_hooks: list[list[Hook]] = []
-        self._installed = ExitStack()
         self._closed = False
         weightless = _weightless(model)
         if weightless and check:
@@ -83,13 +93,14 @@ class HookedVLM(Traceable):
         self.anatomy = (
             unopened_anatomy(model, processor) if weightless else _watched(model, given, self.image_token_id)
         )
-        self._packed = frozenset(
+        packed = frozenset(
             site.module
             for tower in self.anatomy.towers.values()
             for block in tower.blocks
             for site in block.sites
             if tower.packed
         )
+        self._standing = Standing(model, packed)
         self.hook_points: dict[str, HookPoint] = hook_point_table(self.anatomy)
         self.absent: dict[str, str] = points_without_experts(self.anatomy)
         if not weightless:
@@ -183,6 +194,26 @@ class HookedVLM(Traceable):
                 f"{analysis} needs what {type(self.model).__name__} does not have: {lacks}."
             )
 
+    def __deepcopy__(self, memo: dict) -> "HookedVLM":
+        """The model copied and opened as this one was; hooks that stand stay where they are."""
+        self.require_open()
+        memo[id(self)] = new = copy.copy(self)
+        with self._standing.exclusive():
+            new.model = copy.deepcopy(self.model, memo)
+        new.processor = copy.deepcopy(self.processor, memo)
+        new._standing = Standing(new.model, self._standing.packed)
+        return new
+
+    def __copy__(self) -> "HookedVLM":
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __reduce__(self) -> NoReturn:
+        raise FrankenlensError(
+            "a HookedVLM is not pickled: save the model (vlm.model.save_pretrained) and open it again, in each process."
+        )
+
     def __str__(self) -> str:
         return f"{self!r}\n{drawn(self.anatomy)}"
 
@@ -198,7 +229,8 @@ class HookedVLM(Traceable):
         """Run the model on processor tensors, with whatever hooks are on. Returns Hugging Face's own output."""
         self.require_open()
         run: Any = self.model
-        return run(**self._to_device(inputs), **kwargs)
+        with self._standing.exclusive():
+            return run(**self._to_device(inputs), **kwargs)
 
     def run_with_cache(
         self, inputs: Mapping[str, Any], names_filter: NamesFilter = None, **kwargs: Any
@@ -214,7 +246,7 @@ class HookedVLM(Traceable):
             Hugging Face's output, and the cache.
         """
         refuse_foreign(kwargs)
-        names, keep = self.names(names_filter), _Keeper()
+        names, keep = self.names(names_filter), Keeper()
         layer = self._hooks_of([(name, keep) for name in names])
         with self.attached(layer):
             output = self(inputs, **kwargs)
@@ -236,14 +268,33 @@ class HookedVLM(Traceable):
         _require_fired(layer)
         return output
 
-    def generate(self, inputs: Mapping[str, Any], fwd_hooks: FwdHooks = (), **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: Mapping[str, Any], fwd_hooks: FwdHooks = (), *, at: At = "all", **kwargs: Any
+    ) -> Any:
         """Hugging Face's `generate` under hooks, which act on the prefill and on every decoding step (KV cache on).
 
-        Returns what `model.generate` returns: token ids [batch pos], or its output object if that is asked for.
+        A step has one token, so that `activation[:, 0]` is the first of the prompt and then every new one;
+        `hook.positions` says which tokens a function is shown, and `at` narrows them.
+
+        Args:
+            inputs: processor tensors.
+            fwd_hooks: as in `run_with_hooks`.
+            at: "all"; "prompt" or "generated" tokens alone; or positions in the whole sequence (padding included, the
+                first generated token stands at the prompt's length). Functions are then shown these tokens only, and
+                only at steps that have some; points without an axis of decoder tokens are not narrowed.
+            kwargs: as in `model.generate`.
+
+        Returns:
+            What `model.generate` returns: token ids [batch pos], or its output object if that is asked for.
+
+        Raises:
+            FrankenlensError: a hook did not fire, or `at` is neither a known word nor positions.
         """
         self.require_open()
-        layer = self._hooks_of(fwd_hooks)
+        layer = [replace(hook, at=check_at(at)) for hook in self._hooks_of(fwd_hooks)]
+        ids = None if getattr(self.model.config, "is_encoder_decoder", False) else inputs.get("input_ids")
         with self.attached(layer):
+            self._standing.clock.begin(None if ids is None else ids.shape[1])
             model: Any = self.model
             output = model.generate(**self._to_device(inputs), **kwargs)
         _require_fired(layer)
@@ -254,6 +305,7 @@ class HookedVLM(Traceable):
         """Keep hook functions on for the length of the context; contexts nest, outer hooks act first."""
         self.require_open()
         with self.attached(self._hooks_of(fwd_hooks)):
+            self._standing.clock.begin(None)
             yield self
 
     def names(self, wanted: NamesFilter = None) -> list[str]:
@@ -348,8 +400,7 @@ class HookedVLM(Traceable):
 
     def close(self) -> None:
         """Take every hook away. The model is the user's again, exactly as it was; this object refuses further runs."""
-        self._layers_of_hooks.clear()
-        self._installed.close()
+        self._standing.clear()
         self._closed = True
 
     def _hooks_of(self, fwd_hooks: FwdHooks) -> list[Hook]:
@@ -361,25 +412,9 @@ class HookedVLM(Traceable):
             for name in self.names(wanted)
         ]
 
-    @contextmanager
-    def attached(self, layer: list[Hook]) -> Iterator[None]:
+    def attached(self, layer: list[Hook]) -> AbstractContextManager[None]:
         """Keep hooks on that are made already, after those that stand; `hooks` makes them from functions."""
-        self._layers_of_hooks.append(layer)
-        try:
-            self._install()
-            # A compiled forward does not look at hooks that were attached after it was compiled.
-            compiled = any(module._compiled_call_impl is not None for module in self.model.modules())
-            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-                yield
-        finally:
-            self._layers_of_hooks = [other for other in self._layers_of_hooks if other is not layer]
-            self._install()
-
-    def _install(self) -> None:
-        self._installed.close()
-        self._installed = ExitStack()
-        flat = [hook for layer in self._layers_of_hooks for hook in layer]
-        self._installed.enter_context(attached(self.model, flat, self._packed))
+        return self._standing.attached(layer)
 
     def _to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
@@ -426,23 +461,6 @@ def _watched(model: PreTrainedModel, inputs: Mapping[str, Any], token: int | Non
             f"{type(error).__name__}: {' '.join(str(error).split())[:300]} Give processor tensors of your own: "
             "HookedVLM(model, processor, inputs=...)."
         ) from error
-
-
-class _Keeper:
-    """A hook function that keeps copies; a tensor that it has just seen, unchanged since, is not copied again."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
-        self._last: tuple[Any, int, Tensor] | None = None
-
-    def __call__(self, activation: Tensor, hook: HookContext) -> None:
-        version = -1 if activation.is_inference() else activation._version
-        if self._last is not None and self._last[0]() is activation and self._last[1] == version >= 0:
-            copy = self._last[2]
-        else:
-            copy = activation.detach().clone()
-        self._last = weakref.ref(activation), version, copy
-        self.kept[hook.name] = copy
 
 
 def _require_fired(layer: Sequence[Hook]) -> None:
