@@ -172,6 +172,12 @@ class HookedVLM(Traceable):
         return self.anatomy.text.width
 
     @property
+    def n_logits(self) -> int:
+        """How many token ids the model has logits for; often more than its tokenizer has words."""
+        weight = getattr(self.module(self.anatomy.unembed), "weight", None) if self.anatomy.unembed else None
+        return int(self.model.config.get_text_config().vocab_size if weight is None else weight.shape[0])
+
+    @property
     def _embedding(self) -> Tensor:
         return self.model.get_parameter(f"{self.anatomy.embed}.weight")
 

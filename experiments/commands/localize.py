@@ -222,7 +222,8 @@ def _builder(pair: Pair, config: LocalizeConfig, asked: FunctionPairs) -> Prompt
     if config.reply == "format" or (config.reply == "auto" and not asked.free):
         return pair.builder
     whole = TraceFormat(None, None, pair.trace_format.end_of_turn)
-    return PromptBuilder(pair.processor, whole, pair.builder.template, pair.builder.system)
+    own = pair.builder
+    return PromptBuilder(pair.processor, whole, own.template, own.system, own.n_logits)
 
 
 def _width(mode: str) -> int | None:

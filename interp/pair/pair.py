@@ -62,7 +62,7 @@ class Pair:
                 _require_pair(in_, other, name.upper() if name == "rl" else "Base", not template)
         processor = _processor(in_, "IN")
         trace_format = _with_ends(trace_format or TraceFormat(), self.models, tokenizer_of(processor))
-        self.builder = PromptBuilder(processor, trace_format, template, system)
+        self.builder = PromptBuilder(processor, trace_format, template, system, in_.n_logits)
 
     @classmethod
     def from_pretrained(

@@ -26,6 +26,7 @@ class PromptBuilder:
         trace_format: what delimits reasoning and answer in generated text.
         template: a Jinja chat template to use instead of the processor's own.
         system: a system message put before the question.
+        n_logits: how many ids the model has logits for; it may be more than the tokenizer has words.
 
     Attributes:
         text_only: whether it has the tokenizer of a model that sees no images.
@@ -40,8 +41,9 @@ class PromptBuilder:
         trace_format: TraceFormat | None = None,
         template: str | None = None,
         system: str | None = None,
+        n_logits: int = 0,
     ) -> None:
-        self.processor, self.system = processor, system
+        self.processor, self.system, self.n_logits = processor, system, n_logits
         self.tokenizer: Any = tokenizer_of(processor)
         if self.tokenizer is None:
             raise FrankenlensError(
@@ -70,7 +72,7 @@ class PromptBuilder:
 
     @cached_property
     def suppressed_ids(self) -> tuple[int, ...]:
-        """Special tokens that no answer holds: image placeholders, chat delimiters, padding.
+        """Tokens that no answer holds: image placeholders, chat delimiters, padding, and ids that are no word.
 
         The ends of a turn and the delimiters of the trace format are not among them.
         """
@@ -80,7 +82,13 @@ class PromptBuilder:
             if isinstance(index := getattr(self.processor, name, None), int):
                 special.add(index)
         delimiters = [token for text in self.trace_format.delimiters for token in self.encode(text)]
-        return tuple(sorted(special - set(self.end_ids) - set(delimiters)))
+        wordless = set(range(self.n_logits)) - self._words
+        return tuple(sorted((special | wordless) - set(self.end_ids) - set(delimiters)))
+
+    @cached_property
+    def _words(self) -> frozenset[int]:
+        """Ids that stand for something."""
+        return frozenset(self.tokenizer.get_vocab().values())
 
     @property
     def pad_id(self) -> int:
@@ -92,8 +100,18 @@ class PromptBuilder:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens included."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        """The text of token ids, special tokens included; an id that the tokenizer has no word for is named."""
+        pieces, known = [], []
+        for index in ids:
+            if index in self._words:
+                known.append(index)
+            else:
+                pieces += [self._text(known), f"<id {index}>"]
+                known = []
+        return "".join([*pieces, self._text(known)])
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def build(self, example: Example, trace: str | Sequence[int] | None = None) -> Prompt:
         """The prompt of an example, followed by a trace (text or token ids) if one is given.
