@@ -16,7 +16,7 @@ from interp.pair.pair import Pair
 from interp.planting import Subject, candidates
 from interp.questions.tasks import REASONING, sample
 
-N_PLANTS, N_PROMPTS, TOP, BAR = 24, 8, 3, 23
+N_PROMPTS, TOP = 8, 3
 
 
 def planted(vlm: HookedVLM, layer: int, head: int, seed: int) -> HookedVLM:
@@ -37,10 +37,12 @@ def in_() -> HookedVLM:
     return HookedVLM.from_pretrained(embedded.path("in"))
 
 
-def test_the_planted_head_is_among_the_top_three(in_: HookedVLM) -> None:
+@pytest.mark.parametrize("n", [8, pytest.param(24, marks=pytest.mark.slow)])
+def test_the_planted_head_is_among_the_top_three(in_: HookedVLM, n: int) -> None:
+    """All but one of 24."""
     examples = [e for task in REASONING for e in sample(task, N_PROMPTS // len(REASONING), 0, "map")]
     everywhere = [(layer, head) for layer in range(in_.n_layers) for head in range(in_.n_heads)]
-    plants = random.Random(0).sample(everywhere, N_PLANTS)
+    plants = random.Random(0).sample(everywhere, n)
     points = ("attn_out", "mlp_out", "head")
     among = candidates(in_, points)
     missed = []
@@ -56,4 +58,4 @@ def test_the_planted_head_is_among_the_top_three(in_: HookedVLM) -> None:
             assert table["component"].tolist() == top
         if f"blocks.{layer}.attn.head.{head}" not in top:
             missed.append(((layer, head), top))
-    assert len(plants) - len(missed) >= BAR, missed
+    assert len(missed) <= n // 24, missed
