@@ -150,11 +150,7 @@ class HookedVLM(Traceable):
     @property
     def device(self) -> torch.device:
         """The device that inputs go to."""
-        if not self.anatomy.embed:
-            return _embedding_device(self.model)
-        offloading = getattr(self.module(self.anatomy.embed), "_hf_hook", None)
-        execution = getattr(offloading, "execution_device", None)
-        return self._embedding.device if execution is None else torch.device(execution)
+        return _device_of(self.module(self.anatomy.embed) if self.anatomy.embed else self.model)
 
     @property
     def n_layers(self) -> int:
@@ -440,15 +436,21 @@ def _weightless(model: PreTrainedModel) -> bool:
 
 
 def _on_device(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    device = _embedding_device(model)
+    device = _device_of(model)
     return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
 
 
-def _embedding_device(model: PreTrainedModel) -> torch.device:
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module runs: a model's embedding, if it says where that is."""
     try:
-        return next(model.get_input_embeddings().parameters()).device
+        own = module.get_input_embeddings() if isinstance(module, PreTrainedModel) else module
+        weight = next(own.parameters())
     except (NotImplementedError, AttributeError, StopIteration):  # transformers does not know where they are
-        return next(model.parameters()).device
+        own, weight = module, next(module.parameters())
+    execution = getattr(
+        getattr(own, "_hf_hook", None), "execution_device", None
+    )  # of accelerate, if offloaded
+    return weight.device if execution is None else torch.device(execution)
 
 
 def _watched(model: PreTrainedModel, inputs: Mapping[str, Any], token: int | None) -> Anatomy:

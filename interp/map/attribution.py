@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from hooks import FrankenlensError, HookedVLM
 from hooks.anatomy import Role, Writer
 from hooks.engine import HookContext, head_results
+from hooks.plain import matrix
 from hooks.weights import d_mlp
 from interp.map.cells import Donor, cells_of, run_cells
 from interp.map.component_map import DIRECTIONS, batches_of, roles_of
@@ -438,8 +439,9 @@ class _Moments:
         for layer, block in enumerate(recipient.vlm.anatomy.text.blocks):
             down = recipient.vlm.module(block.mlp_out)
             name = f"blocks.{layer}.mlp.hook_post"
-            weight: Any = down.weight.T if hasattr(down, "nf") else down.weight  # GPT-2's Conv1D is [in, out]
-            through = gradients[f"blocks.{layer}.hook_mlp_out"] @ weight
+            weight = matrix(down, "attribution of neurons")
+            through = gradients[f"blocks.{layer}.hook_mlp_out"]
+            through = through @ weight.to(through)
             of_token = (through * (donor.cache[name] - recipient.cache[name])).double()
             for r, mask in enumerate(masks):
                 rows = mask.any(-1)
