@@ -445,7 +445,7 @@ def test_confirm_is_lockstep_graded_and_paired(pair) -> None:
     sets = {"all": ["blocks.0-8", "ln_final"], "one": ["blocks.3.mlp"]}
     with pytest.raises(FrankenlensError, match=r"of the kind text are chosen and 0 others"):
         confirm(pair, examples, sets, n_random=1)
-    assert not pair.in_._layers_of_hooks
+    assert not pair.in_._standing._layers
     found = confirm(
         pair, [*examples, bad], sets, n_random=0, batch_size=16, max_new_tokens=16, progress=False
     )
@@ -540,7 +540,7 @@ def test_a_run_that_fails_leaves_no_hook_behind(qwen, monkeypatch) -> None:
         patched.setattr(Places, "advance", fail)
         with pytest.raises(RuntimeError, match="midway"):
             lockstep(qwen.rl, qwen.in_, qwen.prompts, Moved("blocks.0-2"), STEPS)
-    assert not qwen.in_._layers_of_hooks and not qwen.rl._layers_of_hooks
+    assert not qwen.in_._standing._layers and not qwen.rl._standing._layers
     assert qwen.generate(qwen.given.model, qwen.prompts) == expected
 
 
