@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from interp.questions.grading.extract import extract
+from interp.questions.grading.statement import statement_of
 from interp.questions.grading.grade import Grade
 
 Box = tuple[float | int, float | int, float | int, float | int]
@@ -30,7 +30,7 @@ def judge_box(answer: str, reference: str, threshold: float = 0.5) -> Grade:
         return Grade(
             None, why=f"the reference {reference!r} is not one box x1,y1,x2,y2 with x1 < x2 and y1 < y2"
         )
-    read, _ = extract(answer)
+    read = statement_of(answer).text
     found = boxes_in(read)
     if not found:
         longest = max(map(len, _runs(read)), default=0)
