@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Literal
 
 from interp.questions.grading.normal import plain
 from interp.questions.grading.number import read_number, same
@@ -13,6 +14,9 @@ from interp.questions.grading.structure import Parts, parts_of, unnamed
 from interp.questions.grading.symbols import Unparsed, equal_expressions, within_places
 from interp.questions.grading.units import unit_of
 from interp.questions.grading.words import bare, holds, plain_sentence
+
+Verdict = bool | None | Literal["untold"]
+UNTOLD: Literal["untold"] = "untold"
 
 MATHEMATICS = re.compile(r"[\d+*/=<>^_|√]|\\[A-Za-z]+|(?<![A-Za-z'])[b-hj-z](?![A-Za-z'])")
 _FUNCTIONS = (
@@ -42,11 +46,11 @@ def equal(found: str, wanted: str, timeout: int) -> bool | None:
     found, wanted = _without_names(found, wanted)
     if (target := _number_that_is(wanted)) is not None:
         told = _equal_to_number(found, target, wanted)
-        if told is not NotImplemented:
+        if told != UNTOLD:
             return told
     elif holds_words(wanted):
         return _equal_words(found, wanted)
-    if (based := _equal_in_bases(found, wanted)) is not NotImplemented:
+    if (based := _equal_in_bases(found, wanted)) != UNTOLD:
         return based
     if holds_words(found) and _number_that_is(found) is None:
         if MATHEMATICS.search(found) or holds(bare(found), bare(wanted)):
@@ -70,7 +74,8 @@ def _spelled(text: str) -> str:
 def _without_names(found: str, wanted: str) -> tuple[str, str]:
     """`x = 5` is 5 where the other side has no name, or the same."""
     (a, inside), (b, target) = unnamed(found), unnamed(wanted)
-    return (found, wanted) if a and b and a != b else (inside, target)
+    equation = ("=" in found and not a) or ("=" in wanted and not b)
+    return (found, wanted) if (a and b and a != b) or equation else (inside, target)
 
 
 def _equal_words(found: str, wanted: str) -> bool | None:
@@ -97,7 +102,7 @@ def _number_that_is(text: str) -> Number | None:
     if re.match(r"\W*[A-Za-z]", said) and not said.casefold().startswith(tuple(NUMBER_STARTS)):
         return None
     behind = re.sub(r"^.*\d", "", said, flags=re.DOTALL)
-    rest = re.sub(r"[)!%°\s.]|per cent|[/^]", "", behind)
+    rest = re.sub(r"[)}!%°\s.]|per cent|[/^]", "", behind)
     return found[0].sure if re.fullmatch(r"[^\W\d_]*[$€£¥]?", rest) else None
 
 
@@ -108,8 +113,8 @@ NUMBER_STARTS = (
 )
 
 
-def _equal_to_number(found: str, target: Number, wanted: str) -> bool | None:
-    """Against a number; NotImplemented where the text is none, and more than prose."""
+def _equal_to_number(found: str, target: Number, wanted: str) -> Verdict:
+    """Against a number; UNTOLD where the text is none, and more than prose."""
     reading = read_number(found)
     verdicts = [_same_number(one, target, found, wanted) for one in (reading.number, *reading.perhaps) if one]
     if (
@@ -118,9 +123,9 @@ def _equal_to_number(found: str, target: Number, wanted: str) -> bool | None:
         and not holds_words(found)
         and unnamed(found)[0] == ""
     ):
-        return NotImplemented  # "2x + 1 = 3"
+        return UNTOLD  # "2x + 1 = 3"
     if not verdicts:
-        return NotImplemented
+        return UNTOLD
     if reading.number is not None and verdicts[0]:
         return True
     return None if True in verdicts or None in verdicts else False
@@ -148,10 +153,10 @@ def _endless(value: Fraction | float) -> bool:
     return below != 1
 
 
-def _equal_in_bases(found: str, wanted: str) -> bool | None:
+def _equal_in_bases(found: str, wanted: str) -> Verdict:
     a, b = (_BASE.fullmatch(re.sub(r"\s", "", text)) for text in (found, wanted))
     if b is None or not b["digits"][0].isdigit():
-        return NotImplemented
+        return UNTOLD
     if a is not None:
         return (a["digits"].lower(), int(a["base"])) == (b["digits"].lower(), int(b["base"]))
     return None if re.search(r"\d", found) and re.sub(r"\W", "", found) == b["digits"] else False

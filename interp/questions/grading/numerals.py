@@ -91,6 +91,7 @@ def in_digits(text: str) -> str:
     """
     if (whole := _whole(text.strip(" .!?\"'()"))) is not None:
         return whole
+    text = re.sub(r"(?<=[^\W\d_])!", ".", text)  # no factorial of a word
     return _operations(_english(_asian(text)))
 
 

@@ -59,7 +59,7 @@ class Mention:
 _ATOM = rf"(?:(?:(?:sqrt|cbrt)?\(|(?<![\d)])[-+]\s?)*(?:{LITERAL}|pi\b)(?:\)|!(?!=)|\s?\^\s?[-+]?\(?[-+]?\d+(?:\s*/\s*\d+)?\)?)*)"
 _CHUNK = re.compile(
     rf"(?<![A-Za-z0-9_.^\\])(?P<sign>(?<!±)[-+]\s?)?(?P<money>(?:US|A|C|HK)?[{MONEY}]\s?)?"
-    rf"(?P<chunk>{_ATOM}(?:\s*[*/+]\s*{_ATOM}|\s-\s+{_ATOM}|-{_ATOM}|(?=sqrt|cbrt|\(|pi\b){_ATOM}|\s\d+/\d+(?![\d/]))*)"
+    rf"(?P<chunk>{_ATOM}(?:\s*[*/+]\s*{_ATOM}|\s-\s+{_ATOM}|-{_ATOM}|(?=\s?(?:sqrt|cbrt|pi\b))\s?{_ATOM}|(?=\(){_ATOM}|\s\d+/\d+(?![\d/]))*)"
 )
 _RATIO = re.compile(
     r"(?<![\w.:/])(?P<parts>\d+(?:\.\d+)?(?:(?::\d+(?:\.\d+)?)+|(?: : \d+(?:\.\d+)?)+))(?![\w:])(?P<half>\s*[ap]\.?m\b)?"
@@ -99,7 +99,7 @@ _NOT = re.compile(
 )
 _NEARLY = re.compile(r"\b(?:nearly|almost|close to|just under|just over)\s*$|接近$|将近$", re.I)
 _FUNCTION = re.compile(
-    r"\b(?:log|ln|lg|exp|sin|cos|tan|cot|sec|csc|lim|sum|int|binom|mod|gcd|lcm|max|min)\S*\s*\(?$"
+    r"\b(?:log|ln|lg|exp|sin|cos|tan|cot|sec|csc|lim|sum|int|binom|mod|gcd|lcm|max|min)h?(?:[_^]\S*)?\s*\(?$"
 )
 _LETTER_BEFORE = re.compile(r"(?<![A-Za-z'])(?!a\s)[A-Za-z]\s*(?:[*/^(]|[-+])\s*$|(?<=[A-Za-z)])\^?[*/^]\s*$")
 _LETTER_BEHIND = re.compile(r"\s*[-+*/^]\s*\(*\s*[A-Za-z](?![A-Za-z])|\s*[*/^]\s*\(*[A-Za-z]")
@@ -293,10 +293,27 @@ def _ranges(found: list[Mention], text: str) -> Iterator[Mention]:
         if is_range and following is not None:
             skip = True
             yield Mention(
-                f"{one.text}{between}{following.text}", why="a range, not one number", before=one.before
+                f"{one.text}{between}{following.text}",
+                None,
+                _odds(one, following),
+                "a range, not one number",
+                before=one.before,
             )
         else:
             yield one
+
+
+def _odds(one: Mention, other: Mention) -> tuple[Number, ...]:
+    """ "3 to 5" may be a ratio."""
+    if (
+        one.sure is None
+        or other.sure is None
+        or not isinstance(one.sure.value, Fraction)
+        or not other.sure.value
+    ):
+        return ()
+    parts = (one.sure.value, Fraction(other.sure.value))
+    return (Number(parts[0] / parts[1], f"{one.text} to {other.text}", ":", parts=parts),)
 
 
 def _repeating(match: re.Match[str]) -> str:

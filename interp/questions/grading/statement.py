@@ -44,28 +44,28 @@ _ELSEWHERE_IS = r"(?:\s+(?:ist|lautet|wäre|est|es|è|é|to|är|er|is)(?![^\W\d_
 _SAID = (
     re.compile(
         rf"\b(?:answer|ans|(?:correct|right|best|final|chosen|my)\s+(?:option|choice|letter|result|solution|one|total|value))s?\b"
-        rf"(?:\s+(?:to|for|of)\s+[^\n.:=]{{1,60}}?)?{_IS}[\s:*_]*(?P<answer>[^\n]+)?",
+        rf"(?:\s+(?:to|for|of)\s+[^\n.:=]{{1,60}}?)?{_IS}[\s:*_]*(?=(?P<answer>[^\n]+)?)",
         re.I,
     ),
     re.compile(
         r"\bI(?:'d| would|'ll| will|'m)?(?: have to| am)? ?(?:choose|chose|pick|picked|select|selected|go with|going with|vote for|"
-        r"opt for|say)\s+(?P<answer>[^\n]+)",
+        r"opt for|say)\s+(?=(?P<answer>[^\n]+))",
         re.I,
     ),
-    re.compile(r"(?:^|\n)\W*(?:the |my )?(?:final |correct )?answer\W*\n+\s*(?P<answer>[^\n]+)", re.I),
+    re.compile(r"(?:^|\n)\W*(?:the |my )?(?:final |correct )?answer\W*\n+\s*(?=(?P<answer>[^\n]+))", re.I),
     re.compile(
-        r"(?:(?:最终|正确)?(?:答案|选项|選項)|(?:最终)?结果|结论|答え|正解|解答|回答|故选|应选|應選)\s*(?:应该|应当|应|就|只能)?\s*(?:是|为|為|选|選|は|:|=)\s*(?P<answer>[^\n]+)"
+        r"(?:(?:最终|正确)?(?:答案|选项|選項)|(?:最终)?结果|结论|答え|正解|解答|回答|故选|应选|應選)\s*(?:应该|应当|应|就|只能)?\s*(?:是|为|為|选|選|は|:|=)\s*(?=(?P<answer>[^\n]+))"
     ),
     re.compile(
-        r"(?<!不)(?<!不能)(?:选择|選擇|选|選)\s*(?:答案|选项)?\s*(?P<answer>[(\[]?[A-Z](?![A-Za-z])[^\n]*)"
+        r"(?<!不)(?<!不能)(?:选择|選擇|选|選)\s*(?:答案|选项)?\s*(?=(?P<answer>[(\[]?[A-Z](?![A-Za-z])[^\n]*))"
     ),
-    re.compile(r"(?:정답|답변|답)\s*(?:은|는|:)\s*(?P<answer>[^\n]+)"),
+    re.compile(r"(?:정답|답변|답)\s*(?:은|는|:)\s*(?=(?P<answer>[^\n]+))"),
     re.compile(
         r"\b(?:antwort|lösung|ergebnis|réponse|respuesta|solución|risposta|resposta|odpowiedź|ответ|відповідь|antwoord|svar|"
-        rf"cevap|đáp án)\b[^\n:=.]{{0,30}}?{_ELSEWHERE_IS}\s*(?P<answer>[^\n]+)",
+        rf"cevap|đáp án)\b[^\n:=.]{{0,30}}?{_ELSEWHERE_IS}\s*(?=(?P<answer>[^\n]+))",
         re.I,
     ),
-    re.compile(r"(?:الجواب|الإجابة|उत्तर)[^\n:]{0,20}?(?:\s(?:هو|هي|है)\s|:)\s*(?P<answer>[^\n]+)"),
+    re.compile(r"(?:الجواب|الإجابة|उत्तर)[^\n:]{0,20}?(?:\s(?:هو|هي|है)\s|:)\s*(?=(?P<answer>[^\n]+))"),
 )
 _CORRECT = re.compile(
     r"(?:^|[\n.,;:!?]|\b(?:so|thus|hence|therefore|that|then)\b)\s*(?P<answer>(?!it\b|this\b|that\b|which\b|what\b|he\b|so\b)"
@@ -75,7 +75,7 @@ _CORRECT = re.compile(
 )
 _TAKEN_BACK = re.compile(
     r"(?:\b(?:no|oh|oops|ah)\b[\s,.]*)?\b(?:wait|actually|correction|scratch that|on second thoughts?|i mean|make that|let me "
-    r"(?:re\w+|correct|check|count)(?! mark)|my mistake|i was wrong|that(?:'s| is) (?:wrong|not right|incorrect)|oops|sorry|hmm+)\b[\s,.:;!-]*"
+    r"(?:re\w+|correct|check|count)(?! mark)|my mistake|i was wrong|that(?:'s| is) (?:wrong|not right|incorrect)|oops|sorry|hmm+)\b(?:[\s,.:;!-]+(?:no|actually|rather)\b)?[\s,.:;!-]*"
     r"|(?:不对|不對|等等|更正|抱歉|其实)[\s,.!:]*",
     re.I,
 )
