@@ -74,6 +74,8 @@ def _spelled(text: str) -> str:
 def _without_names(found: str, wanted: str) -> tuple[str, str]:
     """`x = 5` is 5 where the other side has no name, or the same."""
     (a, inside), (b, target) = unnamed(found), unnamed(wanted)
+    if "y" in (a, b) and any("(" in name for name in (a, b)):  # y and f(x)
+        return inside, target
     equation = ("=" in found and not a) or ("=" in wanted and not b)
     return (found, wanted) if (a and b and a != b) or equation else (inside, target)
 
@@ -133,8 +135,6 @@ def _equal_to_number(found: str, target: Number, wanted: str) -> Verdict:
 
 def _same_number(one: Number, target: Number, found: str, wanted: str) -> bool | None:
     exact = same(one, target)
-    if exact is None and one.form == "%":
-        return True  # 50 and 50%
     if exact is not False or one.parts or target.parts or one.form not in ("", "%"):
         return exact
     texts = [text for text in (found, wanted) if re.search(r"\d\.\d", text)]

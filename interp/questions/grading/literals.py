@@ -19,7 +19,7 @@ _SURE = (  # pattern, what separates groups, what separates decimals
     (re.compile(r"\d{1,3}(?:\.\d{3}){2,}"), ".", ","),
 )
 _PERHAPS = (
-    (re.compile(r"[1-9]\d{0,2}\.\d00"), ".", ","),  # 1.500 may be 1500
+    (re.compile(r"[1-9]\d{0,2}\.\d{3}"), ".", ","),  # 1.500 may be 1500, elsewhere
     (re.compile(r"\d+,\d+"), "", ","),  # 3,5 may be 3.5
 )
 

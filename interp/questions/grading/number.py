@@ -177,11 +177,16 @@ def read_number(text: str) -> Reading:
     return Reading(why=NONE)
 
 
+_LONE = re.compile(r"\W*[-+]?\$?\d[\d.,]*\s*[^\W\d]{0,12}\W*")
+
+
 def _scopes(text: str) -> list[str]:
     """All of it, and the places where a single number of several is the answer."""
+    lone = [line for line in text.split("\n") if _LONE.fullmatch(line)]
     bare = re.sub(r"\([^()]*\)", " ", text)
     reason = re.split(r"(?i)\b(?:because|since|as there)\b|因为|因為", text)[0]
-    return [text, reason, bare, last_sentence(text), text.rpartition("=")[2]]
+    alone = lone if len(set(lone)) == 1 and not any(one.negated for one in mentions(lone[0])) else []
+    return [*alone[:1], text, reason, bare, last_sentence(text), text.rpartition("=")[2]]
 
 
 def _equal(one: Mention, other: Mention) -> bool:

@@ -32,10 +32,26 @@ _SCALES = {
     "billion": 10**9,
     "trillion": 10**12,
 }
+_PLURALS = {
+    "tens": 10,
+    "hundreds": 100,
+    "dozens": 12,
+    "thousands": 10**3,
+    "millions": 10**6,
+    "billions": 10**9,
+}
 _PARTS = {
     word: number
     for number, word in enumerate("half third quarter fifth sixth seventh eighth ninth tenth".split(), 2)
-} | {"fourth": 4, "twelfth": 12, "hundredth": 100, "thousandth": 1000}
+} | {
+    "fourth": 4,
+    "eleventh": 11,
+    "twelfth": 12,
+    "twentieth": 20,
+    "thirtieth": 30,
+    "hundredth": 100,
+    "thousandth": 1000,
+}
 _ORDINALS = {
     word: number
     for number, word in enumerate(
@@ -54,11 +70,11 @@ _NUMBER = r"\d[\d,]*(?:\.\d+)?"
 _ELSEWHERE = {
     word: number
     for words in (
-        "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf",
-        "zéro un deux trois quatre cinq six sept huit neuf dix onze douze",
-        "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce",
-        "zero uno due tre quattro cinque sei sette otto nove dieci undici dodici",
-        "zero um dois três quatro cinco seis sete oito nove dez onze doze",
+        "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn siebzehn achtzehn neunzehn zwanzig",
+        "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize dix-sept dix-huit dix-neuf vingt",
+        "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciséis diecisiete dieciocho diecinueve veinte",
+        "zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici quindici sedici diciassette diciotto diciannove venti",
+        "zero um dois três quatro cinco seis sete oito nove dez onze doze treze catorze quinze dezesseis dezessete dezoito dezenove vinte",
     )
     for number, word in enumerate(words.split())
 }
@@ -111,14 +127,11 @@ def _whole(text: str) -> str | None:
 
 
 def _english(text: str) -> str:
-    scales = "|".join(_SCALES)
-    text = re.sub(
-        rf"(?i)\b({_NUMBER})[ -]+({scales})(?:[ -]+({scales}))?\b",
-        lambda m: _decimal(_fraction(m[1]) * _SCALES[m[2].lower()] * _SCALES.get((m[3] or "").lower(), 1)),
-        text,
-    )
+    text = _scaled_digits(text)
     keep = [match.end() - 3 for match in _NOT_A_NUMBER_ONE.finditer(text)]
-    text = _RUN.sub(lambda m: m[0] if m.start() in keep or _pronoun(m, text) else _in_words(m[0]), text)
+    text = _scaled_digits(
+        _RUN.sub(lambda m: m[0] if m.start() in keep or _pronoun(m, text) else _in_words(m[0]), text)
+    )
     text = re.sub(
         r"(?i)\b(\d+) point ((?:\d+ ?)+)\b", lambda m: f"{m[1]}.{m[2].replace(' ', '')} ".rstrip(), text
     )
@@ -134,6 +147,17 @@ def _english(text: str) -> str:
     )
     text = re.sub(r"(?i)(?:(?<=^)|(?<=is )|(?<=are )|(?<=about ))half(?![ -]?\w*way)\b", "1/2", text)
     return re.sub(r"(?i)\b(\d+)[ -]+and[ -]+(\d+/\d+)", r"\1 \2", text)
+
+
+def _scaled_digits(text: str) -> str:
+    """ "3 million", "2 hundred thousand", "5 tens"."""
+    sizes = _SCALES | _PLURALS
+    names = "|".join(sorted(sizes, key=len, reverse=True))
+    return re.sub(
+        rf"(?i)\b({_NUMBER})[ -]+({names})(?:[ -]+({names}))?\b",
+        lambda m: _decimal(_fraction(m[1]) * sizes[m[2].lower()] * sizes.get((m[3] or "").lower(), 1)),
+        text,
+    )
 
 
 def _pronoun(match: re.Match[str], text: str) -> bool:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 from interp.questions.grading.normal import plain
 from interp.questions.grading.number import read_number, same
+from interp.questions.grading.numerals import in_digits
 from interp.questions.grading.statement import last_sentence
-from interp.questions.grading.words import bare, holds, plain_sentence
+from interp.questions.grading.words import ARTICLE, bare, holds, plain_sentence
 
 _WORD = (
     r"(?:the\s+)?(?:correct\s+|right\s+|final\s+)?(?:options?|choices?|letter|answer|选项|選項|选择|选|選)"
 )
-_ALONE = re.compile(rf"\W*(?:{_WORD})?\W*(?P<letter>[A-Za-z])\W*(?:选项|項|项|です|입니다)?\W*", re.I)
+_ALONE = re.compile(rf"\W*(?:{_WORD})?\W*(?P<letter>[A-Za-z])\W*(?:选项|項|项|です|번|입니다|番)*\W*", re.I)
 _LEADING = re.compile(
     rf"\W*(?:{_WORD}\s*)?(?:\((?P<a>[A-Za-z])\)|\[(?P<b>[A-Za-z])\]|(?P<c>[A-Za-z])\)|(?P<d>[A-Za-z])[.:](?=\s|$|\S{{2}})|"
     r"(?P<e>[A-Z])(?:\s*[,;:\-]|\s+(?:because|since|as|is|due|for|given)\b|(?=[一-鿿,])))[\s.:*_,;\-]*(?P<rest>.*)",
@@ -32,7 +33,7 @@ _LETTERS = (
 )
 _NEGATED = (
     re.compile(
-        r"(?:\bnot|n't|\brather than|\binstead of|\bneither|\bnor|\bexcept|\bexclud\w+|\brule[sd]? out|\beliminat\w+|不是|不选|并非|非)\s*(?:be\s+)?"
+        r"(?:\banything but|\bnot|n't|\brather than|\binstead of|\bneither|\bnor|\bexcept|\bexclud\w+|\brule[sd]? out|\beliminat\w+|不是|不选|并非|非)\s*(?:be\s+)?"
         r"(?:the\s+|an?\s+|option\s+|choice\s+)*[(\[]?(?P<what>{what})",
         re.I,
     ),
@@ -56,6 +57,9 @@ class Named:
 def named_options(text: str, options: Sequence[str]) -> Named:
     """The options that a text names, in all of it or, where that is several, in its last line or sentence."""
     text = _without_echo(text, options)
+    alone = {place for line in text.split("\n") for place in _alone(plain(line), options)}
+    if len(alone) == 1 and "\n" in text:
+        return Named(alone)
     named = _named(text, options)
     for scope in (text.strip().rpartition("\n")[2], last_sentence(text), _REASON.split(text)[0]):
         if len(named.chosen) <= 1:
@@ -84,7 +88,10 @@ def _named(text: str, options: Sequence[str]) -> Named:
 def _equal(text: str, texts: Sequence[str]) -> set[int]:
     """Options that a text is, whole."""
     whole = {_closed(bare(text)), _closed(plain_sentence(bare(text)))}
-    return {i for i, option in enumerate(texts) if option and _closed(option) in whole}
+    if same_text := {i for i, option in enumerate(texts) if option and _closed(option) in whole}:
+        return same_text
+    without = {ARTICLE.sub("", one, count=1) for one in whole}
+    return {i for i, option in enumerate(texts) if ARTICLE.sub("", option, count=1) in without - {""}}
 
 
 def _closed(text: str) -> str:
@@ -125,7 +132,7 @@ def _behind_a_letter(rest: str, texts: Sequence[str]) -> set[int]:
 
 
 def _in_prose(said: str, options: Sequence[str], texts: Sequence[str]) -> set[int]:
-    by_text = _mentioned(bare(said), texts)
+    by_text = _mentioned(bare(in_digits(said)), [bare(in_digits(plain(text))) for text in texts])
     by_letter = numbers_of([m["letter"] for pattern in _LETTERS for m in pattern.finditer(said)], options)
     by_letter = {i for i in by_letter if not any(holds(texts[j], chr(ord("a") + i)) for j in by_text)}
     if not by_text and (index := _INDEX.search(said)):
@@ -137,14 +144,16 @@ def _in_prose(said: str, options: Sequence[str], texts: Sequence[str]) -> set[in
 def _denials(said: str, options: Sequence[str], texts: Sequence[str]) -> tuple[set[int], str]:
     """Options that are denied ("not A", "B is wrong"), and the text without the denials."""
     words = [re.escape(text) for text in texts if len(text) > 1 and text not in ("yes", "no")]
-    what = "|".join([*sorted(words, key=len, reverse=True), r"[A-Za-z](?![\w'])"])
+    what = "|".join([*sorted(words, key=len, reverse=True), r"(?<![\w'])[A-Za-z](?![\w'])"])
+    item = rf"(?:option\s+)?[(\[]?(?:{what})[)\]]?"
+    several = rf"(?:{what})[)\]]?(?:(?:\s*,\s*{item})*\s*,?\s*(?:and|or|nor|和|或|及)\s*{item})?"
     denied: set[int] = set()
     for pattern in _NEGATED:
-        compiled = re.compile(rf"{pattern.pattern.replace('{what}', what)}(?![A-Za-z0-9])", re.I)
-        for match in compiled.finditer(said):
-            denied |= numbers_of([match["what"]], options) | {
-                i for i, t in enumerate(texts) if t == bare(match["what"])
-            }
+        compiled = re.compile(rf"{pattern.pattern.replace('{what}', several)}(?![A-Za-z0-9])", re.I)
+        for item in (
+            m[0] for match in compiled.finditer(said) for m in re.finditer(what, match["what"], re.I)
+        ):
+            denied |= numbers_of([item], options) | {i for i, t in enumerate(texts) if t == bare(item)}
         said = compiled.sub(" ", said)
     return denied, said
 

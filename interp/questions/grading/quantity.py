@@ -70,13 +70,16 @@ _TO = re.compile(r"\s*(?:to|~|through|until|至|到|-)\s*[$€£]?-?\d")
 _REPEATING = re.compile(r"(\d+)\.(\d*)overline\{(\d+)\}")
 _BOUNDS: tuple[tuple[str, Form], ...] = (
     (
-        r"(?:no|not) (?:more|greater|larger|higher) than|at most|up to|(?<![-=])<=|maximum of|最多|不超过|至多",
+        r"(?:no|not) (?:more|greater|larger|higher) than|(?:less|fewer|smaller) than or equal to|at most|up to|(?<![-=])<=|maximum of|最多|不超过|至多",
         "<=",
     ),
-    (r"(?:no|not) (?:less|fewer|smaller|lower) than|at least|(?<![-=])>=|minimum of|至少|最少|不少于", ">="),
+    (
+        r"(?:no|not) (?:less|fewer|smaller|lower) than|(?:more|greater|larger) than or equal to|at least|(?<![-=])>=|minimum of|至少|最少|不少于",
+        ">=",
+    ),
     (r"(?:less|fewer|smaller|lower|shorter) than|under|below|(?<![-=])<|少于|小于|不到|低于|不足", "<"),
     (
-        r"(?:more|greater|larger|higher|bigger|longer) than|over|above|exceed(?:s|ing)?|(?<![-=])>|超过|大于|多于|高于",
+        r"(?:more|greater|larger|higher|bigger|longer) than|over|above|exceed(?:s|ing)?|(?<![-=])>|超过|不止|大于|多于|高于",
         ">",
     ),
     (r"!=|different from", "!="),
@@ -85,12 +88,18 @@ _BEFORE = tuple((re.compile(rf"(?:{words})\s*(?:the |a total of )?$", re.I), for
 _BEHIND: tuple[tuple[re.Pattern[str], Form], ...] = (
     (
         re.compile(
-            r"\s*(?:\w+ )?or (?:more|above|greater|higher)|\+(?!\s*[\d(])|\s*plus\b|\s*[个個]?以上|[多余餘][个個]?",
+            r"\s*(?:\w+ )?(?:or (?:more|above|greater|higher)|at least|minimum)\b|\s*<=?\s*[a-z]|\+(?!\s*[\d(])|\s*plus\b|\s*[个個]?以上|[多余餘][个個]?",
             re.I,
         ),
         ">=",
     ),
-    (re.compile(r"\s*(?:\w+ )?or (?:less|fewer|below)|\s*[个個]?以[下内]", re.I), "<="),
+    (
+        re.compile(
+            r"\s*(?:\w+ )?(?:or (?:less|fewer|below)|at most|max(?:imum)?)\b|\s*>=?\s*[a-z]|\s*[个個]?以[下内]",
+            re.I,
+        ),
+        "<=",
+    ),
 )
 _NOT = re.compile(
     r"(?:\b(?:not|never|cannot be|rather than|instead of|except|excluding|nor|neither)|n't(?: be| have)?|不是|并非|没有|不等于)"
@@ -104,7 +113,7 @@ _FUNCTION = re.compile(
 _LETTER_BEFORE = re.compile(r"(?<![A-Za-z'])(?!a\s)[A-Za-z]\s*(?:[*/^(]|[-+])\s*$|(?<=[A-Za-z)])\^?[*/^]\s*$")
 _LETTER_BEHIND = re.compile(r"\s*[-+*/^]\s*\(*\s*[A-Za-z](?![A-Za-z])|\s*[*/^]\s*\(*[A-Za-z]")
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)\b", re.I)
-_PERCENT = re.compile(r"\s*(?:%|percent\b|per cent\b|pct\b)(?:age points?\b)?", re.I)
+_PERCENT = re.compile(r"\s*(?:%|‰|percent\b|per cent\b|pct\b)(?:age points?\b)?", re.I)
 _SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "m": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9, "T": 10**12}
 _ATTACHED = re.compile(r"[A-Za-zμµΩ]+(?:\^?\d)?(?:/[A-Za-z]+(?:\^?\d)?)?|°[CF]?|¢|[€£¥₩]")
 _SPACED = re.compile(
@@ -242,7 +251,7 @@ def _suffixed(
         unit, tail = unit or read, behind[length:]
         shown += behind[:length]
     form = _bound(before, tail) or form
-    per = 100 if form == "%" else 1
+    per = (1000 if "‰" in shown else 100) if form == "%" else 1
     made = [Number(value * scale / per, shown, form, unit) for value in sure]
     others = tuple(Number(value * scale / per, shown, form, unit) for value in perhaps)
     if scale != 1 and attached and unit_of(attached[0]):  # 5K: five thousand, or kelvin

@@ -79,6 +79,10 @@ _TAKEN_BACK = re.compile(
     r"|(?:不对|不對|等等|更正|抱歉|其实)[\s,.!:]*",
     re.I,
 )
+_NOTES = re.compile(
+    r"\n\s*(?:explanation|reason|reasoning|rationale|justification|confidence|note|because|解释|解析|理由|原因|说明)s?\s*(?::|\n)(?!.*\banswer\b)",
+    re.I | re.DOTALL,
+)
 _ABBREVIATION = re.compile(
     r"(?:^|[\s(\"'])(?:[A-Za-z]|(?:[A-Za-z]\.)+[A-Za-z]|dr|mr|mrs|ms|prof|st|mt|ft|jr|sr|ca|cf|vs|etc|no|nr|fig|eq|approx|"
     r"inc|ltd|co|corp|gen|col|sgt|capt|rev|hon|sen|rep|gov|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tue|wed|thu|"
@@ -109,6 +113,7 @@ def statement_of(text: str) -> Statement:
 
 
 def _in_text(text: str) -> Statement:
+    text = _without_notes(text)
     marked = _marked(text)
     if marked is not None:
         inside, end = marked
@@ -124,6 +129,12 @@ def _in_text(text: str) -> Statement:
     start, answer = said
     found = _corrected(text[start:])
     return found or Statement(answer, True)
+
+
+def _without_notes(text: str) -> str:
+    """A text up to the explanation that follows its answer."""
+    notes = _NOTES.search(text)
+    return text[: notes.start()] if notes and re.search(r"\w", text[: notes.start()]) else text
 
 
 def _behind_the_chain(text: str) -> str:

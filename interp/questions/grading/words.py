@@ -10,7 +10,7 @@ from interp.questions.grading.normal import plain
 from interp.questions.grading.statement import Statement, statement_of
 
 _EDGES = " \t\n\r.,;:!?\"'`*_()[]{}"
-_ARTICLE = re.compile(r"(?:an?|the)\s+")
+ARTICLE = re.compile(r"(?:an?|the)\s+")
 _PHRASES = re.compile(
     r"(?:(?:it|this|that|there|he|she|they|these)(?:'s| is| are| was| were| says| reads| shows)|(?:the|this) (?:word|text|sign|image|"
     r"picture|label|title|name|color|colour|object|animal|shape|thing|answer)s?(?: \w+){0,4}? (?:is|are|says|reads|shows|would be)|"
@@ -41,7 +41,7 @@ def judge_text(answer: str, reference: str) -> Grade:
     read = bare(statement.text)
     if wanted in (read, bare(plain_sentence(read)), bare(_quoted(statement.text))):
         return Grade(True, statement.text)
-    if not _ARTICLE.match(wanted) and _ARTICLE.sub("", bare(plain_sentence(read)), count=1) == wanted:
+    if not ARTICLE.match(wanted) and ARTICLE.sub("", bare(plain_sentence(read)), count=1) == wanted:
         return Grade(True, statement.text)
     return _not_the_same(statement, read, wanted)
 
