@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from interp.questions.grading.statement import statement_of
 from interp.questions.grading.grade import Grade
 from interp.questions.grading.normal import normal
+from interp.questions.grading.statement import statement_of
 
 Box = tuple[float | int, float | int, float | int, float | int]
 

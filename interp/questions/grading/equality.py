@@ -21,8 +21,10 @@ UNTOLD: Literal["untold"] = "untold"
 MATHEMATICS = re.compile(r"[\d+*/=<>^_|√]|\\[A-Za-z]+|(?<![A-Za-z'])[b-hj-z](?![A-Za-z'])")
 _FUNCTIONS = (
     r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|sqrt|cbrt|min|max|gcd|lcm|mod|det|lim|overline|or|and|in|pi|"
-    r"alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|psi|omega|sigma|rho|tau|infty|cup|cap|setminus|emptyset|mathbb|"
-    r"begin|end|[pbv]?matrix|binom|lfloor|rfloor|lceil|rceil|langle|rangle|vert|to|frac|prime|angle|triangle|pmod|bmod|forall|"
+    r"alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|psi|omega|sigma|rho|tau|infty|cup|cap|setminus|emptyset|"
+    r"mathbb|"
+    r"begin|end|[pbv]?matrix|binom|lfloor|rfloor|lceil|rceil|langle|rangle|vert|to|frac|prime|angle|triangle|pmod|"
+    r"bmod|forall|"
     r"exists|equiv|perp|parallel|vec|hat|bar|cdots"
 )
 _WORD = re.compile(rf"(?<![A-Za-z])(?!(?:{_FUNCTIONS})(?![A-Za-z]))[A-Za-zÀ-ɏ]{{3,}}|[^\W\d_a-zA-ZÀ-ɏͰ-Ͽ]")
@@ -62,7 +64,7 @@ def equal(found: str, wanted: str, timeout: int) -> bool | None:
 
 
 def holds_words(text: str) -> bool:
-    """Whether there is prose in a text: words that are no functions, or letters of a script that mathematics has not."""
+    """Whether there is prose in a text: words that are no functions, or letters that mathematics has not."""
     return bool(_WORD.search(plain(text)))
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-LITERAL = r"(?:\d{1,3}(?: \d{3})+(?:[.,]\d+)?(?![\d]| \d{3})|\d(?:[\d.,']*\d)?)(?:[eE][-+]?\d{1,3}(?![\d]))?|\.\d+(?:[eE][-+]?\d{1,3})?"
+LITERAL = (
+    r"(?:\d{1,3}(?: \d{3})+(?:[.,]\d+)?(?![\d]| \d{3})|\d(?:[\d.,']*\d)?)(?:[eE][-+]?\d{1,3}(?![\d]))?"
+    r"|\.\d+(?:[eE][-+]?\d{1,3})?"
+)
 
 _EXPONENT = r"(?P<e>[eE][-+]?\d{1,3})?"
 _SURE = (  # pattern, what separates groups, what separates decimals

@@ -26,10 +26,10 @@ _NOTHING = re.compile(
 def judge_math(answer: str, reference: str, timeout: int = TIMEOUT) -> Grade:
     r"""Whether answer and reference are equal as mathematics; both may be LaTeX, with or without `$`.
 
-    Lists, sets, tuples, intervals and `\pm` are compared element by element, numbers as `judge_number` does, with their
-    units, words as words, all else as math-verify reads it: exactly, or to the decimals that are written where there are
-    six of them. `x = 5` is 5, 45° is 45; where the reference is 50%, 50 and 0.5 are taken for it. What cannot be read whole, is rounded to
-    fewer decimals or takes too long is ungraded.
+    Lists, sets, tuples, intervals and `\pm` are compared element by element, numbers as `judge_number` does, with
+    their units, words as words, all else as math-verify reads it: exactly, or to the decimals that are written where
+    there are six of them. `x = 5` is 5, 45° is 45; where the reference is 50%, 50 and 0.5 are taken for it. What
+    cannot be read whole, is rounded to fewer decimals or takes too long is ungraded.
 
     Raises:
         FrankenlensError: math-verify is not installed, or this is not the main thread, where alone its alarm rings.

@@ -62,7 +62,8 @@ _MARKDOWN = (
     (r"(?i)<br\s*/?>", "\n"),
 )
 _FONTS = (
-    r"\\(?:text|mathrm|mathbf|mathit|mathsf|mathtt|mathnormal|textbf|textit|textrm|textsf|texttt|textnormal|operatorname|"
+    r"\\(?:text|mathrm|mathbf|mathit|mathsf|mathtt|mathnormal|textbf|textit|textrm|textsf|texttt|textnormal|"
+    r"operatorname|"
     r"mbox|hbox|bm|boldsymbol|emph|underline|mathop|ensuremath|displaylines)\*?\s*\{([^{}]*)\}"
 )
 _LATEX = (
@@ -213,7 +214,7 @@ def _character(c: str) -> str:
     if not kind.startswith("<"):
         return c
     said = "".join(_character(chr(int(point, 16))) for point in points)
-    if kind == "<super>" and said[:1].isalnum() or said in ("+", "-") and kind == "<super>":
+    if (kind == "<super>" and said[:1].isalnum()) or (said in ("+", "-") and kind == "<super>"):
         return f"^{{{said}}}"
     if kind == "<sub>":
         return f"_{{{said}}}"

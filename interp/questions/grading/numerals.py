@@ -66,19 +66,30 @@ _PART = "|".join([*_PARTS, "halve"])
 _NOT_A_NUMBER_ONE = re.compile(
     r"\b(?:the|this|that|which|each|every|any|no|some|other|another)[ -]+one\b", re.I
 )
+_COUNTING = (
+    "is are was were only just exactly equals be answer total count at least most and or about plus minus has have see"
+).split()
 _NUMBER = r"\d[\d,]*(?:\.\d+)?"
 _ELSEWHERE = {
     word: number
     for words in (
-        "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn siebzehn achtzehn neunzehn zwanzig",
-        "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize dix-sept dix-huit dix-neuf vingt",
-        "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciséis diecisiete dieciocho diecinueve veinte",
-        "zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici quindici sedici diciassette diciotto diciannove venti",
-        "zero um dois três quatro cinco seis sete oito nove dez onze doze treze catorze quinze dezesseis dezessete dezoito dezenove vinte",
+        "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn "
+        "siebzehn achtzehn neunzehn zwanzig",
+        "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize dix-sept "
+        "dix-huit dix-neuf vingt",
+        "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciséis "
+        "diecisiete dieciocho diecinueve veinte",
+        "zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici quindici "
+        "sedici diciassette diciotto diciannove venti",
+        "zero um dois três quatro cinco seis sete oito nove dez onze doze treze catorze quinze dezesseis dezessete "
+        "dezoito dezenove vinte",
     )
     for number, word in enumerate(words.split())
 }
-_MEASURES = "个個只隻张張条條本件位名头頭匹辆輛把支枝片块塊颗顆朵棵根双雙对對座间間层層元米厘公克升秒分小岁歲次つ人枚台天日月年种種"
+_MEASURES = (
+    "个個只隻张張条條本件位名头頭匹辆輛把支枝片块塊颗顆朵棵根双雙对對座间間层層元米厘"
+    "公克升秒分小岁歲次つ人枚台天日月年种種"
+)
 _HAN = {c: n for n, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2, "兩": 2}
 _HAN_SCALES = {"十": 10, "百": 100, "千": 1000}
 _HAN_GROUPS = {"万": 10**4, "萬": 10**4, "만": 10**4, "亿": 10**8, "億": 10**8, "억": 10**8}
@@ -139,7 +150,7 @@ def _english(text: str) -> str:
     text = re.sub(
         rf"(?i)\b(?:an?|1)[ -]+({_PART})\b(?![ -]+(?:place|time))", lambda m: f"1/{_part(m[1])}", text
     )
-    text = re.sub(rf"(?i)\bhalf (?:of )?(?:an? )?(\d[\d,]*)\b", lambda m: _decimal(_fraction(m[1]) / 2), text)
+    text = re.sub(r"(?i)\bhalf (?:of )?(?:an? )?(\d[\d,]*)\b", lambda m: _decimal(_fraction(m[1]) / 2), text)
     text = re.sub(
         r"(?i)\bhalf an? (hundred|thousand|million|billion|dozen)\b",
         lambda m: str(_SCALES[m[1].lower()] // 2),
@@ -166,8 +177,7 @@ def _pronoun(match: re.Match[str], text: str) -> bool:
         return False
     before = re.findall(r"[\w']+", text[: match.start()])
     ends = re.match(r"\W*$|\W*[.!?,;]|\s+(?:with|on|in|at|that|which|who|to|from)\b", text[match.end() :])
-    counted = "is are was were only just exactly equals be answer total count at least most and or about plus minus has have see".split()
-    return bool(before and ends and before[-1].casefold() not in counted)
+    return bool(before and ends and before[-1].casefold() not in _COUNTING)
 
 
 def _in_words(run: str) -> str:

@@ -17,7 +17,8 @@ _WORD = (
 )
 _ALONE = re.compile(rf"\W*(?:{_WORD})?\W*(?P<letter>[A-Za-z])\W*(?:选项|項|项|です|번|입니다|番)*\W*", re.I)
 _LEADING = re.compile(
-    rf"\W*(?:{_WORD}\s*)?(?:\((?P<a>[A-Za-z])\)|\[(?P<b>[A-Za-z])\]|(?P<c>[A-Za-z])\)|(?P<d>[A-Za-z])[.:](?=\s|$|\S{{2}})|"
+    rf"\W*(?:{_WORD}\s*)?(?:\((?P<a>[A-Za-z])\)|\[(?P<b>[A-Za-z])\]|(?P<c>[A-Za-z])\)|(?P<d>[A-Za-z])[.:](?=\s|$|"
+    rf"\S{{2}})|"
     r"(?P<e>[A-Z])(?:\s*[,;:\-]|\s+(?:because|since|as|is|due|for|given)\b|(?=[一-鿿,])))[\s.:*_,;\-]*(?P<rest>.*)",
     re.DOTALL,
 )
@@ -28,17 +29,20 @@ _LETTERS = (
     re.compile(r"(?:选项|選項|选择|选|選)\s*(?P<letter>[A-Za-z])(?![A-Za-z])"),
     re.compile(r"(?<![\w'.-])(?P<letter>[B-HJ-Z])(?![\w']|\.\w|-\w)"),
     re.compile(
-        r"(?:^|\b(?:is|be|choose|pick|select|with|say|or|and|are|both|so|hence|thus)\s+)(?P<letter>[A-Z])(?=\s*(?:[.,;:!]|$|\bor\b|\band\b))"
+        r"(?:^|\b(?:is|be|choose|pick|select|with|say|or|and|are|both|so|hence|"
+        r"thus)\s+)(?P<letter>[A-Z])(?=\s*(?:[.,;:!]|$|\bor\b|\band\b))"
     ),
 )
 _NEGATED = (
     re.compile(
-        r"(?:\banything but|\bnot|n't|\brather than|\binstead of|\bneither|\bnor|\bexcept|\bexclud\w+|\brule[sd]? out|\beliminat\w+|不是|不选|并非|非)\s*(?:be\s+)?"
+        r"(?:\banything but|\bnot|n't|\brather than|\binstead of|\bneither|\bnor|\bexcept|\bexclud\w+|"
+        r"\brule[sd]? out|\beliminat\w+|不是|不选|并非|非)\s*(?:be\s+)?"
         r"(?:the\s+|an?\s+|option\s+|choice\s+)*[(\[]?(?P<what>{what})",
         re.I,
     ),
     re.compile(
-        r"(?<![\w'])[(\[]?(?P<what>{what})[)\]]?\s*(?:is|are|was|would be|seems)?\s*(?:not |n't |never )?(?:incorrect|wrong|false|not (?:correct|right|it|the)|不对|不正确|错误|不是)",
+        r"(?<![\w'])[(\[]?(?P<what>{what})[)\]]?\s*(?:is|are|was|would be|seems)?\s*(?:not |n't |"
+        r"never )?(?:incorrect|wrong|false|not (?:correct|right|it|the)|不对|不正确|错误|不是)",
         re.I,
     ),
 )

@@ -56,13 +56,18 @@ class Mention:
     before: str = ""
 
 
-_ATOM = rf"(?:(?:(?:sqrt|cbrt)?\(|(?<![\d)])[-+]\s?)*(?:{LITERAL}|pi\b)(?:\)|!(?!=)|\s?\^\s?[-+]?\(?[-+]?\d+(?:\s*/\s*\d+)?\)?)*)"
+_ATOM = (
+    rf"(?:(?:(?:sqrt|cbrt)?\(|(?<![\d)])[-+]\s?)*(?:{LITERAL}|pi\b)"
+    r"(?:\)|!(?!=)|\s?\^\s?[-+]?\(?[-+]?\d+(?:\s*/\s*\d+)?\)?)*)"
+)
 _CHUNK = re.compile(
     rf"(?<![A-Za-z0-9_.^\\])(?P<sign>(?<!±)[-+]\s?)?(?P<money>(?:US|A|C|HK)?[{MONEY}]\s?)?"
-    rf"(?P<chunk>{_ATOM}(?:\s*[*/+]\s*{_ATOM}|\s-\s+{_ATOM}|-{_ATOM}|(?=\s?(?:sqrt|cbrt|pi\b))\s?{_ATOM}|(?=\(){_ATOM}|\s\d+/\d+(?![\d/]))*)"
+    rf"(?P<chunk>{_ATOM}(?:\s*[*/+]\s*{_ATOM}|\s-\s+{_ATOM}|-{_ATOM}|(?=\s?(?:sqrt|cbrt|pi\b))\s?{_ATOM}|"
+    rf"(?=\(){_ATOM}|\s\d+/\d+(?![\d/]))*)"
 )
 _RATIO = re.compile(
-    r"(?<![\w.:/])(?P<parts>\d+(?:\.\d+)?(?:(?::\d+(?:\.\d+)?)+|(?: : \d+(?:\.\d+)?)+))(?![\w:])(?P<half>\s*[ap]\.?m\b)?"
+    r"(?<![\w.:/])(?P<parts>\d+(?:\.\d+)?(?:(?::\d+(?:\.\d+)?)+|"
+    r"(?: : \d+(?:\.\d+)?)+))(?![\w:])(?P<half>\s*[ap]\.?m\b)?"
 )
 _DATE = re.compile(r"(?<![\w.])\d{1,4}([-/.])\d{1,2}\1\d{1,4}(?![\w])|(?<![\w.])\d+(?:-\d+){2,}(?!\w)")
 _RANGE = re.compile(r"(?P<a>\d+(?:\.\d+)?)-(?P<b>\d+(?:\.\d+)?)")
@@ -70,25 +75,31 @@ _TO = re.compile(r"\s*(?:to|~|through|until|至|到|-)\s*[$€£]?-?\d")
 _REPEATING = re.compile(r"(\d+)\.(\d*)overline\{(\d+)\}")
 _BOUNDS: tuple[tuple[str, Form], ...] = (
     (
-        r"(?:no|not) (?:more|greater|larger|higher) than|(?:less|fewer|smaller) than or equal to|at most|up to|(?<![-=])<=|maximum of|最多|不超过|至多",
+        r"(?:no|not) (?:more|greater|larger|higher) than|(?:less|fewer|smaller) than or equal to|at most|up to|"
+        r"(?<![-=])<=|maximum of|最多|不超过|至多",
         "<=",
     ),
     (
-        r"(?:no|not) (?:less|fewer|smaller|lower) than|(?:more|greater|larger) than or equal to|at least|(?<![-=])>=|minimum of|至少|最少|不少于",
+        r"(?:no|not) (?:less|fewer|smaller|lower) than|(?:more|greater|larger) than or equal to|at least|"
+        r"(?<![-=])>=|minimum of|至少|最少|不少于",
         ">=",
     ),
     (r"(?:less|fewer|smaller|lower|shorter) than|under|below|(?<![-=])<|少于|小于|不到|低于|不足", "<"),
     (
-        r"(?:more|greater|larger|higher|bigger|longer) than|over|above|exceed(?:s|ing)?|(?<![-=])>|超过|不止|大于|多于|高于",
+        r"(?:more|greater|larger|higher|bigger|longer) than|over|above|exceed(?:s|ing)?|(?<![-=])>"
+        r"|超过|不止|大于|多于|高于",
         ">",
     ),
     (r"!=|different from", "!="),
 )
-_BEFORE = tuple((re.compile(rf"(?:{words})\s*(?:the |a total of )?$", re.I), form) for words, form in _BOUNDS)
+_BEFORE: tuple[tuple[re.Pattern[str], Form], ...] = tuple(
+    (re.compile(rf"(?:{words})\s*(?:the |a total of )?$", re.I), form) for words, form in _BOUNDS
+)
 _BEHIND: tuple[tuple[re.Pattern[str], Form], ...] = (
     (
         re.compile(
-            r"\s*(?:\w+ )?(?:or (?:more|above|greater|higher)|at least|minimum)\b|\s*<=?\s*[a-z]|\+(?!\s*[\d(])|\s*plus\b|\s*[个個]?以上|[多余餘][个個]?",
+            r"\s*(?:\w+ )?(?:or (?:more|above|greater|higher)|at least|minimum)\b|\s*<=?\s*[a-z]|\+(?!\s*[\d(])|"
+            r"\s*plus\b|\s*[个個]?以上|[多余餘][个個]?",
             re.I,
         ),
         ">=",
@@ -102,7 +113,8 @@ _BEHIND: tuple[tuple[re.Pattern[str], Form], ...] = (
     ),
 )
 _NOT = re.compile(
-    r"(?:\b(?:not|never|cannot be|rather than|instead of|except|excluding|nor|neither)|n't(?: be| have)?|不是|并非|没有|不等于)"
+    r"(?:\b(?:not|never|cannot be|rather than|instead of|except|excluding|nor|neither)|n't(?: be| have)?"
+    r"|不是|并非|没有|不等于)"
     r"\s*(?:be |equal to |exactly |just |only |really )?$",
     re.I,
 )
@@ -117,7 +129,8 @@ _PERCENT = re.compile(r"\s*(?:%|‰|percent\b|per cent\b|pct\b)(?:age points?\b)
 _SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "m": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9, "T": 10**12}
 _ATTACHED = re.compile(r"[A-Za-zμµΩ]+(?:\^?\d)?(?:/[A-Za-z]+(?:\^?\d)?)?|°[CF]?|¢|[€£¥₩]")
 _SPACED = re.compile(
-    r"\s?-?(?P<unit>(?:(?:square|cubic|sq|cu)\.? )?[^\W\d_一-鿿가-힣]+(?:\^?-?\d)?(?:(?:\s?/\s?| per )[^\W\d_]+(?:\^?\d)?)?|°\s?[CF]?|[€£¥₩¢])"
+    r"\s?-?(?P<unit>(?:(?:square|cubic|sq|cu)\.? )?[^\W\d_一-鿿가-힣]+(?:\^?-?\d)?(?:(?:\s?/\s?|"
+    r" per )[^\W\d_]+(?:\^?\d)?)?|°\s?[CF]?|[€£¥₩¢])"
 )
 _HAN_UNIT = re.compile(r"\s?(?P<unit>[一-鿿가-힣]{1,4})")
 _VARIABLE = re.compile(r"\s(?![aAI]\b)[A-Za-z]\s*(?:$|[-+*/^=])")
@@ -278,8 +291,8 @@ def _bound(before: str, behind: str) -> Form:
     for pattern, form in _BEFORE:
         if pattern.search(before):
             return form
-    for pattern, form in _BEHIND:
-        if pattern.match(behind):
+    for behind_it, form in _BEHIND:
+        if behind_it.match(behind):
             return form
     return ""
 

@@ -1,8 +1,8 @@
 r"""The answer in free text: the last statement of one, whole.
 
-A statement is `\boxed{...}`, `<answer>...</answer>`, `#### ...`, "the answer is ...", "I choose ...", "... is correct",
-and what these are in other languages; without any, it is all of the text. What is taken back ("3. No wait, 4") gives way
-to what follows; reasoning that was never closed states nothing.
+A statement is `\boxed{...}`, `<answer>...</answer>`, `#### ...`, "the answer is ...", "I choose ...", "... is
+correct", and what these are in other languages; without any, it is all of the text. What is taken back ("3. No wait,
+4") gives way to what follows; reasoning that was never closed states nothing.
 """
 
 from __future__ import annotations
@@ -39,53 +39,66 @@ _OPEN_TAG = re.compile(
 _HASHES = re.compile(r"####\s*(?P<answer>[^\n]+)")
 _JOINED = re.compile(r"[\s$,;.()\\]*(?:and|or|和|或|及)?[\s$,;()\\]*")
 
-_IS = r"(?:\s*(?:is|was|are|be|equals|:|=|->|=>|→)|\s+(?:would|should|must|will|has to|can only) be|\s+-(?=\s)|\s+comes (?:out )?to)"
+_IS = (
+    r"(?:\s*(?:is|was|are|be|equals|:|=|->|=>|→)|\s+(?:would|should|must|will|has to|can only) be"
+    r"|\s+-(?=\s)|\s+comes (?:out )?to)"
+)
 _ELSEWHERE_IS = r"(?:\s+(?:ist|lautet|wäre|est|es|è|é|to|är|er|is)(?![^\W\d_])|\s*[:=-])"
 _SAID = (
     re.compile(
-        rf"\b(?:answer|ans|(?:correct|right|best|final|chosen|my)\s+(?:option|choice|letter|result|solution|one|total|value))s?\b"
+        rf"\b(?:answer|ans|(?:correct|right|best|final|chosen|my)\s+(?:option|choice|letter|result|solution|one|"
+        rf"total|value))s?\b"
         rf"(?:\s+(?:to|for|of)\s+[^\n.:=]{{1,60}}?)?{_IS}[\s:*_]*(?=(?P<answer>[^\n]+)?)",
         re.I,
     ),
     re.compile(
-        r"\bI(?:'d| would|'ll| will|'m)?(?: have to| am)? ?(?:choose|chose|pick|picked|select|selected|go with|going with|vote for|"
+        r"\bI(?:'d| would|'ll| will|'m)?(?: have to| am)? ?(?:choose|chose|pick|picked|select|selected|go with|"
+        r"going with|vote for|"
         r"opt for|say)\s+(?=(?P<answer>[^\n]+))",
         re.I,
     ),
     re.compile(r"(?:^|\n)\W*(?:the |my )?(?:final |correct )?answer\W*\n+\s*(?=(?P<answer>[^\n]+))", re.I),
     re.compile(
-        r"(?:(?:最终|正确)?(?:答案|选项|選項)|(?:最终)?结果|结论|答え|正解|解答|回答|故选|应选|應選)\s*(?:应该|应当|应|就|只能)?\s*(?:是|为|為|选|選|は|:|=)\s*(?=(?P<answer>[^\n]+))"
+        r"(?:(?:最终|正确)?(?:答案|选项|選項)|(?:最终)?结果|结论|答え|正解|解答|回答|故选|应选|應選)\s*(?:应该|应当|"
+        r"应|就|只能)?\s*(?:是|为|為|选|選|は|:|=)\s*(?=(?P<answer>[^\n]+))"
     ),
     re.compile(
         r"(?<!不)(?<!不能)(?:选择|選擇|选|選)\s*(?:答案|选项)?\s*(?=(?P<answer>[(\[]?[A-Z](?![A-Za-z])[^\n]*))"
     ),
     re.compile(r"(?:정답|답변|답)\s*(?:은|는|:)\s*(?=(?P<answer>[^\n]+))"),
     re.compile(
-        r"\b(?:antwort|lösung|ergebnis|réponse|respuesta|solución|risposta|resposta|odpowiedź|ответ|відповідь|antwoord|svar|"
+        r"\b(?:antwort|lösung|ergebnis|réponse|respuesta|solución|risposta|resposta|odpowiedź|ответ|відповідь|"
+        r"antwoord|svar|"
         rf"cevap|đáp án)\b[^\n:=.]{{0,30}}?{_ELSEWHERE_IS}\s*(?=(?P<answer>[^\n]+))",
         re.I,
     ),
     re.compile(r"(?:الجواب|الإجابة|उत्तर)[^\n:]{0,20}?(?:\s(?:هو|هي|है)\s|:)\s*(?=(?P<answer>[^\n]+))"),
 )
 _CORRECT = re.compile(
-    r"(?:^|[\n.,;:!?]|\b(?:so|thus|hence|therefore|that|then)\b)\s*(?P<answer>(?!it\b|this\b|that\b|which\b|what\b|he\b|so\b)"
+    r"(?:^|[\n.,;:!?]|\b(?:so|thus|hence|therefore|that|then)\b)\s*(?P<answer>(?!it\b|this\b|that\b|which\b|what\b|"
+    r"he\b|so\b)"
     r"[^\n.,;:!?]{1,60}?)\s+(?:is|must be|should be)\s+(?:(?:the|my)\s+(?:final\s+|best\s+|correct\s+|right\s+)?"
     r"(?:answer|choice|option|one)\b|(?:the\s+)?(?:correct|right)\b)(?!\s+(?:that|to|if|angle|side|hand))",
     re.I,
 )
 _TAKEN_BACK = re.compile(
-    r"(?:\b(?:no|oh|oops|ah)\b[\s,.]*)?\b(?:wait|actually|correction|scratch that|on second thoughts?|i mean|make that|let me "
-    r"(?:re\w+|correct|check|count)(?! mark)|my mistake|i was wrong|that(?:'s| is) (?:wrong|not right|incorrect)|oops|sorry|hmm+)\b(?:[\s,.:;!-]+(?:no|actually|rather)\b)?[\s,.:;!-]*"
+    r"(?:\b(?:no|oh|oops|ah)\b[\s,.]*)?\b(?:wait|actually|correction|scratch that|on second thoughts?|i mean|"
+    r"make that|let me "
+    r"(?:re\w+|correct|check|count)(?! mark)|my mistake|i was wrong|that(?:'s| is) (?:wrong|not right|incorrect)|"
+    r"oops|sorry|hmm+)\b(?:[\s,.:;!-]+(?:no|actually|rather)\b)?[\s,.:;!-]*"
     r"|(?:不对|不對|等等|更正|抱歉|其实)[\s,.!:]*",
     re.I,
 )
 _NOTES = re.compile(
-    r"\n\s*(?:explanation|reason|reasoning|rationale|justification|confidence|note|because|解释|解析|理由|原因|说明)s?\s*(?::|\n)(?!.*\banswer\b)",
+    r"\n\s*(?:explanation|reason|reasoning|rationale|justification|confidence|note|because|解释|解析|理由|原因|"
+    r"说明)s?\s*(?::|\n)(?!.*\banswer\b)",
     re.I | re.DOTALL,
 )
 _ABBREVIATION = re.compile(
-    r"(?:^|[\s(\"'])(?:[A-Za-z]|(?:[A-Za-z]\.)+[A-Za-z]|dr|mr|mrs|ms|prof|st|mt|ft|jr|sr|ca|cf|vs|etc|no|nr|fig|eq|approx|"
-    r"inc|ltd|co|corp|gen|col|sgt|capt|rev|hon|sen|rep|gov|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tue|wed|thu|"
+    r"(?:^|[\s(\"'])(?:[A-Za-z]|(?:[A-Za-z]\.)+[A-Za-z]|dr|mr|mrs|ms|prof|st|mt|ft|jr|sr|ca|cf|vs|etc|no|nr|fig|eq|"
+    r"approx|"
+    r"inc|ltd|co|corp|gen|col|sgt|capt|rev|hon|sen|rep|gov|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tue|"
+    r"wed|thu|"
     r"fri|sat|sun|ave|blvd|rd|dept|est|e\.g|i\.e|a\.m|p\.m)\Z",
     re.I,
 )

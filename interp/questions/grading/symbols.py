@@ -84,18 +84,17 @@ def _equal(a: Any, b: Any, places: int, timeout: int) -> bool | None:
     import sympy
     from math_verify import verify
 
-    if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
+    if _are(sympy.MatrixBase, a, b):
         if a.shape != b.shape:
             return False
         entries = [_equal(x, y, places, timeout) for x, y in zip(a, b, strict=True)]
         return False if False in entries else None if None in entries else True
     if (
-        isinstance(a, sympy.Equality)
-        and isinstance(b, sympy.Equality)
+        _are(sympy.Equality, a, b)
         and _is_plain(a.lhs, a.rhs, b.lhs, b.rhs)
+        and _proportional(a.lhs - a.rhs, b.lhs - b.rhs)
     ):
-        if _proportional(a.lhs - a.rhs, b.lhs - b.rhs):
-            return True
+        return True
     if _is_plain(a, b):
         return _equal_at_points(a, b, places)
     settings: dict[str, Any] = {
@@ -108,6 +107,10 @@ def _equal(a: Any, b: Any, places: int, timeout: int) -> bool | None:
     return bool(verify(b, a, **settings) or (_is_set(a) and verify(a, b, **settings)))
 
 
+def _are(kind: type, *objects: Any) -> bool:
+    return all(isinstance(one, kind) for one in objects)
+
+
 def _is_plain(*objects: Any) -> bool:
     import sympy
 
@@ -117,12 +120,6 @@ def _is_plain(*objects: Any) -> bool:
         and not isinstance(one, sympy.MatrixExpr)
         for one in objects
     )
-
-
-def _is_set(one: Any) -> bool:
-    import sympy
-
-    return isinstance(one, sympy.Set)
 
 
 def _equal_at_points(a: Any, b: Any, places: int) -> bool | None:
