@@ -83,10 +83,9 @@ class RoleScanner:
                 place += 1
             inside = segments[place].start <= at and at + len(piece) <= segments[place].end
             at += len(piece)
-            role: Role = kinds[place] if inside else "template"
-            roles += [role] * (unfinished + 1)
+            roles.extend(kinds[place] if inside else "template" for _ in range(unfinished + 1))
             unfinished = 0
-        return (*roles, *[kinds[-1]] * unfinished)
+        return (*roles, *(kinds[-1] for _ in range(unfinished)))
 
     def _all(self) -> list[Segment]:
         return [*self._segments, Segment(self._state, self._start, len(self._text), self._open_ended())]

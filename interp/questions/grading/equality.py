@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
-from interp.questions.grading.normal import plain
+from interp.questions.grading.normal import normal, plain
 from interp.questions.grading.number import read_number, same
 from interp.questions.grading.quantity import Number, mentions
 from interp.questions.grading.structure import Parts, parts_of, unnamed
@@ -65,7 +65,7 @@ def equal(found: str, wanted: str, timeout: int) -> bool | None:
 
 def holds_words(text: str) -> bool:
     """Whether there is prose in a text: words that are no functions, or letters that mathematics has not."""
-    return bool(_WORD.search(plain(text)))
+    return bool(_WORD.search(re.sub(r"\\[a-zA-Z]+", " ", normal(text))))
 
 
 def _spelled(text: str) -> str:

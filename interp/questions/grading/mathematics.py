@@ -44,8 +44,13 @@ def judge_math(answer: str, reference: str, timeout: int = TIMEOUT) -> Grade:
         return Grade(None, why=f"the reference {reference!r} cannot be read as mathematics")
     statement = statement_of(answer)
     read = _mathematics_in(statement.text)
+    if not read.strip():
+        why = "an answer was taken back and none given" if statement.retracted else "no answer"
+        return Grade(None if statement.retracted else False, read, why)
     try:
         right = equal(_cleaned(read), wanted, timeout)
+        if statement.exclaimed and right != equal(_cleaned(f"{read}!"), wanted, timeout):
+            right = None
     except Unparsed as error:
         return Grade(None, read, str(error))
     if right is None:
@@ -71,4 +76,5 @@ def _mathematics_in(text: str) -> str:
 
 def _cleaned(text: str) -> str:
     text = normal(text).strip().rstrip(".").strip()
+    text = re.sub(r"(?i)\binfinity\b", r"\\infty", text)
     return r"\emptyset" if _NOTHING.fullmatch(text) else text

@@ -107,6 +107,8 @@ _LATEX = (
     (r"\\(?:lbrace|lbrack)(?![a-zA-Z])", r"\\{"),
     (r"\\(?:rbrace|rbrack)(?![a-zA-Z])", r"\\}"),
     (r"\\(?:infin|infty)(?![a-zA-Z])", r"\\infty "),
+    (r"\\(?:therefore|because|implies|Rightarrow|Longrightarrow)(?![a-zA-Z])|[∴⇒⟹]", " "),
+    (r"∛\s*\(?(\w+)\)?", r"\\sqrt[3]{\1}"),
     (r"\\div(?![a-zA-Z])", "/"),
 )
 _EDGES_OF_MATHEMATICS = (

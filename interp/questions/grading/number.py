@@ -34,6 +34,11 @@ class Reading:
     why: str = ""
     denied: tuple[Number, ...] = ()
 
+    @property
+    def all(self) -> tuple[Number, ...]:
+        """All that it may be."""
+        return (*([self.number] if self.number else []), *self.perhaps)
+
 
 def judge_number(
     answer: str, reference: str, *, tolerance: float | int = 0, decimals: int | None = None
@@ -69,7 +74,10 @@ def judge_number(
     allowed = Fraction(str(tolerance)) + (0 if decimals is None else Fraction(1, 2 * 10**decimals))
     if plain(statement.text) == plain(reference):
         return Grade(True, statement.text)
-    return compared(read_number(statement.text), wanted.number, statement, allowed)
+    found = read_number(statement.text)
+    if statement.exclaimed and found.number:  # "the answer is 5!"
+        found = Reading(None, (found.number, *read_number(f"{statement.text}!").all), found.why)
+    return compared(found, wanted.number, statement, allowed)
 
 
 def compared(found: Reading, wanted: Number, statement: Statement, allowed: Fraction = Fraction(0)) -> Grade:
@@ -168,9 +176,9 @@ def read_number(text: str) -> Reading:
         return Reading(why=f"several numbers: {', '.join(one.text for one in several)}")
     if denied := tuple(one.sure for one in mentions(text) if one.negated and one.sure):
         return Reading(why=f"{text!r} says only what it is not", denied=denied)
-    if re.search(r"(?i)\bthere (?:is|are|were) no\b(?!\w* ?(?:doubt|way|one))", text) and not re.match(
-        r"(?i)no\b", text
-    ):
+    if re.search(
+        r"(?i)\bthere (?:is|are|were) (?:no\b|none\b)(?!\w* ?(?:doubt|way|one))", text
+    ) and not re.match(r"(?i)no\b", text):
         return Reading(Number(Fraction(0), "no"))
     if re.search(r"\\(?:sqrt|frac|pi|infty)\b|∞|√", text):
         return Reading(why=f"{text!r} is an expression, not a number (the grader 'math' reads it)")

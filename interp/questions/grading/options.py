@@ -15,7 +15,9 @@ from interp.questions.grading.words import ARTICLE, bare, holds, plain_sentence
 _WORD = (
     r"(?:the\s+)?(?:correct\s+|right\s+|final\s+)?(?:options?|choices?|letter|answer|选项|選項|选择|选|選)"
 )
-_ALONE = re.compile(rf"\W*(?:{_WORD})?\W*(?P<letter>[A-Za-z])\W*(?:选项|項|项|です|번|입니다|番)*\W*", re.I)
+_ALONE = re.compile(
+    rf"\W*(?:{_WORD})?\W*(?P<letter>[A-Za-z])\W*(?:选项|項|项|です|번|입니다|이다|예요|番)*\W*", re.I
+)
 _LEADING = re.compile(
     rf"\W*(?:{_WORD}\s*)?(?:\((?P<a>[A-Za-z])\)|\[(?P<b>[A-Za-z])\]|(?P<c>[A-Za-z])\)|(?P<d>[A-Za-z])[.:](?=\s|$|"
     rf"\S{{2}})|"
@@ -36,7 +38,7 @@ _LETTERS = (
 _NEGATED = (
     re.compile(
         r"(?:\banything but|\bnot|n't|\brather than|\binstead of|\bneither|\bnor|\bexcept|\bexclud\w+|"
-        r"\brule[sd]? out|\beliminat\w+|不是|不选|并非|非)\s*(?:be\s+)?"
+        r"\brule[sd]? out|\beliminat\w+|不是|不选|并非|非)\s*(?:(?:be|choose|pick|select|say)\s+)?"
         r"(?:the\s+|an?\s+|option\s+|choice\s+)*[(\[]?(?P<what>{what})",
         re.I,
     ),
@@ -149,7 +151,7 @@ def _denials(said: str, options: Sequence[str], texts: Sequence[str]) -> tuple[s
     """Options that are denied ("not A", "B is wrong"), and the text without the denials."""
     words = [re.escape(text) for text in texts if len(text) > 1 and text not in ("yes", "no")]
     what = "|".join([*sorted(words, key=len, reverse=True), r"(?<![\w'])[A-Za-z](?![\w'])"])
-    item = rf"(?:option\s+)?[(\[]?(?:{what})[)\]]?"
+    item = rf"(?:option\s+|an?\s+|the\s+)?[(\[]?(?:{what})[)\]]?"
     several = rf"(?:{what})[)\]]?(?:(?:\s*,\s*{item})*\s*,?\s*(?:and|or|nor|和|或|及)\s*{item})?"
     denied: set[int] = set()
     for pattern in _NEGATED:

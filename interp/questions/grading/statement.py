@@ -21,11 +21,13 @@ class Statement:
         text: all of it, never a part.
         stated: the text says that this is the answer.
         retracted: something was said before, and taken back.
+        exclaimed: its sentence ends in "!", which the text lacks: it may be a factorial.
     """
 
     text: str
     stated: bool
     retracted: bool = False
+    exclaimed: bool = False
 
 
 _CHAIN = r"(?:think|thinking|thought|reasoning|reason|analysis)"
@@ -141,7 +143,8 @@ def _in_text(text: str) -> Statement:
         return Statement(text, False)
     start, answer = said
     found = _corrected(text[start:])
-    return found or Statement(answer, True)
+    exclaimed = re.search(r"\d!\Z", answer) is not None
+    return found or Statement(answer.removesuffix("!"), True, exclaimed=exclaimed)
 
 
 def _without_notes(text: str) -> str:

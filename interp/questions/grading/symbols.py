@@ -66,6 +66,8 @@ def _parsed(text: str, timeout: int, whose: str) -> Any:
 
     if re.search(r"\\ldots|\\forall|\\exists|\d\s*_|\\overline", text):
         raise Unparsed(f"{whose} {text!r} cannot be read as mathematics: it holds more than an expression")
+    if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
+        text = re.sub(r"(\d+(?:\.\d+)?)\s*°", r"(\\frac{\1\\pi}{180})", text)
     said = re.sub(r"(?<!\\)%", r"\\%", text).replace("°", r"^{\circ}")
     try:
         found = parse(f"${said}$", [LatexExtractionConfig()], parsing_timeout=timeout, raise_on_error=True)
@@ -104,7 +106,7 @@ def _equal(a: Any, b: Any, places: int, timeout: int) -> bool | None:
         "timeout_seconds": timeout,
         "raise_on_error": True,
     }
-    return bool(verify(b, a, **settings) or (_is_set(a) and verify(a, b, **settings)))
+    return bool(verify(b, a, **settings) or (_are(sympy.Set, a) and verify(a, b, **settings)))
 
 
 def _are(kind: type, *objects: Any) -> bool:
@@ -137,8 +139,9 @@ def _values(a: Any, b: Any) -> Iterator[tuple[Any, Any]]:
     """Both expressions where their variables have several values; i is the imaginary unit."""
     import sympy
 
-    unit = sympy.Symbol("i")
-    a, b = a.subs(unit, sympy.I), b.subs(unit, sympy.I)
+    a, b = (
+        _exact(one).subs({name: sympy.I for name in one.free_symbols if str(name) == "i"}) for one in (a, b)
+    )
     names = sorted(a.free_symbols | b.free_symbols, key=str)
     functions = sorted(
         a.atoms(sympy.core.function.AppliedUndef) | b.atoms(sympy.core.function.AppliedUndef), key=str
@@ -155,10 +158,19 @@ def _values(a: Any, b: Any) -> Iterator[tuple[Any, Any]]:
         yield x, y
 
 
+def _exact(one: Any) -> Any:
+    """An expression whose decimals are fractions."""
+    import sympy
+
+    return one.xreplace({number: sympy.Rational(str(number)) for number in one.atoms(sympy.Float)})
+
+
 def _close(x: Any, y: Any, places: int) -> bool | None:
     """Equal to many digits; with decimals on one side, to as many as are written (None where those are under six)."""
     if x == y:
         return True
+    if not (x.is_finite and y.is_finite):
+        return False
     size = max(abs(x), abs(y))
     if abs(x - y) <= size * 10 ** (5 - DIGITS):
         return True

@@ -12,11 +12,9 @@ from interp.questions.grading.statement import Statement, statement_of
 _EDGES = " \t\n\r.,;:!?\"'`*_()[]{}"
 ARTICLE = re.compile(r"(?:an?|the)\s+")
 _PHRASES = re.compile(
-    r"(?:(?:it|this|that|there|he|she|they|these)(?:'s| is| are| was| were| says| reads| shows)|(?:the|"
-    r"this) (?:word|text|sign|image|"
-    r"picture|label|title|name|color|colour|object|animal|shape|thing|answer)s?(?: \w+){0,4}? (?:is|are|says|reads|"
-    r"shows|would be)|"
-    r"i (?:see|think it is|think it's|believe it is|would say)|是|为|這是|这是|이것은)[\s:]*"
+    r"(?:(?:it|this|that|there|he|she|they|these)(?:'s| is| are| was| were| says| reads| shows)"
+    r"|(?:the|this) \w+(?: \w+){0,4}? (?:is|are|was|says|reads|shows|would be)"
+    r"|i (?:see|think it is|think it's|believe it is|would say)|是|为|這是|这是|이것은)[\s:]*"
 )
 
 
