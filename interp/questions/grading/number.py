@@ -72,7 +72,7 @@ def judge_number(
         )
     statement = statement_of(answer)
     allowed = Fraction(str(tolerance)) + (0 if decimals is None else Fraction(1, 2 * 10**decimals))
-    if plain(statement.text) == plain(reference):
+    if plain(statement.text) == plain(reference) and not statement.exclaimed:
         return Grade(True, statement.text)
     found = read_number(statement.text)
     if statement.exclaimed and found.number:  # "the answer is 5!"

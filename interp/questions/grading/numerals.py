@@ -176,7 +176,9 @@ def _pronoun(match: re.Match[str], text: str) -> bool:
     if match[0].casefold() != "one":
         return False
     before = re.findall(r"[\w']+", text[: match.start()])
-    ends = re.match(r"\W*$|\W*[.!?,;]|\s+(?:with|on|in|at|that|which|who|to|from)\b", text[match.end() :])
+    ends = re.match(
+        r"\W*$|\W*[.!?,;]|\s+(?:with|on|in|at|that|which|who|to|from|and|or)\b", text[match.end() :]
+    )
     return bool(before and ends and before[-1].casefold() not in _COUNTING)
 
 
