@@ -8,32 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from hooks.errors import FrankenlensError
+from interp.prompts.scanner import Role, RoleScanner, Trace
 
-Role = Literal["image", "question", "reasoning", "answer", "template"]
 ROLES: tuple[Role, ...] = ("image", "question", "reasoning", "answer", "template")
 ROLE_CODES: dict[str, int] = {role: code for code, role in enumerate(ROLES)}
 PADDING_CODE = -1
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<end_of_utterance>", "<end_of_turn>", "<|eot_id|>", "</s>")
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a trace says, read by its format.
-
-    Attributes:
-        reasoning: text between the reasoning delimiters; None where there is none.
-        answer: text of the last complete answer; None where there is none.
-        ok: the trace is as the format wants it.
-        why: the first thing that is not, `""` when ok.
-    """
-
-    reasoning: str | None
-    answer: str | None
-    ok: bool
-    why: str
 
 
 @dataclass(frozen=True)
@@ -127,9 +109,7 @@ class TraceFormat:
         return _reading(self, "".join(pieces), reasoning_open).roles(pieces)
 
 
-def _reading(trace_format: TraceFormat, text: str, reasoning_open: bool) -> Any:
-    from interp.prompts.scanner import RoleScanner  # it reads a TraceFormat
-
+def _reading(trace_format: TraceFormat, text: str, reasoning_open: bool) -> RoleScanner:
     scanner = RoleScanner(trace_format, reasoning_open)
     scanner.feed(text)
     return scanner

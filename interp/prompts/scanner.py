@@ -4,11 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
-from interp.prompts.roles import Role, Trace, TraceFormat
-
+Role = Literal["image", "question", "reasoning", "answer", "template"]
 State = Literal["outside", "reasoning", "answer", "ended"]
+
+
+@runtime_checkable
+class Delimited(Protocol):
+    """What the scanner asks of a format; `interp.prompts.roles.TraceFormat` is one and says what each means."""
+
+    @property
+    def reasoning(self) -> tuple[str, str] | None: ...
+
+    @property
+    def answer(self) -> tuple[str, str | None] | None: ...
+
+    @property
+    def end_of_turn(self) -> tuple[str, ...]: ...
+
+    @property
+    def delimiters(self) -> tuple[str, ...]: ...
+
+    @property
+    def balanced(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a trace says, read by its format.
+
+    Attributes:
+        reasoning: text between the reasoning delimiters; None where there is none.
+        answer: text of the last complete answer; None where there is none.
+        ok: the trace is as the format wants it.
+        why: the first thing that is not, `""` when ok.
+    """
+
+    reasoning: str | None
+    answer: str | None
+    ok: bool
+    why: str
 
 
 @dataclass(frozen=True)
@@ -34,7 +70,7 @@ class RoleScanner:
     the role of the text they stand in, and any answer is `answer`. `roles` knows the whole trace, as `trace` does.
     """
 
-    def __init__(self, trace_format: TraceFormat, reasoning_open: bool = False) -> None:
+    def __init__(self, trace_format: Delimited, reasoning_open: bool = False) -> None:
         self.format = trace_format
         self._text = ""
         self._start = 0  # where the current segment begins

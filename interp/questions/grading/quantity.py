@@ -6,15 +6,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 from interp.questions.grading.arithmetic import NotArithmetic, Value, value_of
+from interp.questions.grading.bounds import NEARLY, NOT, Form, bound_of
 from interp.questions.grading.literals import LITERAL, readings
 from interp.questions.grading.normal import plain
 from interp.questions.grading.numerals import in_digits
 from interp.questions.grading.units import MONEY, Unit, unit_of
-
-Form = Literal["", "%", ":", "<", "<=", ">", ">=", "!="]
 
 
 @dataclass(frozen=True)
@@ -73,52 +71,6 @@ _DATE = re.compile(r"(?<![\w.])\d{1,4}([-/.])\d{1,2}\1\d{1,4}(?![\w])|(?<![\w.])
 _RANGE = re.compile(r"(?P<a>\d+(?:\.\d+)?)-(?P<b>\d+(?:\.\d+)?)")
 _TO = re.compile(r"\s*(?:to|~|through|until|至|到|-)\s*[$€£]?-?\d")
 _REPEATING = re.compile(r"(\d+)\.(\d*)overline\{(\d+)\}")
-_BOUNDS: tuple[tuple[str, Form], ...] = (
-    (
-        r"(?:no|not) (?:more|greater|larger|higher) than|(?:less|fewer|smaller) than or equal to|at most|up to|"
-        r"(?<![-=])<=|maximum of|最多|不超过|至多",
-        "<=",
-    ),
-    (
-        r"(?:no|not) (?:less|fewer|smaller|lower) than|(?:more|greater|larger) than or equal to|at least|"
-        r"(?<![-=])>=|minimum of|至少|最少|不少于",
-        ">=",
-    ),
-    (r"(?:less|fewer|smaller|lower|shorter) than|under|below|(?<![-=])<|少于|小于|不到|低于|不足", "<"),
-    (
-        r"(?:more|greater|larger|higher|bigger|longer) than|over|above|exceed(?:s|ing)?|(?<![-=])>"
-        r"|超过|不止|大于|多于|高于",
-        ">",
-    ),
-    (r"!=|different from", "!="),
-)
-_BEFORE: tuple[tuple[re.Pattern[str], Form], ...] = tuple(
-    (re.compile(rf"(?:{words})\s*(?:the |a total of )?$", re.I), form) for words, form in _BOUNDS
-)
-_BEHIND: tuple[tuple[re.Pattern[str], Form], ...] = (
-    (
-        re.compile(
-            r"\s*(?:\w+ )?(?:or (?:more|above|greater|higher)|at least|minimum)\b|\s*<=?\s*[a-z]|\+(?!\s*[\d(])|"
-            r"\s*plus\b|\s*[个個]?以上|[多余餘][个個]?",
-            re.I,
-        ),
-        ">=",
-    ),
-    (
-        re.compile(
-            r"\s*(?:\w+ )?(?:or (?:less|fewer|below)|at most|max(?:imum)?)\b|\s*>=?\s*[a-z]|\s*[个個]?以[下内]",
-            re.I,
-        ),
-        "<=",
-    ),
-)
-_NOT = re.compile(
-    r"(?:\b(?:not|never|cannot be|rather than|instead of|except|excluding|nor|neither)|n't(?: be| have)?"
-    r"|不是|并非|没有|不等于)"
-    r"\s*(?:be |equal to |exactly |just |only |really )?$",
-    re.I,
-)
-_NEARLY = re.compile(r"\b(?:nearly|almost|close to|just under|just over)\s*$|接近$|将近$", re.I)
 _FUNCTION = re.compile(
     r"\b(?:log|ln|lg|exp|sin|cos|tan|cot|sec|csc|lim|sum|int|binom|mod|gcd|lcm|max|min)h?(?:[_^]\S*)?\s*\(?$"
 )
@@ -172,7 +124,7 @@ def _ratio(match: re.Match[str], before: str) -> Mention:
     return Mention(
         match[0],
         Number(value, match[0].strip(), ":", parts=parts),
-        negated=bool(_NOT.search(before)),
+        negated=bool(NOT.search(before)),
         before=before,
     )
 
@@ -184,7 +136,7 @@ def _chunk(match: re.Match[str], before: str, behind: str) -> Mention:
     while chunk.count("(") > chunk.count(")") and chunk.startswith("("):
         chunk, before = chunk[1:], before + "("
     sign, shown = match["sign"] or "", match[0]
-    negated = bool(_NOT.search(before))
+    negated = bool(NOT.search(before))
     if why := _no_number(before, shown, behind, bool(match["money"])):
         return Mention(shown.strip(), why=why, negated=negated, before=before)
     sure, perhaps = _values(chunk, before, behind)
@@ -202,7 +154,7 @@ def _no_number(before: str, shown: str, behind: str, money: bool) -> str:
         return f"{shown + behind[:8]!r} is an expression, not a number (the grader 'math' reads it)"
     if behind.startswith(("_", "overline", "...")) or before.rstrip().endswith("±"):
         return f"{shown + behind[:8]!r} is no single number that can be read"
-    return f"{before[-12:] + shown!r} is no exact number" if _NEARLY.search(before) else ""
+    return f"{before[-12:] + shown!r} is no exact number" if NEARLY.search(before) else ""
 
 
 def _values(chunk: str, before: str, behind: str) -> tuple[list[Value], list[Value]]:
@@ -263,7 +215,7 @@ def _suffixed(
         read, length = _spaced_unit(behind)
         unit, tail = unit or read, behind[length:]
         shown += behind[:length]
-    form = _bound(before, tail) or form
+    form = bound_of(before, tail) or form
     per = (1000 if "‰" in shown else 100) if form == "%" else 1
     made = [Number(value * scale / per, shown, form, unit) for value in sure]
     others = tuple(Number(value * scale / per, shown, form, unit) for value in perhaps)
@@ -285,16 +237,6 @@ def _spaced_unit(behind: str) -> tuple[Unit | None, int]:
         shorter = re.match(r"\s?-?(?P<unit>[^\W\d_]+\.?)(?=\b)", behind)
         found = shorter if shorter and shorter["unit"] != found["unit"] else None
     return None, 0
-
-
-def _bound(before: str, behind: str) -> Form:
-    for pattern, form in _BEFORE:
-        if pattern.search(before):
-            return form
-    for behind_it, form in _BEHIND:
-        if behind_it.match(behind):
-            return form
-    return ""
 
 
 def _ranges(found: list[Mention], text: str) -> Iterator[Mention]:
