@@ -10,6 +10,9 @@ from fractions import Fraction
 LARGEST = 10**4
 """Beyond this many digits no power and no factorial is worked out."""
 
+LONGEST = 300
+"""Characters of arithmetic that is worked out."""
+
 Value = Fraction | float
 """A float stands for an irrational value."""
 
@@ -40,6 +43,8 @@ def value_of(text: str) -> Value:
 
 
 def _tokens(text: str) -> list[str]:
+    if len(text) > LONGEST:
+        raise NotArithmetic(f"{len(text)} characters of arithmetic are not worked out")
     found, at = [], 0
     while at < len(text.rstrip()):
         match = _TOKEN.match(text, at)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+LONGEST = 400
+"""Characters of a number that is read."""
+
 LITERAL = (
     r"(?:\d{1,3}(?: \d{3})+(?:[.,]\d+)?(?![\d]| \d{3})|\d(?:[\d.,']*\d)?)(?:[eE][-+]?\d{1,3}(?![\d]))?"
     r"|\.\d+(?:[eE][-+]?\d{1,3})?"
@@ -35,6 +38,8 @@ def readings(literal: str) -> tuple[list[Fraction], list[Fraction]]:
         >>> readings("1,234.5"), readings("3,5"), readings("1.2.3")
         (([Fraction(2469, 2)], []), ([], [Fraction(7, 2)]), ([], []))
     """
+    if len(literal) > LONGEST:
+        return [], []
     sure, perhaps = (
         list(
             dict.fromkeys(

@@ -10,10 +10,11 @@ from hooks.extras import require_installed
 from interp.questions.grading.equality import MATHEMATICS, equal, holds_words
 from interp.questions.grading.grade import Grade
 from interp.questions.grading.normal import normal, plain
-from interp.questions.grading.statement import statement_of
+from interp.questions.grading.statement import LONGEST, statement_of
 from interp.questions.grading.symbols import Unparsed
 from interp.questions.grading.units import unit_of
 
+DEEPEST = 200  # brackets and signs, each of which may lie within the others
 TIMEOUT = 5  # seconds, whole ones: math-verify's alarm counts no others
 
 _DELIMITED = re.compile(r"\$\$.+?\$\$|(?<!\\)\$(?=\S)[^$\n]*?\S\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL)
@@ -47,6 +48,10 @@ def judge_math(answer: str, reference: str, timeout: int = TIMEOUT) -> Grade:
     if not read.strip():
         why = "an answer was taken back and none given" if statement.retracted else "no answer"
         return Grade(None if statement.retracted else False, read, why)
+    if len(read) > LONGEST or _depth(read) > DEEPEST:
+        return Grade(
+            None, read, f"an answer of {len(read)} characters, or of so many brackets, is not worked out"
+        )
     try:
         right = equal(_cleaned(read), wanted, timeout)
         if statement.exclaimed and right != equal(_cleaned(f"{read}!"), wanted, timeout):
@@ -58,6 +63,10 @@ def judge_math(answer: str, reference: str, timeout: int = TIMEOUT) -> Grade:
     if not right and statement.retracted and not MATHEMATICS.search(normal(read)):
         return Grade(None, read, "an answer was taken back and none given")
     return Grade(right, read)
+
+
+def _depth(text: str) -> int:
+    return max(text.count(bracket) for bracket in "([{^-")
 
 
 def _mathematics_in(text: str) -> str:

@@ -11,7 +11,7 @@ from fractions import Fraction
 from interp.questions.grading.grade import Grade
 from interp.questions.grading.normal import plain, tidy
 from interp.questions.grading.quantity import Mention, Number, mentions
-from interp.questions.grading.statement import Statement, last_sentence, statement_of
+from interp.questions.grading.statement import LONGEST, Statement, last_sentence, statement_of
 
 __all__ = ["NONE", "Reading", "compared", "judge_number", "read_number", "same"]
 
@@ -161,6 +161,8 @@ def read_number(text: str) -> Reading:
         >>> read_number("She had 9. So 9 * 2 = $18 every day.").number.value, read_number("3 or 4").why
         (Fraction(18, 1), 'several numbers: 3, 4')
     """
+    if len(text) > LONGEST:
+        return Reading(why=f"an answer of {len(text)} characters is no number")
     text = tidy(text)
     several = None
     for scope in _scopes(text):

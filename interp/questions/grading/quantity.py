@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from interp.questions.grading.arithmetic import NotArithmetic, Value, value_of
@@ -13,6 +13,9 @@ from interp.questions.grading.literals import LITERAL, readings
 from interp.questions.grading.normal import plain
 from interp.questions.grading.numerals import in_digits
 from interp.questions.grading.units import MONEY, Unit, unit_of
+
+NEAR = 80
+"""Characters on either side of a number that say what it is."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Mention:
         perhaps: what it may be as well.
         why: where nothing can be read.
         negated: the text says that it is *not* this.
-        before: what stands before it, in the text.
+        before: what stands right before it.
+        start: where it begins in the text.
     """
 
     text: str
@@ -52,6 +56,7 @@ class Mention:
     why: str = ""
     negated: bool = False
     before: str = ""
+    start: int = 0
 
 
 _ATOM = (
@@ -69,7 +74,6 @@ _RATIO = re.compile(
 )
 _DATE = re.compile(r"(?<![\w.])\d{1,4}([-/.])\d{1,2}\1\d{1,4}(?![\w])|(?<![\w.])\d+(?:-\d+){2,}(?!\w)")
 _RANGE = re.compile(r"(?P<a>\d+(?:\.\d+)?)-(?P<b>\d+(?:\.\d+)?)")
-_TO = re.compile(r"\s*(?:to|~|through|until|至|到|-)\s*[$€£]?-?\d")
 _REPEATING = re.compile(r"(\d+)\.(\d*)overline\{(\d+)\}")
 _FUNCTION = re.compile(
     r"\b(?:log|ln|lg|exp|sin|cos|tan|cot|sec|csc|lim|sum|int|binom|mod|gcd|lcm|max|min)h?(?:[_^]\S*)?\s*\(?$"
@@ -93,29 +97,36 @@ def mentions(text: str) -> list[Mention]:
     text = _REPEATING.sub(_repeating, in_digits(plain(text)))
     text = re.sub(r"(?<=\d)\s?x\s?(?=\d)", "*", text)
     text = re.sub(r"(?<![A-Za-z])pi(?=sqrt|\d)", "pi*", text)
-    found: list[Mention] = []
-    at = 0
-    while at < len(text):
-        match, read = _next(text, at)
-        if match is None:
-            break
-        if read is not None:
-            found.append(read)
-        at = max(match.end(), at + 1)
+    found = [
+        replace(
+            _read(match, text[max(match.start() - NEAR, 0) : match.start()], text[match.end() :][:NEAR]),
+            start=match.start(),
+        )
+        for match in _matches(text)
+    ]
     return list(_ranges(found, text))
 
 
-def _next(text: str, at: int) -> tuple[re.Match[str] | None, Mention | None]:
-    kinds = [match for pattern in (_DATE, _RATIO, _CHUNK) if (match := pattern.search(text, at))]
-    if not kinds:
-        return None, None
-    first = min(kinds, key=lambda match: match.start())
-    before = text[: first.start()]
-    if first.re is _DATE:
-        return first, Mention(first[0], why=f"{first[0]!r} is a date or a code, no number", before=before)
-    if first.re is _RATIO:
-        return first, _ratio(first, before)
-    return first, _chunk(first, before, text[first.end() :])
+def _matches(text: str) -> Iterator[re.Match[str]]:
+    """The first of a date, a ratio and a number, again and again, from left to right."""
+    kinds = {pattern: pattern.search(text) for pattern in (_DATE, _RATIO, _CHUNK)}
+    at = 0
+    while True:
+        for pattern, match in kinds.items():
+            if match is not None and match.start() < at:
+                kinds[pattern] = pattern.search(text, at)
+        ahead = [match for match in kinds.values() if match is not None]
+        if not ahead:
+            return
+        first = min(ahead, key=lambda match: match.start())
+        at = max(first.end(), at + 1)
+        yield first
+
+
+def _read(match: re.Match[str], before: str, behind: str) -> Mention:
+    if match.re is _DATE:
+        return Mention(match[0], why=f"{match[0]!r} is a date or a code, no number", before=before)
+    return _ratio(match, before) if match.re is _RATIO else _chunk(match, before, behind)
 
 
 def _ratio(match: re.Match[str], before: str) -> Mention:
@@ -137,7 +148,7 @@ def _chunk(match: re.Match[str], before: str, behind: str) -> Mention:
         chunk, before = chunk[1:], before + "("
     sign, shown = match["sign"] or "", match[0]
     negated = bool(NOT.search(before))
-    if why := _no_number(before, shown, behind, bool(match["money"])):
+    if why := _no_number(before, shown, behind):
         return Mention(shown.strip(), why=why, negated=negated, before=before)
     sure, perhaps = _values(chunk, before, behind)
     if not sure and not perhaps:
@@ -146,7 +157,7 @@ def _chunk(match: re.Match[str], before: str, behind: str) -> Mention:
     return _suffixed(match, before, behind, sure, perhaps, negated)
 
 
-def _no_number(before: str, shown: str, behind: str, money: bool) -> str:
+def _no_number(before: str, shown: str, behind: str) -> str:
     """Why what stands around digits makes them part of something else."""
     if _FUNCTION.search(before) or _LETTER_BEFORE.search(before + (shown[0] if shown[0] in "+-" else "")):
         return f"{(before.split() or [''])[-1]}{shown} is an expression, not a number (the grader 'math' reads it)"
@@ -249,7 +260,7 @@ def _ranges(found: list[Mention], text: str) -> Iterator[Mention]:
             continue
         between = ""
         if following is not None:
-            between = following.before[len(one.before) + len(one.text) :]
+            between = text[one.start + len(one.text) : following.start]
         is_range = following is not None and (
             re.fullmatch(r"\s*(?:\w{1,12}\s)?(?:to|~|through|until|至|到)\s*", between)
             or (re.fullmatch(r"\s*(?:and|&)\s*", between) and re.search(r"\bbetween\s*$", one.before, re.I))

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 
 from interp.questions.grading.normal import tidy
 
+LONGEST = 4000
+"""Characters of a text without a statement that are read, from its end."""
+
 
 @dataclass(frozen=True)
 class Statement:
@@ -140,11 +143,19 @@ def _in_text(text: str) -> Statement:
         before, _, behind = _split_where_taken_back(text)
         if before.strip(" ,.;:-\n") and behind.strip():
             return replace(_in_text(behind.strip()), retracted=True)
-        return Statement(text, False)
+        return Statement(_end_of(text), False)
     start, answer = said
     found = _corrected(text[start:])
     exclaimed = re.search(r"\d!\Z", answer) is not None
     return found or Statement(answer.removesuffix("!"), True, exclaimed=exclaimed)
+
+
+def _end_of(text: str) -> str:
+    """A text that states nothing answers at its end; of a very long one no more is read."""
+    if len(text) <= LONGEST:
+        return text
+    _, _, behind = text[-LONGEST:].partition(" ")
+    return behind or text[-LONGEST:]
 
 
 def _without_notes(text: str) -> str:
@@ -179,10 +190,11 @@ def _marked(text: str) -> tuple[str, int] | None:
 def _boxes(text: str) -> list[tuple[int, int, str]]:
     r"""Every complete `\boxed{...}` (or `\fbox{...}`), braces balanced; those that stand in one list joined."""
     found: list[tuple[int, int, str]] = []
+    closings = _closings(text)
     for opening in re.finditer(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s{}\\$]+))", text):
         if opening["bare"]:
             one = (opening.start(), opening.end(), opening["bare"])
-        elif (end := _closing(text, opening.end())) is not None:
+        elif (end := closings.get(opening.end())) is not None:
             one = (opening.start(), end + 1, text[opening.end() : end])
         else:
             continue
@@ -194,17 +206,16 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
     return found
 
 
-def _closing(text: str, at: int) -> int | None:
-    depth = 1
-    while at < len(text):
-        if text[at] == "\\":
-            at += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if not depth:
-            return at
-        at += 1
-    return None
+def _closings(text: str) -> dict[int, int]:
+    """Where each brace that is opened is closed again, by the place behind the opening one."""
+    found: dict[int, int] = {}
+    opened: list[int] = []
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if match[0] == "{":
+            opened.append(match.end())
+        elif match[0] == "}" and opened:
+            found[opened.pop()] = match.start()
+    return found
 
 
 def _said(text: str) -> tuple[int, str] | None:

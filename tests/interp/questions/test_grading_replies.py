@@ -6,6 +6,8 @@ judged.
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from interp.questions.examples import Example
@@ -129,3 +131,16 @@ def test_replies_are_judged_as_a_reader_judges_them(reply: str, example: Example
 def test_what_cannot_be_told_is_ungraded_and_says_why(reply: str, grader: str, reference: str, why: str):
     found = judge(reply, Example("e", (), "?", reference, meta={"grader": grader, "choices": ANIMALS}))
     assert found.right is None and why in found.why
+
+
+@pytest.mark.parametrize("grader", ["number", "choice", "text", "box", "math"])
+@pytest.mark.parametrize(
+    "reply",
+    ["1" * 9000, "(" * 3000, r"\boxed{" * 2000, "-" * 3000 + "1", "There are 3 red and 4 blue. " * 600],
+)
+def test_what_a_looping_model_writes_is_graded_without_an_error_and_at_once(reply: str, grader: str):
+    reference = "1,2,3,4" if grader == "box" else "fish" if grader == "choice" else "7"
+    example = Example("e", (), "?", reference, meta={"grader": grader, "choices": ANIMALS})
+    started = time.perf_counter()
+    assert judge(reply, example).right is not True
+    assert time.perf_counter() - started < 20  # a reader that goes back over the text takes minutes
