@@ -29,12 +29,13 @@ from interp.lockstep import (
     random_components,
 )
 from interp.lockstep.controls import kind_of, overlap, single
-from interp.lockstep.places import Places, _TraceReader
+from interp.lockstep.places import Places
 from interp.lockstep.run import alone
 from interp.lockstep.sampling import Chooser
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair
 from interp.prompts import Prompt, PromptBuilder, collate
+from interp.prompts.reading import TraceReader
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.questions.tasks import grade, sample
@@ -374,15 +375,19 @@ WORDS = st.lists(st.sampled_from("red <think> </think> \\boxed{ } 3 <|im_end|> a
 
 @settings(max_examples=30, deadline=None)
 @given(WORDS, st.integers(0, 12))
-def test_roles_of_a_growing_trace_are_those_of_the_finished_one(words, cut) -> None:
+def test_roles_of_a_growing_trace_are_those_of_the_finished_one_but_for_answers_that_others_follow(
+    words, cut
+) -> None:
     builder = PromptBuilder(
         tiny_processor("qwen2_5_vl"), TraceFormat(("<think>", "</think>"), ("\\boxed{", "}"))
     )
     plain = builder.build(Example("e", (), "what", ""))
     ids = builder.encode(" ".join(words))
-    reader = _TraceReader(plain.with_tokens(ids[:cut]))
-    roles = [reader.feed(token) for token in ids[cut:]]
-    assert tuple(roles) == plain.with_tokens(ids).roles[plain.n_prompt_tokens + len(ids[:cut]) :]
+    reader = TraceReader(plain.with_tokens(ids[:cut]))
+    roles = [reader.feed(token)[0] for token in ids[cut:]]
+    finished = plain.with_tokens(ids).roles[plain.n_prompt_tokens + len(ids[:cut]) :]
+    differing = {(a, b) for a, b in zip(roles, finished, strict=True) if a != b}
+    assert differing <= ({("answer", "template")} if words.count("\\boxed{") > 1 else set())
 
 
 @torch.no_grad()
