@@ -122,8 +122,8 @@ def vision_swap(
         outcome [swap example], as numbers of `OUTCOMES` ("source": the source's answer was taken; "broke": some third
         answer, one that cannot be read, or none; "unchanged": the model's own), NaN where left out: for what the
         unchanged model answered, never for what an intervention did; text [swap example]; fault [swap example] (why
-        the grader cannot read an answer, "" where it can); clean [side example]; differs [example] (the two clean answers
-        do); why [example] ("" where a pair counts).
+        the grader cannot read an answer, "" where it can); clean [side example]; differs [example] (the two clean
+        answers do); why [example] ("" where a pair counts).
 
     Raises:
         FrankenlensError: no pairs, no swaps, or a swap of layers that the model does not have; before anything runs.

@@ -19,7 +19,6 @@ from interp.statistics import (
     wilson_interval,
 )
 
-
 POOLED = "all questions"
 """The task of the rows in which all questions of a metric are taken together."""
 PANELS = 4  # of a figure
