@@ -47,6 +47,7 @@ class HookedVLM(Traceable):
         hook_points: the points on offer, by name, in the order of the forward pass.
         image_token_id: the placeholder of image tokens; None where there is none.
         absent: name → reason of the points that this architecture ignores, or that could not be proved.
+        opening: the prompt that it was watched on; empty for a model without weights.
 
     Args:
         model: a Hugging Face model with logits: image-text-to-text, causal, or encoder-decoder.
@@ -80,6 +81,7 @@ class HookedVLM(Traceable):
                 "can be proved; load them, or open it with check=False to see its points."
             )
         given = {} if weightless else _on_device(model, inputs or opening_inputs(model, processor))
+        self.opening: Mapping[str, Any] = given
         self.anatomy = (
             unopened_anatomy(model, processor) if weightless else _watched(model, given, self.image_token_id)
         )
