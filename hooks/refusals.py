@@ -24,6 +24,16 @@ _FOREIGN = {
 }
 
 
+def refuse_adapted(model: nn.Module) -> None:
+    """Refuse a model inside PEFT's own class, whose projections are no matrices that could be read or moved."""
+    if type(model).__module__.split(".")[0] == "peft":
+        raise FrankenlensError(
+            f"a {type(model).__name__} holds its adapter beside its weights, so heads, neurons and grafts have no "
+            "weights of their own: open model.merge_and_unload(), or give the adapter's folder as RL of "
+            "Pair.from_pretrained, which merges it and proves the result."
+        )
+
+
 def refuse_checkpointing(model: nn.Module) -> None:
     """Refuse hooks that would be gone when checkpointing repeats the forward pass during backward."""
     modules = model.modules() if model.training else ()

@@ -24,7 +24,7 @@ from hooks.loading import load_model
 from hooks.nnsight.traceable import Traceable
 from hooks.points import HookPoint, hook_point_table, points_without_experts
 from hooks.processors import image_token_of, is_visual, load_processor
-from hooks.refusals import refuse_checkpointing, refuse_foreign
+from hooks.refusals import refuse_adapted, refuse_checkpointing, refuse_foreign
 from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
 from hooks.unopened import unopened_anatomy
 
@@ -74,6 +74,7 @@ class HookedVLM(Traceable):
         self._layers_of_hooks: list[list[Hook]] = []
         self._installed = ExitStack()
         self._closed = False
+        refuse_adapted(model)
         weightless = _weightless(model)
         if weightless and check:
             raise FrankenlensError(

@@ -20,8 +20,8 @@ from hooks.anatomy import Anatomy
 from hooks.errors import FrankenlensError
 from hooks.loading import auto_class
 from hooks.processors import load_processor
+from hooks.stored.names import Names
 from hooks.unopened import unopened_anatomy
-from interp.comparison.names import Names
 from interp.comparison.stored import Reader, Stored
 
 PART = 1 << 20  # entries read at once: large enough for a disk's read-ahead, a few megabytes

@@ -16,6 +16,7 @@ from hooks import HookedVLM
 from hooks.errors import FrankenlensError, nearest
 from hooks.extras import require_installed
 from hooks.processors import load_processor, tokenizer_of
+from interp.pair.adapter import LOST, ROUNDING, is_adapter, merge_adapter, read_adapter
 from interp.pair.agreement import (
     Difference,
     entering,
@@ -71,8 +72,7 @@ class Pair:
         for name, found in self.differences.items():
             if left := entering(found, accept):
                 refuse_pair(_SPOKEN[name], left)
-        self.accepted = tuple(accept)
-        _require_known(self.accepted, [one for found in self.differences.values() for one in found])
+        _require_known(accept, [one for found in self.differences.values() for one in found])
         processor = _processor(in_, "IN")
         trace_format = _with_ends(trace_format or TraceFormat(), self.models, tokenizer_of(processor))
         self.builder = PromptBuilder(processor, trace_format, template, system)
@@ -95,7 +95,8 @@ class Pair:
         """Load the models; folders or repository ids, safetensors only.
 
         Arguments:
-            rl_path: a checkpoint, or the folder of a PEFT adapter, which is merged into a second copy of IN.
+            rl_path: a checkpoint, or the folder of a PEFT adapter, which is merged into a second copy of IN; the merged
+                model computes what the adapted one does, on the prompt that IN was opened with.
             dtype, device_map, kwargs: passed to `HookedVLM.from_pretrained` for every model.
             trace_format, template, system, accept: see the class.
 
@@ -108,18 +109,25 @@ class Pair:
             >>> sorted(pair.models), pair.in_.n_layers
             (['in', 'rl'], 9)
         """
-        adapter = (Path(rl_path) / "adapter_config.json").is_file()
-        if adapter:
+        tensors = None
+        if is_adapter(rl_path):
             require_installed("an RL checkpoint that is a PEFT adapter", "peft")
+            tensors = read_adapter(Path(rl_path))
         loading = {"dtype": dtype, "device_map": device_map, **kwargs}
         in_ = HookedVLM.from_pretrained(in_path, **loading)
-        if adapter:
+        lost: list[Difference] = []
+        if tensors is not None:
             opened = HookedVLM.from_pretrained(in_path, **{**loading, "check": False})
-            rl = _with_adapter(opened, Path(rl_path), kwargs.get("check", True), not template, accept)
+            rl, lost = _with_adapter(
+                opened, Path(rl_path), tensors, kwargs.get("check", True), not template, accept
+            )
         else:
             rl = _opened(in_, rl_path, "RL", loading, not template, accept)
         opened_base = None if base is None else _opened(in_, base, "Base", loading, not template, accept)
-        return cls(in_, rl, opened_base, trace_format, template, system, accept)
+        names = [one for one in accept if one not in {loss.name for loss in lost}]
+        pair = cls(in_, rl, opened_base, trace_format, template, system, names)
+        pair.differences["rl"] += lost
+        return pair
 
     @property
     def models(self) -> dict[str, HookedVLM]:
@@ -258,36 +266,21 @@ def refuse_pair(name: str, differences: Sequence[Difference]) -> None:
 
 
 def _with_adapter(
-    vlm: HookedVLM, folder: Path, check: bool, templates: bool, accept: Sequence[str]
-) -> HookedVLM:
-    """`vlm` with the adapter's update merged into its weights; opened anew."""
-    from peft import PeftModel
-    from safetensors.torch import load_file
-
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise FrankenlensError(
-            f"{folder}: a PEFT adapter without adapter_model.safetensors. Only safetensors are read: save it again "
-            "with save_pretrained(folder, safe_serialization=True)."
-        )
+    vlm: HookedVLM,
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    check: bool,
+    templates: bool,
+    accept: Sequence[str],
+) -> tuple[HookedVLM, list[Difference]]:
+    """`vlm` with the adapter's update merged into its weights, opened anew; and what was lost of it, if that counts."""
     _require_adapter_tokenizer(vlm, folder, templates, accept)
     vlm.close()
-    adapted = PeftModel.from_pretrained(vlm.model, str(folder))
-    loaded = _adapter_tensors(adapted)
-    for name, tensor in load_file(file).items():
-        if name not in loaded or not torch.equal(loaded[name].cpu(), tensor.to(loaded[name].dtype)):
-            raise FrankenlensError(
-                f"{folder}: adapter tensor {name} has no place in IN; is it the adapter of another model?"
-            )
-    merged = adapted.merge_and_unload()
-    merged.name_or_path = str(folder)
-    return HookedVLM(merged.eval(), vlm.processor, check=check)
-
-
-def _adapter_tensors(adapted: Any) -> Mapping[str, torch.Tensor]:
-    from peft import get_peft_model_state_dict
-
-    return get_peft_model_state_dict(adapted)
+    merged = merge_adapter(vlm.model, folder, tensors, vlm.opening, accept)
+    merged.model.name_or_path = str(folder)
+    text = f"rounding: the weights of the merged model hold all but {merged.lost:.2%} of the adapter's update"
+    lost = [Difference(ROUNDING, text, enters=merged.lost > LOST)] if merged.lost else []
+    return HookedVLM(merged.model, vlm.processor, inputs=vlm.opening, check=check), lost
 
 
 def _require_adapter_tokenizer(vlm: HookedVLM, folder: Path, templates: bool, accept: Sequence[str]) -> None:

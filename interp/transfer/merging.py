@@ -33,8 +33,8 @@ from tqdm.auto import tqdm
 
 from hooks.errors import FrankenlensError, nearest
 from hooks.extras import require_installed
+from hooks.stored.names import Names
 from interp.comparison import Checkpoint, align
-from interp.comparison.names import Names
 from interp.results.files import publishing
 
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
