@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hooks.errors import FrankenlensError
 
@@ -22,6 +22,24 @@ _FOREIGN = {
     "clear_contexts": "nothing: contexts end with their hook",
     "pos_slice": "slicing the cache",
 }
+
+
+def refuse_broken(model: nn.Module, logits: Tensor) -> None:
+    """Refuse a model whose logits are no numbers because weights of it are none."""
+    if not bool(logits.isnan().any()):
+        return
+    weights = [(name, weight) for name, weight in model.named_parameters() if not weight.is_meta]
+    broken = [name for name, weight in weights if not bool(weight.isfinite().all())]
+    if broken:
+        raise FrankenlensError(
+            f"{type(model).__name__}: {len(broken)} weights hold NaN or infinity, so its logits are NaN: "
+            f"{', '.join(broken[:5])}. The checkpoint is broken (a training step that diverged, or a damaged file): "
+            "take an earlier one, or download it again."
+        )
+    raise FrankenlensError(
+        f"{type(model).__name__}: its logits are NaN although every weight is a number, so what it computes overflows "
+        f"{str(logits.dtype).removeprefix('torch.')}: load it with dtype='bfloat16' or 'float32'."
+    )
 
 
 def refuse_adapted(model: nn.Module) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from hooks.stored.inventory import ABSENT
+
 Setting = tuple[Any, ...]
 """Where a setting stands: `("text_config", "rope_parameters", "rope_theta")`."""
-
-ABSENT = "nothing"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from interp.pair.agreement.difference import ABSENT, Difference, named, said, settings, unequal
+from hooks.stored.inventory import Inventory
+from interp.pair.agreement.difference import Difference, named, said, settings, unequal
 from interp.pair.agreement.trial import entering_settings
 
 _PLACES = frozenset({"_name_or_path", "transformers_version"})
@@ -33,18 +34,10 @@ def model_differences(a: nn.Module, b: nn.Module, inputs: Mapping[str, Any]) -> 
 
 def tensor_differences(a: nn.Module, b: nn.Module) -> list[Difference]:
     """What differs in names, shapes and types of the state dicts, and in which of them are one tensor."""
-    found = []
-    ours, theirs = dict(a.state_dict()), dict(b.state_dict())
-    for name in dict.fromkeys([*ours, *theirs]):
-        first, second = (_described(tensors.get(name)) for tensors in (ours, theirs))
-        if first != second:
-            found.append(Difference(f"tensor {name}", f"tensor {name}: {first} and {second}"))
-    ties = [_tied(model) for model in (a, b)]
-    for name in dict.fromkeys([*ties[0], *ties[1]]):
-        if name in ours and name in theirs and ties[0].get(name) != ties[1].get(name):
-            first, second = (f"tied to {own[name]}" if name in own else "its own" for own in ties)
-            found.append(Difference(f"tensor {name}", f"tensor {name}: {first} and {second}"))
-    return found
+    return [
+        Difference(f"tensor {one.name}", f"tensor {one.name}: {one.ours} and {one.theirs}")
+        for one in Inventory.of(a).unlike(Inventory.of(b))
+    ]
 
 
 def _of_settings(a: Any, b: Any, inputs: Mapping[str, Any]) -> list[Difference]:
@@ -56,17 +49,3 @@ def _of_settings(a: Any, b: Any, inputs: Mapping[str, Any]) -> list[Difference]:
     except Exception as error:  # whatever a model raises: then nothing shows that a setting is spelling
         live, why = which, f" (not tried: {type(error).__name__}: {' '.join(str(error).split())[:100]})"
     return [Difference(named(one), f"setting {said(one, ours, theirs)}{why}", one in live) for one in which]
-
-
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Tensor to the one before it that is the same tensor."""
-    first: dict[int, str] = {}
-    ties = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            ties[name] = first[id(parameter)]
-    return ties
-
-
-def _described(tensor: Any) -> str:
-    return ABSENT if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

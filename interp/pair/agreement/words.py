@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hooks.processors import tokenizer_of
+from hooks.stored.inventory import ABSENT
 from interp.pair.agreement.difference import (
-    ABSENT,
     Difference,
     Setting,
     acting,
