@@ -52,6 +52,8 @@ def load_model(
             output_loading_info=True,
             **{**kwargs, "ignore_mismatched_sizes": True},  # they are named below
         )
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if needs_own_code(error):
             raise FrankenlensError(own_code_message(str(path_or_id))) from error

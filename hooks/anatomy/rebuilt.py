@@ -37,18 +37,23 @@ def rebuilt(
     Raises:
         ValueError: the state dict of `like` has other names or shapes.
     """
-    own: Any = deepcopy(config)
-    if hasattr(own, "quantization_config"):
-        del own.quantization_config
-    own._attn_implementation = None  # the default, of every part
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with torch.device("meta"):
-            model = kind._from_config(own, dtype=torch.float32, experts_implementation="eager")
+        model = weightless(kind, config)
         _draw(model)
     if like is not None:
         _share(model, like)
     return model.eval().requires_grad_(False)
+
+
+def weightless(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of a class and configuration on the meta device, without its quantization."""
+    own: Any = deepcopy(config)
+    if hasattr(own, "quantization_config"):
+        del own.quantization_config
+    own._attn_implementation = None  # the default, of every part
+    with torch.device("meta"):
+        return kind._from_config(own, dtype=torch.float32, experts_implementation="eager")
 
 
 @torch.no_grad()

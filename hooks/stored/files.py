@@ -67,8 +67,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         )
     if (folder / "adapter_config.json").is_file():
         raise FrankenlensError(
-            f"{folder} is a PEFT adapter, not a checkpoint: give it as RL of Pair.from_pretrained (--rl), or merge it "
-            "(merge_and_unload) and save the whole model."
+            f"{folder} is a PEFT adapter, not a checkpoint: where models are run, it is given as RL beside its IN "
+            "(Pair.from_pretrained, --rl); where files are read, merge it (merge_and_unload) and save the whole model."
         )
     if not (folder / "config.json").is_file():
         raise FrankenlensError(

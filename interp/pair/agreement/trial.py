@@ -18,12 +18,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hooks.anatomy.rebuilt import rebuilt
+from hooks.anatomy.rebuilt import rebuilt, weightless
 from hooks.anatomy.watching import forward
 from interp.pair.agreement.difference import Setting, acting, with_settings
+from interp.pair.agreement.shortened import shortened
 
-Values = Mapping[Setting, Any]
-_LENGTH = re.compile(r"max_position|max_seq|max_len|n_positions|n_ctx|window|chunk|context")
+Values = dict[Setting, Any]
+_LENGTH = re.compile(
+    r"max_position|max_seq|max_len|max_source|max_target|n_positions|n_ctx|window|chunk|context|floor|seq_len"
+)
 _TOKEN = re.compile(r"_id$|_ids$|_index$")
 _SHOWS = 1e-3
 _REACH = 8
@@ -54,7 +57,8 @@ def entering_settings(
         return []
     prompts = [_on_cpu(inputs), *_of_video(config, _on_cpu(inputs))]
     with _reads() as read:
-        first = _StandIn(kind, config, prompts)
+        first, ours, theirs = _first(kind, config, ours, theirs, which, prompts)
+        config = first.config
         found = acting(which, lambda some: first.changes(with_settings(config, theirs, some)))
     left = [one for one in which if one not in found and _reader(config, one) in read]
     if not left:
@@ -71,6 +75,23 @@ def entering_settings(
     rest = [one for one in left if one not in far]
     found += acting(rest, lambda some: second.changes(with_settings(near, others, some)))
     return [*found, *(one for one in left if one in far)]
+
+
+def _first(
+    kind: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    ours: Values,
+    theirs: Values,
+    which: Sequence[Setting],
+    prompts: Sequence[Mapping[str, Any]],
+) -> tuple[_StandIn, Values, Values]:
+    """The stand-in and both settings, with as few layers as show all there is; with all where fewer do not run."""
+    try:
+        both = (config, with_settings(config, theirs, which))
+        own, other = shortened(ours, theirs, [weightless(kind, one) for one in both])
+        return _StandIn(kind, with_settings(config, own, own), prompts), ours | own, theirs | other
+    except Exception:  # settings of theirs that this class refuses are told apart later, one by one
+        return _StandIn(kind, config, prompts), ours, theirs
 
 
 class _StandIn:

@@ -40,7 +40,9 @@ def tokenizer_differences(a: Any, b: Any) -> list[Difference]:
     """What differs in vocabulary, special tokens, and the way text is split."""
     found: list[Difference] = [*_of_vocabulary(a, b), *_of_special_tokens(a, b)]
     if not found and a.is_fast and b.is_fast:
-        found = _of_parts(_parts(a), _parts(b), list(_texts(a)))
+        parts = [t.backend_tokenizer.to_str() for t in (a, b)]
+        if parts[0] != parts[1]:
+            found = _of_parts(json.loads(parts[0]), json.loads(parts[1]), list(_texts(a)))
     parted = next(((one, two) for one, two in zip(_split(a), _split(b), strict=True) if one != two), None)
     for name in ("bos_token", "unk_token"):
         one, two = (getattr(t, name, None) for t in (a, b))
@@ -91,10 +93,6 @@ def _of_special_tokens(a: Any, b: Any) -> Iterator[Difference]:
         if special[0][index] != special[1][index]:
             token = f"token {a.convert_ids_to_tokens(index)!r}"
             yield Difference(token, f"{token} is special in only one of them")
-
-
-def _parts(tokenizer: Any) -> dict[str, Any]:
-    return json.loads(tokenizer.backend_tokenizer.to_str())
 
 
 def _of_parts(a: Mapping[str, Any], b: Mapping[str, Any], texts: Sequence[str]) -> list[Difference]:
