@@ -26,7 +26,7 @@ from hooks.nnsight.traceable import Traceable
 from hooks.points import HookPoint, hook_point_table, points_without_experts
 from hooks.positions import At, check_at
 from hooks.processors import image_token_of, is_visual, load_processor
-from hooks.refusals import refuse_checkpointing, refuse_foreign
+from hooks.refusals import refuse_adapted, refuse_checkpointing, refuse_foreign
 from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
 from hooks.standing import Standing, lock_of
 from hooks.unopened import unopened_anatomy
@@ -50,6 +50,7 @@ class HookedVLM(Traceable):
         hook_points: the points on offer, by name, in the order of the forward pass.
         image_token_id: the placeholder of image tokens; None where there is none.
         absent: name → reason of the points that this architecture ignores, or that could not be proved.
+        opening: the prompt that it was watched on; empty for a model without weights.
 
     Args:
         model: a Hugging Face model with logits: image-text-to-text, causal, or encoder-decoder; of what `torch.compile`
@@ -83,6 +84,7 @@ class HookedVLM(Traceable):
     ) -> None:
         self.image_token_id = image_token_of(model, processor)
         self._closed = False
+        refuse_adapted(model)
         weightless = _weightless(model)
         if weightless and check:
             raise FrankenlensError(
@@ -90,6 +92,7 @@ class HookedVLM(Traceable):
                 "can be proved; load them, or open it with check=False to see its points."
             )
         given = {} if weightless else _on_device(model, inputs or opening_inputs(model, processor))
+        self.opening: Mapping[str, Any] = given
         self.anatomy = (
             unopened_anatomy(model, processor) if weightless else _watched(model, given, self.image_token_id)
         )

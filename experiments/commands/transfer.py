@@ -170,6 +170,7 @@ def _kept(pair: Pair, asked: Questions, config: TransferConfig) -> Path:
         config.out,
         models=pair.provenance(),
         settings={name: getattr(config, name) for name in names},
+        prompts=[pair.builder.template, pair.builder.system],
         questions=[(example.id, example.task, fingerprint(example)) for example in asked.examples],
     )
 

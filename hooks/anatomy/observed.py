@@ -15,6 +15,7 @@ from hooks.anatomy.nouns import Anatomy, Block, Tower
 from hooks.anatomy.towers import Stack, stacks
 from hooks.anatomy.watching import Call, Record, attention_watched, copied, has_pixels, run, watched
 from hooks.errors import FrankenlensError
+from hooks.refusals import refuse_broken
 
 
 def observed_anatomy(
@@ -112,6 +113,7 @@ class _Looking:
             attention_watched(record),
         ):
             self.logits = run(self._model, self._inputs)
+        refuse_broken(self._model, self.logits)
         self._outside = [call for call in record.calls if call.path not in set(below)]
 
     def _block_ended(self, whole: Call, record: Record) -> None:
