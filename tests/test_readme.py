@@ -75,7 +75,9 @@ def test_the_claims_are_collected_in_a_clone(tmp_path: Path) -> None:
     [found_on] = re.findall(r"^found_on: (\S+)", claims, re.MULTILINE)
     (tmp_path / found_on).parent.mkdir(parents=True)
     save_dataset(
-        with_looked_at(xr.Dataset(), sample("sum", 1, 0, "map")), tmp_path / found_on, provenance({})
+        with_looked_at(xr.Dataset(), sample("sum", 1, 0, "map")),
+        tmp_path / found_on,
+        provenance({}, {}, {}, {}),
     )
     asked = [str(tmp_path / words[1]), *words[2:], "-c", str(ROOT / "pyproject.toml"), "--collect-only"]
     ran = subprocess.run([sys.executable, "-m", "pytest", *asked], cwd=ROOT, capture_output=True, text=True)
