@@ -33,14 +33,17 @@ def borrowed(value: Float[Tensor, "..."], early: bool, rows: PatchBatch) -> Floa
     source = [own if other < 0 else other for own, other in enumerate(rows.partner.tolist())]
     if not early:
         return value[source]
-    # Images of all rows follow one another along the first axis: patches, image tokens, or whole images.
+    # Images of all rows follow one another: along the first axis patches, image tokens or whole images; along the
+    # second where the first is of size one, the patches of all images being one long row.
     sizes = [image_size(prompt) for prompt in rows.batch.prompts]
-    if any(size * value.shape[0] % sum(sizes) for size in sizes):
+    axis = 1 if value.ndim > 2 and value.shape[0] == 1 < sum(map(bool, sizes)) else 0
+    length = value.shape[axis]
+    if not any(sizes) or any(size * length % sum(sizes) for size in sizes):
         raise FrankenlensError(
-            f"{value.shape[0]} rows of the vision side do not divide over images of sizes {sizes}."
+            f"{length} rows of the vision side do not divide over images of sizes {sizes}."
         )
-    pieces = value.split([size * value.shape[0] // sum(sizes) for size in sizes])
-    return torch.cat([pieces[row] for row in source])
+    pieces = value.split([size * length // sum(sizes) for size in sizes], dim=axis)
+    return torch.cat([pieces[row] for row in source], dim=axis)
 
 
 def image_size(prompt: Prompt) -> int:
