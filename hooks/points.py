@@ -61,6 +61,7 @@ class HookPoint:
             the product.
         relaid: its tensor has other axes before the last ones (tokens in a row, an axis of one); a hook function sees
             those of its block's stream.
+        aside: the axis of parallel streams in the block's stream, of a point that is relaid and has none.
         moved: parallel streams are the tensor's first axis; a hook function sees them behind the tokens.
         experts: of a point of experts: how they are called.
         stream: of a point of experts, and of one that is relaid, path of the block whose stream says how tokens lie.
@@ -76,10 +77,16 @@ class HookPoint:
     inplace: bool = False
     coefficient: float | str = 1.0
     relaid: bool = False
+    aside: int | None = None
     moved: bool = False
     experts: Experts | None = None
     stream: str = ""
     expert: int | None = None
+
+    @property
+    def across(self) -> bool:
+        """Whether it is of attention to another tower."""
+        return ".cross_attn." in self.name
 
     @property
     def leaf(self) -> str:

@@ -4,6 +4,7 @@ For two models on the same tokens (cross-model activation patching, CMAP, Prakas
 on two prompts that differ in their images (Meng et al. 2202.05262; Zhang & Nanda 2309.16042).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,21 +47,26 @@ def borrowed(value: Float[Tensor, "..."], early: bool, rows: PatchBatch) -> Floa
     return torch.cat([pieces[row] for row in source], dim=axis)
 
 
+def image_grid(inputs: Mapping[str, Tensor]) -> Int[Tensor, "image side"] | None:
+    """How many patches each image has along each side, where a processor says so."""
+    return next((tensor for name, tensor in inputs.items() if name.startswith("image_grid")), None)
+
+
 def image_size(prompt: Prompt) -> int:
     """How much of the vision side's first axis a prompt takes: its patches where they are packed, else its images."""
-    if "image_grid_thw" in prompt.inputs:
-        return int(prompt.inputs["image_grid_thw"].prod(-1).sum())
+    if (grid := image_grid(prompt.inputs)) is not None:
+        return int(grid.prod(-1).sum())
     pixels = prompt.inputs.get("pixel_values")
-    return 0 if pixels is None else pixels.flatten(0, -4).shape[0]
+    if pixels is None:
+        return 0
+    return pixels.flatten(0, -4).shape[0] if pixels.ndim >= 4 else pixels.shape[0]
 
 
 def image_shapes(prompt: Prompt) -> tuple[int, ...]:
     """What must be equal for two prompts' images to correspond patch by patch."""
-    for name in ("image_grid_thw", "pixel_values"):
-        if name in prompt.inputs:
-            tensor = prompt.inputs[name]
-            return tuple(tensor.flatten().tolist()) if name == "image_grid_thw" else tuple(tensor.shape)
-    return ()
+    if (grid := image_grid(prompt.inputs)) is not None:
+        return tuple(grid.flatten().tolist())
+    return tuple(prompt.inputs["pixel_values"].shape) if "pixel_values" in prompt.inputs else ()
 
 
 def partners(batch: PromptBatch) -> Int[Tensor, " batch"]:

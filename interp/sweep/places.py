@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hooks import FrankenlensError
 from interp.prompts import PromptBatch
+from interp.prompts.pairing import image_grid, image_size
 from interp.sweep.edits import New, Span
 
 Where = str | int | Callable[[PromptBatch], Bool[Tensor, "..."]]
@@ -68,9 +70,7 @@ def patch_mask(
     mask = torch.zeros(shape, dtype=torch.bool, device=scores.device)
     if isinstance(where, str):
         return ~mask
-    sizes = [shape[-1]]
-    if len(shape) == 1 and "image_grid_thw" in batch.inputs:
-        sizes = batch.inputs["image_grid_thw"].prod(-1).tolist()
+    sizes = _patches(batch, scores)
     if where >= min(sizes):
         raise FrankenlensError(
             f"there is no patch {where}; the smallest image of this batch has {min(sizes)}"
@@ -78,6 +78,38 @@ def patch_mask(
     for number in range(len(sizes)):
         mask[..., sum(sizes[:number]) + where] = True
     return mask
+
+
+def _patches(batch: PromptBatch, scores: Float[Tensor, "*image head query key"]) -> list[int]:
+    """How many patches of each image stand behind one another in a row.
+
+    Raises:
+        FrankenlensError: those of several images do, and neither a grid nor who looks at whom says which are whose.
+    """
+    n = scores.shape[-1]
+    if scores.ndim > 3 and scores.shape[0] > 1:
+        return [n]
+    grid = image_grid(batch.inputs)
+    if grid is not None and n % int(grid.prod(-1).sum()) == 0:
+        sizes = grid.prod(-1).tolist()
+        return [size * (n // sum(sizes)) for size in sizes]
+    apart = _apart(scores)
+    if len(apart) in (1, sum(map(image_size, batch.prompts)) if grid is None else len(grid)):
+        return apart
+    raise FrankenlensError(
+        f"the {n} patches of this batch's images stand in one row, and nothing says which are whose; give "
+        '"all", or a function of the batch'
+    )
+
+
+def _apart(scores: Float[Tensor, "*image head query key"]) -> list[int]:
+    """The lengths of the stretches of a row that look at nothing but themselves."""
+    n = scores.shape[-1]
+    seen = (scores > -torch.inf).reshape(-1, n, n).any(0)
+    order = torch.arange(n, device=scores.device)
+    reach = torch.where(seen | seen.T, order, -1).amax(-1).cummax(0).values
+    ends = [-1, *(reach == order).nonzero()[:, 0].tolist()]
+    return [after - before for before, after in pairwise(ends)]
 
 
 def cut_patches(queries: Where, keys: Where, batch: PromptBatch, one_head: bool) -> New:

@@ -227,6 +227,8 @@ def _read_inside(point: HookPoint, seen: Seen) -> Tensor | None:
         return call.query.transpose(1, 2)
     if point.leaf == "hook_rot_k":
         return call.key.transpose(1, 2)
+    if point.leaf == "hook_v":
+        return call.value.transpose(1, 2)
     if point.leaf == "hook_z":
         return call.out
     if point.leaf == "hook_pattern" or call.pattern is None:
@@ -360,7 +362,7 @@ def _written_inside(vlm: HookedVLM, point: HookPoint, inputs: Mapping, seen: See
 
 def _edited(leaf: str, call: Attending, is_first: bool) -> Tensor:
     """What attention gives out when one of its tensors is changed, from Hugging Face's own pattern."""
-    if leaf in ("hook_z", "hook_pattern"):
+    if leaf in ("hook_z", "hook_v", "hook_pattern"):
         return -call.out
     pattern = call.pattern
     assert pattern is not None

@@ -86,8 +86,14 @@ def _one_of_each(bench: Bench) -> list[int]:
     return list(kinds.values())
 
 
+def _has_tokens(point: HookPoint) -> bool:
+    """Whether one axis numbers the tokens of the prompt; the keys of attention to another tower are that tower's."""
+    keys = ".cross_attn." in point.name and "key" in point.axes and "query" not in point.axes
+    return point.axes[0] == "batch" and not keys
+
+
 def _at(point: HookPoint) -> Iterator[Intervention]:
-    name, tokens = point.name, point.axes[0] == "batch"
+    name, tokens = point.name, _has_tokens(point)
     where = "question" if tokens else "all"
     if point.leaf == "hook_attn_scores":
         yield Intervention(name, "knockout", "decision" if tokens else "all", source=2)
@@ -111,7 +117,7 @@ def _at(point: HookPoint) -> Iterator[Intervention]:
 def reference(bench: Bench, one: Intervention) -> tuple[str, Change]:
     """The same as a plain change in a full forward pass of both prompts."""
     point = bench.vlm.hook_points[one.hook]
-    tokens = point.axes[0] == "batch"
+    tokens = _has_tokens(point)
     new = _new(bench, one, point)
     if one.index is not None:
         axis = next(point.axes.index(a) for a in ("head", "kv_head") if a in point.axes)
