@@ -37,7 +37,7 @@ def weight_slices(model: nn.Module, anatomy: Anatomy, address: Address | str) ->
     every tensor that holds those of all experts; the router belongs to none.
     What a post-norm makes of a part is what the part adds, so the norm is the part's (not a neuron's or a head's).
     `embed` is the unembedding too where the two are tied; `vision` leaves out the projector inside the tower; `rest` is
-    what no other address names.
+    what no other address names. An address of buffers alone has none.
 
     Raises:
         FrankenlensError: the model has no such layer, head or part.
@@ -45,7 +45,7 @@ def weight_slices(model: nn.Module, anatomy: Anatomy, address: Address | str) ->
     address = Address.parse(address)
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     found = _named(model, anatomy, address, parameters)
-    if not found:
+    if not found and not buffer_slices(model, anatomy, address):
         raise FrankenlensError(f"{address} names no weights of {type(model).__name__}.")
     return found
 
@@ -90,17 +90,23 @@ def wholes(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
         for prefix, tower in anatomy.towers.items()
         if prefix != "vision."
     ]
-    parts = (
-        ("vision", anatomy.vision.path),
-        ("projector", anatomy.projector_weights),
-        *((address, address) for address in blocks),
-        ("embed", anatomy.embed),
-        ("ln_final", anatomy.final_norm),
-        ("unembed", "" if _tied(model, anatomy) else anatomy.unembed),
-    )
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+
+    def there(**parts: str) -> list[str]:
+        return [
+            address
+            for address, path in parts.items()
+            if path and any(_under(name, path) for name in parameters)
+        ]
+
+    unembed = "" if _tied(model, anatomy) else anatomy.unembed
     rest = any(True for _ in _rest(model, anatomy, parameters))
-    return (*(address for address, path in parts if path), *(("rest",) if rest else ()))
+    return (
+        *there(vision=anatomy.vision.path, projector=anatomy.projector_weights),
+        *blocks,
+        *there(embed=anatomy.embed, ln_final=anatomy.final_norm, unembed=unembed),
+        *(["rest"] if rest else []),
+    )
 
 
 def _rest(model: nn.Module, anatomy: Anatomy, parameters: list[str]) -> Iterator[str]:

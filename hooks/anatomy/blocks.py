@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from hooks.anatomy.experts import experts_of
 from hooks.anatomy.nouns import Block, Role, Site, Writer
 from hooks.anatomy.sites import joined, site_of
 from hooks.anatomy.towers import is_linear
-from hooks.anatomy.watching import NOT_ALONE, Attended, Call, again, floating_parts
+from hooks.anatomy.watching import Attended, Call, first_floating, floating_parts
 from hooks.anatomy.writers import Solution, solve
 
 
@@ -28,7 +29,7 @@ def look_at(
         names: module id to path.
     """
     assert whole.given is not None
-    sites = _sites(model, whole, calls, attended, names)
+    sites = _sites(model, whole.path, calls, attended, names)
     post = next((out for out in whole.made.values() if out.shape == whole.given.shape), None)
     if post is None:
         return Block(whole.path, whole.key, (), sites, "Its output has another shape than its stream.")
@@ -46,16 +47,16 @@ def look_at(
 
 def _sites(
     model: nn.Module,
-    whole: Call,
+    path: str,
     calls: Sequence[Call],
     attended: Sequence[Attended],
     names: dict[int, str],
 ) -> tuple[Site, ...]:
     by_module: dict[int, list[Attended]] = {}
     for one in attended:
-        if names.get(id(one.module), "").startswith(f"{whole.path}."):
+        if names.get(id(one.module), "").startswith(f"{path}."):
             by_module.setdefault(id(one.module), []).append(one)
-    return tuple(site_of(model, whole, names[key], joined(some), calls) for key, some in by_module.items())
+    return tuple(site_of(model, names[key], joined(some), calls) for key, some in by_module.items())
 
 
 def _writers(
@@ -203,24 +204,31 @@ def _has_experts(module: nn.Module) -> bool:
     )
 
 
+@torch.no_grad()
 def mixes_tokens(module: nn.Module, call: Call) -> bool:
     """Whether the output at a token depends on other tokens: one is changed, and the rows that move are looked at."""
-    if call.given is None or call.given.ndim < 2:
+    if call.arguments is None or call.given is None or call.given.ndim < 2:
         return False
+    args, kwargs = call.arguments
     tokens = call.given.shape[-2]
     if tokens < 2:
         return False
-
-    def other_first(given: Tensor) -> Tensor:
-        given[..., 0, :] = given[..., 0, :].roll(1, -1) + 1
-        return given
-
+    changed = call.given.clone()
+    changed[..., 0, :] = changed[..., 0, :].roll(1, -1) + 1
+    key, _ = first_floating(args, kwargs)
+    if key is None:
+        place = next(
+            i for i, value in enumerate(args) if isinstance(value, Tensor) and value.is_floating_point()
+        )
+        args = (*args[:place], changed.reshape(args[place].shape), *args[place + 1 :])
+    else:
+        kwargs = {**kwargs, key: changed}
+    forward: Any = module.forward
     try:
         new, old = (
-            next(iter(floating_parts(again(module, call, change)).values()))
-            for change in (other_first, lambda given: given)
+            next(iter(floating_parts(forward(*a, **k)).values())) for a, k in ((args, kwargs), call.arguments)
         )
-    except NOT_ALONE:
+    except (RuntimeError, TypeError, ValueError, StopIteration, IndexError, AttributeError):
         return False
     if new.shape != old.shape or new.numel() % tokens:
         return False

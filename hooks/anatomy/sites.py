@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -11,15 +10,14 @@ from torch import Tensor, nn
 
 from hooks.anatomy.nouns import Site, Slice
 from hooks.anatomy.towers import is_linear
-from hooks.anatomy.watching import NOT_ALONE, Attended, Call, again
+from hooks.anatomy.watching import Attended, Call
 
 
-def site_of(model: nn.Module, whole: Call, path: str, seen: Attended, calls: Sequence[Call]) -> Site:
+def site_of(model: nn.Module, path: str, seen: Attended, calls: Sequence[Call]) -> Site:
     """One attention call as a site.
 
     Args:
         model: the model.
-        whole: the block's own call.
         path: of the module that called.
         seen: the call.
         calls: of the modules of the block, with copies of what went in and out.
@@ -40,35 +38,23 @@ def site_of(model: nn.Module, whole: Call, path: str, seen: Attended, calls: Seq
     given = {one[0].module: one[2] for one in (q, k) if one is not None}
     cross = seen.key.shape[2] != seen.query.shape[2]
     if not cross and q is not None and k is not None:
+        # Projections with inputs of their own may be of latents of one stream, or of keys that layers share.
         same = _equal_inputs(given[q[0].module], given[k[0].module])
-        cross = not same and _from_elsewhere(model, whole, q[0].module, k[0].module)
+        cross = not same and not _looks_back(z, seen.value, n_heads)
     return Site(
         path, n_heads, n_kv, d_head, d_value,
         q and q[0], k and k[0], v and v[0], out and out.path, rotary, cross,
     )  # fmt: skip
 
 
-def _from_elsewhere(model: nn.Module, whole: Call, query: str, key: str) -> bool:
-    """Whether the block's stream moves its queries or its keys, but not both: it is changed, and the block run again.
-
-    Projections with inputs of their own may be of latents, or of mixtures, that are both made of the stream.
-    """
-    made: dict[str, list[Tensor]] = {query: [], key: []}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda module, args, output: made[name].append(output)
-
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in made]
-    try:
-        for change in (torch.clone, lambda given: given.roll(1, -1) + 1):
-            again(model.get_submodule(whole.path), whole, change)
-        moved = [not torch.equal(*outs) for outs in made.values()]
-    except NOT_ALONE:
-        return True
-    finally:
-        for handle in handles:
-            handle.remove()
-    return moved[0] != moved[1]
+def _looks_back(
+    z: Float[Tensor, "token width"], values: Float[Tensor, "batch kv_head pos d"], heads: int
+) -> bool:
+    """Whether the first token is given its own value alone, head by head, up to a factor (sinks take a share)."""
+    z = z.unflatten(0, (len(values), -1))[:, 0].unflatten(-1, (heads, -1)).double()
+    own = values[:, :, 0].repeat_interleave(heads // values.shape[1], dim=1).double()
+    near = torch.nn.functional.cosine_similarity(z, own, dim=-1)
+    return bool((1 - near <= torch.finfo(values.dtype).eps).all())
 
 
 def _within(path: str, root: str) -> bool:

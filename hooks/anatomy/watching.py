@@ -77,33 +77,6 @@ def first_floating(args: tuple, kwargs: Mapping[str, Any]) -> tuple[str | None, 
     return next(iter(named.items()), (None, None))
 
 
-def again(
-    module: nn.Module, call: Call, change: Callable[[Float[Tensor, "..."]], Float[Tensor, "..."]]
-) -> Any:
-    """What a module gives out where its first floating tensor is another, past its own hooks.
-
-    Raises:
-        LookupError: the arguments of the call were not kept.
-        Exception: whatever the module raises, which need not run alone.
-    """
-    if call.arguments is None or call.given is None:
-        raise LookupError(f"the arguments of {call.path} were not kept")
-    args, kwargs = call.arguments
-    changed, (key, _) = change(call.given.clone()), first_floating(args, kwargs)
-    if key is not None:
-        kwargs = {**kwargs, key: changed}
-    else:
-        place = next(i for i, value in enumerate(args) if is_stream(value))
-        args = (*args[:place], changed.reshape(args[place].shape), *args[place + 1 :])
-    forward: Any = module.forward
-    with torch.no_grad():
-        return forward(*args, **kwargs)
-
-
-NOT_ALONE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, StopIteration)
-"""What a part may raise that is called again by itself."""
-
-
 def is_stream(value: Any) -> bool:
     """Whether it is a tensor of numbers with at least two axes."""
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.errors import FrankenlensError
-from interp.prompts.batch import PromptBatch
+from interp.prompts.batch import PromptBatch, in_a_strip
 from interp.prompts.prompt import Prompt
 
 
@@ -49,6 +49,8 @@ def borrowed(value: Float[Tensor, "..."], early: bool, rows: PatchBatch) -> Floa
 
 def image_grid(inputs: Mapping[str, Tensor]) -> Int[Tensor, "image side"] | None:
     """How many patches each image has along each side, where a processor says so."""
+    if "target_sizes" in inputs and "pixel_values" in inputs and in_a_strip(inputs):
+        return inputs["target_sizes"]
     return next((tensor for name, tensor in inputs.items() if name.startswith("image_grid")), None)
 
 
