@@ -215,6 +215,7 @@ def read(vlm: HookedVLM, point: HookPoint, seen: Seen) -> Tensor | None:
         value = first(out if point.key is None else getattr(out, point.key))
         if point.coefficient != 1.0:
             value = value * coefficient(vlm.model, point.coefficient)
+    value = value.movedim(0, 2) if point.moved else value
     return value if point.split is None else heads_of(value, point.split)
 
 

@@ -15,7 +15,7 @@ from interp.map import patch
 from interp.map.components import POINTS, Component, components
 from interp.sweep import Intervention, sweep
 from tests.architectures.table.bench import Bench, Change, masked, worst
-from tests.architectures.table.cells import FAILS, YES, Cell
+from tests.architectures.table.cells import FAILS, YES, Cell, finite
 
 SKIPPED = ("hook_attn_out", "hook_mlp_out", "hook_resid_post")
 MEANT = ("hook_attn_out", "hook_mlp_out", "hook_mixer_out", "hook_cross_attn_out", "hook_resid_post")
@@ -51,7 +51,7 @@ def verdict(off: dict[str, float], effects: list[float], bench: Bench, caught: l
     if not number <= 1.0:
         wrong = sum(not n <= 1.0 for n in off.values())
         return Cell(FAILS, f"{name} is {number:.1e} times what is allowed off ({wrong} of {len(off)})")
-    allowed = 1e-5 * max(1.0, bench.clean.abs().clamp(max=1e4).max().item())
+    allowed = 1e-5 * max(1.0, bench.clean[finite(bench.clean)].abs().max().item())
     if not np.median(effects) >= LARGE * allowed:
         return Cell(FAILS, f"effects are too small to tell: {np.median(effects):.1e}")
     return Cell(YES, longer_way(caught), number, len(off))
