@@ -36,8 +36,8 @@ def weight_slices(model: nn.Module, anatomy: Anatomy, address: Address | str) ->
     gate and up are one matrix) and its column of the matrix out of it. An expert owns its matrices, or its part of
     every tensor that holds those of all experts; the router belongs to none.
     What a post-norm makes of a part is what the part adds, so the norm is the part's (not a neuron's or a head's).
-    `embed` is the unembedding too where the two are tied; `vision` leaves out the projector inside the tower; `rest` is
-    what no other address names. An address of buffers alone has none.
+    `embed` is the unembedding too where the two are tied; `vision` leaves out projector and embedding inside the tower;
+    `rest` is what no other address names, nothing where it names buffers alone.
 
     Raises:
         FrankenlensError: the model has no such layer, head or part.
@@ -140,11 +140,11 @@ def _whole(model: nn.Module, anatomy: Anatomy, address: Address, parameters: lis
             "the unembedding is tied to the embedding, one tensor: name `embed`, which is both."
         )
     projectors = tuple(filter(None, (anatomy.projector_weights, *anatomy.deepstack.values())))
+    inside = (*projectors, anatomy.embed) if address.kind == "vision" else projectors
     for name in parameters:
-        of_projector = any(_under(name, module) for module in projectors)
         if address.kind == "projector":
-            yield from [name] if of_projector else []
-        elif _under(name, path) and not of_projector:
+            yield from [name] if any(_under(name, module) for module in projectors) else []
+        elif _under(name, path) and not any(module and _under(name, module) for module in inside):
             yield name
 
 
@@ -214,7 +214,7 @@ def part_paths(block: Block, sub: str) -> list[str]:
     writer = block.writer(*roles)
     if writer is None:
         return []
-    behind = [] if writer.rest or writer.module == writer.body else [writer.module]
+    behind = [writer.module] if not writer.rest and (writer.parts or writer.module != writer.body) else []
     return [*(writer.parts or (writer.body,)), *behind]
 
 

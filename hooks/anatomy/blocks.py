@@ -143,11 +143,20 @@ def _has_linear(model: nn.Module, call: Call) -> bool:
 
 
 def _makers(model: nn.Module, calls: Sequence[Call]) -> tuple[str, ...]:
-    """The outermost modules with matrices of their own, where no one module makes what is added."""
+    """The outermost modules with matrices, where no one module makes what is added, and the norms behind them."""
     paths = [
         call.path for call in calls if any(v.ndim > 1 for v in model.get_submodule(call.path).parameters())
     ]
-    return tuple(p for p in dict.fromkeys(paths) if not any(p.startswith(f"{other}.") for other in paths))
+    makers = [p for p in dict.fromkeys(paths) if not any(p.startswith(f"{other}.") for other in paths)]
+    norms = [
+        call.path
+        for call in calls
+        if not _has_linear(model, call)
+        and any(True for _ in model.get_submodule(call.path).parameters())
+        and (maker := _maker(call, calls)) is not None
+        and maker.path in makers
+    ]
+    return (*makers, *dict.fromkeys(norms))
 
 
 def _maker(of: Call, calls: Sequence[Call]) -> Call | None:

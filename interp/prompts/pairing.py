@@ -38,6 +38,7 @@ def borrowed(value: Float[Tensor, "..."], early: bool, rows: PatchBatch) -> Floa
     # second where the first is of size one, the patches of all images being one long row.
     sizes = [image_size(prompt) for prompt in rows.batch.prompts]
     axis = 1 if value.ndim > 2 and value.shape[0] == 1 < sum(map(bool, sizes)) else 0
+    sizes = [image_area(prompt) for prompt in rows.batch.prompts] if axis else sizes
     length = value.shape[axis]
     if not any(sizes) or any(size * length % sum(sizes) for size in sizes):
         raise FrankenlensError(
@@ -64,11 +65,25 @@ def image_size(prompt: Prompt) -> int:
     return pixels.flatten(0, -4).shape[0] if pixels.ndim >= 4 else pixels.shape[0]
 
 
+def image_area(prompt: Prompt) -> int:
+    """How much of one long row of all images' patches a prompt takes, beside other prompts."""
+    if image_grid(prompt.inputs) is not None:
+        return image_size(prompt)
+    if "image_sizes" in prompt.inputs:  # of images that are padded to the largest (Pixtral)
+        return int(prompt.inputs["image_sizes"].prod(-1).sum())
+    return prompt.inputs["pixel_values"].numel() if "pixel_values" in prompt.inputs else 0
+
+
 def image_shapes(prompt: Prompt) -> tuple[int, ...]:
     """What must be equal for two prompts' images to correspond patch by patch."""
     if (grid := image_grid(prompt.inputs)) is not None:
         return tuple(grid.flatten().tolist())
-    return tuple(prompt.inputs["pixel_values"].shape) if "pixel_values" in prompt.inputs else ()
+    given = [prompt.inputs[name] for name in ("pixel_values", "image_sizes") if name in prompt.inputs]
+    return tuple(size for tensor in given for size in (*tensor.shape, *_whole_numbers(tensor)))
+
+
+def _whole_numbers(tensor: Tensor) -> list[int]:
+    return [] if tensor.is_floating_point() else tensor.flatten().tolist()
 
 
 def partners(batch: PromptBatch) -> Int[Tensor, " batch"]:

@@ -114,7 +114,7 @@ class CleanRun:
             if layer in self._deepstack:
                 hidden = hidden.clone()
                 mask = self._image_mask.to(hidden.device)
-                hidden[mask] = hidden[mask] + self._deepstack[layer].to(hidden)
+                hidden[mask] = hidden[mask] + self._deepstack[layer].to(hidden).flatten(0, -2)
         return self.vlm.readout(hidden)
 
     @property

@@ -151,10 +151,10 @@ class StoredRun:
         return kept[:, : self.end].transpose(1, 2).contiguous()
 
     def _scattered(
-        self, features: Float[Tensor, "image_token d_model"]
+        self, features: Float[Tensor, "*image image_token d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
         added = features.new_zeros(*self.image_mask.shape, features.shape[-1])
-        added[self.image_mask] = features
+        added[self.image_mask] = features.flatten(0, -2)
         return added
 
     @property

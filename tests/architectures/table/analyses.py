@@ -270,9 +270,10 @@ def _parts(bench: Bench) -> list[tuple[str, list[str]]]:
         found.append((f"blocks.{layer}", [block.path]))
         for role in dict.fromkeys("mlp" if w.role == "moe" else w.role for w in block.writers):
             own = next(w for w in block.writers if w.role == role or (role, w.role) == ("mlp", "moe"))
-            behind = [] if own.rest or own.module == own.body else [own.module]
-            if any(True for _ in bench.vlm.module(own.body).parameters()):
-                found.append((f"blocks.{layer}.{role}", [own.body, *behind]))
+            behind = [own.module] if not own.rest and (own.parts or own.module != own.body) else []
+            made = own.parts or (own.body,)
+            if any(True for path in made for _ in bench.vlm.module(path).parameters()):
+                found.append((f"blocks.{layer}.{role}", [*made, *behind]))
     found += [("ln_final", [anatomy.final_norm])] if anatomy.final_norm else []
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,10 +160,13 @@ def _eager_pattern(
     kwargs = {"scaling": query.shape[-1] ** -0.5, "dropout": 0.0} | {
         k: v for k, v in kwargs.items() if v is not None
     }
-    try:
-        _, pattern = eager(module, query, key, value, mask[..., :n_key], **kwargs)
-    except Exception:
-        return None
+    groups = query.shape[1] // key.shape[1]
+    pattern = None
+    for repeats in dict.fromkeys((1, groups)):  # a model's own may not know of grouped heads (Unlimited OCR)
+        states = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+        with suppress(Exception):
+            _, pattern = eager(module, query, *states, mask[..., :n_key], **kwargs)
+            break
     return pattern if isinstance(pattern, Tensor) and pattern.shape[-2:] == (n_query, n_key) else None
 
 

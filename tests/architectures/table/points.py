@@ -115,9 +115,7 @@ def _lead(vlm: HookedVLM, cache: Mapping[str, Tensor], point: HookPoint) -> tupl
         return ()
     stream = f"{point.tower}blocks.{point.layer}.hook_resid_pre"
     axes = vlm.hook_points[stream].axes
-    return tuple(
-        size for axis, size in zip(axes[:-1], cache[stream].shape, strict=False) if axis != "stream"
-    )
+    return tuple(size for axis, size in zip(axes[:-1], cache[stream].shape, strict=False) if axis != "stream")
 
 
 def _compare_read(
@@ -125,7 +123,9 @@ def _compare_read(
 ) -> None:
     if point.place == "expert_out" and expected.ndim == 2:
         own = own.sum(-2)
-    if point.relaid or point.experts is not None:  # tokens in a row, or an axis of one, are shown as the stream's are
+    if (
+        point.relaid or point.experts is not None
+    ):  # tokens in a row, or an axis of one, are shown as the stream's are
         behind = expected.shape[expected.ndim - (own.ndim - len(lead)) :]
         expected = expected.reshape(*lead, *behind)
     elif point.place == "attention" and len(lead) == 1:  # packed towers have no batch axis
