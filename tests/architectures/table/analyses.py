@@ -19,7 +19,7 @@ from interp.paths import path_effects
 from interp.transfer.grafts import Graft, everything, grafted
 from tests.architectures.table import plain
 from tests.architectures.table.bench import Bench, largest, worst
-from tests.architectures.table.cells import ABSENT, FAILS, YES, Cell, within
+from tests.architectures.table.cells import ABSENT, FAILS, YES, Cell, finite, within
 from tests.architectures.table.sweeping import verdict
 
 
@@ -86,13 +86,14 @@ def patching_cell(bench: Bench) -> Cell:
         bench.vlm, clean, corrupt, bench.metric.select([1]), roles=["all"], progress=False
     )
     vlm, off, effects = bench.vlm, {}, []
+    largest_logit = max(1.0, bench.clean[finite(bench.clean)].abs().max().item())
     for layer, block in enumerate(vlm.anatomy.text.blocks):
         name = f"blocks.{layer}.hook_resid_pre"
         if name not in found["component"].to_numpy():
             continue
         theirs = _gradient_times_change(bench, block)
         ours = found["effect"].sel(component=name, role="all").to_numpy().ravel()
-        off[name] = float(np.abs(ours - theirs).max() / (1e-4 * max(1.0, np.abs(theirs).max())))
+        off[name] = float(np.abs(ours - theirs).max() / (1e-5 * max(largest_logit, np.abs(theirs).max())))
         effects.append(float(np.abs(theirs).max()))
     cell = verdict(off, effects, bench, [])
     return cell if cell.state != YES else Cell(YES, "", cell.number, len(found["component"]))

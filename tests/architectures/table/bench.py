@@ -48,7 +48,7 @@ class Bench:
         generator = torch.Generator().manual_seed(1)
         ids = inputs["input_ids"].clone()
         ids[:, 1 : BEFORE - 1] = torch.randint(3, FIRST_MARK, (1, BEFORE - 2), generator=generator)
-        ids[:, -4:-2] = torch.randint(3, FIRST_MARK, (1, 2), generator=generator)
+        ids[:, -8:-1] = torch.randint(3, FIRST_MARK, (1, 7), generator=generator)
         other["input_ids"] = ids
         if pixels is not None and inputs[pixels].is_floating_point():
             noise = torch.randn(inputs[pixels].shape, generator=generator)
