@@ -135,7 +135,7 @@ def _vision(anatomy: Anatomy) -> Iterator[HookPoint]:
 
 def _text(anatomy: Anatomy) -> Iterator[HookPoint]:
     lead = _lead(anatomy.text, "batch")
-    if anatomy.entry_key == "":
+    if anatomy.entry and anatomy.entry_key == "":
         yield HookPoint("hook_embed", anatomy.entry, "output", ("batch", "pos", "d_model"))
     elif anatomy.entry:
         given = anatomy.entry_key or "inputs_embeds"
@@ -201,9 +201,11 @@ def _experts(
             yield HookPoint(f"{name}.hook_{leaf}", module, place, axes, experts=experts, stream=block.path)
 
 
-def points_without_experts(anatomy: Anatomy) -> dict[str, str]:
-    """Points of experts that are not known, with the reason."""
+def unknown_points(anatomy: Anatomy) -> dict[str, str]:
+    """Points that the anatomy does not know the place of, with the reason: of the embedding, of experts."""
     found: dict[str, str] = {}
+    if not anatomy.entry:
+        found["hook_embed"] = "no module was seen that hands the decoder its embeddings."
     for prefix, tower in anatomy.towers.items():
         for layer, block in enumerate(tower.blocks):
             writer = block.writer("moe")

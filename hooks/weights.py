@@ -214,8 +214,8 @@ def part_paths(block: Block, sub: str) -> list[str]:
     writer = block.writer(*roles)
     if writer is None:
         return []
-    behind = [writer.module] if not writer.rest and (writer.parts or writer.module != writer.body) else []
-    return [*(writer.parts or (writer.body,)), *behind]
+    made = writer.parts or (writer.body,)
+    return [*made, *(() if writer.rest or writer.module in made else (writer.module,))]
 
 
 def site_at(block: Block, sub: str | None) -> Site:
@@ -293,9 +293,10 @@ def _slices_of_unit(
     model: nn.Module, block: Block, address: Address, i: int
 ) -> Iterator[tuple[str, int, int, int]]:
     if address.unit == "neuron":
-        width = d_mlp(model, block)
-        for child, module in model.get_submodule(block.mlp).named_children():
-            name = f"{block.mlp}.{child}"
+        width, writer = d_mlp(model, block), block.writer("mlp")
+        children = [f"{block.mlp}.{name}" for name, _ in model.get_submodule(block.mlp).named_children()]
+        for name in (writer and writer.parts) or children:
+            module = model.get_submodule(name)
             if not is_linear(module):
                 continue
             if name == block.mlp_out:

@@ -59,7 +59,7 @@ def image_size(prompt: Prompt) -> int:
     """How much of the vision side's first axis a prompt takes: its patches where they are packed, else its images."""
     if (grid := image_grid(prompt.inputs)) is not None:
         return int(grid.prod(-1).sum())
-    pixels = prompt.inputs.get("pixel_values")
+    pixels = _pixels(prompt)
     if pixels is None:
         return 0
     return pixels.flatten(0, -4).shape[0] if pixels.ndim >= 4 else pixels.shape[0]
@@ -71,19 +71,26 @@ def image_area(prompt: Prompt) -> int:
         return image_size(prompt)
     if "image_sizes" in prompt.inputs:  # of images that are padded to the largest (Pixtral)
         return int(prompt.inputs["image_sizes"].prod(-1).sum())
-    return prompt.inputs["pixel_values"].numel() if "pixel_values" in prompt.inputs else 0
+    pixels = _pixels(prompt)
+    return 0 if pixels is None else pixels.numel()
 
 
 def image_shapes(prompt: Prompt) -> tuple[int, ...]:
     """What must be equal for two prompts' images to correspond patch by patch."""
     if (grid := image_grid(prompt.inputs)) is not None:
         return tuple(grid.flatten().tolist())
-    given = [prompt.inputs[name] for name in ("pixel_values", "image_sizes") if name in prompt.inputs]
-    return tuple(size for tensor in given for size in (*tensor.shape, *_whole_numbers(tensor)))
+    pixels, sizes = _pixels(prompt), prompt.inputs.get("image_sizes")
+    return (*(() if pixels is None else pixels.shape), *([] if sizes is None else sizes.flatten().tolist()))
 
 
-def _whole_numbers(tensor: Tensor) -> list[int]:
-    return [] if tensor.is_floating_point() else tensor.flatten().tolist()
+def _pixels(prompt: Prompt) -> Tensor | None:
+    """The input that holds the images: `pixel_values`, or what is called pixels or patches instead."""
+    named = {
+        name: tensor
+        for name, tensor in prompt.inputs.items()
+        if ("pixel" in name or "patches" in name) and tensor.is_floating_point()
+    }
+    return named.get("pixel_values", next(iter(named.values()), None))
 
 
 def partners(batch: PromptBatch) -> Int[Tensor, " batch"]:

@@ -21,6 +21,7 @@ SKIPPED = ("hook_attn_out", "hook_mlp_out", "hook_resid_post")
 MEANT = ("hook_attn_out", "hook_mlp_out", "hook_mixer_out", "hook_cross_attn_out", "hook_resid_post")
 LARGE = 100
 """How many times what is allowed to differ most effects must be."""
+EARLY = ("vision.", "tower_", "projector.")
 SHOWN = 16
 """Components of a map that are measured again, by full forwards."""
 
@@ -68,9 +69,11 @@ def longer_way(caught: list) -> str:
 
 def _interventions(bench: Bench) -> Iterator[Intervention]:
     points = bench.vlm.hook_points
+    if not any(prompt.has_image for prompt in bench.prompts):  # Evolla's other tower reads proteins
+        points = {name: point for name, point in points.items() if not name.startswith(EARLY)}
     layers = _one_of_each(bench)
     for name, point in points.items():
-        vision = name.startswith(("vision.", "tower_"))
+        vision = name.startswith(EARLY)
         if (point.layer in layers and not vision) or (vision and point.layer == 1):
             yield from _at(point)
         elif point.layer is None or point.leaf == "hook_deepstack":
@@ -141,7 +144,7 @@ def _of_one(whole: Change, axis: int, index: int) -> Change:
 
 def _new(bench: Bench, one: Intervention, point: HookPoint) -> Change:
     def cached(vlm, name: str) -> Tensor:
-        return vlm.run_with_cache(bench.batch.inputs, name, use_cache=False)[1][name]
+        return vlm.run_with_cache(bench.inputs, name, use_cache=False)[1][name]
 
     if one.kind == "zero" or (one.kind == "skip" and point.leaf != "hook_resid_post"):
         return lambda value, hook: torch.zeros_like(value)
@@ -180,6 +183,8 @@ def map_cell(bench: Bench) -> Cell:
     """Components of every kind, patched from the donor at every role."""
     vlm = bench.vlm
     wanted = components(vlm, POINTS)
+    if not any(prompt.has_image for prompt in bench.prompts):
+        wanted = [component for component in wanted if component.point not in ("vision", "projector")]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = patch(
@@ -205,7 +210,7 @@ def map_cell(bench: Bench) -> Cell:
 
 def _patched(bench: Bench, component: Component, name: str, role: str) -> tuple[str, Change]:
     point = bench.vlm.hook_points[name]
-    theirs = bench.donor.run_with_cache(bench.batch.inputs, name, use_cache=False)[1][name]
+    theirs = bench.donor.run_with_cache(bench.inputs, name, use_cache=False)[1][name]
 
     def new(value: Tensor, hook: object) -> Tensor:
         if component.head is None:
