@@ -190,7 +190,8 @@ def attached(
 def _note_lead(context: HookContext, block: nn.Module, args: tuple, kwargs: dict) -> None:
     """How the tokens of a block's stream are laid out."""
     _, stream = first_floating(args, kwargs)
-    context.lead = () if stream is None else tuple(stream.shape[:-1])
+    lead = () if stream is None else tuple(stream.shape[:-1])
+    context.lead = tuple(size for axis, size in enumerate(lead) if axis != context.point.aside)
 
 
 def _attach_rest(model: nn.Module, block: nn.Module, hooks: list[Hook], stack: ExitStack) -> None:

@@ -89,7 +89,8 @@ def _as_it_is(vlm: Opened, point: HookPoint, shapes: Mapping[str, tuple[int, ...
     behind = len(point.axes) - len(own)
     if point.layer is None or len(lead) != len(own) or prod(shape[: len(shape) - behind]) != prod(lead):
         return None
-    return replace(point, relaid=True, stream=vlm.hook_points[first].module)
+    aside = None if "stream" in point.axes else vlm.anatomy.towers[point.tower].streams
+    return replace(point, relaid=True, aside=aside, stream=vlm.hook_points[first].module)
 
 
 def _sizes(axes: tuple[str, ...], shape: tuple[int, ...], own: tuple[str, ...]) -> tuple[int, ...]:

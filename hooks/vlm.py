@@ -23,7 +23,7 @@ from hooks.errors import FrankenlensError, nearest
 from hooks.layout import laid_out
 from hooks.loading import load_model
 from hooks.nnsight.traceable import Traceable
-from hooks.points import HookPoint, hook_point_table, points_without_experts
+from hooks.points import HookPoint, hook_point_table, unknown_points
 from hooks.positions import At, check_at
 from hooks.processors import image_token_of, is_visual, load_processor
 from hooks.refusals import refuse_adapted, refuse_checkpointing, refuse_foreign
@@ -105,7 +105,7 @@ class HookedVLM(Traceable):
         )
         self._standing = Standing(model, packed)
         self.hook_points: dict[str, HookPoint] = hook_point_table(self.anatomy)
-        self.absent: dict[str, str] = points_without_experts(self.anatomy)
+        self.absent: dict[str, str] = unknown_points(self.anatomy)
         if not weightless:
             self._look(given, check)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -132,7 +133,8 @@ def projector(
 ) -> Projector | None:
     """The last module before the decoder whose output rows turn up in the decoder's input, if possible in order.
 
-    They may have been added to the embeddings of the placeholders instead of taking their places.
+    They may have been added to the embeddings of the placeholders instead of taking their places. A module that runs
+    more than once (Ovis 2 looks other tokens up too) gives out no one tensor.
 
     Args:
         first: what the decoder is handed.
@@ -144,12 +146,13 @@ def projector(
     """
     rows = (first[image] if image is not None else first.reshape(-1, first.shape[-1])).cpu()
     index = {_key(row): place for place, row in enumerate(rows)}
+    ran = Counter(call.path for call in calls)
     depends = min((tower.started for tower in towers), default=-1)
     found: Projector | None = None
     in_order = False
     loose: str = ""
     for call in sorted(calls, key=lambda call: call.ended):
-        if not depends < call.ended < started or call.given is None:
+        if not depends < call.ended < started or call.given is None or ran[call.path] > 1:
             continue
         for key, made in call.made.items():
             if made.shape[-1] != first.shape[-1] or made.numel() == 0:

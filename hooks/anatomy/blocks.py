@@ -78,18 +78,19 @@ def _writers(
         site = next((s for s in sites if since < times[s.module] < own.ended), None)
         role: Role = _role(model, body, site)
         state, reader = _reads(model, solution, body, inside, calls)
+        alone = _alone(reader, body, calls)
         parts: tuple[str, ...] = ()
         experts, why = None, ""
         if role in ("mlp", "moe"):
             experts, why = experts_of(model, whole, body, inside)
             role = "mlp" if experts is None and role == "mlp" else "moe"
-            parts = () if _has_linear(model, body) else _makers(model, inside)
+            parts = () if alone and _has_linear(model, body) else _makers(model, inside)
         last = _last(model, body, calls) if role == "mlp" else None
         why = why if role == "moe" else ""
         found.append(
             Writer(
                 role, own.path, body.path, term.coefficient, state, reader, site, last,
-                experts=experts, why=why, parts=parts,
+                experts=experts, why=why, parts=parts, alone=alone,
             )
         )  # fmt: skip
         since = own.ended
@@ -143,11 +144,20 @@ def _has_linear(model: nn.Module, call: Call) -> bool:
 
 
 def _makers(model: nn.Module, calls: Sequence[Call]) -> tuple[str, ...]:
-    """The outermost modules with matrices of their own, where no one module makes what is added."""
+    """The outermost modules with matrices, where no one module makes what is added, and the norms behind them."""
     paths = [
         call.path for call in calls if any(v.ndim > 1 for v in model.get_submodule(call.path).parameters())
     ]
-    return tuple(p for p in dict.fromkeys(paths) if not any(p.startswith(f"{other}.") for other in paths))
+    makers = [p for p in dict.fromkeys(paths) if not any(p.startswith(f"{other}.") for other in paths)]
+    norms = [
+        call.path
+        for call in calls
+        if not _has_linear(model, call)
+        and any(True for _ in model.get_submodule(call.path).parameters())
+        and (maker := _maker(call, calls)) is not None
+        and maker.path in makers
+    ]
+    return (*makers, *dict.fromkeys(norms))
 
 
 def _maker(of: Call, calls: Sequence[Call]) -> Call | None:
@@ -183,6 +193,14 @@ def _reads(
                 if call.given is not None and _equal(call.given, solution.states[index]):
                     return index, call.path
     return None, None
+
+
+def _alone(reader: str | None, body: Call, calls: Sequence[Call]) -> bool:
+    """Whether a body is given what the reader gives out, or holds the reader."""
+    if reader is None or reader == body.path or reader.startswith(f"{body.path}."):
+        return True
+    outs = [call.out for call in calls if call.path == reader and call.out is not None]
+    return body.given is not None and any(_equal(out, body.given) for out in outs)
 
 
 def _role(model: nn.Module, body: Call, site: Site | None) -> Role:

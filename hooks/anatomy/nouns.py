@@ -143,7 +143,9 @@ class Writer:
         rest: no module's output is what is added: it is the difference between the block's output (`module` is the
             block) and the state that `reader` is given.
         experts: of an MLP of experts, where they are one module; `why` says why they are not known.
-        parts: the modules that make it together, where no one module does (Gemma 4: an MLP beside experts).
+        parts: the modules that make it together, where no one module does (Gemma 4: an MLP beside experts; OPT: two
+            layers of the block itself).
+        alone: whether `body` makes it of what `reader` gives out (or of the state itself, with `reader` inside it).
     """
 
     role: Role
@@ -158,6 +160,7 @@ class Writer:
     experts: Experts | None = None
     why: str = ""
     parts: tuple[str, ...] = ()
+    alone: bool = True
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,7 @@ class Block:
             and (attn.coefficient, mlp.coefficient) == (1.0, 1.0)
             and (attn.state, mlp.state) == (0, 1)
             and None not in (attn.reader, mlp.reader)
+            and mlp.alone
             and self.site is not None
         )
 

@@ -162,7 +162,7 @@ class _Looking:
         made = self._projector(calls, before, embed) or self._read_across(calls, before, first)
         if made is None:
             absent["projector"] = (
-                "no module's output rows are rows of the decoder's input" if before else "no image"
+                "no module that runs once gives out rows of the decoder's input" if before else "no image"
             )
         added = around.deepstack(streams, calls)
         self._ends = [name for name in (read.unembed if read else "", made.weights if made else "") if name]

@@ -286,7 +286,7 @@ def _deepstack_hooks(
 
     def keep(features: Tensor, hook: HookContext) -> None:
         whole = features.new_zeros(*mask.shape, features.shape[-1])
-        whole[mask.to(features.device)] = features
+        whole[mask.to(features.device)] = features.flatten(0, -2)
         added[hook.name] = whole[rows.to(whole.device), columns.to(whole.device)]
 
     layers = _deepstack_layers(vlm) if bool(mask.any()) else ()

@@ -168,6 +168,11 @@ class Prompt:
             hooks.errors.FrankenlensError: prompt 'given': 3 roles for 29 tokens; give one of image, ... for each token.
         """
         ids = inputs.get("input_ids")
+        if ids is None:
+            raise FrankenlensError(
+                f"prompt {name!r} has no input_ids, so there are no tokens to give roles to; what is given is "
+                f"{', '.join(inputs) or 'nothing'}."
+            )
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[0] != 1:
             shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
             raise FrankenlensError(
