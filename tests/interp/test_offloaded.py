@@ -106,7 +106,8 @@ def test_paths(pair, away, decisions) -> None:
 def test_lockstep(pair, away, decisions) -> None:
     moved = [Moved("blocks.4.attn.head.1")]
     found, expected = (
-        lockstep(own.rl, own.in_, rows[:1], moved, max_new_tokens=6, progress=False) for own in (away, pair)
+        lockstep(own.rl, own.in_, decisions.prompts[:1], moved, max_new_tokens=6, progress=False)
+        for own in (away, pair)
     )
     assert str(found) == str(expected)
 
