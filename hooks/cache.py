@@ -89,7 +89,7 @@ class ActivationCache(Mapping[str, Any]):
             )
         return calls[0]
 
-    def calls(self, key: str | tuple[str, int]) -> tuple[Tensor, ...]:
+    def calls(self, key: str | tuple[str, int]) -> Sequence[Tensor]:
         """What every call in the forward pass left, in order.
 
         Raises:

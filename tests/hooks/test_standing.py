@@ -74,7 +74,8 @@ def test_what_is_compiled_under_hooks_does_not_keep_them(given, vlm) -> None:
 
 
 def test_a_compiled_model_is_opened_by_what_it_wraps(given) -> None:
-    vlm = HookedVLM(torch.compile(given.model, backend="eager"), given.processor)
+    compiled: Any = torch.compile(given.model, backend="eager")
+    vlm = HookedVLM(compiled, given.processor)
     assert vlm.model is given.model
 
 
@@ -84,7 +85,7 @@ def test_generation_with_a_static_cache_is_edited_at_every_step() -> None:
 
     given = tiny("qwen2_5_vl")  # Hugging Face leaves what it compiled on the model
     vlm, inputs = HookedVLM(given.model, given.processor), given.inputs()
-    config = CompileConfig(backend="eager", fullgraph=False)
+    config: Any = CompileConfig(backend="eager", fullgraph=False)
     config._compile_all_devices = True
     static = dict(cache_implementation="static", compile_config=config)
     clean = _steps(vlm, inputs, **static)

@@ -1,6 +1,7 @@
 """Layers that lie on the CPU or on disk until they run: the numbers of the model in memory, from every analysis."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,16 +91,16 @@ def test_maps_and_their_estimates(pair, away, decisions) -> None:
 def test_lenses(pair, away, decisions) -> None:
     for method, name in ((logit_lens, "top_logit"), (direct_logit_attribution, "contribution")):
         found, expected = (method(own.in_, decisions.prompts, progress=False) for own in (away, pair))
-        name = name if name in expected else next(v for v in expected if expected[v].dtype.kind == "f")
+        name = name if name in expected else next(str(v) for v in expected if expected[v].dtype.kind == "f")
         _close(found, expected, name, float(np.abs(expected[name]).max()))
 
 
 def test_paths(pair, away, decisions) -> None:
-    asked = dict(
+    asked: Any = dict(
         senders=["blocks.2.attn.head.1", "blocks.3.mlp"], receivers=["blocks.5.mlp", "logits"], progress=False
     )
     found, expected = (pair_paths(own, decisions, **asked) for own in (away, pair))
-    name = next(v for v in expected if expected[v].dtype.kind == "f")
+    name = next(str(v) for v in expected if expected[v].dtype.kind == "f")
     _close(found, expected, name, float(np.nanmax(np.abs(expected[name]))))
 
 
