@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from tests.architectures.table.cells import ABSENT, FAILS, REFUSED, YES
 from tests.architectures.table.row import COLUMNS
 
 Row = Mapping[str, Any]
+Shown = tuple[str, str]
 _SHOWN = {YES: "yes", ABSENT: "–", REFUSED: "refused", FAILS: "**fails**"}
 _HEAD = """# What works on which architecture
 
@@ -59,6 +61,40 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def read_back(page: str) -> dict[str, dict[str, Shown]]:
+    """What a page says: name to column to what is shown and the note beside it."""
+    body, _, notes = page.partition("\n## Notes\n")
+    numbered = dict(re.findall(r"^(\d+)\. (.*)$", notes, re.MULTILINE))
+    found: dict[str, dict[str, Shown]] = {}
+    columns: list[str] = []
+    for line in body.splitlines():
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if name == "architecture":
+            columns = cells
+        elif columns and line.startswith("| "):
+            parts = [cell.removesuffix("</sup>").partition(" <sup>") for cell in cells]
+            shown = [(said, numbered[number] if number else "") for said, _, number in parts]
+            found[name] = dict(zip(columns, shown, strict=True))
+    return found
+
+
+def sentence(page: str) -> str:
+    """What the README says of supported models, from what the page says."""
+    rows = read_back(page)
+
+    def count(column: str, *names: str) -> int:
+        return sum(rows[name][column][0] == _SHOWN[YES] for name in names or rows)
+
+    own = [name for name in rows if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
+    return (
+        f"Of the {len(own)} image-text-to-text architectures of transformers {count('opens', *own)} open as tiny "
+        f"random models, and with other language models inside and text-only ones {count('opens')} of {len(rows)}. "
+        f"The sweep is one full forward per intervention on {count('sweep')} of them, maps run on {count('map')}, the "
+        f"lens on {count('lens')}, knockouts on {count('knockout')}, grafts on {count('grafts')}; "
+        "[docs/architectures.md](docs/architectures.md) says which, and what the others lack."
+    )
+
+
 def _table(rows: Sequence[Row], notes: dict[str, int]) -> str:
     lines = [f"| architecture | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
     for row in rows:
@@ -68,8 +104,10 @@ def _table(rows: Sequence[Row], notes: dict[str, int]) -> str:
 
 
 def _cell(cell: Mapping[str, Any], notes: dict[str, int]) -> str:
-    shown = _SHOWN[cell["state"]]
-    if not cell["why"]:
-        return shown
-    number = notes.setdefault(cell["why"].replace("|", "\\|"), len(notes) + 1)
-    return f"{shown} <sup>{number}</sup>"
+    said, why = shown(cell)
+    return said if not why else f"{said} <sup>{notes.setdefault(why, len(notes) + 1)}</sup>"
+
+
+def shown(cell: Mapping[str, Any]) -> Shown:
+    """What the page shows of a cell, and the note beside it."""
+    return _SHOWN[cell["state"]], cell["why"].replace("|", "\\|")
