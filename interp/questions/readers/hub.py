@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from hooks.errors import FrankenlensError
 from hooks.extras import require_installed
 from interp.questions.examples import Example
 from interp.questions.grading import extract
-from interp.questions.readers.report import Failure, ReadReport, RowError
+from interp.questions.readers.pictures import image_of
+from interp.questions.readers.report import Failure, ReadReport, RowError, counted
 from interp.questions.readers.rows import gradable, text_of
 
 Row = Mapping[str, Any]
+IMAGE = "decoded_image"
+"""MathVista's column of images."""
 _FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 
 
@@ -41,7 +43,7 @@ def read_mathvista(
     Raises:
         FrankenlensError: it cannot be loaded, a column is missing, or no row can be read.
     """
-    columns = ("pid", "query", "decoded_image", "answer", "question_type", "answer_type", "metadata")
+    columns = ("pid", "query", IMAGE, "answer", "question_type", "answer_type", "metadata")
 
     def wanted(row: Row) -> bool:
         return category is None or (row["metadata"] or {}).get("category") == category
@@ -66,9 +68,7 @@ def read_gsm8k(
 
 
 def _mathvista(index: int, row: Row) -> Example:
-    image, choices = row["decoded_image"], row.get("choices")
-    if not isinstance(image, Image.Image):
-        raise RowError("the field 'decoded_image' holds no image")
+    image, choices = row[IMAGE], row.get("choices")
     known = row["metadata"] or {}
     meta: dict[str, Any] = {key: known[key] for key in ("category", "task", "source") if known.get(key)}
     meta |= {"unit": row.get("unit"), "question": row.get("question")}
@@ -84,7 +84,7 @@ def _mathvista(index: int, row: Row) -> Example:
         meta["grader"] = "math" if row["answer_type"] == "list" else "text"
     question, answer = text_of(row, "query"), text_of(row, "answer")
     task = str(known.get("category") or "mathvista")
-    return Example(f"mathvista-{row['pid']}", (image.convert("RGB"),), question, answer, task, meta=meta)
+    return Example(f"mathvista-{row['pid']}", (image,), question, answer, task, meta=meta)
 
 
 def _math500(index: int, row: Row) -> Example:
@@ -121,7 +121,7 @@ def _read(
     wanted: Callable[[Row], bool] | None = None,
     what: str = "",
 ) -> tuple[list[Example], ReadReport]:
-    rows = _load(str(source), split, config)
+    rows = _undecoded(_load(str(source), split, config))
     missing = [name for name in columns if name not in rows.column_names]
     if missing:
         raise FrankenlensError(
@@ -129,22 +129,40 @@ def _read(
         )
     places = range(len(rows))
     if wanted is not None:
-        small = rows.select_columns([name for name in columns if name != "decoded_image"])
+        small = rows.select_columns([name for name in columns if name != IMAGE])
         places = [i for i, row in enumerate(small) if wanted(row)]
     examples: list[Example] = []
     failures: list[Failure] = []
+    remarks: Counter[str] = Counter()
     for place in places:
         if n is not None and len(examples) == n:
             break
         try:
-            examples.append(gradable(to_example(place, rows[place])))
-        except (RowError, OSError) as error:  # OSError: an image that cannot be decoded
+            row = rows[place]
+            if IMAGE in columns:
+                if row[IMAGE] is None:
+                    raise RowError(f"the field {IMAGE!r} holds no image")
+                row[IMAGE], said = image_of(row[IMAGE], Path())
+                remarks.update(said)
+            examples.append(gradable(to_example(place, row)))
+        except RowError as error:
             failures.append(Failure(place + 1, str(error)))
     if not examples:
         first = f"; row {failures[0].row}: {failures[0].reason}" if failures else ""
         raise FrankenlensError(f"{source}, split {split}: no row {what}can be read{first}")
     n_rows = len(examples) + len(failures)
-    return examples, ReadReport(f"{source} ({split})", n_rows, len(examples), tuple(failures))
+    return examples, ReadReport(
+        f"{source} ({split})", n_rows, len(examples), tuple(failures), notes=counted(remarks)
+    )
+
+
+def _undecoded(rows: Any) -> Any:
+    """The rows with images as their bytes, which `image_of` reads as it reads all others."""
+    import datasets
+
+    if isinstance(rows.features.get(IMAGE), datasets.Image):
+        return rows.cast_column(IMAGE, datasets.Image(decode=False))
+    return rows
 
 
 def _load(source: str, split: str, config: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 from hooks.errors import FrankenlensError
 from interp.questions.examples import Example
-from interp.questions.readers.report import Failure, ReadReport, RowError
-from interp.questions.readers.rows import Row, gradable, image_at, objects, text_of, without_markers
+from interp.questions.readers.pictures import image_of
+from interp.questions.readers.report import Failure, ReadReport, RowError, counted
+from interp.questions.readers.rows import Row, gradable, objects, text_of, without_markers
 
 META = ("grader", "choices", "tolerance", "decimals", "iou", "description")
 """Fields that go into `meta` where a row has them: see `interp.questions.grading` and `interp.fine_grained`."""
@@ -20,7 +22,10 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of a row's fields. `image` holds a path or a list of paths; all but the first two may be absent."""
+    """Names of a row's fields. `image` holds an image or a list of them; all but the first two may be absent.
+
+    An image is a path, a data URI, base64, or {"bytes": ..., "path": ...} as `datasets` keeps it.
+    """
 
     question: str = "question"
     answer: str = "answer"
@@ -55,9 +60,10 @@ def read_jsonl(
     examples: list[Example] = []
     renamed: list[int] = []
     used: set[str] = set()
+    notes: Counter[str] = Counter()
     for n, row in rows:
         try:
-            example = _example(n, row, root, fields, used)
+            example = _example(n, row, root, fields, used, notes)
         except RowError as error:
             failures.append(Failure(n, str(error)))
             continue
@@ -66,7 +72,9 @@ def read_jsonl(
         used.add(example.id)
         examples.append(example)
     failures.sort(key=lambda failure: failure.row)
-    return examples, ReadReport(str(path), n_rows, len(examples), tuple(failures), tuple(renamed))
+    return examples, ReadReport(
+        str(path), n_rows, len(examples), tuple(failures), tuple(renamed), counted(notes)
+    )
 
 
 def _require_fields(path: Path, rows: Sequence[tuple[int, Row]], fields: Fields) -> None:
@@ -100,21 +108,20 @@ def _is_path_of_image(value: Any) -> bool:
     return any(isinstance(text, str) and text.lower().endswith(IMAGES) for text in texts)
 
 
-def _example(n: int, row: Row, root: Path, fields: Fields, used: set[str]) -> Example:
-    paths = row.get(fields.image)
-    paths = [] if paths is None else [paths] if isinstance(paths, str) else paths
-    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
-        raise RowError(f"the field {fields.image!r} must hold a path or a list of paths")
-    question = without_markers(text_of(row, fields.question), len(paths))
+def _example(n: int, row: Row, root: Path, fields: Fields, used: set[str], notes: Counter[str]) -> Example:
+    given = row.get(fields.image)
+    values = given if isinstance(given, list) else [] if given is None else [given]
+    opened = [image_of(value, root) for value in values]
     reasoning = row.get(fields.reasoning)
     name = str(row.get(fields.id, n))
     example = Example(
         id=f"{name}#{n}" if name in used else name,
-        images=tuple(image_at(root / p) for p in paths),
-        question=question,
+        images=tuple(image for image, _ in opened),
+        question=without_markers(text_of(row, fields.question), len(values)),
         answer=text_of(row, fields.answer),
         task=str(row.get(fields.task) or ""),
         reasoning=None if reasoning is None else str(reasoning),
-        meta={"row": n, "images": paths} | {key: row[key] for key in META if row.get(key) is not None},
+        meta={"row": n} | {key: row[key] for key in META if row.get(key) is not None},
     )
+    notes.update(remark for _, remarks in opened for remark in remarks)
     return gradable(example)

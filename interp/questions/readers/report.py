@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+SHOWN = 60
+REASON = 400
 
 
 @dataclass(frozen=True)
@@ -11,11 +17,15 @@ class Failure:
 
     Attributes:
         row: its line in the file, from 1.
-        reason: what is wrong with it.
+        reason: what is wrong with it; cut off where it quotes more than can be read.
     """
 
     row: int
     reason: str
+
+    def __post_init__(self) -> None:
+        if len(self.reason) > REASON:
+            object.__setattr__(self, "reason", f"{self.reason[:REASON]} …")
 
 
 @dataclass(frozen=True)
@@ -49,5 +59,19 @@ class ReadReport:
         return "\n".join(lines)
 
 
+def counted(remarks: Mapping[str, int]) -> tuple[str, ...]:
+    """Remarks on single images or rows, with how often each was made."""
+    return tuple(f"{n} times: {remark}" if n > 1 else f"once: {remark}" for remark, n in remarks.items())
+
+
 class RowError(Exception):
     """One row cannot become an example."""
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: as Python writes it, or how it begins and how long it is."""
+    if isinstance(value, (str, bytes)):
+        start = repr(value[:SHOWN])
+        unit = "characters" if isinstance(value, str) else "bytes"
+        return start if len(value) <= SHOWN else f"{start}… ({len(value):,} {unit})"
+    return reprlib.repr(value)  # it neither goes deep nor on for long

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from PIL import Image, UnidentifiedImageError
 
 from hooks.errors import FrankenlensError
 from hooks.extras import MissingPackage
 from interp.questions.examples import Example
 from interp.questions.grading import GRADERS, reference_fault
-from interp.questions.readers.report import Failure, RowError
+from interp.questions.readers.report import Failure, RowError, shown
 
 IMAGE_MARKER = "<image>"
+NUMBERS = ("tolerance", "decimals", "iou")
+"""What a grader takes from a row as a number."""
 Row = Mapping[str, Any]
 
 
@@ -53,7 +54,7 @@ def text_of(row: Row, name: str) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():
-        raise RowError(f"the field {name!r} must hold text, found {value!r}")
+        raise RowError(f"the field {name!r} must hold text, found {shown(value)}")
     return value
 
 
@@ -72,17 +73,6 @@ def without_markers(question: str, n_images: int) -> str:
     return text if markers else question
 
 
-def image_at(path: Path) -> Image.Image:
-    """An image file as RGB."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise RowError(f"image {path} does not exist") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RowError(f"image {path} cannot be read: {error}") from error
-
-
 def gradable(example: Example) -> Example:
     """The example, if its grader is known and would accept the reference itself.
 
@@ -92,9 +82,16 @@ def gradable(example: Example) -> Example:
     """
     grader, choices = example.meta.get("grader"), example.meta.get("choices", ())
     if not isinstance(choices, (list, tuple)) or not all(isinstance(choice, str) for choice in choices):
-        raise RowError(f"the choices must be a list of texts, found {choices!r}")
-    if grader is not None and grader not in GRADERS:
-        raise RowError(f"there is no grader {grader!r}, only {', '.join(GRADERS)}")
+        raise RowError(f"the choices must be a list of texts, found {shown(choices)}")
+    if grader is not None and (not isinstance(grader, str) or grader not in GRADERS):
+        raise RowError(f"there is no grader {shown(grader)}, only {', '.join(GRADERS)}")
+    for name in NUMBERS:
+        value = example.meta.get(name)
+        if value is not None and not _is_measure(value):
+            raise RowError(
+                f"the settings of the grader {grader!r} cannot be read: {name!r} must be a number of at least 0, found "
+                f"{shown(value)}"
+            )
     try:
         fault = reference_fault(example)
     except MissingPackage:
@@ -104,3 +101,8 @@ def gradable(example: Example) -> Example:
     if fault:
         raise RowError(fault)
     return example
+
+
+def _is_measure(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0
