@@ -16,7 +16,7 @@ from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
-from interp.questions.readers import ReadReport, read_gsm8k, read_jsonl, read_math500, read_mathvista
+from interp.questions.readers import Fields, ReadReport, read_gsm8k, read_jsonl, read_math500, read_mathvista
 from interp.questions.tasks import REASONING, sample
 
 MATHVISTA = ("general-vqa", "math-targeted-vqa")
@@ -81,14 +81,20 @@ class DataSettings:
     """Which questions; the synthetic reasoning tasks where none are named.
 
     Attributes:
-        data: JSONL with question, answer and, if it has one, image in each row; or mathvista, mathvista:general-vqa,
-            mathvista:math-targeted-vqa, math-500 or gsm8k; the synthetic reasoning tasks where not given.
+        data: JSONL (or a JSON array, CSV, parquet) with question, answer and, if it has one, image in each row; or
+            mathvista, mathvista:general-vqa, mathvista:math-targeted-vqa, math-500 or gsm8k; the synthetic reasoning
+            tasks where not given.
         images: folder that relative image paths start from; by default that of the data.
+        fields: names of the fields of the data, where they are others: question=problem answer=solution image=images
+            (and id, task, reasoning).
+        encoding: of the data's text: gbk, latin-1, ...; by default UTF-8, or the UTF-16 that a file shows.
         n: prompts to look at.
     """
 
     data: Path | None = None
     images: Path | None = None
+    fields: tuple[str, ...] = ()
+    encoding: str | None = None
     n: int = 160
 
 
@@ -127,8 +133,7 @@ def require_sound(config: ModelSettings) -> None:
     """
     if (config.in_ is None) != (config.rl is None):
         raise FrankenlensError("--in and --rl go together: give both, or neither for the pair that ships.")
-    if getattr(config, "images", None) is not None and getattr(config, "data", None) is None:
-        raise FrankenlensError("--images is the folder of the images of --data; give --data as well.")
+    _require_data(config)
     for name in ("n", "batch_size", "max_new_tokens"):
         given = getattr(config, name, None)
         if given is not None and given < 1:
@@ -140,6 +145,19 @@ def require_sound(config: ModelSettings) -> None:
             r"it unless it runs to the end of the turn: --answer '\boxed{' '}'."
         )
     require_agreement(config)
+
+
+def _require_data(config: ModelSettings) -> None:
+    """Options that say how a file is read go with a file."""
+    data = getattr(config, "data", None)
+    if getattr(config, "images", None) is not None and data is None:
+        raise FrankenlensError("--images is the folder of the images of --data; give --data as well.")
+    for name in ("fields", "encoding"):
+        if getattr(config, name, None) and (data is None or is_public(str(data))):
+            raise FrankenlensError(
+                f"{as_option(name)} is of a file of your own: give that as --data, or leave {as_option(name)} out."
+            )
+    Fields.parse(getattr(config, "fields", ()))
 
 
 def checkpoints(config: ModelSettings) -> tuple[str, str, str | None]:
@@ -181,7 +199,7 @@ def load_examples(
         drawn = (sample(task, size, seed, "map") for task, size in zip(tasks, sizes, strict=True))
         return [example for some in drawn for example in some], {}
     examples, report = _read(str(config.data), config)
-    if report.failures:
+    if report.failures or report.renamed or report.notes:
         print(report, file=sys.stderr)
     if not examples:
         raise FrankenlensError(
@@ -200,8 +218,13 @@ def load_questions(config: QuestionSettings) -> Questions:
     return Questions(*load_examples(config, config.seed))
 
 
+def is_public(name: str) -> bool:
+    """Whether `--data` names a public data set."""
+    return name.partition(":")[0] == "mathvista" or name in ("math-500", "gsm8k")
+
+
 def _read(name: str, config: DataSettings) -> tuple[list[Example], ReadReport]:
-    """The rows of a public data set, or of a JSONL file."""
+    """The rows of a public data set, or of a file."""
     which, _, category = name.partition(":")
     if which == "mathvista":
         if category not in ("", *MATHVISTA):
@@ -209,4 +232,4 @@ def _read(name: str, config: DataSettings) -> tuple[list[Example], ReadReport]:
         return read_mathvista(category=category or None, n=config.n)
     if name in ("math-500", "gsm8k"):
         return {"math-500": read_math500, "gsm8k": read_gsm8k}[name](n=config.n)
-    return read_jsonl(name, config.images)
+    return read_jsonl(name, config.images, Fields.parse(config.fields), encoding=config.encoding)

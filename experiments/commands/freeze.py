@@ -155,7 +155,7 @@ def planned(pair: Pair, config: FreezeConfig) -> Plan:
     if config.data is None:
         recipe = TripleRecipe(require_triple(in_path), config.training, config.n, trl)
     else:
-        train_on = DataSettings(config.train, config.train_images)
+        train_on = DataSettings(config.train, config.train_images, config.fields, config.encoding)
         recipe = own_recipe(pair, in_path, config.training, trl, train_on, config, config)
     _require_same_settings(config, pair, trl)
     return Plan(partition, arms, recipe, sizes, config.out)

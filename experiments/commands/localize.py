@@ -111,15 +111,16 @@ class LocalizeConfig(QuestionSettings):
 def check(config: LocalizeConfig) -> None:
     """Refuse data, functions, tasks, modes and ablations that there are not, or that do not go together."""
     if config.data is not None and not config.data.exists():
-        raise FrankenlensError(f"--data {config.data} does not exist; give a folder or a JSONL file.")
+        raise FrankenlensError(f"--data {config.data} does not exist; give a folder, or a file of questions.")
     if not _has_pairs(config) and config.functions:
         raise FrankenlensError(
             f"--functions names pairs of images; {config.data} is a file of single questions."
         )
-    if config.images is not None and _has_pairs(config):
-        raise FrankenlensError(
-            "--images is of a file of questions; a folder of pairs has its own: leave it out."
-        )
+    for name in ("images", "fields", "encoding"):
+        if getattr(config, name) and _has_pairs(config):
+            raise FrankenlensError(
+                f"--{name} is of a file of questions; a folder of pairs has its own: leave it out."
+            )
     require_known("functions", config.functions, SYNTHETIC if config.data is None else PAPER_FUNCTIONS)
     require_known("tasks", config.tasks, TASKS)
     if not config.modes and not config.parts:

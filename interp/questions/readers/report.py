@@ -16,7 +16,7 @@ class Failure:
     """A row that was not read.
 
     Attributes:
-        row: its line in the file, from 1.
+        row: its line in a file of JSON lines, else its place among the rows; from 1.
         reason: what is wrong with it; cut off where it quotes more than can be read.
     """
 

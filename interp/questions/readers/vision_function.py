@@ -19,7 +19,8 @@ from interp.questions.examples import Example
 from interp.questions.grading import judge
 from interp.questions.readers.pictures import image_of
 from interp.questions.readers.report import Failure, ReadReport, RowError, counted
-from interp.questions.readers.rows import Row, gradable, objects, text_of, without_markers
+from interp.questions.readers.rows import gradable, text_of, without_markers
+from interp.questions.readers.tables import Row, rows_of
 
 PairOfExamples = tuple[Example, Example]
 
@@ -81,7 +82,7 @@ def read_vision_function(
         FrankenlensError: no such file, or no row that can be read.
     """
     path = Path(path) / "data.jsonl" if Path(path).is_dir() else Path(path)
-    rows, failures = objects(path)
+    rows, failures = rows_of(path)
     n_rows = len(rows) + len(failures)
     pairs: list[PairOfExamples] = []
     renamed: list[int] = []
