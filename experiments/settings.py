@@ -20,6 +20,7 @@ from interp.questions.readers import Fields, ReadReport, read_gsm8k, read_jsonl,
 from interp.questions.tasks import REASONING, sample
 
 MATHVISTA = ("general-vqa", "math-targeted-vqa")
+NONE = ("none",)  # no delimiters
 LISTED = 20  # rows that could not be read, named one by one
 Correction = Literal["holm", "bh"]
 CORRECTIONS = {"holm": "Holm", "bh": "Benjamini-Hochberg"}
@@ -49,16 +50,20 @@ class PairSettings(ModelSettings):
     """Which models, and how they are run; the defaults are the triple that ships with the package.
 
     Attributes:
-        reasoning: what stands before and after the reasoning in generated text.
-        answer: what stands before the answer, and after it unless it runs to the end of the turn.
+        reasoning: what stands before and after the reasoning in generated text; none where nothing does.
+        answer: what stands before the answer, and after it unless it runs to the end of the turn; none where nothing
+            does, so that the answer is all that follows the reasoning.
+        unparsed: share of either model's traces that may fail to be read so, on a sample, before anything is measured;
+            1 to go on whatever they say.
         max_new_tokens: longest generated text.
         batch_size: prompts a forward.
         device_map: as in transformers and accelerate ("auto", "cuda", ...).
         dtype: as in transformers; auto keeps the checkpoint's own.
     """
 
-    reasoning: tuple[str, str] = ("<think>", "</think>")
+    reasoning: tuple[str, ...] = ("<think>", "</think>")
     answer: tuple[str, ...] = ("answer",)
+    unparsed: float = 0.2
     max_new_tokens: int = 128
     batch_size: int = 32
     device_map: str | None = None
@@ -67,8 +72,10 @@ class PairSettings(ModelSettings):
     @property
     def trace_format(self) -> TraceFormat:
         """What delimits reasoning and answer."""
+        reasoning = None if self.reasoning == NONE else (self.reasoning[0], self.reasoning[1])
         before, *after = self.answer
-        return TraceFormat(self.reasoning, (before, after[0] if after else None))
+        answer = None if self.answer == NONE else (before, after[0] if after else None)
+        return TraceFormat(reasoning, answer)
 
     @property
     def running(self) -> dict[str, Any]:
@@ -138,13 +145,24 @@ def require_sound(config: ModelSettings) -> None:
         given = getattr(config, name, None)
         if given is not None and given < 1:
             raise FrankenlensError(f"{as_option(name)} is {given}; give at least 1.")
-    answer = getattr(config, "answer", ("answer",))
-    if len(answer) not in (1, 2):
-        raise FrankenlensError(
-            rf"--answer has {len(answer)} values; give what stands before the answer, and what stands after "
-            r"it unless it runs to the end of the turn: --answer '\boxed{' '}'."
-        )
+    if isinstance(config, PairSettings):
+        _require_format(config)
     require_agreement(config)
+
+
+def _require_format(config: PairSettings) -> None:
+    if len(config.reasoning) != 2 and config.reasoning != NONE:
+        raise FrankenlensError(
+            f"--reasoning has {len(config.reasoning)} values; give what stands before the reasoning and what stands "
+            "after it, or none where nothing does."
+        )
+    if len(config.answer) not in (1, 2):
+        raise FrankenlensError(
+            rf"--answer has {len(config.answer)} values; give what stands before the answer, and what stands after "
+            r"it unless it runs to the end of the turn: --answer '\boxed{' '}'; or none where nothing does."
+        )
+    if not 0 <= config.unparsed <= 1:
+        raise FrankenlensError(f"--unparsed is a share of the traces, 0 to 1, not {config.unparsed:g}.")
 
 
 def _require_data(config: ModelSettings) -> None:

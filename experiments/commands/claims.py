@@ -15,6 +15,7 @@ import pandas as pd
 import tyro
 import xarray as xr
 
+from experiments.contract import admitted
 from experiments.frame import Command
 from experiments.settings import Questions, QuestionSettings, load_examples, load_pair
 from hooks.errors import FrankenlensError
@@ -126,7 +127,8 @@ def tested(
 ) -> Outcome:
     """One family on one pair, with the settings."""
     settings = {"allow_reuse": config.allow_reuse, "seed": config.seed, "progress": progress}
-    return put_to_test(pair, family, asked.examples, **settings, **config.running)
+    fit = admitted(pair, asked, config)
+    return put_to_test(pair, family, fit.examples, **settings, **config.running)
 
 
 def finding(outcomes: Mapping[str, Outcome]) -> str:

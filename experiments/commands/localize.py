@@ -16,6 +16,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
+from experiments.contract import askable, require_readable
 from experiments.frame import Command
 from experiments.options import Only, default, require_known
 from experiments.settings import NoImages, QuestionSettings, load_examples, load_triple
@@ -152,21 +153,31 @@ def load(config: LocalizeConfig) -> FunctionPairs:
     return asked.asking([one for task in config.tasks for one in sample(task, config.n, config.seed, "map")])
 
 
+def admit(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> FunctionPairs:
+    """Pairs and questions that can be asked, if the model that is looked into writes what can be read.
+
+    Raises:
+        FrankenlensError: the pair has no such model; nothing can be asked, or too many traces cannot be read.
+    """
+    name, builder = _model(pair, config), _builder(pair, config, asked)
+    if builder.text_only and any(example.images for example in asked.examples):
+        raise NoImages(
+            "These models read text alone, and pairs of images are swapped: give --data, a file of questions, of which "
+            "layers are ablated."
+        )
+    examples, left_out = askable(builder, asked.examples)
+    require_readable(pair, builder, examples, config, [name])
+    return asked.only(examples, left_out)
+
+
 def measure(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> Iterator[Section]:
     """Swaps and ablations of one model of a pair.
 
     Raises:
-        FrankenlensError: the pair has no such model, or a window is wider than it is deep.
+        FrankenlensError: a window is wider than the model is deep.
     """
-    name = config.model or ("base" if pair.base is not None else "in")
-    if name not in pair.models:
-        raise FrankenlensError("--model base needs --base, the model that IN was made from.")
+    name = _model(pair, config)
     vlm, builder = pair.models[name], _builder(pair, config, asked)
-    if builder.text_only and any(example.images for example in asked.examples):
-        raise NoImages(
-            "These models read text alone, and pairs of images are swapped: give --data, a JSONL file of questions, of "
-            "which layers are ablated."
-        )
     partition = parse_partition(config.partition, vlm.n_layers)
     swaps = {mode: _swaps(mode, vlm.n_layers, config.what) for mode in config.modes} if asked.pairs else {}
     tables: dict[str, pd.DataFrame] = {}
@@ -225,6 +236,13 @@ def _builder(pair: Pair, config: LocalizeConfig, asked: FunctionPairs) -> Prompt
     whole = TraceFormat(None, None, pair.trace_format.end_of_turn)
     own = pair.builder
     return PromptBuilder(pair.processor, whole, own.template, own.system, own.n_logits)
+
+
+def _model(pair: Pair, config: LocalizeConfig) -> str:
+    name = config.model or ("base" if pair.base is not None else "in")
+    if name not in pair.models:
+        raise FrankenlensError("--model base needs --base, the model that IN was made from.")
+    return name
 
 
 def _width(mode: str) -> int | None:
@@ -300,4 +318,4 @@ def _left_out(config: LocalizeConfig, found: Sequence[xr.Dataset]) -> dict[str, 
     return {reason: count for reason, count in left_out.items() if count}
 
 
-COMMAND = Command(LocalizeConfig, check, load, load_triple, measure)
+COMMAND = Command(LocalizeConfig, check, load, load_triple, measure, admit)
