@@ -71,11 +71,11 @@ class _Tried:
     @property
     def unread(self) -> list[Prompt]:
         """Those that do not parse."""
-        return [prompt for prompt in self.traces if not prompt.trace.ok]
+        return [prompt for prompt in self.traces if not _is_read(prompt)]
 
     def __str__(self) -> str:
         text = f"{len(self.traces) - len(self.unread)} of {self.name}'s {len(self.traces)} traces can be read"
-        faults = [f"{n}: {why}" for why, n in count_faults(prompt.trace for prompt in self.traces).items()]
+        faults = [f"{n}: {why}" for why, n in count_faults(prompt.trace for prompt in self.unread).items()]
         faults += [f"{self.n_cut} were cut off at --max-new-tokens"] if self.n_cut else []
         return f"{text} ({'; '.join(faults)})" if faults else text
 
@@ -121,9 +121,17 @@ def _written(pair: Pair, name: str, prompts: Sequence[Prompt], config: PairSetti
     cut = [
         prompt
         for prompt, ids in zip(traces, written, strict=True)
-        if not prompt.trace.ok and ids and ids[-1] not in prompt.builder.end_ids
+        if not _is_read(prompt) and ids and ids[-1] not in prompt.builder.end_ids
     ]
     return _Tried(name.upper(), traces, len(cut))
+
+
+def _is_read(prompt: Prompt) -> bool:
+    """Whether a trace parses, or is an answer given straight away, which has no reasoning to be found."""
+    trace, answer = prompt.trace, prompt.builder.trace_format.answer
+    if trace.ok or trace.reasoning is not None or trace.answer is None or answer is None:
+        return trace.ok
+    return prompt.builder.decode(prompt.trace_ids).lstrip().startswith(answer[0])
 
 
 def _ways_out(tried: Sequence[_Tried], config: PairSettings) -> str:

@@ -25,7 +25,7 @@ ASKING = {  # what each command needs to be small
     "map": "--points mlp_out",
     "metrics": "--metrics vis",
     "transfer": "",
-    "localize": "--modes single --parts --kinds",
+    "localize": "--model in --modes single --parts --kinds",
     "attention": "",
     "lens": "",
     "knockout": "",
@@ -90,13 +90,22 @@ def test_a_question_that_cannot_be_asked_is_left_out_by_name(tmp_path, capsys):
     builder = PromptBuilder(load_processor(embedded.path("in")))
     rows[1]["question"] += f" {builder.image_token}"
     (tmp_path / "d.json").write_text(json.dumps(rows))
-    settings = ("--data", str(tmp_path / "d.json"), "--decision", "first", "--points", "mlp_out")
+    settings = ("--data", str(tmp_path / "d.json"), "--decision", "soft", "--points", "mlp_out")
     assert run("map", tmp_path, *settings) == 0
     assert (
         "left out: example '2': the question holds the image placeholder '<|image_pad|>'"
         in capsys.readouterr().err
     )
     assert "the question holds the image placeholder" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_an_answer_without_reasoning_is_an_answer(tmp_path, capsys):
+    """The embedded Base answers straight away, and is what `localize` looks into."""
+    assert run("localize", tmp_path, "--model", "base", "--n", "2") == 0
+    assert "32 of BASE's 32 traces can be read. One of them: 'answer " in capsys.readouterr().err
+    assert run("map", tmp_path, "--reasoning", "<plan>", "</plan>") == 2  # an answer behind what has no role
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "0 of RL's 6 traces can be read (6: no '<plan>')" in told and "--reasoning '<think>' '</think>'" in told
 
 
 def test_only_what_no_prompt_can_be_made_of_is_left_out():
