@@ -16,7 +16,17 @@ from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
-from interp.questions.readers import Fields, ReadReport, read_gsm8k, read_jsonl, read_math500, read_mathvista
+from interp.questions.readers import (
+    Draw,
+    Fields,
+    ReadReport,
+    Seen,
+    read_gsm8k,
+    read_jsonl,
+    read_math500,
+    read_mathvista,
+)
+from interp.questions.readers.draw import Split
 from interp.questions.tasks import REASONING, sample
 
 MATHVISTA = ("general-vqa", "math-targeted-vqa")
@@ -95,13 +105,16 @@ class DataSettings:
         fields: names of the fields of the data, where they are others: question=problem answer=solution image=images
             (and id, task, reasoning).
         encoding: of the data's text: gbk, latin-1, ...; by default UTF-8, or the UTF-16 that a file shows.
-        n: prompts to look at.
+        split: half of the data, explore or confirm: what is found on the one is confirmed on the other, whatever n and
+            seed.
+        n: prompts to look at; rows of data are drawn by --seed.
     """
 
     data: Path | None = None
     images: Path | None = None
     fields: tuple[str, ...] = ()
     encoding: str | None = None
+    split: Split = "all"
     n: int = 160
 
 
@@ -175,6 +188,10 @@ def _require_data(config: ModelSettings) -> None:
             raise FrankenlensError(
                 f"{as_option(name)} is of a file of your own: give that as --data, or leave {as_option(name)} out."
             )
+    if getattr(config, "split", "all") != "all" and data is None:
+        raise FrankenlensError(
+            "--split is of data: give --data; synthetic questions are drawn anew by --seed."
+        )
     Fields.parse(getattr(config, "fields", ()))
 
 
@@ -203,37 +220,57 @@ def _opened(config: PairSettings, base: str | None) -> Pair:
 
 
 def load_examples(
-    config: DataSettings, seed: int, tasks: Sequence[str] = REASONING
+    config: DataSettings, seed: int, tasks: Sequence[str] = REASONING, seen: Seen | None = None
 ) -> tuple[list[Example], dict[str, int]]:
     """At most `n` examples, and reason -> number of those that were left out.
 
-    Without data: synthetic tasks in equal shares, from the split that training never saw.
+    Without data: synthetic tasks in equal shares, from the split that training never saw. Of data: rows drawn by seed.
+
+    Args:
+        config: which questions.
+        seed: of the draw.
+        tasks: that are synthetic.
+        seen: examples that are left out, in whose place other rows of data are drawn.
 
     Raises:
-        FrankenlensError: no row can be read, or a public data set cannot be loaded.
+        FrankenlensError: no row can be read, a public data set cannot be loaded, or all were looked at before.
     """
+    seen = seen or Seen()
     if config.data is None:
         sizes = [config.n // len(tasks) + (i < config.n % len(tasks)) for i in range(len(tasks))]
         drawn = (sample(task, size, seed, "map") for task, size in zip(tasks, sizes, strict=True))
-        return [example for some in drawn for example in some], {}
-    examples, report = _read(str(config.data), config)
+        every = [example for some in drawn for example in some]
+        examples = [example for example in every if example not in seen]
+        dropped = {seen.reason: len(every) - len(examples)} if len(examples) < len(every) else {}
+        _require_unseen(examples, dropped, seen)
+        return examples, dropped
+    examples, report = _read(str(config.data), config, Draw(config.n, seed, config.split, seen))
     if report.failures or report.renamed or report.notes:
         print(report, file=sys.stderr)
-    if not examples:
-        raise FrankenlensError(
-            f"No row of {config.data} can be read; row {report.failures[0].row}: {report.failures[0].reason}."
-        )
     dropped = {f"row {failure.row}: {failure.reason}": 1 for failure in report.failures[:LISTED]}
     if len(report.failures) > LISTED:
         dropped["further rows that cannot be read"] = len(report.failures) - LISTED
-    if len(examples) > config.n:
-        dropped[f"rows beyond the first {config.n} (--n)"] = len(examples) - config.n
-    return examples[: config.n], dropped
+    _require_unseen(examples, report.passed, seen)
+    if not examples:
+        first = "".join(f"; row {one.row}: {one.reason}" for one in report.failures[:1])
+        other = "".join(f"; {n} {reason}" for reason, n in report.passed.items())
+        raise FrankenlensError(f"No row of {config.data} can be read{first}{other}.")
+    return examples, {**dropped, **{f"rows {reason}": n for reason, n in report.passed.items()}}
 
 
-def load_questions(config: QuestionSettings) -> Questions:
+def _require_unseen(examples: Sequence[Example], left_out: Mapping[str, int], seen: Seen) -> None:
+    if examples or not left_out.get(seen.reason):
+        return
+    raise FrankenlensError(
+        f"all {left_out[seen.reason]} questions were looked at {seen.when}, and what was found is confirmed on others: "
+        "give another --seed or more of them (--n) of the synthetic ones; of data of your own, rows that it did not "
+        "look at: make it on fewer (--n), or on one half (--split explore), and go on with the other (--split confirm)."
+    )
+
+
+def load_questions(config: QuestionSettings, seen: Seen | None = None) -> Questions:
     """`load_examples`, for a command that asks nothing else."""
-    return Questions(*load_examples(config, config.seed))
+    return Questions(*load_examples(config, config.seed, seen=seen))
 
 
 def is_public(name: str) -> bool:
@@ -241,13 +278,13 @@ def is_public(name: str) -> bool:
     return name.partition(":")[0] == "mathvista" or name in ("math-500", "gsm8k")
 
 
-def _read(name: str, config: DataSettings) -> tuple[list[Example], ReadReport]:
+def _read(name: str, config: DataSettings, draw: Draw) -> tuple[list[Example], ReadReport]:
     """The rows of a public data set, or of a file."""
     which, _, category = name.partition(":")
     if which == "mathvista":
         if category not in ("", *MATHVISTA):
             raise FrankenlensError(f"--data {name}: MathVista has {', '.join(MATHVISTA)}, no {category!r}.")
-        return read_mathvista(category=category or None, n=config.n)
+        return read_mathvista(category=category or None, draw=draw)
     if name in ("math-500", "gsm8k"):
-        return {"math-500": read_math500, "gsm8k": read_gsm8k}[name](n=config.n)
-    return read_jsonl(name, config.images, Fields.parse(config.fields), encoding=config.encoding)
+        return {"math-500": read_math500, "gsm8k": read_gsm8k}[name](draw=draw)
+    return read_jsonl(name, config.images, Fields.parse(config.fields), encoding=config.encoding, draw=draw)

@@ -117,8 +117,8 @@ def check(config: LocalizeConfig) -> None:
         raise FrankenlensError(
             f"--functions names pairs of images; {config.data} is a file of single questions."
         )
-    for name in ("images", "fields", "encoding"):
-        if getattr(config, name) and _has_pairs(config):
+    for name in ("images", "fields", "encoding", "split"):
+        if getattr(config, name) not in (None, (), "all") and _has_pairs(config):
             raise FrankenlensError(
                 f"--{name} is of a file of questions; a folder of pairs has its own: leave it out."
             )

@@ -74,7 +74,7 @@ def proposed(own: TraceFormat, written: Sequence[tuple[str, str]]) -> Proposal |
 
 
 def _telling(one: TraceFormat) -> tuple[bool, int, int]:
-    """How much a format delimits: reasoning or not; the answer on both sides, before it, or not; by how many letters."""
+    """What a format delimits: reasoning or not; the answer on both sides, before it, or not; in how many letters."""
     if one.answer is None:
         return one.reasoning is not None, 0, 0
     return one.reasoning is not None, 1 if one.answer[1] is None else 2, len(one.answer[0])

@@ -69,17 +69,23 @@ def fingerprint(example: Example) -> str:
     return digest.hexdigest()
 
 
-def with_looked_at(dataset: xr.Dataset, examples: Sequence[Example]) -> xr.Dataset:
+def with_looked_at(
+    dataset: xr.Dataset, examples: Sequence[Example], before: xr.Dataset | None = None
+) -> xr.Dataset:
     """A result that names all examples it was found on, those without a value (no decision, say) among them.
 
     Args:
         dataset: the result.
         examples: all that were looked at; `interp.hypotheses.examples_of` reads them again.
+        before: a result that this one was built on, whose examples count as looked at, too.
 
     Returns:
         A copy with the coordinates looked_at (ids) and looked_at_content (fingerprints), of a dimension of their own.
     """
     once = {(example.id, fingerprint(example)) for example in examples}
+    if before is not None and CONTENT in before.coords:
+        names, contents = (before[name].to_numpy().astype(str).tolist() for name in (LOOKED_AT, CONTENT))
+        once |= set(zip(names, contents, strict=True))
     ids, contents = zip(*sorted(once), strict=True) if once else ((), ())
     coords = {LOOKED_AT: np.array(ids, str), CONTENT: (LOOKED_AT, np.array(contents, str))}
     return dataset.drop_dims(LOOKED_AT, errors="ignore").assign_coords(coords)

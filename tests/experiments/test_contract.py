@@ -105,7 +105,10 @@ def test_an_answer_without_reasoning_is_an_answer(tmp_path, capsys):
     assert "32 of BASE's 32 traces can be read. One of them: 'answer " in capsys.readouterr().err
     assert run("map", tmp_path, "--reasoning", "<plan>", "</plan>") == 2  # an answer behind what has no role
     told = capsys.readouterr().err.splitlines()[-1]
-    assert "0 of RL's 6 traces can be read (6: no '<plan>')" in told and "--reasoning '<think>' '</think>'" in told
+    assert (
+        "0 of RL's 6 traces can be read (6: no '<plan>')" in told
+        and "--reasoning '<think>' '</think>'" in told
+    )
 
 
 def test_only_what_no_prompt_can_be_made_of_is_left_out():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +13,9 @@ from hooks.errors import FrankenlensError
 from hooks.extras import require_installed
 from interp.questions.examples import Example
 from interp.questions.grading import extract
+from interp.questions.readers.draw import Draw, take
 from interp.questions.readers.pictures import image_of
-from interp.questions.readers.report import Failure, ReadReport, RowError, counted
+from interp.questions.readers.report import ReadReport, RowError, counted
 from interp.questions.readers.rows import gradable, text_of
 
 Row = Mapping[str, Any]
@@ -28,6 +30,7 @@ def read_mathvista(
     split: str = "testmini",
     category: str | None = None,
     n: int | None = None,
+    draw: Draw | None = None,
 ) -> tuple[list[Example], ReadReport]:
     """MathVista. The question is the benchmark's own `query` (with hint and options); the task is its category.
 
@@ -39,6 +42,7 @@ def read_mathvista(
         split: testmini has the answers.
         category: "general-vqa" or "math-targeted-vqa"; both by default.
         n: at most so many examples, the first.
+        draw: instead of n, which of them.
 
     Raises:
         FrankenlensError: it cannot be loaded, a column is missing, or no row can be read.
@@ -49,22 +53,36 @@ def read_mathvista(
         return category is None or (row["metadata"] or {}).get("category") == category
 
     return _read(
-        source, split, columns, _mathvista, n=n, wanted=wanted, what=f"of the category {category!r} "
+        source,
+        split,
+        columns,
+        _mathvista,
+        draw=draw or Draw(n),
+        wanted=wanted,
+        what=f"of the category {category!r} ",
     )
 
 
 def read_math500(
-    source: str | Path = "HuggingFaceH4/MATH-500", *, split: str = "test", n: int | None = None
+    source: str | Path = "HuggingFaceH4/MATH-500",
+    *,
+    split: str = "test",
+    n: int | None = None,
+    draw: Draw | None = None,
 ) -> tuple[list[Example], ReadReport]:
     """MATH-500: text-only problems, graded by math-verify; arguments and errors as `read_mathvista`."""
-    return _read(source, split, ("problem", "answer", "unique_id"), _math500, n=n)
+    return _read(source, split, ("problem", "answer", "unique_id"), _math500, draw=draw or Draw(n))
 
 
 def read_gsm8k(
-    source: str | Path = "openai/gsm8k", *, split: str = "test", n: int | None = None
+    source: str | Path = "openai/gsm8k",
+    *,
+    split: str = "test",
+    n: int | None = None,
+    draw: Draw | None = None,
 ) -> tuple[list[Example], ReadReport]:
     """GSM8K: text-only problems, graded as numbers; arguments and errors as `read_mathvista`."""
-    return _read(source, split, ("question", "answer"), _gsm8k, config="main", n=n)
+    return _read(source, split, ("question", "answer"), _gsm8k, config="main", draw=draw or Draw(n))
 
 
 def _mathvista(index: int, row: Row) -> Example:
@@ -117,7 +135,7 @@ def _read(
     to_example: Callable[[int, Row], Example],
     *,
     config: str | None = None,
-    n: int | None = None,
+    draw: Draw,
     wanted: Callable[[Row], bool] | None = None,
     what: str = "",
 ) -> tuple[list[Example], ReadReport]:
@@ -127,32 +145,27 @@ def _read(
         raise FrankenlensError(
             f"{source} has no column {', '.join(missing)}; there are {', '.join(rows.column_names)}"
         )
-    places = range(len(rows))
-    if wanted is not None:
-        small = rows.select_columns([name for name in columns if name != IMAGE])
-        places = [i for i, row in enumerate(small) if wanted(row)]
-    examples: list[Example] = []
-    failures: list[Failure] = []
+    small = rows.select_columns([name for name in rows.column_names if name != IMAGE])
+    places = [(i + 1, i) for i, row in enumerate(small) if wanted is None or wanted(row)]
     remarks: Counter[str] = Counter()
-    for place in places:
-        if n is not None and len(examples) == n:
-            break
-        try:
-            row = rows[place]
-            if IMAGE in columns:
-                if row[IMAGE] is None:
-                    raise RowError(f"the field {IMAGE!r} holds no image")
-                row[IMAGE], said = image_of(row[IMAGE], Path())
-                remarks.update(said)
-            examples.append(gradable(to_example(place, row)))
-        except RowError as error:
-            failures.append(Failure(place + 1, str(error)))
-    if not examples:
+
+    def read(number: int, place: int) -> Example:
+        row = rows[place]
+        if IMAGE in columns:
+            if row[IMAGE] is None:
+                raise RowError(f"the field {IMAGE!r} holds no image")
+            row[IMAGE], said = image_of(row[IMAGE], Path())
+            remarks.update(said)
+        return gradable(to_example(place, row))
+
+    taken = take(places, draw, lambda place: json.dumps(small[place], default=str), read)
+    failures, n_read = taken.failures, len(taken.examples)
+    if not n_read and not taken.passed:
         first = f"; row {failures[0].row}: {failures[0].reason}" if failures else ""
         raise FrankenlensError(f"{source}, split {split}: no row {what}can be read{first}")
-    n_rows = len(examples) + len(failures)
-    return examples, ReadReport(
-        f"{source} ({split})", n_rows, len(examples), tuple(failures), notes=counted(remarks)
+    name, tried = f"{source} ({split})", n_read + len(failures)
+    return list(taken.examples), ReadReport(
+        name, tried, n_read, failures, notes=counted(remarks), passed=taken.passed
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,8 +11,9 @@ from typing import Any
 
 from hooks.errors import FrankenlensError, nearest
 from interp.questions.examples import Example
+from interp.questions.readers.draw import Draw, take
 from interp.questions.readers.pictures import image_of
-from interp.questions.readers.report import Failure, ReadReport, RowError, counted
+from interp.questions.readers.report import ReadReport, RowError, counted
 from interp.questions.readers.rows import NUMBERS, gradable, text_if_any, text_of, without_markers
 from interp.questions.readers.tables import Row, rows_of
 
@@ -62,6 +64,7 @@ def read_jsonl(
     fields: Fields | None = None,
     *,
     encoding: str | None = None,
+    draw: Draw | None = None,
 ) -> tuple[list[Example], ReadReport]:
     """Examples of a file of rows, and a report that counts every row that could not be read.
 
@@ -74,6 +77,7 @@ def read_jsonl(
         images: folder that relative image paths start from; by default the file's own.
         fields: names of the fields.
         encoding: of text, as Python names it; by default UTF-8, or the UTF-16 or UTF-32 that a file shows.
+        draw: which rows are taken, and hence read; by default all.
 
     Raises:
         FrankenlensError: no such file, one of another kind, no rows, a required field (question, answer) or one that
@@ -85,31 +89,50 @@ def read_jsonl(
     _require_fields(path, rows, fields)
     root = path.parent if images is None else Path(images)
     n_with_image = sum(fields.image in row for _, row in rows)
-    examples: list[Example] = []
+    names, renamed = _names(rows, fields)
+    notes: Counter[str] = Counter()
+
+    def read(n: int, row: Row) -> Example:
+        if n_with_image and fields.image not in row:
+            raise RowError(
+                f"it has no field {fields.image!r}, and {n_with_image} other rows have; write [] there if the question "
+                "has no image"
+            )
+        example, remarks = _example(n, row, names[n], root, fields)
+        notes.update(remarks)
+        return example
+
+    taken = take(rows, draw or Draw(), lambda row: _asked(row, fields), read)
+    if not any(example.images for example in taken.examples):
+        notes.pop(NONE, None)  # a file of text alone
+    failures = sorted([*failures, *taken.failures], key=lambda failure: failure.row)
+    n_read = len(taken.examples)
+    return list(taken.examples), ReadReport(
+        str(path), n_rows, n_read, tuple(failures), renamed, counted(notes), taken.passed
+    )
+
+
+def _names(rows: Sequence[tuple[int, Row]], fields: Fields) -> tuple[dict[int, str], tuple[int, ...]]:
+    """What each row is called, whichever are drawn, and which of them repeat another's id."""
+    names: dict[int, str] = {}
     renamed: list[int] = []
     used: set[str] = set()
-    notes: Counter[str] = Counter()
     for n, row in rows:
-        try:
-            if n_with_image and fields.image not in row:
-                raise RowError(
-                    f"it has no field {fields.image!r}, and {n_with_image} other rows have; write [] there if the "
-                    "question has no image"
-                )
-            example, remarks = _example(n, row, root, fields, used)
-        except RowError as error:
-            failures.append(Failure(n, str(error)))
-            continue
-        if example.id != _id(n, row, fields):
+        given = row.get(fields.id)
+        name = str(n) if given in (None, "") else str(given)
+        if name in used:
             renamed.append(n)
-        used.add(example.id)
-        notes.update(remarks)
-        examples.append(example)
-    if not any(example.images for example in examples):
-        notes.pop(NONE, None)  # a file of text alone
-    failures.sort(key=lambda failure: failure.row)
-    return examples, ReadReport(
-        str(path), n_rows, len(examples), tuple(failures), tuple(renamed), counted(notes)
+            name = f"{name}#{n}"
+        used.add(name)
+        names[n] = name
+    return names, tuple(renamed)
+
+
+def _asked(row: Row, fields: Fields) -> str:
+    """What a row asks, in one text: the same wherever it stands, and whatever it is called."""
+    held = [row.get(name) for name in (fields.question, fields.answer, fields.image)]
+    return json.dumps(
+        held, sort_keys=True, default=lambda one: one.hex() if isinstance(one, bytes) else str(one)
     )
 
 
@@ -152,16 +175,16 @@ def _is_like_image(value: Any) -> bool:
     )
 
 
-def _example(n: int, row: Row, root: Path, fields: Fields, used: set[str]) -> tuple[Example, list[str]]:
+def _example(n: int, row: Row, name: str, root: Path, fields: Fields) -> tuple[Example, list[str]]:
     """The example of a row, and what is to be remarked about it."""
     given = row.get(fields.image)
     values = given if isinstance(given, list) else [] if given is None else [given]
     question = without_markers(text_of(row, fields.question), len(values))
+    text_if_any(row, fields.id)
     opened = [image_of(value, root) for value in values]
     remarks = [remark for _, some in opened for remark in some]
-    name = _id(n, row, fields)
     example = Example(
-        id=f"{name}#{n}" if name in used else name,
+        id=name,
         images=tuple(image for image, _ in opened),
         question=question,
         answer=text_of(row, fields.answer),
@@ -170,10 +193,6 @@ def _example(n: int, row: Row, root: Path, fields: Fields, used: set[str]) -> tu
         meta={"row": n} | {key: _setting(row, key) for key in META if row.get(key) is not None},
     )
     return gradable(example), [*remarks, *([NONE] if given is None and fields.image in row else [])]
-
-
-def _id(n: int, row: Row, fields: Fields) -> str:
-    return text_if_any(row, fields.id) or str(n)
 
 
 def _setting(row: Row, key: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 SHOWN = 60
@@ -39,6 +39,7 @@ class ReadReport:
         failures: the others.
         renamed: rows whose id had occurred before and got `#row` appended.
         notes: what is to be known of the rows as a whole.
+        passed: reason to number of rows that were not drawn (`interp.questions.readers.draw`).
     """
 
     path: str
@@ -47,6 +48,7 @@ class ReadReport:
     failures: tuple[Failure, ...] = ()
     renamed: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    passed: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.n_read} of {self.n_rows} rows read, {len(self.failures)} failed"]
@@ -56,6 +58,7 @@ class ReadReport:
                 f"  {len(self.renamed)} rows repeat an id and were renamed, the first in row {self.renamed[0]}"
             )
         lines += [f"  {note}" for note in self.notes]
+        lines += [f"  {n} rows {reason}" for reason, n in self.passed.items()]
         return "\n".join(lines)
 
 
