@@ -134,7 +134,7 @@ class Bench:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
-        self._opened: tuple[Any, Any, Any] | None = None
+        self._opened: tuple[Any, Any] | None = None
         self._found: dict[str, dict[str, Verdict] | Exception] = {}
         self._claims: dict[str, dict[str, Claim | Exception]] = {}
         self.lines: list[str] = []
@@ -182,14 +182,13 @@ class Bench:
 
     def _test(self, family: Family) -> dict[str, Verdict]:
         from experiments.commands import claims
-        from experiments.settings import load_questions
 
+        config = self._settings() if self._opened is None else self._opened[1]
+        asked = claims.held_out(family, config)
         if self._opened is None:
-            config = self._settings()
-            asked = load_questions(config)
             with _no_bars():
-                self._opened = claims.load_pair(config), asked, config
-        outcome = claims.tested(self._opened[0], family, *self._opened[1:], progress=False)
+                self._opened = claims.load_pair(config), config
+        outcome = claims.tested(self._opened[0], family, asked, config, progress=False)
         self.lines += [verdict.line for verdict in outcome.verdicts]
         return {verdict.claim.name: verdict for verdict in outcome.verdicts}
 

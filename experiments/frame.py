@@ -20,6 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from tqdm.auto import tqdm
 
+from experiments.contract import admitted
 from experiments.settings import ModelSettings, require_sound
 from hooks.errors import FrankenlensError
 from interp.results.files import provenance, publishing
@@ -65,8 +66,9 @@ class Command(Generic[Settings, Models, Question]):
         check: refuses settings that contradict each other, beyond what `require_sound` refuses.
         load: what is asked, before that is opened which it is asked of.
         open: what it is asked of.
-        measure: the sections of the page, one after the other, as they are finished. What `load` left out is added to
-            their accounts.
+        measure: the sections of the page, one after the other, as they are finished. What `load` and `admit` left out
+            is added to their accounts.
+        admit: what of that can be asked of what was opened, and read; refuses a pair whose traces cannot be read.
     """
 
     settings: type[Settings]
@@ -74,6 +76,7 @@ class Command(Generic[Settings, Models, Question]):
     load: Callable[[Settings], Question]
     open: Callable[[Settings], Models]
     measure: Callable[[Models, Question, Settings], Iterable[Section]]
+    admit: Callable[[Models, Question, Settings], Question] = admitted
 
     def prepare(self, config: Settings) -> Callable[[Models], Iterator[Section]]:
         """Check and load; what remains is to measure, whatever is opened.
@@ -87,8 +90,9 @@ class Command(Generic[Settings, Models, Question]):
         asked = self.load(config)
 
         def measure(models: Models) -> Iterator[Section]:
-            for section in self.measure(models, asked, config):
-                yield _without(section, asked.left_out)
+            fit = self.admit(models, asked, config)
+            for section in self.measure(models, fit, config):
+                yield _without(section, fit.left_out)
 
         return measure
 

@@ -16,10 +16,21 @@ from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
-from interp.questions.readers import ReadReport, read_gsm8k, read_jsonl, read_math500, read_mathvista
+from interp.questions.readers import (
+    Draw,
+    Fields,
+    ReadReport,
+    Seen,
+    read_gsm8k,
+    read_jsonl,
+    read_math500,
+    read_mathvista,
+)
+from interp.questions.readers.draw import Split
 from interp.questions.tasks import REASONING, sample
 
 MATHVISTA = ("general-vqa", "math-targeted-vqa")
+NONE = ("none",)  # no delimiters
 LISTED = 20  # rows that could not be read, named one by one
 Correction = Literal["holm", "bh"]
 CORRECTIONS = {"holm": "Holm", "bh": "Benjamini-Hochberg"}
@@ -49,8 +60,11 @@ class PairSettings(ModelSettings):
     """Which models, and how they are run; the defaults are the triple that ships with the package.
 
     Attributes:
-        reasoning: what stands before and after the reasoning in generated text.
-        answer: what stands before the answer, and after it unless it runs to the end of the turn.
+        reasoning: what stands before and after the reasoning in generated text; none where nothing does.
+        answer: what stands before the answer, and after it unless it runs to the end of the turn; none where nothing
+            does, so that the answer is all that follows the reasoning.
+        unparsed: share of either model's traces that may fail to be read so, on a sample, before anything is measured;
+            1 to go on whatever they say.
         max_new_tokens: longest generated text.
         batch_size: prompts a forward.
         device_map: as in transformers and accelerate ("auto", "cuda", ...).
@@ -60,8 +74,9 @@ class PairSettings(ModelSettings):
         accept: differences of the models that are taken as they are, by the names that the refusal gives them.
     """
 
-    reasoning: tuple[str, str] = ("<think>", "</think>")
+    reasoning: tuple[str, ...] = ("<think>", "</think>")
     answer: tuple[str, ...] = ("answer",)
+    unparsed: float = 0.2
     max_new_tokens: int = 128
     batch_size: int = 32
     device_map: str | None = None
@@ -73,8 +88,10 @@ class PairSettings(ModelSettings):
     @property
     def trace_format(self) -> TraceFormat:
         """What delimits reasoning and answer."""
+        reasoning = None if self.reasoning == NONE else (self.reasoning[0], self.reasoning[1])
         before, *after = self.answer
-        return TraceFormat(self.reasoning, (before, after[0] if after else None))
+        answer = None if self.answer == NONE else (before, after[0] if after else None)
+        return TraceFormat(reasoning, answer)
 
     @property
     def running(self) -> dict[str, Any]:
@@ -87,14 +104,23 @@ class DataSettings:
     """Which questions; the synthetic reasoning tasks where none are named.
 
     Attributes:
-        data: JSONL with question, answer and, if it has one, image in each row; or mathvista, mathvista:general-vqa,
-            mathvista:math-targeted-vqa, math-500 or gsm8k; the synthetic reasoning tasks where not given.
+        data: JSONL (or a JSON array, CSV, parquet) with question, answer and, if it has one, image in each row; or
+            mathvista, mathvista:general-vqa, mathvista:math-targeted-vqa, math-500 or gsm8k; the synthetic reasoning
+            tasks where not given.
         images: folder that relative image paths start from; by default that of the data.
-        n: prompts to look at.
+        fields: names of the fields of the data, where they are others: question=problem answer=solution image=images
+            (and id, task, reasoning).
+        encoding: of the data's text: gbk, latin-1, ...; by default UTF-8, or the UTF-16 that a file shows.
+        split: half of the data, explore or confirm: what is found on the one is confirmed on the other, whatever n and
+            seed.
+        n: prompts to look at; rows of data are drawn by --seed.
     """
 
     data: Path | None = None
     images: Path | None = None
+    fields: tuple[str, ...] = ()
+    encoding: str | None = None
+    split: Split = "all"
     n: int = 160
 
 
@@ -133,8 +159,7 @@ def require_sound(config: ModelSettings) -> None:
     """
     if (config.in_ is None) != (config.rl is None):
         raise FrankenlensError("--in and --rl go together: give both, or neither for the pair that ships.")
-    if getattr(config, "images", None) is not None and getattr(config, "data", None) is None:
-        raise FrankenlensError("--images is the folder of the images of --data; give --data as well.")
+    _require_data(config)
     for name in ("n", "batch_size", "max_new_tokens"):
         given = getattr(config, name, None)
         if given is not None and given < 1:
@@ -144,13 +169,41 @@ def require_sound(config: ModelSettings) -> None:
         raise FrankenlensError(
             f"--template {template}: there is no such file; give a file of a Jinja chat template."
         )
-    answer = getattr(config, "answer", ("answer",))
-    if len(answer) not in (1, 2):
-        raise FrankenlensError(
-            rf"--answer has {len(answer)} values; give what stands before the answer, and what stands after "
-            r"it unless it runs to the end of the turn: --answer '\boxed{' '}'."
-        )
+    if isinstance(config, PairSettings):
+        _require_format(config)
     require_agreement(config)
+
+
+def _require_format(config: PairSettings) -> None:
+    if len(config.reasoning) != 2 and config.reasoning != NONE:
+        raise FrankenlensError(
+            f"--reasoning has {len(config.reasoning)} values; give what stands before the reasoning and what stands "
+            "after it, or none where nothing does."
+        )
+    if len(config.answer) not in (1, 2):
+        raise FrankenlensError(
+            rf"--answer has {len(config.answer)} values; give what stands before the answer, and what stands after "
+            r"it unless it runs to the end of the turn: --answer '\boxed{' '}'; or none where nothing does."
+        )
+    if not 0 <= config.unparsed <= 1:
+        raise FrankenlensError(f"--unparsed is a share of the traces, 0 to 1, not {config.unparsed:g}.")
+
+
+def _require_data(config: ModelSettings) -> None:
+    """Options that say how a file is read go with a file."""
+    data = getattr(config, "data", None)
+    if getattr(config, "images", None) is not None and data is None:
+        raise FrankenlensError("--images is the folder of the images of --data; give --data as well.")
+    for name in ("fields", "encoding"):
+        if getattr(config, name, None) and (data is None or is_public(str(data))):
+            raise FrankenlensError(
+                f"{as_option(name)} is of a file of your own: give that as --data, or leave {as_option(name)} out."
+            )
+    if getattr(config, "split", "all") != "all" and data is None:
+        raise FrankenlensError(
+            "--split is of data: give --data; synthetic questions are drawn anew by --seed."
+        )
+    Fields.parse(getattr(config, "fields", ()))
 
 
 def checkpoints(config: ModelSettings) -> tuple[str, str, str | None]:
@@ -183,46 +236,71 @@ def _template(config: PairSettings) -> str | None:
 
 
 def load_examples(
-    config: DataSettings, seed: int, tasks: Sequence[str] = REASONING
+    config: DataSettings, seed: int, tasks: Sequence[str] = REASONING, seen: Seen | None = None
 ) -> tuple[list[Example], dict[str, int]]:
     """At most `n` examples, and reason -> number of those that were left out.
 
-    Without data: synthetic tasks in equal shares, from the split that training never saw.
+    Without data: synthetic tasks in equal shares, from the split that training never saw. Of data: rows drawn by seed.
+
+    Args:
+        config: which questions.
+        seed: of the draw.
+        tasks: that are synthetic.
+        seen: examples that are left out, in whose place other rows of data are drawn.
 
     Raises:
-        FrankenlensError: no row can be read, or a public data set cannot be loaded.
+        FrankenlensError: no row can be read, a public data set cannot be loaded, or all were looked at before.
     """
+    seen = seen or Seen()
     if config.data is None:
         sizes = [config.n // len(tasks) + (i < config.n % len(tasks)) for i in range(len(tasks))]
         drawn = (sample(task, size, seed, "map") for task, size in zip(tasks, sizes, strict=True))
-        return [example for some in drawn for example in some], {}
-    examples, report = _read(str(config.data), config)
-    if report.failures:
+        every = [example for some in drawn for example in some]
+        examples = [example for example in every if example not in seen]
+        dropped = {seen.reason: len(every) - len(examples)} if len(examples) < len(every) else {}
+        _require_unseen(examples, dropped, seen)
+        return examples, dropped
+    examples, report = _read(str(config.data), config, Draw(config.n, seed, config.split, seen))
+    if report.failures or report.renamed or report.notes:
         print(report, file=sys.stderr)
-    if not examples:
-        raise FrankenlensError(
-            f"No row of {config.data} can be read; row {report.failures[0].row}: {report.failures[0].reason}."
-        )
     dropped = {f"row {failure.row}: {failure.reason}": 1 for failure in report.failures[:LISTED]}
     if len(report.failures) > LISTED:
         dropped["further rows that cannot be read"] = len(report.failures) - LISTED
-    if len(examples) > config.n:
-        dropped[f"rows beyond the first {config.n} (--n)"] = len(examples) - config.n
-    return examples[: config.n], dropped
+    _require_unseen(examples, report.passed, seen)
+    if not examples:
+        first = "".join(f"; row {one.row}: {one.reason}" for one in report.failures[:1])
+        other = "".join(f"; {n} {reason}" for reason, n in report.passed.items())
+        raise FrankenlensError(f"No row of {config.data} can be read{first}{other}.")
+    return examples, {**dropped, **{f"rows {reason}": n for reason, n in report.passed.items()}}
 
 
-def load_questions(config: QuestionSettings) -> Questions:
+def _require_unseen(examples: Sequence[Example], left_out: Mapping[str, int], seen: Seen) -> None:
+    if examples or not left_out.get(seen.reason):
+        return
+    raise FrankenlensError(
+        f"all {left_out[seen.reason]} questions were looked at {seen.when}, and what was found is confirmed on others: "
+        "give another --seed or more of them (--n) of the synthetic ones; of data of your own, rows that it did not "
+        "look at: make it on fewer (--n), or on one half (--split explore), and go on with the other (--split confirm)."
+    )
+
+
+def load_questions(config: QuestionSettings, seen: Seen | None = None) -> Questions:
     """`load_examples`, for a command that asks nothing else."""
-    return Questions(*load_examples(config, config.seed))
+    return Questions(*load_examples(config, config.seed, seen=seen))
 
 
-def _read(name: str, config: DataSettings) -> tuple[list[Example], ReadReport]:
-    """The rows of a public data set, or of a JSONL file."""
+def is_public(name: str) -> bool:
+    """Whether `--data` names a public data set."""
+    return name.partition(":")[0] == "mathvista" or name in ("math-500", "gsm8k")
+
+
+def _read(name: str, config: DataSettings, draw: Draw) -> tuple[list[Example], ReadReport]:
+    """The rows of a public data set, or of a file."""
     which, _, category = name.partition(":")
     if which == "mathvista":
         if category not in ("", *MATHVISTA):
             raise FrankenlensError(f"--data {name}: MathVista has {', '.join(MATHVISTA)}, no {category!r}.")
-        return read_mathvista(category=category or None, n=config.n)
+        return read_mathvista(category=category or None, draw=draw)
     if name in ("math-500", "gsm8k"):
-        return {"math-500": read_math500, "gsm8k": read_gsm8k}[name](n=config.n)
-    return read_jsonl(name, config.images)
+        return {"math-500": read_math500, "gsm8k": read_gsm8k}[name](draw=draw)
+    return read_jsonl(name, config.images, Fields.parse(config.fields), encoding=config.encoding, draw=draw)

@@ -15,12 +15,14 @@ import pandas as pd
 import tyro
 import xarray as xr
 
+from experiments.contract import admitted
 from experiments.frame import Command
-from experiments.settings import Questions, QuestionSettings, load_examples, load_pair
+from experiments.settings import Questions, QuestionSettings, load_pair, load_questions
 from hooks.errors import FrankenlensError
 from interp.hypotheses import Family, Outcome, plot_claims, put_to_test, read_claims, verdict_table
 from interp.pair.pair import Pair
 from interp.questions.examples import with_looked_at
+from interp.questions.readers import Seen
 from interp.results.page import Account, Section
 
 
@@ -32,8 +34,8 @@ class ClaimsConfig(QuestionSettings):
         claims: YAML file; see `interp.hypotheses.file`.
         pairs: instead of --in and --rl, several pairs: IN RL IN RL ...
         allow_reuse: test claims on prompts they were found on, too; they are marked exploratory.
-        seed: of the prompts too, where they are synthetic; another than the default of `frankenlens map`, so that what
-            was found there is tested on others.
+        seed: of the prompts too; another than the default of `frankenlens map`. Those that a claim was found on are
+            left out anyway, and others of the data drawn in their place.
         out: folder for claims.csv, claims.png, test.nc and report.html.
     """
 
@@ -98,7 +100,22 @@ def load(config: ClaimsConfig) -> Claimed:
         FrankenlensError: the file has a mistake, or the data cannot be read.
     """
     family = read_claims(config.claims)
-    return Claimed(*load_examples(config, config.seed), family=family)
+    asked = held_out(family, config)
+    return Claimed(asked.examples, asked.left_out, family=family)
+
+
+def held_out(family: Family, config: ClaimsConfig) -> Questions:
+    """Prompts that no claim of a family was found on, unless the settings allow to use those again.
+
+    Raises:
+        FrankenlensError: no row can be read, or all were looked at when the claims were found.
+    """
+    keys = (
+        frozenset[str]()
+        if config.allow_reuse
+        else frozenset().union(*(c.found_on or () for c in family.claims))
+    )
+    return load_questions(config, Seen(keys, "when the claims were found"))
 
 
 def measure(pairs: Pairs, asked: Claimed, config: ClaimsConfig) -> Iterator[Section]:
@@ -126,7 +143,8 @@ def tested(
 ) -> Outcome:
     """One family on one pair, with the settings."""
     settings = {"allow_reuse": config.allow_reuse, "seed": config.seed, "progress": progress}
-    return put_to_test(pair, family, asked.examples, **settings, **config.running)
+    fit = admitted(pair, asked, config)
+    return put_to_test(pair, family, fit.examples, **settings, **config.running)
 
 
 def finding(outcomes: Mapping[str, Outcome]) -> str:

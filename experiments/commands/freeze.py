@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.contract import require_readable
 from experiments.frame import Command, require_begun_alike
 from experiments.options import Only, as_option, default
 from experiments.retraining.arms import plan_arms
@@ -155,8 +156,9 @@ def planned(pair: Pair, config: FreezeConfig) -> Plan:
     if config.data is None:
         recipe = TripleRecipe(require_triple(in_path), config.training, config.n, trl)
     else:
-        train_on = DataSettings(config.train, config.train_images)
+        train_on = DataSettings(config.train, config.train_images, config.fields, config.encoding)
         recipe = own_recipe(pair, in_path, config.training, trl, train_on, config, config)
+        require_readable(pair, pair.builder, [prompt.example for prompt in recipe.prompts], config)
     _require_same_settings(config, pair, trl)
     return Plan(partition, arms, recipe, sizes, config.out)
 

@@ -16,6 +16,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
+from experiments.contract import askable, require_readable
 from experiments.frame import Command
 from experiments.options import Only, default, require_known
 from experiments.settings import NoImages, QuestionSettings, load_examples, load_triple
@@ -111,15 +112,16 @@ class LocalizeConfig(QuestionSettings):
 def check(config: LocalizeConfig) -> None:
     """Refuse data, functions, tasks, modes and ablations that there are not, or that do not go together."""
     if config.data is not None and not config.data.exists():
-        raise FrankenlensError(f"--data {config.data} does not exist; give a folder or a JSONL file.")
+        raise FrankenlensError(f"--data {config.data} does not exist; give a folder, or a file of questions.")
     if not _has_pairs(config) and config.functions:
         raise FrankenlensError(
             f"--functions names pairs of images; {config.data} is a file of single questions."
         )
-    if config.images is not None and _has_pairs(config):
-        raise FrankenlensError(
-            "--images is of a file of questions; a folder of pairs has its own: leave it out."
-        )
+    for name in ("images", "fields", "encoding", "split"):
+        if getattr(config, name) not in (None, (), "all") and _has_pairs(config):
+            raise FrankenlensError(
+                f"--{name} is of a file of questions; a folder of pairs has its own: leave it out."
+            )
     require_known("functions", config.functions, SYNTHETIC if config.data is None else PAPER_FUNCTIONS)
     require_known("tasks", config.tasks, TASKS)
     if not config.modes and not config.parts:
@@ -151,21 +153,31 @@ def load(config: LocalizeConfig) -> FunctionPairs:
     return asked.asking([one for task in config.tasks for one in sample(task, config.n, config.seed, "map")])
 
 
+def admit(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> FunctionPairs:
+    """Pairs and questions that can be asked, if the model that is looked into writes what can be read.
+
+    Raises:
+        FrankenlensError: the pair has no such model; nothing can be asked, or too many traces cannot be read.
+    """
+    name, builder = _model(pair, config), _builder(pair, config, asked)
+    if builder.text_only and any(example.images for example in asked.examples):
+        raise NoImages(
+            "These models read text alone, and pairs of images are swapped: give --data, a file of questions, of which "
+            "layers are ablated."
+        )
+    examples, left_out = askable(builder, asked.examples)
+    require_readable(pair, builder, examples, config, [name])
+    return asked.only(examples, left_out)
+
+
 def measure(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> Iterator[Section]:
     """Swaps and ablations of one model of a pair.
 
     Raises:
-        FrankenlensError: the pair has no such model, or a window is wider than it is deep.
+        FrankenlensError: a window is wider than the model is deep.
     """
-    name = config.model or ("base" if pair.base is not None else "in")
-    if name not in pair.models:
-        raise FrankenlensError("--model base needs --base, the model that IN was made from.")
+    name = _model(pair, config)
     vlm, builder = pair.models[name], _builder(pair, config, asked)
-    if builder.text_only and any(example.images for example in asked.examples):
-        raise NoImages(
-            "These models read text alone, and pairs of images are swapped: give --data, a JSONL file of questions, of "
-            "which layers are ablated."
-        )
     partition = parse_partition(config.partition, vlm.n_layers)
     swaps = {mode: _swaps(mode, vlm.n_layers, config.what) for mode in config.modes} if asked.pairs else {}
     tables: dict[str, pd.DataFrame] = {}
@@ -224,6 +236,13 @@ def _builder(pair: Pair, config: LocalizeConfig, asked: FunctionPairs) -> Prompt
     whole = TraceFormat(None, None, pair.trace_format.end_of_turn)
     own = pair.builder
     return PromptBuilder(pair.processor, whole, own.template, own.system, own.n_logits)
+
+
+def _model(pair: Pair, config: LocalizeConfig) -> str:
+    name = config.model or ("base" if pair.base is not None else "in")
+    if name not in pair.models:
+        raise FrankenlensError("--model base needs --base, the model that IN was made from.")
+    return name
 
 
 def _width(mode: str) -> int | None:
@@ -299,4 +318,4 @@ def _left_out(config: LocalizeConfig, found: Sequence[xr.Dataset]) -> dict[str, 
     return {reason: count for reason, count in left_out.items() if count}
 
 
-COMMAND = Command(LocalizeConfig, check, load, load_triple, measure)
+COMMAND = Command(LocalizeConfig, check, load, load_triple, measure, admit)

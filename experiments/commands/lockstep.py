@@ -32,7 +32,8 @@ from interp.lockstep import EVERYWHERE, Moved, Sampling, confirm, confirmation, 
 from interp.lockstep.plots import plot_confirmation, plot_followed
 from interp.map import component_map, strongest, summarise
 from interp.pair.pair import Pair
-from interp.questions.examples import Example, fingerprint, with_looked_at
+from interp.questions.examples import Example, with_looked_at
+from interp.questions.readers import Seen
 from interp.results.files import load_dataset
 from interp.results.page import Account, Section
 from interp.statistics import interval_text
@@ -106,6 +107,17 @@ def check(config: LockstepConfig) -> None:
         load_dataset(config.map)
 
 
+def load(config: LockstepConfig) -> Questions:
+    """The questions; none that a map looked at.
+
+    Raises:
+        FrankenlensError: no row can be read, or the map looked at all of them.
+    """
+    if config.map is None:
+        return load_questions(config)
+    return load_questions(config, Seen(examples_of(config.map), "when the map was made"))
+
+
 def measure(pair: Pair, asked: Questions, config: LockstepConfig) -> Iterator[Section]:
     """Components moved in and out, and directions added.
 
@@ -140,7 +152,7 @@ def measure(pair: Pair, asked: Questions, config: LockstepConfig) -> Iterator[Se
         _account(config, chosen, found, len(asked.examples)),
         tables,
         figures,
-        with_looked_at(found, asked.examples),
+        with_looked_at(found, asked.examples, config.map and load_dataset(config.map)),
     )
 
 
@@ -160,9 +172,8 @@ def _chosen(pair: Pair, examples: Sequence[Example], config: LockstepConfig) -> 
         sets = {"components": config.components}
         return _Chosen(sets, [], examples, f"components given: {', '.join(config.components)}", {})
     if config.map is not None:
-        used, fresh = [], _not_in(config.map, examples)
+        used, fresh, left_out = [], examples, {}
         summary, how = load_dataset(config.map), f"strongest of {config.map.name}"
-        left_out = {"looked at when the map was made": len(examples) - len(fresh)}
     else:
         used, fresh = examples[::2], examples[1::2]
         summary, n = _small_map(pair, used, config)
@@ -174,18 +185,6 @@ def _chosen(pair: Pair, examples: Sequence[Example], config: LockstepConfig) -> 
     sizes = sorted({min(size, len(picked.components)) for size in config.top})
     sets = {f"top {size}": picked.components[:size] for size in sizes}
     return _Chosen(sets, used, fresh, f"{how}: {picked}", left_out)
-
-
-def _not_in(result: Path, examples: Sequence[Example]) -> list[Example]:
-    """The examples that a result was not found on."""
-    seen = examples_of(result)
-    fresh = [one for one in examples if one.id not in seen and fingerprint(one) not in seen]
-    if not fresh:
-        raise FrankenlensError(
-            f"all {len(examples)} questions were looked at when {result} was made, and components must be "
-            "confirmed on others: give more of them (--n), another --seed for the synthetic ones, or other --data."
-        )
-    return fresh
 
 
 def _small_map(pair: Pair, used: Sequence[Example], config: LockstepConfig) -> tuple[xr.Dataset, int]:
@@ -258,4 +257,4 @@ def _account(config: LockstepConfig, chosen: _Chosen, found: xr.Dataset, n_examp
     )
 
 
-COMMAND = Command(LockstepConfig, check, load_questions, load_pair, measure)
+COMMAND = Command(LockstepConfig, check, load, load_pair, measure)

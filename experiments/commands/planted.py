@@ -14,6 +14,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from experiments.commands.planted_pairs import PlantedPairs
+from experiments.contract import admitted, require_readable
 from experiments.frame import Command, finished, steps
 from experiments.options import Only, as_option, default, require_known
 from experiments.retraining import plants
@@ -118,6 +119,13 @@ def load(config: PlantedConfig) -> Questions:
     if config.data is None:
         return Questions([])
     return Questions(*load_examples(replace(config, n=1_000_000), 0))
+
+
+def admit(pair: Pair, asked: Questions, config: PlantedConfig) -> Questions:
+    """See `experiments.contract.admitted`; of the synthetic tasks, those of the first pair are tried."""
+    if config.data is None:
+        require_readable(pair, pair.builder, load_examples(config, config.seed)[0], config)
+    return admitted(pair, asked, config)
 
 
 def measure(pair: Pair, asked: Questions, config: PlantedConfig) -> Iterator[Section]:
@@ -227,4 +235,4 @@ def _account(config: PlantedConfig, pairs: pd.DataFrame, left_out: Mapping[str, 
     return Account(definition, n, holm, config.seed, left_out=left_out, counts={"examples": config.n})
 
 
-COMMAND = Command(PlantedConfig, check, load, load_pair, measure)
+COMMAND = Command(PlantedConfig, check, load, load_pair, measure, admit)

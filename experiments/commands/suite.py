@@ -16,6 +16,7 @@ from experiments.options import Only, default
 from experiments.settings import ModelSettings, NoImages, PairSettings, load_triple
 from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
+from interp.questions.readers.draw import Split
 from interp.results.page import Section
 
 Part = Literal["metrics", "localize", "attention", "compare", "transfer"]
@@ -27,6 +28,7 @@ PARTS: Mapping[str, Command[Any, Any, Any]] = {
     "transfer": transfer.COMMAND,
 }
 """In the order of the page."""
+OF_DATA = ("data", "images", "fields", "encoding", "split")
 QUARTER = 4  # of --n: localize's pairs a function
 
 
@@ -42,8 +44,10 @@ class SuiteConfig(PairSettings):
     `frankenlens freeze`, which trains, is not a part of it.
 
     Attributes:
-        data: JSONL of questions with answers and images, for all but localize; synthetic questions where not given.
+        data: JSONL (or a JSON array, CSV, parquet) of questions with answers and images, for all but localize;
+            synthetic questions where not given.
         images: folder that relative image paths start from; by default that of the data.
+        fields, encoding, split: as of `frankenlens map`.
         functions_data: folder of the paper's vision-function set, for localize.
         parts: of metrics, localize, attention, compare, transfer; on the page in this order. By default all for which
             there are images.
@@ -56,6 +60,9 @@ class SuiteConfig(PairSettings):
 
     data: Path | None = default(None, only=_one_of("metrics", "attention", "transfer"))  # noqa: RUF009
     images: Path | None = None
+    fields: tuple[str, ...] = ()
+    encoding: str | None = None
+    split: Split = "all"
     functions_data: Path | None = default(None, only=_one_of("localize"))  # noqa: RUF009
     parts: tuple[Part, ...] = default(tuple(PARTS))
     n: int | None = default(None, only=_one_of("metrics", "localize", "attention", "transfer"))
@@ -141,10 +148,16 @@ Config = TypeVar("Config", bound=ModelSettings)
 def settings_of(config: SuiteConfig, part: str) -> Any:
     """A part's settings: its own defaults; models, data, n, partition and paper mode of the suite, where given."""
     kind: type[ModelSettings] = PARTS[part].settings
-    shared = {*PairSettings().options, "data", "images", "paper", *({"n", "partition"} & config.given)}
+    shared = {*PairSettings().options, *OF_DATA, "paper", *({"n", "partition"} & config.given)}
     values = {one.name: getattr(config, one.name) for one in fields(kind) if one.name in shared}
     if part == "localize":
-        values |= {"data": config.functions_data, "images": None}
+        values |= {
+            "data": config.functions_data,
+            "images": None,
+            "fields": (),
+            "encoding": None,
+            "split": "all",
+        }
         values |= {"n": config.n // QUARTER} if config.n is not None else {}
     return kind(**values)
 

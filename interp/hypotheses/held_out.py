@@ -24,7 +24,9 @@ def examples_of(result: Path | str) -> frozenset[str]:
     dataset = load_dataset(result)
     kept = [name for name in (LOOKED_AT, CONTENT) if name in dataset.coords]
     if kept:
-        return frozenset(str(one) for name in kept for one in dataset[name].to_numpy())
+        found = [str(one) for name in kept for one in dataset[name].to_numpy()]
+        # a bare number is a row of some file; what it asked is told by its fingerprint
+        return frozenset(one for one in found if CONTENT not in kept or not one.isdecimal())
     for name in ("id", "example"):
         if name in dataset.coords:
             ids = frozenset(map(str, dataset[name].to_numpy().ravel()))
@@ -65,8 +67,9 @@ def origins(family: Family, examples: Sequence[Example], allow_reuse: bool = Fal
         if again and not allow_reuse:
             raise FrankenlensError(
                 f"{_at(claim)}{claim.name!r} was found on {len(again)} of the {len(examples)} prompts that are to test "
-                f"it ({_listed(again)}). Give others (another seed or data, --seed or --data; rows without an "
-                "`id` are known by their number), or allow_reuse=True (--allow-reuse): it is then marked exploratory."
+                f"it ({_listed(again)}). Give others (another seed or data, --seed or --data; `frankenlens test` draws "
+                "others itself where a file of claims says what they were found on), or allow_reuse=True "
+                "(--allow-reuse): it is then marked exploratory."
             )
         found[claim.name] = "exploratory" if again else "not stated" if claim.found_on is None else "held out"
     return found

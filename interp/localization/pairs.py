@@ -53,6 +53,21 @@ class FunctionPairs:
         """The same with further questions for the ablations."""
         return replace(self, questions=[*self.questions, *more])
 
+    def only(self, examples: Sequence[Example], left_out: Mapping[str, int]) -> FunctionPairs:
+        """What there is of these very examples, and why of no others."""
+        kept = set(map(id, examples))
+
+        def some(pairs: Pairs) -> Pairs:
+            return [pair for pair in pairs if kept.issuperset(map(id, pair))]
+
+        return replace(
+            self,
+            pairs=some(self.pairs),
+            controls={name: some(pairs) for name, pairs in self.controls.items()},
+            questions=[example for example in self.questions if id(example) in kept],
+            left_out={**self.left_out, **left_out},
+        )
+
 
 def synthetic_pairs(tasks: Sequence[str], n: int, seed: int = 0) -> FunctionPairs:
     """n pairs of every task, beside images with the same answer and the images themselves; the targets as questions.

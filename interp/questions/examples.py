@@ -11,6 +11,9 @@ import numpy as np
 import xarray as xr
 from PIL import Image
 
+from hooks.errors import FrankenlensError
+from interp.questions.images import as_seen
+
 LOOKED_AT = "looked_at"
 CONTENT = "looked_at_content"
 
@@ -21,12 +24,15 @@ class Example:
 
     Attributes:
         id: unique within its data set; results are labelled by it.
-        images: in the order in which the question refers to them.
+        images: in the order in which the question refers to them; kept as `interp.questions.images.as_seen` gives them.
         question: the user's text, without template or image placeholders.
         answer: the reference answer, compared exactly (`interp.questions.tasks.grade`).
         task: name of the task, `""` where there is only one.
         reasoning: a reference chain of thought, without delimiters; None where there is none.
         meta: whatever else is known (the synthetic scenes: see `interp.questions.tasks`).
+
+    Raises:
+        FrankenlensError: an image that no model could be shown.
     """
 
     id: str
@@ -36,6 +42,15 @@ class Example:
     task: str = ""
     reasoning: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", tuple(self._seen(*one) for one in enumerate(self.images, 1)))
+
+    def _seen(self, n: int, image: Any) -> Image.Image:
+        try:
+            return as_seen(image)
+        except FrankenlensError as error:
+            raise FrankenlensError(f"example {self.id!r}, image {n} cannot be used: {error}") from error
 
 
 def fingerprint(example: Example) -> str:
@@ -54,17 +69,23 @@ def fingerprint(example: Example) -> str:
     return digest.hexdigest()
 
 
-def with_looked_at(dataset: xr.Dataset, examples: Sequence[Example]) -> xr.Dataset:
+def with_looked_at(
+    dataset: xr.Dataset, examples: Sequence[Example], before: xr.Dataset | None = None
+) -> xr.Dataset:
     """A result that names all examples it was found on, those without a value (no decision, say) among them.
 
     Args:
         dataset: the result.
         examples: all that were looked at; `interp.hypotheses.examples_of` reads them again.
+        before: a result that this one was built on, whose examples count as looked at, too.
 
     Returns:
         A copy with the coordinates looked_at (ids) and looked_at_content (fingerprints), of a dimension of their own.
     """
     once = {(example.id, fingerprint(example)) for example in examples}
+    if before is not None and CONTENT in before.coords:
+        names, contents = (before[name].to_numpy().astype(str).tolist() for name in (LOOKED_AT, CONTENT))
+        once |= set(zip(names, contents, strict=True))
     ids, contents = zip(*sorted(once), strict=True) if once else ((), ())
     coords = {LOOKED_AT: np.array(ids, str), CONTENT: (LOOKED_AT, np.array(contents, str))}
     return dataset.drop_dims(LOOKED_AT, errors="ignore").assign_coords(coords)

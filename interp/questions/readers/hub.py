@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from hooks.errors import FrankenlensError
 from hooks.extras import require_installed
 from interp.questions.examples import Example
 from interp.questions.grading import extract
-from interp.questions.readers.report import Failure, ReadReport, RowError
+from interp.questions.readers.draw import Draw, take
+from interp.questions.readers.pictures import image_of
+from interp.questions.readers.report import ReadReport, RowError, counted
 from interp.questions.readers.rows import gradable, text_of
 
 Row = Mapping[str, Any]
+IMAGE = "decoded_image"
+"""MathVista's column of images."""
 _FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 
 
@@ -26,6 +30,7 @@ def read_mathvista(
     split: str = "testmini",
     category: str | None = None,
     n: int | None = None,
+    draw: Draw | None = None,
 ) -> tuple[list[Example], ReadReport]:
     """MathVista. The question is the benchmark's own `query` (with hint and options); the task is its category.
 
@@ -37,38 +42,51 @@ def read_mathvista(
         split: testmini has the answers.
         category: "general-vqa" or "math-targeted-vqa"; both by default.
         n: at most so many examples, the first.
+        draw: instead of n, which of them.
 
     Raises:
         FrankenlensError: it cannot be loaded, a column is missing, or no row can be read.
     """
-    columns = ("pid", "query", "decoded_image", "answer", "question_type", "answer_type", "metadata")
+    columns = ("pid", "query", IMAGE, "answer", "question_type", "answer_type", "metadata")
 
     def wanted(row: Row) -> bool:
         return category is None or (row["metadata"] or {}).get("category") == category
 
     return _read(
-        source, split, columns, _mathvista, n=n, wanted=wanted, what=f"of the category {category!r} "
+        source,
+        split,
+        columns,
+        _mathvista,
+        draw=draw or Draw(n),
+        wanted=wanted,
+        what=f"of the category {category!r} ",
     )
 
 
 def read_math500(
-    source: str | Path = "HuggingFaceH4/MATH-500", *, split: str = "test", n: int | None = None
+    source: str | Path = "HuggingFaceH4/MATH-500",
+    *,
+    split: str = "test",
+    n: int | None = None,
+    draw: Draw | None = None,
 ) -> tuple[list[Example], ReadReport]:
     """MATH-500: text-only problems, graded by math-verify; arguments and errors as `read_mathvista`."""
-    return _read(source, split, ("problem", "answer", "unique_id"), _math500, n=n)
+    return _read(source, split, ("problem", "answer", "unique_id"), _math500, draw=draw or Draw(n))
 
 
 def read_gsm8k(
-    source: str | Path = "openai/gsm8k", *, split: str = "test", n: int | None = None
+    source: str | Path = "openai/gsm8k",
+    *,
+    split: str = "test",
+    n: int | None = None,
+    draw: Draw | None = None,
 ) -> tuple[list[Example], ReadReport]:
     """GSM8K: text-only problems, graded as numbers; arguments and errors as `read_mathvista`."""
-    return _read(source, split, ("question", "answer"), _gsm8k, config="main", n=n)
+    return _read(source, split, ("question", "answer"), _gsm8k, config="main", draw=draw or Draw(n))
 
 
 def _mathvista(index: int, row: Row) -> Example:
-    image, choices = row["decoded_image"], row.get("choices")
-    if not isinstance(image, Image.Image):
-        raise RowError("the field 'decoded_image' holds no image")
+    image, choices = row[IMAGE], row.get("choices")
     known = row["metadata"] or {}
     meta: dict[str, Any] = {key: known[key] for key in ("category", "task", "source") if known.get(key)}
     meta |= {"unit": row.get("unit"), "question": row.get("question")}
@@ -84,7 +102,7 @@ def _mathvista(index: int, row: Row) -> Example:
         meta["grader"] = "math" if row["answer_type"] == "list" else "text"
     question, answer = text_of(row, "query"), text_of(row, "answer")
     task = str(known.get("category") or "mathvista")
-    return Example(f"mathvista-{row['pid']}", (image.convert("RGB"),), question, answer, task, meta=meta)
+    return Example(f"mathvista-{row['pid']}", (image,), question, answer, task, meta=meta)
 
 
 def _math500(index: int, row: Row) -> Example:
@@ -117,34 +135,47 @@ def _read(
     to_example: Callable[[int, Row], Example],
     *,
     config: str | None = None,
-    n: int | None = None,
+    draw: Draw,
     wanted: Callable[[Row], bool] | None = None,
     what: str = "",
 ) -> tuple[list[Example], ReadReport]:
-    rows = _load(str(source), split, config)
+    rows = _undecoded(_load(str(source), split, config))
     missing = [name for name in columns if name not in rows.column_names]
     if missing:
         raise FrankenlensError(
             f"{source} has no column {', '.join(missing)}; there are {', '.join(rows.column_names)}"
         )
-    places = range(len(rows))
-    if wanted is not None:
-        small = rows.select_columns([name for name in columns if name != "decoded_image"])
-        places = [i for i, row in enumerate(small) if wanted(row)]
-    examples: list[Example] = []
-    failures: list[Failure] = []
-    for place in places:
-        if n is not None and len(examples) == n:
-            break
-        try:
-            examples.append(gradable(to_example(place, rows[place])))
-        except (RowError, OSError) as error:  # OSError: an image that cannot be decoded
-            failures.append(Failure(place + 1, str(error)))
-    if not examples:
+    small = rows.select_columns([name for name in rows.column_names if name != IMAGE])
+    places = [(i + 1, i) for i, row in enumerate(small) if wanted is None or wanted(row)]
+    remarks: Counter[str] = Counter()
+
+    def read(number: int, place: int) -> Example:
+        row = rows[place]
+        if IMAGE in columns:
+            if row[IMAGE] is None:
+                raise RowError(f"the field {IMAGE!r} holds no image")
+            row[IMAGE], said = image_of(row[IMAGE], Path())
+            remarks.update(said)
+        return gradable(to_example(place, row))
+
+    taken = take(places, draw, lambda place: json.dumps(small[place], default=str), read)
+    failures, n_read = taken.failures, len(taken.examples)
+    if not n_read and not taken.passed:
         first = f"; row {failures[0].row}: {failures[0].reason}" if failures else ""
         raise FrankenlensError(f"{source}, split {split}: no row {what}can be read{first}")
-    n_rows = len(examples) + len(failures)
-    return examples, ReadReport(f"{source} ({split})", n_rows, len(examples), tuple(failures))
+    name, tried = f"{source} ({split})", n_read + len(failures)
+    return list(taken.examples), ReadReport(
+        name, tried, n_read, failures, notes=counted(remarks), passed=taken.passed
+    )
+
+
+def _undecoded(rows: Any) -> Any:
+    """The rows with images as their bytes, which `image_of` reads as it reads all others."""
+    import datasets
+
+    if isinstance(rows.features.get(IMAGE), datasets.Image):
+        return rows.cast_column(IMAGE, datasets.Image(decode=False))
+    return rows
 
 
 def _load(source: str, split: str, config: str | None) -> Any:

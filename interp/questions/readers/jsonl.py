@@ -1,26 +1,35 @@
-"""A user's own questions: a JSONL file, beside a folder of images where they have any."""
+"""A user's own questions: a file of rows, beside a folder of images where they have any."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, nearest
 from interp.questions.examples import Example
-from interp.questions.readers.report import Failure, ReadReport, RowError
-from interp.questions.readers.rows import Row, gradable, image_at, objects, text_of, without_markers
+from interp.questions.readers.draw import Draw, take
+from interp.questions.readers.pictures import image_of
+from interp.questions.readers.report import ReadReport, RowError, counted
+from interp.questions.readers.rows import NUMBERS, gradable, text_if_any, text_of, without_markers
+from interp.questions.readers.tables import Row, rows_of
 
-META = ("grader", "choices", "tolerance", "decimals", "iou", "description")
+META = ("grader", "choices", *NUMBERS, "description")
 """Fields that go into `meta` where a row has them: see `interp.questions.grading` and `interp.fine_grained`."""
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+NONE = "a row has null for an image, and is a question without one"
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of a row's fields. `image` holds a path or a list of paths; all but the first two may be absent."""
+    """Names of a row's fields. `image` holds an image or a list of them; all but the first two may be absent.
+
+    An image is a path, a data URI, base64, or {"bytes": ..., "path": ...} as `datasets` keeps it.
+    """
 
     question: str = "question"
     answer: str = "answer"
@@ -29,92 +38,165 @@ class Fields:
     task: str = "task"
     reasoning: str = "reasoning"
 
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> Fields:
+        """From a command line: `question=problem answer=solution image=images`.
+
+        Raises:
+            FrankenlensError: one that is not of that form, or names no field of ours.
+        """
+        ours = asdict(cls())
+        found: dict[str, str] = {}
+        for text in texts:
+            role, _, name = text.partition("=")
+            if role not in ours or not name or role in found:
+                raise FrankenlensError(
+                    f"--fields has {text!r}; give each field once, as ours=yours (answer=solution). Ours are "
+                    f"{', '.join(ours)}. {nearest(role, ours)}".strip()
+                )
+            found[role] = name
+        return cls(**found)
+
 
 def read_jsonl(
-    path: str | Path, images: str | Path | None = None, fields: Fields | None = None
+    path: str | Path,
+    images: str | Path | None = None,
+    fields: Fields | None = None,
+    *,
+    encoding: str | None = None,
+    draw: Draw | None = None,
 ) -> tuple[list[Example], ReadReport]:
-    """Examples of a JSONL file, and a report that counts every row that could not be read.
+    """Examples of a file of rows, and a report that counts every row that could not be read.
 
     A row may also name its grader, and have the fields of `META`; a row whose own reference its grader does not
-    accept is not read. Questions without images need no field for them.
+    accept is not read. Questions without images need no field for them; where some rows have the field and others do
+    not, those others are not read: `[]` or `null` says that a question has no image (`null` is counted in the notes).
 
     Arguments:
-        path: one JSON object per line.
+        path: JSON lines (one object a line); or the same rows as a JSON array, CSV or parquet.
         images: folder that relative image paths start from; by default the file's own.
         fields: names of the fields.
+        encoding: of text, as Python names it; by default UTF-8, or the UTF-16 or UTF-32 that a file shows.
+        draw: which rows are taken, and hence read; by default all.
 
     Raises:
-        FrankenlensError: no such file, no rows, a required field (question, answer) that no row has, or images under
-            another name than `image`.
+        FrankenlensError: no such file, one of another kind, no rows, a required field (question, answer) or one that
+            was named and that no row has, or images under another name than `image`.
     """
     path, fields = Path(path), fields or Fields()
-    rows, failures = objects(path)
+    rows, failures = rows_of(path, encoding)
     n_rows = len(rows) + len(failures)
     _require_fields(path, rows, fields)
     root = path.parent if images is None else Path(images)
-    examples: list[Example] = []
+    n_with_image = sum(fields.image in row for _, row in rows)
+    names, renamed = _names(rows, fields)
+    notes: Counter[str] = Counter()
+
+    def read(n: int, row: Row) -> Example:
+        if n_with_image and fields.image not in row:
+            raise RowError(
+                f"it has no field {fields.image!r}, and {n_with_image} other rows have; write [] there if the question "
+                "has no image"
+            )
+        example, remarks = _example(n, row, names[n], root, fields)
+        notes.update(remarks)
+        return example
+
+    taken = take(rows, draw or Draw(), lambda row: _asked(row, fields), read)
+    if not any(example.images for example in taken.examples):
+        notes.pop(NONE, None)  # a file of text alone
+    failures = sorted([*failures, *taken.failures], key=lambda failure: failure.row)
+    n_read = len(taken.examples)
+    return list(taken.examples), ReadReport(
+        str(path), n_rows, n_read, tuple(failures), renamed, counted(notes), taken.passed
+    )
+
+
+def _names(rows: Sequence[tuple[int, Row]], fields: Fields) -> tuple[dict[int, str], tuple[int, ...]]:
+    """What each row is called, whichever are drawn, and which of them repeat another's id."""
+    names: dict[int, str] = {}
     renamed: list[int] = []
     used: set[str] = set()
     for n, row in rows:
-        try:
-            example = _example(n, row, root, fields, used)
-        except RowError as error:
-            failures.append(Failure(n, str(error)))
-            continue
-        if example.id != str(row.get(fields.id, n)):
+        given = row.get(fields.id)
+        name = str(n) if given in (None, "") else str(given)
+        if name in used:
             renamed.append(n)
-        used.add(example.id)
-        examples.append(example)
-    failures.sort(key=lambda failure: failure.row)
-    return examples, ReadReport(str(path), n_rows, len(examples), tuple(failures), tuple(renamed))
+            name = f"{name}#{n}"
+        used.add(name)
+        names[n] = name
+    return names, tuple(renamed)
+
+
+def _asked(row: Row, fields: Fields) -> str:
+    """What a row asks, in one text: the same wherever it stands, and whatever it is called."""
+    held = [row.get(name) for name in (fields.question, fields.answer, fields.image)]
+    return json.dumps(
+        held, sort_keys=True, default=lambda one: one.hex() if isinstance(one, bytes) else str(one)
+    )
 
 
 def _require_fields(path: Path, rows: Sequence[tuple[int, Row]], fields: Fields) -> None:
     present = dict.fromkeys(key for _, row in rows for key in row)
-    for role in ("question", "answer"):
-        if getattr(fields, role) not in present:
+    for role, name in asdict(fields).items():
+        if name not in present and (role in ("question", "answer") or name != role):
             raise FrankenlensError(
-                f"{path}: no row has the field {getattr(fields, role)!r} for the {role}. Fields there: "
-                f"{', '.join(present)}. Name the right one as Fields({role}=...)."
+                f"{path}: no row has the field {name!r} for the {role}. Fields there: {', '.join(map(str, present))}. "
+                f"Name the right one: {_naming(role)}."
             )
     if fields.image not in present and (looks := _like_images(rows, present)):
         raise FrankenlensError(
             f"{path}: no row has the field {fields.image!r}, and {' and '.join(looks)} looks like images, which "
-            f"would be left out. Call it {fields.image!r} in the file, or name it as Fields(image=...)."
+            f"would be left out. Call it {fields.image!r} in the file, or name it: {_naming('image', looks[0])}."
         )
 
 
+def _naming(role: str, name: str = "NAME") -> str:
+    return f'--fields {role}={name} (in Python: Fields({role}="{name}"))'
+
+
 def _like_images(rows: Sequence[tuple[int, Row]], present: Iterable[str]) -> list[str]:
-    """Fields that are named for images, or hold paths of some."""
+    """Fields that are named for images, or hold some."""
     return [
         name
         for name in present
         if "image" in name.lower()
         or name.lower() in ("img", "imgs", "picture", "photo")
-        or any(_is_path_of_image(row.get(name)) for _, row in rows)
+        or any(_is_like_image(row.get(name)) for _, row in rows)
     ]
 
 
-def _is_path_of_image(value: Any) -> bool:
-    texts = value if isinstance(value, list) else [value]
-    return any(isinstance(text, str) and text.lower().endswith(IMAGES) for text in texts)
+def _is_like_image(value: Any) -> bool:
+    return any(
+        (isinstance(one, str) and one.lower().endswith(IMAGES))
+        or (isinstance(one, str) and one.startswith("data:image/"))
+        or (isinstance(one, Mapping) and set(one) == {"bytes", "path"})
+        for one in (value if isinstance(value, list) else [value])
+    )
 
 
-def _example(n: int, row: Row, root: Path, fields: Fields, used: set[str]) -> Example:
-    paths = row.get(fields.image)
-    paths = [] if paths is None else [paths] if isinstance(paths, str) else paths
-    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
-        raise RowError(f"the field {fields.image!r} must hold a path or a list of paths")
-    question = without_markers(text_of(row, fields.question), len(paths))
-    reasoning = row.get(fields.reasoning)
-    name = str(row.get(fields.id, n))
+def _example(n: int, row: Row, name: str, root: Path, fields: Fields) -> tuple[Example, list[str]]:
+    """The example of a row, and what is to be remarked about it."""
+    given = row.get(fields.image)
+    values = given if isinstance(given, list) else [] if given is None else [given]
+    question = without_markers(text_of(row, fields.question), len(values))
+    text_if_any(row, fields.id)
+    opened = [image_of(value, root) for value in values]
+    remarks = [remark for _, some in opened for remark in some]
     example = Example(
-        id=f"{name}#{n}" if name in used else name,
-        images=tuple(image_at(root / p) for p in paths),
+        id=name,
+        images=tuple(image for image, _ in opened),
         question=question,
         answer=text_of(row, fields.answer),
-        task=str(row.get(fields.task) or ""),
-        reasoning=None if reasoning is None else str(reasoning),
-        meta={"row": n, "images": paths} | {key: row[key] for key in META if row.get(key) is not None},
+        task=text_if_any(row, fields.task) or "",
+        reasoning=text_if_any(row, fields.reasoning),
+        meta={"row": n} | {key: _setting(row, key) for key in META if row.get(key) is not None},
     )
-    return gradable(example)
+    return gradable(example), [*remarks, *([NONE] if given is None and fields.image in row else [])]
+
+
+def _setting(row: Row, key: str) -> Any:
+    value = text_of(row, key) if key == "description" else row[key]
+    if key == "decimals" and isinstance(value, float) and value.is_integer():
+        return int(value)  # a column of whole numbers with gaps is one of floats in CSV and parquet
+    return value

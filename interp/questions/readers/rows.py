@@ -1,60 +1,55 @@
-"""What the readers of JSONL files share: lines to objects, fields to text and images."""
+"""What the readers share: from a row's fields to text, and to an example that can be graded."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
+import math
+import re
+from decimal import Decimal
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
-from hooks.errors import FrankenlensError
 from hooks.extras import MissingPackage
 from interp.questions.examples import Example
 from interp.questions.grading import GRADERS, reference_fault
-from interp.questions.readers.report import Failure, RowError
+from interp.questions.readers.report import RowError, shown
+from interp.questions.readers.tables import Row
 
 IMAGE_MARKER = "<image>"
-Row = Mapping[str, Any]
-
-
-def objects(path: Path) -> tuple[list[tuple[int, Row]], list[Failure]]:
-    """The JSON objects of a file with their line numbers, and the lines that hold none.
-
-    Raises:
-        FrankenlensError: no such file, or no objects.
-    """
-    if not path.is_file():
-        raise FrankenlensError(f"{path}: no such file; give a JSONL file with one object per line")
-    rows: list[tuple[int, Row]] = []
-    failures: list[Failure] = []
-    for n, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            failures.append(Failure(n, f"no JSON: {error}"))
-            continue
-        if isinstance(row, dict):
-            rows.append((n, row))
-        else:
-            failures.append(Failure(n, f"a JSON {type(row).__name__}, not an object"))
-    if not rows:
-        first = f"; row {failures[0].row}: {failures[0].reason}" if failures else ""
-        raise FrankenlensError(f"{path} holds no JSON objects{first}")
-    return rows, failures
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+NUMBERS = ("tolerance", "decimals", "iou")
+"""What a grader takes from a row as a number."""
 
 
 def text_of(row: Row, name: str) -> str:
-    """A field's text; a number is written out."""
+    """A field's text; a number is written out.
+
+    Raises:
+        RowError: there is none, or what no tokenizer or file could hold.
+    """
     value = row.get(name)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if _is_number(value):
         return str(value)
     if not isinstance(value, str) or not value.strip():
-        raise RowError(f"the field {name!r} must hold text, found {value!r}")
+        raise RowError(f"the field {name!r} must hold text, found {shown(value)}")
+    if (found := _NO_TEXT.search(value)) is not None:
+        raise RowError(f"the field {name!r} holds {_named(found[0])}: {shown(value)}")
     return value
+
+
+def text_if_any(row: Row, name: str) -> str | None:
+    """A field's text; None where the row has none, or an empty one."""
+    return None if row.get(name) in (None, "") else text_of(row, name)
+
+
+def _named(character: str) -> str:
+    """What `_NO_TEXT` found."""
+    if character == "\0":
+        return "a NUL, which is no text"
+    if "\udc80" <= character <= "\udcff":  # a byte that `interp.questions.readers.tables` could not decode
+        return (
+            f"the byte 0x{ord(character) - 0xDC00:02x}, which is not of the file's encoding (name that: --encoding "
+            'gbk, in Python encoding="gbk"; or save the file as UTF-8)'
+        )
+    return "half of a surrogate pair, which is no character"
 
 
 def without_markers(question: str, n_images: int) -> str:
@@ -72,17 +67,6 @@ def without_markers(question: str, n_images: int) -> str:
     return text if markers else question
 
 
-def image_at(path: Path) -> Image.Image:
-    """An image file as RGB."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise RowError(f"image {path} does not exist") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RowError(f"image {path} cannot be read: {error}") from error
-
-
 def gradable(example: Example) -> Example:
     """The example, if its grader is known and would accept the reference itself.
 
@@ -92,9 +76,18 @@ def gradable(example: Example) -> Example:
     """
     grader, choices = example.meta.get("grader"), example.meta.get("choices", ())
     if not isinstance(choices, (list, tuple)) or not all(isinstance(choice, str) for choice in choices):
-        raise RowError(f"the choices must be a list of texts, found {choices!r}")
-    if grader is not None and grader not in GRADERS:
-        raise RowError(f"there is no grader {grader!r}, only {', '.join(GRADERS)}")
+        raise RowError(f"the choices must be a list of texts, found {shown(choices)}")
+    for choice in choices:
+        text_of({"choices": choice}, "choices")
+    if grader is not None and (not isinstance(grader, str) or grader not in GRADERS):
+        raise RowError(f"there is no grader {shown(grader)}, only {', '.join(GRADERS)}")
+    for name in NUMBERS:
+        value = example.meta.get(name)
+        if value is not None and not _is_measure(value):
+            raise RowError(
+                f"the settings of the grader {grader!r} cannot be read: {name!r} must be a number of at least 0, found "
+                f"{shown(value)}"
+            )
     try:
         fault = reference_fault(example)
     except MissingPackage:
@@ -104,3 +97,13 @@ def gradable(example: Example) -> Example:
     if fault:
         raise RowError(fault)
     return example
+
+
+def _is_measure(value: Any) -> bool:
+    return not isinstance(value, Decimal) and _is_number(value) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    return isinstance(value, (float, Decimal)) and math.isfinite(value)

@@ -6,6 +6,7 @@ A folder per function with `data.jsonl` and its images. A row has `id`, `task`, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from PIL import Image
 from hooks.errors import FrankenlensError
 from interp.questions.examples import Example
 from interp.questions.grading import judge
-from interp.questions.readers.report import Failure, ReadReport, RowError
-from interp.questions.readers.rows import Row, gradable, image_at, objects, text_of, without_markers
+from interp.questions.readers.pictures import image_of
+from interp.questions.readers.report import Failure, ReadReport, RowError, counted
+from interp.questions.readers.rows import gradable, text_of, without_markers
+from interp.questions.readers.tables import Row, rows_of
 
 PairOfExamples = tuple[Example, Example]
 
@@ -79,16 +82,17 @@ def read_vision_function(
         FrankenlensError: no such file, or no row that can be read.
     """
     path = Path(path) / "data.jsonl" if Path(path).is_dir() else Path(path)
-    rows, failures = objects(path)
+    rows, failures = rows_of(path)
     n_rows = len(rows) + len(failures)
     pairs: list[PairOfExamples] = []
     renamed: list[int] = []
     used: set[str] = set()
+    remarks: Counter[str] = Counter()
     same = 0
     for n, row in rows:
         try:
             name = text_of(row, "id")
-            pair = _pair(f"{name}#{n}" if name in used else name, n, row, path.parent)
+            pair = _pair(f"{name}#{n}" if name in used else name, n, row, path.parent, remarks)
             reason = _indistinct(*pair)
             if reason and distinct:
                 raise RowError(reason)
@@ -102,11 +106,11 @@ def read_vision_function(
     failures.sort(key=lambda failure: failure.row)
     if not pairs:
         raise FrankenlensError(f"no row of {path} can be read; row {failures[0].row}: {failures[0].reason}")
-    notes = _notes(pairs, same)
+    notes = (*_notes(pairs, same), *counted(remarks))
     return pairs, ReadReport(str(path), n_rows, len(pairs), tuple(failures), tuple(renamed), notes)
 
 
-def _pair(name: str, n: int, row: Row, root: Path) -> PairOfExamples:
+def _pair(name: str, n: int, row: Row, root: Path, remarks: Counter[str]) -> PairOfExamples:
     function = str(row.get("task"))
     if function not in _HOW:
         raise RowError(f"the field 'task' is {row.get('task')!r}, not one of {', '.join(FUNCTIONS)}")
@@ -116,7 +120,8 @@ def _pair(name: str, n: int, row: Row, root: Path) -> PairOfExamples:
     question = without_markers(text_of(row, "prompt"), 1)
     how, both = _HOW[function], []
     for side in ("target", "source"):
-        image = image_at(root / text_of(row, f"{side}_image"))
+        image, said = image_of(row.get(f"{side}_image"), root)
+        remarks.update(said)
         meta = {
             **how.grader,
             "row": n,
@@ -124,7 +129,7 @@ def _pair(name: str, n: int, row: Row, root: Path) -> PairOfExamples:
             **{k: v for k, v in known.items() if k == "object_name"},
         }
         if how.grader["grader"] == "box":
-            meta["iou"] = float(known.get("iou_threshold", 0.5))
+            meta["iou"] = known.get("iou_threshold", 0.5)
         answer = _answer(known, how.answer.format(side))
         identity = name if side == "target" else f"{name}-source"
         both.append(gradable(Example(identity, (image,), question, answer, function, meta=meta)))
