@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -48,6 +49,12 @@ from hooks.processors import image_only
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "smolvlm", "idefics3")
 QWEN = FAMILIES[:3]
+EACH_KIND = tuple(
+    pytest.param(family, marks=pytest.mark.slow) if family in ("qwen2_vl", "idefics3") else family
+    for family in FAMILIES
+)
+"""What the tests of analyses run on: qwen2_vl and idefics3 are near twins of qwen2_5_vl and smolvlm, and with the slow
+ones; that every point is what it is said to be is tested on all six."""
 CLASSES_OF_PROCESSOR = dict(zip(QWEN, (Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor), strict=True))
 
 WORDS = (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hooks import HookedVLM
-from tests.families import FAMILIES, TinyVLM, tiny
+from tests.families import EACH_KIND, TinyVLM, tiny
 from tests.hooks.interventions import intervention
 
 STEPS = 6
@@ -37,7 +37,7 @@ class Case:
     inputs: dict[str, Tensor] = field(repr=False)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EACH_KIND)
 def case(request) -> Case:
     opened, bare = tiny(request.param), tiny(request.param)
     vlm = HookedVLM(opened.model, opened.processor)

@@ -36,7 +36,7 @@ def decisions(pair):
     return find_decisions(pair, sample("sum", 3, 5, "map"), "soft", max_new_tokens=12, progress=False)
 
 
-@pytest.fixture(scope="module", params=["cpu", "disk"])
+@pytest.fixture(scope="module", params=[pytest.param("cpu", marks=pytest.mark.slow), "disk"])
 def away(pair, request, tmp_path_factory) -> Pair:
     """The pair with every layer offloaded."""
     opened = []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
-from tests.families import FAMILIES, TinyVLM, tiny
+from tests.families import EACH_KIND, TinyVLM, tiny
 from tests.hooks.reference import of_one_block, tolerance
 
 pytest.importorskip("nnsight")
@@ -30,7 +30,7 @@ class Case:
     vlm: HookedVLM = field(repr=False)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EACH_KIND)
 def case(request) -> Case:
     opened = tiny(request.param)
     return Case(opened, HookedVLM(opened.model, opened.processor))

@@ -19,7 +19,7 @@ from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.questions.tasks import sample
 from interp.statistics import adjust, sign_flip
-from tests.families import FAMILIES, tiny
+from tests.families import EACH_KIND, tiny
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ FORMAT = TraceFormat(reasoning=("<think>", "</think>"), answer=("answer", None))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_mass_of_every_family_with_two_images_and_padding_on_either_side(family) -> None:
     """Grouped query heads, two images of different size, rows of different length; eager matrices row by row."""
     made = tiny(family)

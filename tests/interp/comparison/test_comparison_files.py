@@ -18,7 +18,7 @@ from hooks.loading import load_model
 from interp.comparison import Checkpoint, align, by_address, compare
 from interp.pair.pair import weights_sha256
 from tests.architectures import build
-from tests.families import FAMILIES, redraw, tiny
+from tests.families import EACH_KIND, redraw, tiny
 
 QUICK: dict[str, Any] = {"spectra": False, "progress": False}
 
@@ -36,7 +36,7 @@ def pair(tmp_path: Path):
     return _save(one, tmp_path / "in"), _save(other, tmp_path / "rl"), one, other
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_every_family_is_read_whole_and_every_weight_has_a_place(family: str, tmp_path: Path) -> None:
     model = tiny(family).model
     folder = _save(model, tmp_path / family)

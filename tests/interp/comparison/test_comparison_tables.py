@@ -25,7 +25,7 @@ from interp.comparison import (
 )
 from interp.comparison.plots import plot_directions, plot_energy, plot_spectra
 from interp.regions import parse_partition, thirds
-from tests.families import FAMILIES, redraw, tiny
+from tests.families import EACH_KIND, redraw, tiny
 
 FOLDERS = (embedded.path("in"), embedded.path("rl"), embedded.path("base"))
 
@@ -157,7 +157,7 @@ def test_a_head_is_its_rows_of_q_and_its_columns_of_o(table, weights) -> None:
     assert row["sparsity"] == pytest.approx(float(same.double().mean()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_heads_add_up_to_their_attention(family: str, tmp_path) -> None:
     """Heads and kv heads hold all of an attention but output biases and norms of q and k, in every family."""
     model = tiny(family).model

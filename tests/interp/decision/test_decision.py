@@ -24,7 +24,7 @@ from interp.questions.examples import Example
 from interp.questions.grading import Ungraded, grade
 from interp.questions.tasks import sample
 from interp.statistics import Interval
-from tests.families import FAMILIES, tiny
+from tests.families import EACH_KIND, tiny
 
 BUDGET = 7
 SEEDS = {"idefics3": 5}  # with seed 3 it ends every turn at once, and so does its noisy copy
@@ -212,7 +212,7 @@ def test_traces_that_do_not_parse_are_counted():
     assert not found.rl_correct.any()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_the_diagonal_of_two_by_two_is_the_models_as_they_are(family):
     pair = made_pair(family)
     found = find_decisions(pair, examples(family), "first", **SETTINGS)

@@ -14,7 +14,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as pre_hooks
 from hooks import FrankenlensError, HookedVLM, weight_slices
 from hooks.unopened import unopened_anatomy
 from interp.freezing import freeze
-from tests.families import FAMILIES, TinyVLM, tiny
+from tests.families import EACH_KIND, TinyVLM, tiny
 
 UNITS = (
     "blocks.1.attn.head.1",
@@ -160,7 +160,7 @@ def test_an_optimizer_that_is_older_than_the_freezing(name: str, vlm: TinyVLM) -
     assert all(not torch.equal(p, kept[n]) for n, p in model.named_parameters() if frozen[n].any())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_every_kind_of_address_in_every_family(family: str) -> None:
     vlm = tiny(family)
     model, inputs = vlm.model, vlm.inputs(batch=2)

@@ -36,7 +36,7 @@ from interp.prompts.reading import TraceReader
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.sweep import Intervention, sweep
-from tests.families import FAMILIES, tiny
+from tests.families import EACH_KIND, FAMILIES, tiny
 
 QUESTIONS = ("how many red", "what shape in row 2 is there", "what color is the star")
 TRACES = (
@@ -84,7 +84,7 @@ def allowed(logits: torch.Tensor) -> float:
     return 1e-5 * max(1.0, float(logits.abs().max()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_no_edge_from_image_to_text_is_the_image_hidden_by_the_attention_mask(family: str) -> None:
     """The keys of the image masked for everyone, positions as in the unmasked run; the text sees no difference."""
     given = opened(family)
@@ -175,7 +175,7 @@ def test_generation_with_a_cache_is_one_teacher_forced_pass(family: str, name: s
     assert torch.equal(cutting.n_edges, torch.as_tensor(edges))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 @pytest.mark.parametrize("side", ("left", "right"))
 def test_a_mask_stays_on_sdpa_and_is_the_dense_way(family: str, side) -> None:
     given = opened(family)
@@ -224,7 +224,7 @@ METRICS = (
 )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_effects_are_one_full_pass_per_cut_and_prompt(family: str) -> None:
     """Plain hooks on the scores of one unpadded prompt at a time."""
     given = opened(family)
@@ -290,7 +290,7 @@ def test_one_layer_is_what_the_sweep_says() -> None:
     np.testing.assert_allclose(found["clean"], expected["clean"][0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_a_model_without_shortcuts_gives_the_same_numbers(family: str, monkeypatch) -> None:
     given = opened(family)
     cuts = [CUTS["roles"], CUTS["lost head"], CUTS["several"]]
@@ -402,7 +402,7 @@ def test_windows_suffixes_singles_and_those_around_a_layer() -> None:
         windows(cut, 4, 9)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_vision_tower_is_cut_between_patches(family: str) -> None:
     """Against scores (or the pattern) written by a plain hook, patch by patch; in windows and in whole images."""
     given = opened(family)

@@ -24,12 +24,12 @@ from interp.lens.compare import first_and_lasting
 from interp.lens.head import freeze, head_of
 from interp.pair.pair import Pair
 from interp.prompts import collate
-from tests.families import FAMILIES, TinyVLM, redraw, tiny
+from tests.families import EACH_KIND, TinyVLM, redraw, tiny
 from tests.interp.lens.lens_models import bare, family, opened, prompts_of, rms_lens
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_the_last_layer_is_the_models_output_bit_for_bit(name) -> None:
     """torch.equal, for single rows and for a padded batch in the model's own shape."""
     made, vlm, prompts = family(name)
@@ -47,7 +47,7 @@ def test_the_last_layer_is_the_models_output_bit_for_bit(name) -> None:
         assert (found["kl"] == 0).all()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_every_layer_by_hand_image_tokens_and_padding_included(name) -> None:
     """Layers of a batch against plain hooks on single rows, norm and unembedding written out."""
     made, vlm, prompts = family(name)

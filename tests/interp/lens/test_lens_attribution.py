@@ -15,12 +15,12 @@ from interp.lens.head import freeze
 from interp.pair.pair import Pair
 from interp.prompts import collate
 from interp.questions.examples import Example
-from tests.families import FAMILIES, tiny
+from tests.families import EACH_KIND, tiny
 from tests.interp.lens.lens_models import bare, family, opened, prompts_of
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH_KIND)
 @pytest.mark.parametrize("where", ["image", "all"])
 def test_the_components_add_up_to_hugging_faces_logit(name, where) -> None:
     """Single logits and differences, at every token; rounding is a term of its own and small."""

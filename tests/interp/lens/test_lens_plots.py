@@ -27,12 +27,12 @@ from interp.prompts import PromptBuilder
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.statistics import bootstrap_mean, sign_flip
-from tests.families import FAMILIES, QWEN, tiny
+from tests.families import EACH_KIND, FAMILIES, QWEN, tiny
 from tests.interp.lens.lens_models import family, prompts_of
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_a_token_is_where_a_white_patch_moves_it(name) -> None:
     """Whitening a corner of the image moves the projector's output most at the token of that corner.
 

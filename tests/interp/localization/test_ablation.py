@@ -20,7 +20,7 @@ from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.questions.tasks import grade, sample
 from interp.statistics import adjust, mcnemar
-from tests.families import FAMILIES, QWEN, tiny
+from tests.families import EACH_KIND, QWEN, tiny
 
 
 class Identity(nn.Module):
@@ -34,7 +34,7 @@ class Identity(nn.Module):
         return hidden_states
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=EACH_KIND)
 def given(request: pytest.FixtureRequest):
     family = tiny(request.param)
     vlm = HookedVLM(family.model, family.processor, inputs=family.inputs())

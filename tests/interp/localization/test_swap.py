@@ -30,12 +30,12 @@ from interp.prompts import PromptBuilder, collate
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.questions.tasks import counterfactual_pairs
-from tests.families import FAMILIES, QWEN, tiny
+from tests.families import EACH_KIND, QWEN, tiny
 
 FREE = TraceFormat(reasoning=None, answer=None)  # whatever is written is the answer
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=EACH_KIND)
 def given(request: pytest.FixtureRequest):
     family = tiny(request.param)
     vlm = HookedVLM(family.model, family.processor, inputs=family.inputs())

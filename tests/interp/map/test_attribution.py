@@ -17,7 +17,7 @@ from interp.metrics import LogitDifference
 from interp.pair.pair import Pair
 from interp.prompts import collate
 from interp.questions.tasks import sample
-from tests.families import FAMILIES, redraw, tiny
+from tests.families import EACH_KIND, redraw, tiny
 from tests.interp.map.test_patching import _prompts
 
 METRIC = LogitDifference(torch.tensor([30, 31]), torch.tensor([40, 41]))
@@ -45,7 +45,7 @@ def within(vlm: HookedVLM, donor: HookedVLM, prompts: Any, **settings: Any):
     return _attribute(models, both, METRIC, {"to": ("d", "r")}, batch_size=2, progress=False, **given)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_a_small_change_is_attributed_exactly(family: str) -> None:
     """In the limit of equal models the estimate is the effect; both halve, their difference quarters."""
     misses = []
@@ -72,7 +72,7 @@ def test_a_small_change_is_attributed_exactly(family: str) -> None:
     assert 0.15 < misses[1] / misses[0] < 0.4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_integrated_gradients_add_up_to_the_exact_effect(family: str) -> None:
     given, vlm, donor = near_pair(family, 0.3)
     prompts = _prompts(given, 2)

@@ -17,7 +17,7 @@ from interp.prompts import PromptBuilder, collate
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.sweep.rerun import CleanRun
-from tests.families import FAMILIES, redraw, tiny
+from tests.families import EACH_KIND, redraw, tiny
 
 TRACE = "<think> red 3 , blue 2 </think> answer"
 QUESTIONS = ("how many red", "how many blue", "what shape in row 2", "what color")
@@ -29,7 +29,7 @@ def _prompts(given, n: int, seed: int = 0, trace: str = TRACE):
     return [builder.build(Example(f"e{i}", (images[i],), QUESTIONS[i % 2], "5"), trace) for i in range(n)]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=EACH_KIND)
 def duo(request: pytest.FixtureRequest):
     given = tiny(request.param)
     other = copy.deepcopy(given.model)

@@ -28,7 +28,7 @@ from interp.prompts import PromptBuilder, collate
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.sweep.stored import Unsupported
-from tests.families import FAMILIES, redraw, tiny
+from tests.families import EACH_KIND, FAMILIES, redraw, tiny
 
 TRACES = (
     "<think> red 3 , blue 2 </think> answer",
@@ -260,7 +260,7 @@ def test_direct_effects_are_those_of_frozen_runs_by_plain_hooks(family: str, whe
     assert (size[~silent] > 0).all() and (size[~silent] > 100 * pair.tolerance).sum() >= 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_chains_pass_on_the_change_of_each_receivers_own_output(family: str) -> None:
     pair = duo(family)
     got = path_effects(
@@ -272,7 +272,7 @@ def test_chains_pass_on_the_change_of_each_receivers_own_output(family: str) -> 
     assert got["interaction"].isnull().all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_all_paths_in_order_are_the_whole_effect(family: str) -> None:
     pair = duo(family)
     senders = ["embed", "blocks.0.attn.head.1", "blocks.0.mlp", "blocks.1.attn", "blocks.2.mlp"]

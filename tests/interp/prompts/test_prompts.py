@@ -11,7 +11,7 @@ from hooks.errors import FrankenlensError
 from interp.prompts import PromptBuilder, collate
 from interp.prompts.roles import ROLE_CODES, TraceFormat
 from interp.questions.examples import Example
-from tests.families import FAMILIES, QWEN, TinyVLM, tiny
+from tests.families import EACH_KIND, QWEN, TinyVLM, tiny
 
 QUESTIONS = (
     "what color is the star ?",
@@ -42,7 +42,7 @@ def prompts(family: str):
     return [builder.build(e, trace) for e, trace in zip(examples(family), TRACES, strict=True)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_every_token_has_the_role_of_what_it_stands_for(family):
     tokenizer = vlm(family).processor.tokenizer
     for prompt, question, n_images in zip(prompts(family), QUESTIONS, N_IMAGES, strict=True):
@@ -77,7 +77,7 @@ def test_every_token_has_the_role_of_what_it_stands_for(family):
     assert traced.text.startswith(vlm(family).prompt(QUESTIONS[0]).rstrip()) and "answer 5" in traced.text
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_batches_are_those_of_the_processor(family):
     made = vlm(family)
     texts = ["what color", "how many red circle are there in row 2"]
@@ -93,7 +93,7 @@ def test_batches_are_those_of_the_processor(family):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_padding_leaves_the_logits_of_real_tokens(family, side):
     made, rows = vlm(family), prompts(family)
     batch = collate(rows, side)
@@ -116,7 +116,7 @@ def test_padding_leaves_the_logits_of_real_tokens(family, side):
             assert float(moved) >= 100 * within
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_roles_of_a_batch_are_those_of_its_prompts(family):
     rows = prompts(family)
     for side in ("left", "right"):

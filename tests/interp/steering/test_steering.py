@@ -34,7 +34,7 @@ from interp.steering import (
     steer_hooks,
 )
 from interp.steering.plots import plot_dose
-from tests.families import FAMILIES, QWEN, redraw, tiny
+from tests.families import EACH_KIND, QWEN, redraw, tiny
 from tests.hooks.interventions import intervention
 
 STEPS, DOSE = 6, 5.0
@@ -66,7 +66,7 @@ class Planted:
         self.rl = HookedVLM(self.other, self.given.processor, inputs=inputs)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EACH_KIND)
 def planted(request: pytest.FixtureRequest) -> Planted:
     return Planted(request.param)
 

@@ -24,7 +24,7 @@ from interp.sweep.engine import parse_bytes
 from interp.sweep.intervention import bind
 from interp.sweep.places import where_mask
 from interp.sweep.stored import StoredRun
-from tests.families import FAMILIES, redraw, tiny
+from tests.families import EACH_KIND, redraw, tiny
 
 QUESTIONS = ("how many red", "what shape in row 2 is there", "what color is the star")
 TRACES = (
@@ -223,7 +223,7 @@ def interventions_of(vlm: HookedVLM) -> list[Intervention]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_every_kind_at_every_point_is_one_full_forward_each(family: str) -> None:
     pair = duo(family)
     wanted = interventions_of(pair.recipient)
@@ -242,7 +242,7 @@ def test_every_kind_at_every_point_is_one_full_forward_each(family: str) -> None
     assert np.median(moved) > 100 * pair.tolerance
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 @settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
@@ -323,7 +323,7 @@ def test_left_padding_gives_what_right_padding_gives(family: str) -> None:
         np.testing.assert_allclose(found["left"][number, 0], expected, rtol=0, atol=pair.tolerance)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_mean_and_resample(family: str) -> None:
     pair = duo(family)
     same = [pair.prompts[0], pair.prompts[0].builder.build(

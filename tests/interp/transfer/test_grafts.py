@@ -11,10 +11,10 @@ from hooks import FrankenlensError, HookedVLM
 from interp.pair.pair import weights_sha256
 from interp.regions import Partition, of_sizes, parse_partition, thirds
 from interp.transfer.grafts import Graft, everything, grafted, new_weights, save_grafted, slices_of
-from tests.families import FAMILIES, redraw, tiny
+from tests.families import EACH_KIND, redraw, tiny
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=EACH_KIND)
 def duo(request: pytest.FixtureRequest):
     given = tiny(request.param)
     other = copy.deepcopy(given.model)

@@ -21,7 +21,7 @@ from interp.prompts import PromptBuilder
 from interp.questions.tasks import sample
 from interp.transfer.merging import METHODS, Recipe, merge
 from tests.architectures import build
-from tests.families import FAMILIES, redraw, tiny
+from tests.families import EACH_KIND, redraw, tiny
 
 RNG = np.random.default_rng(0)
 BASE, ONE, TWO = (RNG.normal(size=(6, 5)) for _ in range(3))
@@ -232,7 +232,7 @@ def test_the_triple_merges_as_with_mergekits_own_command(method: str, tmp_path: 
         assert torch.equal(got[name], tensor), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_every_family_merges_whole_into_shards_and_loads(family: str, tmp_path: Path) -> None:
     given = tiny(family)
     inputs = given.inputs()

@@ -33,10 +33,10 @@ from interp.transfer.variants import (
     parts,
     rest_of,
 )
-from tests.families import FAMILIES, redraw, tiny
+from tests.families import EACH_KIND, redraw, tiny
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=EACH_KIND)
 def duo(request: pytest.FixtureRequest):
     given = tiny(request.param)
     other = copy.deepcopy(given.model)
