@@ -270,8 +270,8 @@ def _by_head(
 
 def _patch_edges(cut: Knockout, batch: PromptBatch, square: Tensor) -> Bool[Tensor, "*image query key"]:
     source, target = (
-        torch.stack([patch_mask(part, batch, square) for part in parts_of(place)]).any(0)
-        for place in (cut.source, cut.target)
+        torch.stack([patch_mask(part, batch, square, axis) for part in parts_of(place)]).any(0)
+        for place, axis in ((cut.source, -1), (cut.target, -2))
     )
     return target[..., :, None] & source[..., None, :]
 
