@@ -79,8 +79,8 @@ class AttentionTap:
         return (new[None] if self.packed else new).transpose(1, 2)
 
     def on_out(
-        self, leaf: str, out: Float[Tensor, "batch pos head d_head"]
-    ) -> Float[Tensor, "batch pos head d_head"]:
+        self, leaf: str, out: Float[Tensor, "batch pos head d_value"]
+    ) -> Float[Tensor, "batch pos head d_value"]:
         """Run the hooks of `leaf` on what attention gives out (packed: [patch head d_head])."""
         if leaf not in self.leaves:
             return out
@@ -122,12 +122,12 @@ def hooked_attention(
     module: Any,
     query: Float[Tensor, "batch head q d_head"],
     key: Float[Tensor, "batch kv_head k d_head"],
-    value: Float[Tensor, "batch kv_head k d_head"],
+    value: Float[Tensor, "batch kv_head k d_value"],
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs,
-) -> tuple[Float[Tensor, "batch q head d_head"], Tensor | None]:
+) -> tuple[Float[Tensor, "batch q head d_value"], Tensor | None]:
     """The attention function that transformers calls for a tapped module."""
     tap: AttentionTap = module.config._frankenlens_tap
     query, key = tap.on_heads("hook_rot_q", query), tap.on_heads("hook_rot_k", key)

@@ -104,9 +104,9 @@ def _patches(batch: PromptBatch, scores: Float[Tensor, "*image head query key"],
 
 
 def _apart(scores: Float[Tensor, "*image head query key"]) -> list[int]:
-    """The lengths of the stretches of a row that look at nothing but themselves."""
+    """The lengths of the stretches of a row that look at nothing but themselves, from scores or a pattern."""
     n = scores.shape[-1]
-    seen = (scores > -torch.inf).reshape(-1, n, n).any(0)
+    seen = ((scores > -torch.inf) & (scores != 0)).reshape(-1, n, n).any(0)  # a pattern hides by 0
     order = torch.arange(n, device=scores.device)
     reach = torch.where(seen | seen.T, order, -1).amax(-1).cummax(0).values
     ends = [-1, *(reach == order).nonzero()[:, 0].tolist()]

@@ -212,3 +212,22 @@ def test_what_is_no_language_model_opens_or_is_refused_in_one_sentence(name: str
     else:
         told = type(given.model).__name__
     assert type(given.model).__name__ in told
+
+
+@torch.no_grad()
+def test_a_model_that_chooses_its_keys_shows_them_in_its_pattern() -> None:
+    """Chosen keys are hidden by a mask made inside the block; keys that layers share are of the same tokens."""
+    given = build("mistral_large4")
+    vlm = HookedVLM(given.model, inputs=given.inputs)
+    assert [block.writers[0].role for block in vlm.anatomy.text.blocks] == ["attn"] * vlm.n_layers
+    eager = build("mistral_large4").model
+    eager.set_attn_implementation("eager")
+    patterns = eager(**given.inputs, output_attentions=True).attentions
+    _, cache = vlm.run_with_cache(
+        given.inputs, [f"blocks.{n}.attn.hook_pattern" for n in range(vlm.n_layers)]
+    )
+    hidden = 0
+    for layer, pattern in enumerate(patterns):
+        assert (cache["pattern", layer] - pattern).abs().max().item() <= 1e-5
+        hidden += int((pattern == 0).sum() - pattern.shape[1] * torch.ones_like(pattern[0, 0]).triu(1).sum())
+    assert hidden > 100, "no key is left out"
