@@ -1,7 +1,8 @@
 """Writers: which modules' outputs a block adds to its stream, with which coefficients, found by solving for them.
 
-The equation is `resid_post = resid_pre + Σ coefficient · output`, summed as the model sums it, in its own precision. A
-set of modules is taken only where the sum is the stream to rounding and every member is needed.
+The equation is `resid_post = resid_pre + Σ coefficient · output`. A set of modules is taken only where the sum is the
+stream to the rounding of float32, entry by entry, and every member is needed; in a half precision (of a model that does
+not run in float32), only where it is the stream bit for bit, summed as the model sums it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from hooks.anatomy.watching import Call
 MAX_WRITERS = 4
 _CANDIDATES = 14
 _EXACT = 0.999  # share of entries that must be equal bit for bit, where sums are compared that way
+_WIDE = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -162,17 +164,19 @@ class _Sums:
         fitted = self._fitted(picked)
         return None if fitted is None else self._summed(picked, fitted)
 
-    def _fitted(self, picked: list[int]) -> list[float | str] | None:
-        target = self._with_delta[picked]
+    def _fitted(self, picked: list[int]) -> list[float] | None:
+        """The least squares if they leave no more than rounding, as someone wrote them in a configuration."""
+        inner, target = self._inner[picked][:, picked], self._with_delta[picked]
         try:
-            solution = torch.linalg.solve(self._inner[picked][:, picked], target)
+            numbers = torch.linalg.solve(inner, target)
+            spread = torch.linalg.inv(inner).diagonal()
         except RuntimeError:
             return None
-        rest = self._size - float(solution @ target)
-        numbers = solution.tolist()
-        if abs(rest) > self._allowed + 1e-10 * self._size or any(abs(c) < 1e-3 for c in numbers):
+        rest = self._size - float(numbers @ target)
+        if abs(rest) > self._allowed + 1e-10 * self._size or bool((numbers.abs() < 1e-3).any()):
             return None
-        return [1.0 if abs(c - 1) < 1e-5 else _rounded(c) for c in numbers]
+        errors = (spread.clamp(min=0) * abs(rest) / self._delta.numel()).sqrt()
+        return [_written(c, error) for c, error in zip(numbers.tolist(), errors.tolist(), strict=True)]
 
     def _named(self, picked: list[int]) -> list[float | str] | None:
         """For each output the parameter that is nearest to the least squares of each channel, or 1."""
@@ -202,7 +206,6 @@ class _Sums:
             else self._outs[i] * (self._scales[c].to(pre.dtype) if isinstance(c, str) else c)
             for i, c in zip(picked, coefficients, strict=True)
         ]
-        exact = all(c == 1.0 for c in coefficients)
         states, total = [pre], pre
         for term in terms:
             total = total + term
@@ -212,7 +215,7 @@ class _Sums:
             sums += [pre + (terms[0] + terms[1]), (pre + terms[1]) + terms[0]]
         if self._gain != 1.0:
             sums = [one * self._scales[str(self._gain)].to(pre.dtype) for one in sums]
-        if not any(_equal(one, post, pre, terms, exact) for one in sums):
+        if not any(_equal(one, post, pre, terms) for one in sums):
             return None
         if len(terms) > 1 and any(_negligible(term, pre, post) for term in terms):
             return None
@@ -220,24 +223,26 @@ class _Sums:
         return Solution(found, tuple(states[:-1]), self._gain)
 
 
-def _rounded(c: float) -> float:
-    """A fitted number without the last digits, which are noise: as someone wrote it in a configuration."""
-    short = float(f"{c:.4g}")
-    return short if abs(short - c) < 1e-5 * abs(c) else c
+def _written(c: float, error: float) -> float:
+    """The shortest number that a fitted one cannot be told from, given its standard error; itself, if none is short."""
+    for digits in range(1, 5):
+        short = float(f"{c:.{digits}g}")
+        if abs(short - c) <= 32 * error + 2 * torch.finfo(torch.float32).eps * abs(c):
+            return short
+    return c
 
 
-def _equal(total: Tensor, post: Tensor, pre: Tensor, terms: Sequence[Tensor], exact: bool) -> bool:
-    """To rounding: bit for bit nearly everywhere where nothing is scaled, else within a few steps at every entry."""
+def _equal(total: Tensor, post: Tensor, pre: Tensor, terms: Sequence[Tensor]) -> bool:
+    """To rounding at every entry; in a half precision, bit for bit nearly everywhere too."""
     if not bool(torch.isfinite(post).all()):
         return False
-    if exact and (total == post).double().mean().item() >= _EXACT:
-        return True
-    if post.dtype not in (torch.float32, torch.float64) and exact:
-        return False
+    wide = post.dtype in _WIDE
+    step = torch.finfo(torch.float32 if wide else post.dtype).eps
     size = pre.abs().double() + sum(term.abs().double() for term in terms)
-    return bool(
-        ((total.double() - post.double()).abs() <= 8 * torch.finfo(post.dtype).eps * size + 1e-12).all()
-    )
+    allowed = (8 if wide else 2) * step * size + (1e-12 if wide else torch.finfo(post.dtype).tiny)
+    if not bool(((total.double() - post.double()).abs() <= allowed).all()):
+        return False
+    return wide or (total == post).double().mean().item() >= _EXACT
 
 
 def _negligible(term: Tensor, pre: Tensor, post: Tensor) -> bool:

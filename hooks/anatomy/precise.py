@@ -1,0 +1,142 @@
+"""A half-precision model run with every operation in float32, to see what it computes without its rounding.
+
+In bfloat16 a factor of 0.998 and one of 1 are the same number, and a sum is right to two digits: little about a block
+can be proved by its numbers. What a block adds to its stream does not depend on the precision that it is added in, so
+the model is watched in float32: its weights are taken as they are, each widened for the one operation that reads it,
+and none is written. What is found is then held against the model's own numbers (`hooks.selfcheck`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+HALVES = frozenset({torch.bfloat16, torch.float16})
+_MOVES: frozenset[Any] = frozenset(
+    {
+        *(getattr(Tensor, name) for name in ("__getitem__", "view", "reshape", "transpose", "permute", "t")),
+        *(getattr(Tensor, name) for name in ("unsqueeze", "squeeze", "expand", "chunk", "split", "unbind")),
+        *(getattr(Tensor, name) for name in ("narrow", "select", "index_select", "flatten", "unflatten")),
+        *(getattr(Tensor, name) for name in ("size", "dim", "numel", "stride", "is_contiguous", "data_ptr")),
+        *(
+            getattr(Tensor, name)
+            for name in ("is_floating_point", "element_size", "detach", "requires_grad_")
+        ),
+        *(
+            torch.transpose,
+            torch.permute,
+            torch.t,
+            torch.chunk,
+            torch.split,
+            torch.unbind,
+            torch.index_select,
+        ),
+        *(functional.embedding, torch.is_floating_point, torch.is_tensor, torch.numel),
+    }
+)
+"""Nothing is computed here: the numbers that come out are widened, not the whole matrix that they are taken from."""
+_NARROWING: Mapping[Any, Any] = {Tensor.half: Tensor.float, Tensor.bfloat16: Tensor.float}
+_UNKNOWN = (RuntimeError, TypeError, ValueError)  # what a kernel raises that knows no float32
+
+
+class Precision(TorchFunctionMode):
+    """While it is on, every function of PyTorch is given half-precision tensors in float32, and asked for float32.
+
+    A kernel that knows no float32 (flash attention) runs in the model's own precision, as the model runs it.
+
+    Args:
+        half: the model's own precision; None where that is float32, and nothing is changed.
+
+    Attributes:
+        eps: rounding step of the coarsest precision that something was computed in.
+    """
+
+    def __init__(self, half: torch.dtype | None) -> None:
+        super().__init__()
+        self._half = half
+        self.eps = torch.finfo(torch.float32).eps
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self._half is None:
+            return func(*args, **kwargs)
+        if getattr(func, "__name__", "") == "__get__":  # an attribute; a dtype is said to be what it will be
+            out = func(*args, **kwargs)
+            return out if isinstance(out, Tensor) else widened(out)
+        if func in _MOVES or _writes_half(func, args):
+            return widened(func(*args, **kwargs))
+        try:
+            return widened(_NARROWING.get(func, func)(*widened(args), **widened(kwargs)))
+        except torch.OutOfMemoryError:  # says nothing about the kernel
+            raise
+        except _UNKNOWN as error:
+            return self._in_its_own(func, args, kwargs, error)
+
+    def _in_its_own(self, func: Any, args: tuple, kwargs: dict, error: Exception) -> Any:
+        assert self._half is not None
+        try:
+            out = func(*_narrowed(args, self._half), **_narrowed(kwargs, self._half))
+        except _UNKNOWN:
+            raise error from None
+        self.eps = torch.finfo(self._half).eps
+        return widened(out)
+
+
+def half_of(model: nn.Module) -> torch.dtype | None:
+    """The half precision that a model has weights in; None where it has none."""
+    return next((value.dtype for value in model.parameters() if value.dtype in HALVES), None)
+
+
+def widened(value: Any) -> Any:
+    """Half-precision tensors and dtypes as float32, inside lists, tuples and dictionaries too."""
+    return _mapped(value, HALVES, torch.float32)
+
+
+def _narrowed(value: Any, half: torch.dtype) -> Any:
+    return _mapped(value, frozenset({torch.float32}), half)
+
+
+def _mapped(value: Any, old: frozenset[torch.dtype], new: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(new) if value.dtype in old else value
+    if isinstance(value, torch.dtype):
+        return new if value in old else value
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(one, old, new) for one in value)
+    if type(value) is dict:
+        return {key: _mapped(one, old, new) for key, one in value.items()}
+    return value
+
+
+def _writes_half(func: Callable, args: tuple) -> bool:
+    """Whether a function writes into a half-precision tensor, which a widened copy of it would not be."""
+    name = getattr(func, "__name__", "")
+    inplace = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    return inplace and bool(args) and isinstance(args[0], Tensor) and args[0].dtype in HALVES
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[Precision]:
+    """For the length of the context a half-precision model computes in float32; one in float32 as ever.
+
+    Its inputs must be `widened`. What its modules note down about themselves meanwhile is forgotten again.
+    """
+    half = half_of(model)
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (held, dict(held))
+        for module in (model.modules() if half is not None else ())
+        for held in (module.__dict__, module._parameters, module._buffers)
+    ]
+    try:
+        with Precision(half) as precision:
+            yield precision
+    finally:
+        for held, own in before:
+            held.clear()
+            held.update(own)
