@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hooks.anatomy.nouns import Experts
+from hooks.anatomy.precise import eps_of, within_rounding
 from hooks.anatomy.watching import Call, floating_parts
 
 SEPARATE = "its experts are modules called one by one, so no call shows which tokens each of them is given."
@@ -178,23 +179,7 @@ def _sums_up(model: nn.Module, experts: Experts, call: Call) -> bool:
     args, kwargs = called(experts, hidden, chosen.reshape(-1, 1), weights.reshape(-1, 1))
     parts = forward(*args, **kwargs).unflatten(0, (-1, k))
     total, out = parts.double().sum(1), call.out.double()
-    return within_rounding(total - out, parts.double().abs().sum(1), call.out.dtype)
-
-
-def within_rounding(
-    error: Float[Tensor, "*token d"], size: Float[Tensor, "*token d"], dtype: torch.dtype, steps: int = 0
-) -> bool:
-    """Whether every entry is as near as rounding leaves it that is done inside, where entries of a token are mixed.
-
-    Args:
-        error: the difference.
-        size: of what was summed at each entry.
-        dtype: what it was computed in.
-        steps: how many roundings; by default 64 in float32, and 4 in a half precision, which accumulates in float32.
-    """
-    steps = steps or (64 if dtype in (torch.float32, torch.float64) else 4)
-    allowed = steps * torch.finfo(dtype).eps * (size + size.mean(-1, keepdim=True))
-    return bool((error.abs() <= allowed).all())
+    return within_rounding(total - out, parts.double().abs().sum(1), eps_of(call.out))
 
 
 def _routed(model: nn.Module, experts: Experts, call: Call, body: Call, calls: Sequence[Call]) -> Experts:
@@ -338,4 +323,4 @@ def _added(model: nn.Module, experts: Experts, body: Call) -> bool:
         return False
     change = change.reshape(before.shape).double()
     size = before.double().abs() + after.double().abs() + change.abs()
-    return within_rounding((after - before).double() - change, size, before.dtype)
+    return within_rounding((after - before).double() - change, size, eps_of(before))

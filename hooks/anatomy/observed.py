@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from hooks.anatomy import around
 from hooks.anatomy.blocks import look_at
 from hooks.anatomy.nouns import Anatomy, Block, Tower
-from hooks.anatomy.precise import half_of, in_float32, widened
+from hooks.anatomy.precise import half_of, in_float32
 from hooks.anatomy.towers import Stack, stacks
 from hooks.anatomy.watching import Call, Record, attention_watched, copied, has_pixels, run, watched
 from hooks.errors import FrankenlensError
@@ -127,9 +126,9 @@ class _Looking:
             watched(self._model, outside, record, keep=copied),
             watched(self._model, below, record, keep=copied, arguments=frozenset(below), ended=ended),
             attention_watched(record),
-            in_float32(self._model) if self._precise else nullcontext(),
+            in_float32(self._model, self._precise) as precision,
         ):
-            self.logits = run(self._model, widened(dict(self._inputs)) if self._precise else self._inputs)
+            self.logits = run(self._model, precision.given(self._inputs))
         self._outside = [call for call in record.calls if call.path not in set(below)]
 
     def _block_ended(self, whole: Call, record: Record) -> None:

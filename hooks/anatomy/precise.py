@@ -13,9 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from hooks.anatomy.nouns import Anatomy
 
 HALVES = frozenset({torch.bfloat16, torch.float16})
 _MOVES: frozenset[Any] = frozenset(
@@ -51,21 +54,29 @@ class Precision(TorchFunctionMode):
     A kernel that knows no float32 (flash attention) runs in the model's own precision, as the model runs it.
 
     Args:
-        half: the model's own precision; None where that is float32, and nothing is changed.
+        half: the model's own precision; None where that is float32.
+        on: False changes nothing.
 
     Attributes:
         eps: rounding step of the coarsest precision that something was computed in.
     """
 
-    def __init__(self, half: torch.dtype | None) -> None:
+    def __init__(self, half: torch.dtype | None, on: bool = True) -> None:
         super().__init__()
-        self._half = half
-        self.eps = torch.finfo(torch.float32).eps
+        self._half = half if on else None
+        self.eps = torch.finfo(torch.float32 if on or half is None else half).eps
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything is computed otherwise than the model does it."""
+        return self._half is not None
+
+    def given(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """A model's inputs, in the precision that it computes in meanwhile."""
+        return widened(dict(inputs)) if self.acts else dict(inputs)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if self._half is None:
-            return func(*args, **kwargs)
         if getattr(func, "__name__", "") == "__get__":  # an attribute; a dtype is said to be what it will be
             out = func(*args, **kwargs)
             return out if isinstance(out, Tensor) else widened(out)
@@ -88,9 +99,31 @@ class Precision(TorchFunctionMode):
         return widened(out)
 
 
+def runs_in_float32(anatomy: Anatomy) -> bool:
+    """Whether the model that this is of was watched in float32."""
+    return "float32" not in anatomy.absent
+
+
 def half_of(model: nn.Module) -> torch.dtype | None:
     """The half precision that a model has weights in; None where it has none."""
     return next((value.dtype for value in model.parameters() if value.dtype in HALVES), None)
+
+
+def eps_of(*tensors: Tensor) -> float:
+    """The rounding step of the coarsest precision among tensors, float32 at the finest."""
+    return max(torch.finfo(torch.float32).eps, *(torch.finfo(one.dtype).eps for one in tensors))
+
+
+def within_rounding(error: Float[Tensor, "*lead d"], size: Float[Tensor, "*lead d"], eps: float) -> bool:
+    """Whether every entry is as near as rounding leaves it that was done inside, where the entries of a row are mixed.
+
+    Args:
+        error: the difference.
+        size: of what was summed at each entry.
+        eps: the rounding step; half precisions accumulate in float32, which accumulates in itself.
+    """
+    steps = 64 if eps <= torch.finfo(torch.float32).eps else 4
+    return bool((error.abs() <= steps * eps * (size + size.mean(-1, keepdim=True))).all())
 
 
 def widened(value: Any) -> Any:
@@ -122,19 +155,27 @@ def _writes_half(func: Callable, args: tuple) -> bool:
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[Precision]:
+def in_float32(model: nn.Module, on: bool = True) -> Iterator[Precision]:
     """For the length of the context a half-precision model computes in float32; one in float32 as ever.
 
-    Its inputs must be `widened`. What its modules note down about themselves meanwhile is forgotten again.
+    What its modules note down about themselves meanwhile is forgotten again.
+
+    Args:
+        model: the model.
+        on: False leaves it in its own precision.
     """
     half = half_of(model)
+    precision = Precision(half, on)
+    if half is None or not on:
+        yield precision
+        return
     before: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (held, dict(held))
-        for module in (model.modules() if half is not None else ())
+        for module in model.modules()
         for held in (module.__dict__, module._parameters, module._buffers)
     ]
     try:
-        with Precision(half) as precision:
+        with precision:
             yield precision
     finally:
         for held, own in before:

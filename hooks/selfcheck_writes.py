@@ -1,0 +1,214 @@
+"""Proofs that what is written at a point is what the model goes on with: its own value, written back, moves nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooks.anatomy.precise import Precision
+from hooks.anatomy.watching import forward
+from hooks.opened import Opened
+
+SQUARES = frozenset({"hook_attn_scores", "hook_pattern"})
+"""Points at which attention is computed otherwise than the model does it, so that they exist."""
+Seen = Mapping[str, Sequence[Tensor]]
+"""What stood at each point, call by call."""
+
+
+def tolerance(logits: Float[Tensor, "..."]) -> float:
+    """1e-5 x max(1, largest logit) in fp32; in a half precision, sixteen of its own rounding steps.
+
+    Words that a model never says (their logits are the lowest number) are left out.
+    """
+    said = logits[logits.isfinite() & (logits > torch.finfo(logits.dtype).min)]
+    scale = max(1.0, said.abs().max().item()) if said.numel() else 1.0
+    wide = logits.dtype in (torch.float32, torch.float64)
+    return scale * (1e-5 if wide else 16 * torch.finfo(logits.dtype).eps)
+
+
+def apart(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> float:
+    """The largest difference of two tensors; numbers that are not finite must be the same."""
+    return torch.where(a == b, 0.0, (a.double() - b.double()).abs()).max().item()
+
+
+class Writes:
+    """Every point's own value written back, all together or some alone.
+
+    Args:
+        vlm: the opened model.
+        inputs: what it is run on.
+        bare: its own logits.
+    """
+
+    def __init__(
+        self, vlm: Opened, inputs: Mapping[str, Any], bare: Float[Tensor, "batch pos vocab"]
+    ) -> None:
+        self.vlm, self.inputs, self.bare = vlm, inputs, bare
+        self.allowed = tolerance(bare)
+
+    @torch.no_grad()
+    def back(self, names: Sequence[str], seen: dict[str, list[Tensor]]) -> float:
+        """Write all of these back: by how much the logits move. What stands there, call by call, goes into `seen`."""
+        seen.clear()
+
+        def write_back(activation: Tensor, hook: Any) -> Tensor:
+            seen.setdefault(hook.name, []).append(activation.clone())
+            return activation.clone()
+
+        with self.vlm.hooks([(name, write_back) for name in names]):
+            return apart(forward(self.vlm.model, self.inputs), self.bare)
+
+    def sound(self, names: Sequence[str]) -> tuple[dict[str, list[Tensor]], dict[str, str]]:
+        """What stands at the points that can be written back, and the others with the reason.
+
+        Kinds are tried first, then single ones.
+        """
+        seen: dict[str, list[Tensor]] = {}
+        if not self._fails(names, seen):
+            return seen, {}
+        kinds: dict[str, list[str]] = {}
+        for name in names:
+            kinds.setdefault(re.sub(r"\d+", "", name), []).append(name)
+        absent: dict[str, str] = {}
+        for alike in kinds.values():
+            if self._fails(alike):
+                absent |= {name: reason for name in alike if (reason := self._fails([name]))}
+        self.back([name for name in names if name not in absent], seen)
+        return seen, absent
+
+    def _fails(self, names: Sequence[str], seen: dict[str, list[Tensor]] | None = None) -> str:
+        moved = 0.0
+
+        def attempt() -> None:
+            nonlocal moved
+            moved = self.back(names, {} if seen is None else seen)
+
+        if why := why_not(attempt):
+            return why
+        if moved <= self.allowed:
+            return ""
+        return f"writing its own value back moved the logits by {moved:.2e} (allowed {self.allowed:.2e})."
+
+    def with_gradients(
+        self, names: Sequence[str], seen: Seen
+    ) -> tuple[Float[Tensor, "batch pos vocab"], dict[str, Tensor]]:
+        """Logits with gradients, and what stands at each point for them to be taken of.
+
+        Args:
+            names: the points.
+            seen: what stands there otherwise: attention computed with its scores goes on with its own z, to the bit.
+        """
+        taps: dict[str, Tensor] = {}
+
+        def write_back(activation: Tensor, hook: Any) -> Tensor:
+            own = activation.clone()
+            if hook.name.endswith("hook_z"):
+                own = seen[hook.name][hook.calls - 1] + (own - own.detach())
+            taps[hook.name] = own if own.requires_grad else own.requires_grad_()
+            return own.clone()  # the model may edit it in place
+
+        with torch.enable_grad(), self.vlm.hooks([(name, write_back) for name in names]):
+            return forward(self.vlm.model, self.inputs), taps
+
+
+def why_not(attempt: Callable[[], Any]) -> str:
+    """What an attempt fails with, in one line; "" if it does not."""
+    try:
+        attempt()
+    except torch.OutOfMemoryError:  # says nothing about a point
+        raise
+    except Exception as error:
+        return " ".join(str(error).split())[:300] or type(error).__name__
+    return ""
+
+
+@torch.no_grad()
+def looked_at(vlm: Opened, inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[Tensor]]:
+    """What stands at points while the model runs, call by call."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def look(activation: Tensor, hook: Any) -> None:
+        seen.setdefault(hook.name, []).append(activation.clone())
+
+    with vlm.hooks([(name, look) for name in names]):
+        forward(vlm.model, inputs)
+    return seen
+
+
+def unlike_attention(
+    vlm: Opened, inputs: Mapping[str, Any], seen: Seen, precision: Precision
+) -> dict[str, str]:
+    """Scores and patterns that are not those of the model's own attention, with the reason.
+
+    Attention is computed once more with them, on what the model's own attention is given, call by call: it must give
+    out what that gives, to the rounding of what is summed; the model goes on with its own.
+
+    Args:
+        vlm: the opened model.
+        inputs: what it is run on.
+        seen: what stands at the points that can be written back.
+        precision: that it is run in.
+    """
+    sites: dict[str, list[str]] = {}
+    for name, point in vlm.hook_points.items():
+        if point.leaf in SQUARES:
+            sites.setdefault(name.rpartition(".")[0], []).append(name)
+    absent: dict[str, str] = {}
+    for site in [site for site in sites if f"{site}.hook_z" not in seen]:
+        absent |= dict.fromkeys(sites.pop(site), f"{site}.hook_z, by which it is proved, is absent.")
+    if why_not(lambda: _with_squares(vlm, inputs, sites, seen)):
+        for site in list(sites):
+            alone = {site: sites[site]}
+            if why := why_not(lambda alone=alone: _with_squares(vlm, inputs, alone, seen)):
+                absent |= dict.fromkeys(sites.pop(site), why)
+    made, largest = _with_squares(vlm, inputs, sites, seen)
+    for site, squares in sites.items():
+        own, other = seen[f"{site}.hook_z"], made.get(f"{site}.hook_z", [])
+        if error := _unlike(own, other, 4 * precision.eps * (1 + largest.get(site, 0.0))):
+            why = f"attention computed with it gives out other numbers than the model's own ({error})."
+            absent |= dict.fromkeys(squares, why)
+    return absent
+
+
+@torch.no_grad()
+def _with_squares(
+    vlm: Opened, inputs: Mapping[str, Any], sites: Mapping[str, Sequence[str]], seen: Seen
+) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
+    """What attention computed with scores gives out, and how large those are; the model goes on with its own."""
+    made: dict[str, list[Tensor]] = {}
+    largest: dict[str, float] = {}
+
+    def write_back(activation: Tensor, hook: Any) -> Tensor:
+        site = hook.name.rpartition(".")[0]
+        if hook.name.endswith("hook_z"):
+            made.setdefault(hook.name, []).append(activation.clone())
+            return seen[hook.name][hook.calls - 1].clone()
+        if hook.name.endswith("hook_attn_scores"):
+            shown = activation[activation > torch.finfo(activation.dtype).min]
+            size = shown.abs().max().item() if shown.numel() else 0.0
+            largest[site] = max(largest.get(site, 0.0), size)
+        return activation.clone()
+
+    points = [name for site, squares in sites.items() for name in (*squares, f"{site}.hook_z")]
+    with vlm.hooks([(name, write_back) for name in points]):
+        forward(vlm.model, inputs)
+    return made, largest
+
+
+def _unlike(own: Sequence[Tensor], other: Sequence[Tensor], allowed: float) -> str:
+    """How far what heads give out lies apart, if that is more than a share of the largest number of its token."""
+    if len(own) != len(other):
+        return f"{len(other)} calls instead of {len(own)}"
+    for a, b in zip(own, other, strict=True):
+        a, b = a.double().flatten(-2), b.double().flatten(-2)
+        nothing = (b == 0).all(-1, keepdim=True)  # a token that may look at nothing
+        error = (a - b).abs() / a.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        off = error.masked_fill(nothing, 0.0).max().item()
+        if not off <= allowed:
+            return f"off by {off:.2e} of their size, where rounding allows {allowed:.2e}"
+    return ""
