@@ -17,9 +17,10 @@ from hooks.anatomy.precise import in_float32, runs_in_float32
 from hooks.anatomy.watching import forward
 from hooks.errors import FrankenlensError
 from hooks.opened import Opened
+from hooks.selfcheck_attention import SQUARES, unlike_attention
 from hooks.selfcheck_experts import unproved_contributions
 from hooks.selfcheck_sums import split_from_the_stream, unequal
-from hooks.selfcheck_writes import SQUARES, Seen, Writes, apart, looked_at, unlike_attention
+from hooks.selfcheck_writes import Seen, Writes, apart, looked_at
 
 
 def check_inputs(processor: Any, side: int = 64) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def _inexact(vlm: Opened, inputs: Mapping[str, Any], seen: Seen) -> dict[str, st
         wide = looked_at(vlm, given, list(seen)) if precision.acts else seen
         found = unequal(vlm, wide)
         found |= split_from_the_stream(vlm, given, [name for name in wide if name not in found])
-        return found | unlike_attention(vlm, given, wide, precision)
+        return found | unlike_attention(vlm, given, precision)
 
 
 def _without_effect(proof: Writes, names: Sequence[str], seen: Seen) -> dict[str, str]:
