@@ -14,6 +14,7 @@ from hooks.anatomy import around
 from hooks.anatomy.blocks import look_at
 from hooks.anatomy.nouns import Anatomy, Block, Tower
 from hooks.anatomy.precise import half_of, in_float32
+from hooks.anatomy.stirred import stirred
 from hooks.anatomy.towers import Stack, stacks
 from hooks.anatomy.watching import Call, Record, attention_watched, copied, has_pixels, run, watched
 from hooks.errors import FrankenlensError
@@ -122,11 +123,15 @@ class _Looking:
                 self._block_ended(call, record)
                 record.paused = False
 
+        widths = [
+            (one.path, one.given.shape[-1]) for s in self._stacks for one in s.calls if one.given is not None
+        ]
         with (
             watched(self._model, outside, record, keep=copied),
             watched(self._model, below, record, keep=copied, arguments=frozenset(below), ended=ended),
             attention_watched(record),
             in_float32(self._model, self._precise) as precision,
+            stirred(self._model, widths, self._precise),
         ):
             self.logits = run(self._model, precision.given(self._inputs))
         self._outside = [call for call in record.calls if call.path not in set(below)]

@@ -158,25 +158,28 @@ def _writes_half(func: Callable, args: tuple) -> bool:
 def in_float32(model: nn.Module, on: bool = True) -> Iterator[Precision]:
     """For the length of the context a half-precision model computes in float32; one in float32 as ever.
 
-    What its modules note down about themselves meanwhile is forgotten again.
-
     Args:
         model: the model.
         on: False leaves it in its own precision.
     """
-    half = half_of(model)
-    precision = Precision(half, on)
-    if half is None or not on:
+    precision = Precision(half_of(model), on)
+    if not precision.acts:
         yield precision
         return
+    with forgotten(model), precision:
+        yield precision
+
+
+@contextmanager
+def forgotten(model: nn.Module) -> Iterator[None]:
+    """What modules note down about themselves during the context is forgotten behind it."""
     before: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (held, dict(held))
         for module in model.modules()
         for held in (module.__dict__, module._parameters, module._buffers)
     ]
     try:
-        with precision:
-            yield precision
+        yield
     finally:
         for held, own in before:
             held.clear()

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooks.anatomy.stirred import factors
 from hooks.anatomy.watching import Call
 
 MAX_WRITERS = 4
@@ -57,10 +58,10 @@ def solve(
     outs = [call.out.reshape(pre.shape).to(pre.dtype) for call in found]  # type: ignore[union-attr]
     sets = [some for size in range(1, MAX_WRITERS + 1) for some in combinations(range(len(found)), size)]
     scales = _parameters(block, path, pre)
-    for gain in (
-        1.0,
-        *(name for name, value in scales.items() if value.numel() == 1 and float(value) not in (0, 1)),
-    ):
+    own = (
+        n for n, v in scales.items() if v.numel() == 1 and "." not in n.removeprefix(f"{path}.").rstrip(")")
+    )
+    for gain in (1.0, *(name for name in own if float(scales[name]) not in (0, 1))):
         sums = _Sums(pre, post, found, outs, scales, gain)
         for some in sets:
             solution = sums.plain(some)
@@ -110,14 +111,13 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _parameters(block: nn.Module, path: str, pre: Tensor) -> dict[str, Tensor]:
-    """The block's own parameters that may be layer scales or gates (one number a channel, or one in all), and tanh."""
+    """What may be layer scales or gates (one number in all, or of the block itself one a channel), and tanh."""
     found: dict[str, Tensor] = {}
-    for name, value in (*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)):
-        if value.is_floating_point() and value.numel() in (1, pre.shape[-1]) and not value.is_meta:
-            flat = value.detach().reshape(-1)
-            found[f"{path}.{name}"] = flat
-            if value.numel() == 1:
-                found[f"tanh({path}.{name})"] = flat.tanh()
+    for name, value in factors(block, path, pre.shape[-1]):
+        flat = value.detach().reshape(-1)
+        found[name] = flat
+        if value.numel() == 1:
+            found[f"tanh({name})"] = flat.tanh()
     return found
 
 
@@ -138,6 +138,8 @@ class _Sums:
     ) -> None:
         self._pre, self._post, self._calls, self._outs, self._scales = pre, post, calls, outs, scales
         self._gain = gain
+        self._numbers = {name: float(value) for name, value in scales.items() if value.numel() == 1}
+        self._vectors = len(self._numbers) < len(scales)
         whole = post.double() if gain == 1.0 else post.double() / scales[str(gain)].double()
         self._delta = whole - pre.double()
         delta, stacked = self._delta.flatten(), torch.stack([out.double().flatten() for out in outs])
@@ -157,15 +159,15 @@ class _Sums:
     def scaled(self, some: Sequence[int]) -> Solution | None:
         """The sum with coefficients: parameters of the block, else one fitted number each."""
         picked = list(some)
-        if self._scales and len(picked) <= 3 and (names := self._named(picked)) is not None:
-            solution = self._summed(picked, names)
-            if solution is not None:
-                return solution
         fitted = self._fitted(picked)
-        return None if fitted is None else self._summed(picked, fitted)
+        solution = None if fitted is None else self._summed(picked, fitted)
+        if solution is None and self._vectors and len(picked) <= 3:
+            names = self._named(picked)
+            solution = None if names is None else self._summed(picked, names)
+        return solution
 
-    def _fitted(self, picked: list[int]) -> list[float] | None:
-        """The least squares if they leave no more than rounding, as someone wrote them in a configuration."""
+    def _fitted(self, picked: list[int]) -> list[float | str] | None:
+        """The least squares if they leave no more than rounding: each a parameter, or what is in a configuration."""
         inner, target = self._inner[picked][:, picked], self._with_delta[picked]
         try:
             numbers = torch.linalg.solve(inner, target)
@@ -176,7 +178,17 @@ class _Sums:
         if abs(rest) > self._allowed + 1e-10 * self._size or bool((numbers.abs() < 1e-3).any()):
             return None
         errors = (spread.clamp(min=0) * abs(rest) / self._delta.numel()).sqrt()
-        return [_written(c, error) for c, error in zip(numbers.tolist(), errors.tolist(), strict=True)]
+        return [self._known(c, error) for c, error in zip(numbers.tolist(), errors.tolist(), strict=True)]
+
+    def _known(self, c: float, error: float) -> float | str:
+        """What a fitted number cannot be told from, given its standard error; itself, if it is nothing known."""
+        allowed = 32 * error + 4 * torch.finfo(torch.float32).eps * abs(c)
+        known: dict[float | str, float] = {1.0: 1.0, **self._numbers}
+        nearest = min(known, key=lambda name: abs(known[name] - c))
+        if abs(known[nearest] - c) <= allowed:
+            return nearest
+        short = (float(f"{c:.{digits}g}") for digits in range(1, 5))  # as someone wrote it
+        return next((number for number in short if abs(number - c) <= allowed), c)
 
     def _named(self, picked: list[int]) -> list[float | str] | None:
         """For each output the parameter that is nearest to the least squares of each channel, or 1."""
@@ -221,15 +233,6 @@ class _Sums:
             return None
         found = tuple(Term(self._calls[i], c) for i, c in zip(picked, coefficients, strict=True))
         return Solution(found, tuple(states[:-1]), self._gain)
-
-
-def _written(c: float, error: float) -> float:
-    """The shortest number that a fitted one cannot be told from, given its standard error; itself, if none is short."""
-    for digits in range(1, 5):
-        short = float(f"{c:.{digits}g}")
-        if abs(short - c) <= 32 * error + 2 * torch.finfo(torch.float32).eps * abs(c):
-            return short
-    return c
 
 
 def _equal(total: Tensor, post: Tensor, pre: Tensor, terms: Sequence[Tensor]) -> bool:
