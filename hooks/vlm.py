@@ -446,9 +446,12 @@ def _on_device(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, A
 
 def _embedding_device(model: PreTrainedModel) -> torch.device:
     try:
-        return next(model.get_input_embeddings().parameters()).device
+        embedding: Any = model.get_input_embeddings()
+        device = next(embedding.parameters()).device
     except (NotImplementedError, AttributeError, StopIteration):  # transformers does not know where they are
         return next(model.parameters()).device
+    execution = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)  # where it is offloaded
+    return device if execution is None else torch.device(execution)
 
 
 def _watched(model: PreTrainedModel, inputs: Mapping[str, Any], token: int | None) -> Anatomy:
