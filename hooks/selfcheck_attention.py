@@ -23,8 +23,8 @@ from hooks.points import HookPoint
 from hooks.selfcheck_writes import why_not
 
 SQUARES = frozenset({"hook_attn_scores", "hook_pattern"})
-Outs = Mapping[str, Sequence[Float[Tensor, "batch pos head d_head"]]]
-"""What the calls of attention give out, by the module that calls."""
+Outs = Mapping[str, Sequence[Float[Tensor, "..."]]]
+"""What the calls of attention give out [batch pos head d_head], by the module that calls."""
 
 
 @torch.no_grad()

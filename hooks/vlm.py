@@ -450,7 +450,9 @@ def _embedding_device(model: PreTrainedModel) -> torch.device:
         device = next(embedding.parameters()).device
     except (NotImplementedError, AttributeError, StopIteration):  # transformers does not know where they are
         return next(model.parameters()).device
-    execution = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)  # where it is offloaded
+    execution = getattr(
+        getattr(embedding, "_hf_hook", None), "execution_device", None
+    )  # where it is offloaded
     return device if execution is None else torch.device(execution)
 
 
