@@ -120,7 +120,11 @@ def test_a_gradient_goes_through_a_scaled_output(kept: bool) -> None:
         given.inputs, [("blocks.1.hook_mlp_out", lambda a, hook: a * own)]
     ).logits.sum().backward()
     plain = torch.tensor(1.0 if kept else 0.7, requires_grad=True)
-    handle = given.model.get_submodule(path).register_forward_hook(lambda m, a, out: torch.mul(out, plain))
+
+    def scale_plainly(module: Any, args: Any, output: Any) -> Any:
+        return output * plain
+
+    handle = given.model.get_submodule(path).register_forward_hook(scale_plainly)
     given.model(**given.inputs).logits.sum().backward()
     handle.remove()
     assert own.grad is not None and plain.grad is not None

@@ -8,7 +8,7 @@ that must be refused.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -28,12 +28,11 @@ FAST = ("granite", "mllama", "mamba", "gemma2")
 """Multipliers, gates, streams in float32, soft caps; in bfloat16, which is the coarser."""
 
 
-def cases(names: Iterable[str], fast: Iterable[str]) -> Iterator[Any]:
+def cases(names: Iterable[str], fast: Iterable[str]) -> list[Any]:
     """Every name in both half precisions; what is not fast, and float16, only with the slow tests."""
-    for name in names:
-        for dtype in HALVES:
-            quick = name in fast and dtype == torch.bfloat16
-            yield pytest.param(name, dtype, marks=() if quick else pytest.mark.slow)
+    quick = {(name, torch.bfloat16) for name in fast}
+    pairs = [(name, dtype) for name in names for dtype in HALVES]
+    return [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in pairs]
 
 
 def state_of(model: nn.Module) -> dict[tuple[str, str], Any]:
