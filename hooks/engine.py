@@ -274,14 +274,17 @@ def _scaled(hook: Hook, model: nn.Module, output: Any) -> Any:
     if not hook.awake():
         return output
     factor = coefficient_of(model, hook.context.point.coefficient)
-    factor = factor.to(own.device, own.dtype) if isinstance(factor, Tensor) else own.new_tensor(factor)
-    seen = own * factor
+    factor = factor.to(own.device) if isinstance(factor, Tensor) else factor
+    seen = (own * factor).to(own.dtype)
     new = hook(seen.clone())
     if new is None:
         return output
-    # As a difference, so that what a hook leaves alone stays bit for bit what it was; a channel that counts for nothing
-    # cannot be changed.
-    whole = own + torch.where(factor == 0, 0.0, (new - seen) / factor).to(own.dtype)
+    # What a hook leaves alone stays bit for bit what it was, what it sets to zero is zero, and a gradient goes through
+    # either; a channel that counts for nothing cannot be changed.
+    shut = torch.as_tensor(factor == 0, device=own.device)
+    divided = torch.where(shut, 1.0, factor)
+    changed = torch.where(new == seen, own + (new - seen) / divided, new / divided)
+    whole = torch.where(shut, own, changed).to(own.dtype)
     return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
 

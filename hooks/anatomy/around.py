@@ -96,12 +96,13 @@ def _capped(out: Tensor, logits: Tensor) -> tuple[float, float] | None:
     for _ in range(200):
         cap = (low * high) ** 0.5
         low, high = (cap, high) if multiple(cap, large) > multiple(cap, small) else (low, cap)
-    cap = float(f"{(low * high) ** 0.5:.4g}")
-    scale = multiple(cap, small) if cap > top else multiple(top * (1 + 1e-9), small)
-    for factor in (1.0, float(f"{scale:.4g}"), float(f"{scale:.6g}"), scale):
-        error = float((cap * torch.tanh(out * factor / cap) - logits).abs().max())
-        if error <= 64 * torch.finfo(torch.float32).eps * max(top, 1e-30) * 4:
-            return cap, factor
+    for digits in (2, 3, 4):  # as someone wrote it in a configuration
+        cap = float(f"{(low * high) ** 0.5:.{digits}g}")
+        scale = multiple(cap if cap > top else top * (1 + 1e-9), small)
+        for factor in (1.0, float(f"{scale:.4g}"), float(f"{scale:.6g}"), scale):
+            error = float((cap * torch.tanh(out * factor / cap) - logits).abs().max())
+            if error <= 64 * torch.finfo(torch.float32).eps * max(top, 1e-30) * 4:
+                return cap, factor
     return None
 
 

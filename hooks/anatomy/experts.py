@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hooks.anatomy.nouns import Experts
+from hooks.anatomy.precise import eps_of, within_rounding
 from hooks.anatomy.watching import Call, floating_parts
 
 SEPARATE = "its experts are modules called one by one, so no call shows which tokens each of them is given."
@@ -178,11 +179,7 @@ def _sums_up(model: nn.Module, experts: Experts, call: Call) -> bool:
     args, kwargs = called(experts, hidden, chosen.reshape(-1, 1), weights.reshape(-1, 1))
     parts = forward(*args, **kwargs).unflatten(0, (-1, k))
     total, out = parts.double().sum(1), call.out.double()
-    return bool(((total - out).abs() <= _step(call.out) * (1 + parts.double().abs().sum(1))).all())
-
-
-def _step(tensor: Tensor) -> float:
-    return 64 * torch.finfo(tensor.dtype).eps
+    return within_rounding(total - out, parts.double().abs().sum(1), eps_of(call.out))
 
 
 def _routed(model: nn.Module, experts: Experts, call: Call, body: Call, calls: Sequence[Call]) -> Experts:
@@ -324,6 +321,6 @@ def _added(model: nn.Module, experts: Experts, body: Call) -> bool:
             handle.remove()
     if change.numel() != before.numel():
         return False
-    error = ((after - before).double() - change.reshape(before.shape).double()).abs()
-    size = before.double().abs() + after.double().abs() + change.reshape(before.shape).double().abs()
-    return bool((error <= _step(before) * (size + float(size.mean()))).all())
+    change = change.reshape(before.shape).double()
+    size = before.double().abs() + after.double().abs() + change.abs()
+    return within_rounding((after - before).double() - change, size, eps_of(before))

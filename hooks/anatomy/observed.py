@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hooks.anatomy import around
 from hooks.anatomy.blocks import look_at
 from hooks.anatomy.nouns import Anatomy, Block, Tower
+from hooks.anatomy.precise import half_of, in_float32
+from hooks.anatomy.stirred import stirred
 from hooks.anatomy.towers import Stack, stacks
 from hooks.anatomy.watching import Call, Record, attention_watched, copied, has_pixels, run, watched
 from hooks.errors import FrankenlensError
@@ -42,7 +45,19 @@ def observed_anatomy(
             "there is no residual stream to read or write."
         )
     image = _image_mask(inputs, image_token_id)
-    return _Looking(model, inputs, image, found, record).anatomy()
+    try:
+        return _Looking(model, inputs, image, found).anatomy()
+    except torch.OutOfMemoryError:  # says nothing about the model
+        raise
+    except Exception as error:
+        if half_of(model) is None:
+            raise
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+    why = (
+        f"it does not run in float32 ({told}); what its own precision does not show bit for bit is not known"
+    )
+    seen = _Looking(model, inputs, image, found, precise=False).anatomy()
+    return replace(seen, absent={"float32": why, **seen.absent})
 
 
 def require_all_blocks(model: nn.Module, anatomy: Anatomy) -> None:
@@ -72,7 +87,7 @@ def _image_mask(inputs: Mapping[str, Any], image_token_id: int | None) -> Bool[T
 
 
 class _Looking:
-    """The second forward: blocks are taken apart one by one as they end, so that only one is held at a time."""
+    """The second forward, in float32: blocks are taken apart as they end, so that only one is held at a time."""
 
     def __init__(
         self,
@@ -80,8 +95,10 @@ class _Looking:
         inputs: Mapping[str, Any],
         image: Bool[Tensor, "batch pos"] | None,
         found: list[Stack],
-        seen: Record,
+        *,
+        precise: bool = True,
     ) -> None:
+        self._precise = precise
         self._model, self._inputs, self._image, self._stacks = model, inputs, image, found
         self._names = {id(module): name for name, module in model.named_modules()}
         self._blocks: dict[str, Block] = {}
@@ -107,12 +124,17 @@ class _Looking:
                 self._block_ended(call, record)
                 record.paused = False
 
+        widths = [
+            (one.path, one.given.shape[-1]) for s in self._stacks for one in s.calls if one.given is not None
+        ]
         with (
             watched(self._model, outside, record, keep=copied),
             watched(self._model, below, record, keep=copied, arguments=frozenset(below), ended=ended),
             attention_watched(record),
+            in_float32(self._model, self._precise) as precision,
+            stirred(self._model, widths, self._precise),
         ):
-            self.logits = run(self._model, self._inputs)
+            self.logits = run(self._model, precision.given(self._inputs))
         refuse_broken(self._model, self.logits)
         self._outside = [call for call in record.calls if call.path not in set(below)]
 

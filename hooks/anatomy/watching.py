@@ -193,7 +193,7 @@ def attention_watched(record: Record) -> Iterator[None]:
                 result = function(module, query, key, value, *args, **kwargs)
                 out = result[0] if isinstance(result, tuple) else result
                 if not record.paused:
-                    record.attended.append(Attended(module, record.tick(), query, key, value, out))
+                    record.attended.append(Attended(module, record.tick(), query, key, value, copied(out)))
                 return result
 
             return looked_at

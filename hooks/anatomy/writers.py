@@ -1,7 +1,8 @@
 """Writers: which modules' outputs a block adds to its stream, with which coefficients, found by solving for them.
 
-The equation is `resid_post = resid_pre + Σ coefficient · output`, summed as the model sums it, in its own precision. A
-set of modules is taken only where the sum is the stream to rounding and every member is needed.
+The equation is `resid_post = resid_pre + Σ coefficient · output`. A set of modules is taken only where the sum is the
+stream to the rounding of float32, entry by entry, and every member is needed; in a half precision (of a model that does
+not run in float32), only where it is the stream bit for bit, summed as the model sums it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooks.anatomy.stirred import factors
 from hooks.anatomy.watching import Call
 
 MAX_WRITERS = 4
 _CANDIDATES = 14
 _EXACT = 0.999  # share of entries that must be equal bit for bit, where sums are compared that way
+_WIDE = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,10 @@ def solve(
     outs = [call.out.reshape(pre.shape).to(pre.dtype) for call in found]  # type: ignore[union-attr]
     sets = [some for size in range(1, MAX_WRITERS + 1) for some in combinations(range(len(found)), size)]
     scales = _parameters(block, path, pre)
-    for gain in (
-        1.0,
-        *(name for name, value in scales.items() if value.numel() == 1 and float(value) not in (0, 1)),
-    ):
+    own = (
+        n for n, v in scales.items() if v.numel() == 1 and "." not in n.removeprefix(f"{path}.").rstrip(")")
+    )
+    for gain in (1.0, *(name for name in own if float(scales[name]) not in (0, 1))):
         sums = _Sums(pre, post, found, outs, scales, gain)
         for some in sets:
             solution = sums.plain(some)
@@ -108,14 +111,13 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _parameters(block: nn.Module, path: str, pre: Tensor) -> dict[str, Tensor]:
-    """The block's own parameters that may be layer scales or gates (one number a channel, or one in all), and tanh."""
+    """What may be layer scales or gates (one number in all, or of the block itself one a channel), and tanh."""
     found: dict[str, Tensor] = {}
-    for name, value in (*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)):
-        if value.is_floating_point() and value.numel() in (1, pre.shape[-1]) and not value.is_meta:
-            flat = value.detach().reshape(-1)
-            found[f"{path}.{name}"] = flat
-            if value.numel() == 1:
-                found[f"tanh({path}.{name})"] = flat.tanh()
+    for name, value in factors(block, path, pre.shape[-1]):
+        flat = value.detach().reshape(-1)
+        found[name] = flat
+        if value.numel() == 1:
+            found[f"tanh({name})"] = flat.tanh()
     return found
 
 
@@ -136,6 +138,8 @@ class _Sums:
     ) -> None:
         self._pre, self._post, self._calls, self._outs, self._scales = pre, post, calls, outs, scales
         self._gain = gain
+        self._numbers = {name: float(value) for name, value in scales.items() if value.numel() == 1}
+        self._vectors = len(self._numbers) < len(scales)
         whole = post.double() if gain == 1.0 else post.double() / scales[str(gain)].double()
         self._delta = whole - pre.double()
         delta, stacked = self._delta.flatten(), torch.stack([out.double().flatten() for out in outs])
@@ -155,24 +159,36 @@ class _Sums:
     def scaled(self, some: Sequence[int]) -> Solution | None:
         """The sum with coefficients: parameters of the block, else one fitted number each."""
         picked = list(some)
-        if self._scales and len(picked) <= 3 and (names := self._named(picked)) is not None:
-            solution = self._summed(picked, names)
-            if solution is not None:
-                return solution
         fitted = self._fitted(picked)
-        return None if fitted is None else self._summed(picked, fitted)
+        solution = None if fitted is None else self._summed(picked, fitted)
+        if solution is None and self._vectors and len(picked) <= 3:
+            names = self._named(picked)
+            solution = None if names is None else self._summed(picked, names)
+        return solution
 
     def _fitted(self, picked: list[int]) -> list[float | str] | None:
-        target = self._with_delta[picked]
+        """The least squares if they leave no more than rounding: each a parameter, or what is in a configuration."""
+        inner, target = self._inner[picked][:, picked], self._with_delta[picked]
         try:
-            solution = torch.linalg.solve(self._inner[picked][:, picked], target)
+            numbers = torch.linalg.solve(inner, target)
+            spread = torch.linalg.inv(inner).diagonal()
         except RuntimeError:
             return None
-        rest = self._size - float(solution @ target)
-        numbers = solution.tolist()
-        if abs(rest) > self._allowed + 1e-10 * self._size or any(abs(c) < 1e-3 for c in numbers):
+        rest = self._size - float(numbers @ target)
+        if abs(rest) > self._allowed + 1e-10 * self._size or bool((numbers.abs() < 1e-3).any()):
             return None
-        return [1.0 if abs(c - 1) < 1e-5 else _rounded(c) for c in numbers]
+        errors = (spread.clamp(min=0) * abs(rest) / self._delta.numel()).sqrt()
+        return [self._known(c, error) for c, error in zip(numbers.tolist(), errors.tolist(), strict=True)]
+
+    def _known(self, c: float, error: float) -> float | str:
+        """What a fitted number cannot be told from, given its standard error; itself, if it is nothing known."""
+        allowed = 32 * error + 4 * torch.finfo(torch.float32).eps * abs(c)
+        known: dict[float | str, float] = {1.0: 1.0, **self._numbers}
+        nearest = min(known, key=lambda name: abs(known[name] - c))
+        if abs(known[nearest] - c) <= allowed:
+            return nearest
+        short = (float(f"{c:.{digits}g}") for digits in range(1, 5))  # as someone wrote it
+        return next((number for number in short if abs(number - c) <= allowed), c)
 
     def _named(self, picked: list[int]) -> list[float | str] | None:
         """For each output the parameter that is nearest to the least squares of each channel, or 1."""
@@ -202,7 +218,6 @@ class _Sums:
             else self._outs[i] * (self._scales[c].to(pre.dtype) if isinstance(c, str) else c)
             for i, c in zip(picked, coefficients, strict=True)
         ]
-        exact = all(c == 1.0 for c in coefficients)
         states, total = [pre], pre
         for term in terms:
             total = total + term
@@ -212,7 +227,7 @@ class _Sums:
             sums += [pre + (terms[0] + terms[1]), (pre + terms[1]) + terms[0]]
         if self._gain != 1.0:
             sums = [one * self._scales[str(self._gain)].to(pre.dtype) for one in sums]
-        if not any(_equal(one, post, pre, terms, exact) for one in sums):
+        if not any(_equal(one, post, pre, terms) for one in sums):
             return None
         if len(terms) > 1 and any(_negligible(term, pre, post) for term in terms):
             return None
@@ -220,24 +235,17 @@ class _Sums:
         return Solution(found, tuple(states[:-1]), self._gain)
 
 
-def _rounded(c: float) -> float:
-    """A fitted number without the last digits, which are noise: as someone wrote it in a configuration."""
-    short = float(f"{c:.4g}")
-    return short if abs(short - c) < 1e-5 * abs(c) else c
-
-
-def _equal(total: Tensor, post: Tensor, pre: Tensor, terms: Sequence[Tensor], exact: bool) -> bool:
-    """To rounding: bit for bit nearly everywhere where nothing is scaled, else within a few steps at every entry."""
+def _equal(total: Tensor, post: Tensor, pre: Tensor, terms: Sequence[Tensor]) -> bool:
+    """To rounding at every entry; in a half precision, bit for bit nearly everywhere too."""
     if not bool(torch.isfinite(post).all()):
         return False
-    if exact and (total == post).double().mean().item() >= _EXACT:
-        return True
-    if post.dtype not in (torch.float32, torch.float64) and exact:
-        return False
+    wide = post.dtype in _WIDE
+    step = torch.finfo(torch.float32 if wide else post.dtype).eps
     size = pre.abs().double() + sum(term.abs().double() for term in terms)
-    return bool(
-        ((total.double() - post.double()).abs() <= 8 * torch.finfo(post.dtype).eps * size + 1e-12).all()
-    )
+    allowed = (8 if wide else 2) * step * size + (1e-12 if wide else torch.finfo(post.dtype).tiny)
+    if not bool(((total.double() - post.double()).abs() <= allowed).all()):
+        return False
+    return wide or (total == post).double().mean().item() >= _EXACT
 
 
 def _negligible(term: Tensor, pre: Tensor, post: Tensor) -> bool:
