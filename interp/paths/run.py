@@ -12,7 +12,7 @@ from torch import Tensor
 from hooks import FrankenlensError, HookedVLM
 from hooks.address import Address
 from hooks.engine import HookContext
-from hooks.selfcheck import tolerance
+from hooks.selfcheck_writes import tolerance
 from interp.map.cells import Donor
 from interp.metrics import Metric
 from interp.paths.path import Between, Path, Receiver, sender_hook, writes_at

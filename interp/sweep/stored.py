@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hooks import FrankenlensError, HookedVLM
 from hooks.engine import Hook, HookContext
 from hooks.points import interface_point
-from hooks.selfcheck import tolerance
+from hooks.selfcheck_writes import tolerance
 from interp.prompts import PromptBatch
 from interp.sweep.attention import SegmentContext, Tap, segment_attention_on
 from interp.sweep.edits import Span
