@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.selfcheck_writes import tolerance
+from hooks.selfcheck import tolerance
 
 _SCALES = ("logits_scaling", "logit_scale")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
