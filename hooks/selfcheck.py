@@ -20,7 +20,9 @@ from hooks.opened import Opened
 from hooks.selfcheck_attention import SQUARES, unlike_attention
 from hooks.selfcheck_experts import unproved_contributions
 from hooks.selfcheck_sums import split_from_the_stream, unequal
-from hooks.selfcheck_writes import Seen, Writes, apart, looked_at
+from hooks.selfcheck_writes import Seen, Writes, apart, looked_at, tolerance
+
+__all__ = ["check_inputs", "opening_inputs", "self_check", "tolerance", "undisturbed", "zero_every_point"]
 
 
 def check_inputs(processor: Any, side: int = 64) -> dict[str, Any]:

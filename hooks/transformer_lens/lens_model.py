@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hooks.anatomy import Block
 from hooks.errors import FrankenlensError
 from hooks.opened import Opened
-from hooks.selfcheck_writes import tolerance
+from hooks.selfcheck import tolerance
 
 _AFTER_UNEMBEDDING = ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale")
 

@@ -25,7 +25,7 @@ from hooks.engine import HookContext, head_results
 from hooks.errors import nearest
 from hooks.plain import matrix, own_parameter
 from hooks.points import writer_points
-from hooks.selfcheck_writes import tolerance
+from hooks.selfcheck import tolerance
 from hooks.vlm import FwdHooks
 from interp.lens.head import OutputHead, freeze
 from interp.lens.logit_lens import along

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.plain import own_parameter
-from hooks.selfcheck_writes import tolerance
+from hooks.selfcheck import tolerance
 
 _SCALES = ("logits_scaling", "logit_scale")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
