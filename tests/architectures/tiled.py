@@ -64,7 +64,15 @@ TILED_IMAGES = {
     ),
     "granite_docling": Builder(
         "granite_docling",
-        {"vision_config": {"deepstack_visual_indexes": [0, 2], "scale_factor": 2}},
+        {
+            "text_config": {
+                "residual_multiplier": 0.5,
+                "embedding_multiplier": 2.0,
+                "logits_scaling": 2.0,
+                "attention_multiplier": 0.25,
+            },
+            "vision_config": {"deepstack_visual_indexes": [0, 2], "scale_factor": 2},
+        },
         2 * 4,
         {"pixel_values": noise(1, 2, 3, 16, 16), "pixel_attention_mask": [[True, True]]},
     ),
