@@ -88,7 +88,17 @@ def test_the_paper_is_spelt_out_and_wrong_roles_are_refused() -> None:
 
 
 def test_traces_that_cannot_be_used_are_one_line(tmp_path, capsys) -> None:
-    settings = ["--n", "4", "--max-new-tokens", "2", "--no-nulls", "--out", str(tmp_path / "out")]
+    settings = [
+        "--n",
+        "4",
+        "--max-new-tokens",
+        "2",
+        "--unparsed",
+        "1",
+        "--no-nulls",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(["attention", *settings]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("frankenlens: None of 8 traces can be used (8: the trace does not parse")

@@ -11,6 +11,7 @@ from experiments import embedded
 from experiments.cli import main
 from experiments.commands import claims as command
 from experiments.commands.claims import ClaimsConfig
+from experiments.options import from_command_line
 from interp.hypotheses import Claim, Verdict
 from interp.hypotheses.judge import judge
 from interp.questions.tasks import REASONING, sample
@@ -43,8 +44,9 @@ def out(tmp_path_factory):
     same, rl = (str(embedded.path(stage)) for stage in ("in", "rl"))
     pairs = ["--pairs", same, rl, same, same]
     argv = ["test", str(folder / "mine.claims.yaml"), *pairs, *SMALL, "--out", str(folder / "out")]
-    assert main(argv) == 2  # found on these prompts
-    assert not (folder / "out").exists()
+    fresh = command.load(from_command_line(ClaimsConfig, argv[1:], "test"))
+    assert not set(seen) & {example.id for example in fresh.examples}
+    assert fresh.left_out == {"looked at when the claims were found": len(seen)}
     assert main([*argv, "--allow-reuse"]) == 0
     return folder / "out"
 

@@ -74,7 +74,7 @@ def test_mistakes_are_one_error_each(tmp_path, capsys):
     small = ["--n", "4", "--out", str(tmp_path / "out")]
     assert main(["knockout", "--width", "12", *small]) == 2
     assert "the tower has 9; give 1 to 9" in capsys.readouterr().err
-    assert main(["knockout", "--max-new-tokens", "2", *small]) == 2
+    assert main(["knockout", "--max-new-tokens", "2", "--unparsed", "1", *small]) == 2
     assert "None of 4 traces of RL can be used (4: the trace does not parse" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.*"))
     faults: list[tuple[dict[str, Any], str]] = [

@@ -77,7 +77,7 @@ def test_the_lenses_that_were_kept_are_those_of_their_models(out: Path) -> None:
         (["--tuned-steps", "0", "--lenses", "kept"], "trains none"),
         (["--n", "1"], "--n 2"),
         (["--in", "nowhere"], "go together"),
-        (["--n", "4", "--tuned-steps", "0", "--top-k", "5000"], "top_k is 5000"),
+        (["--n", "4", "--tuned-steps", "0", "--top-k", "5000", "--unparsed", "1"], "top_k is 5000"),
     ],
 )
 def test_mistakes_are_told_in_one_line_and_nothing_is_written(tmp_path: Path, capsys, given, match) -> None:
@@ -89,7 +89,18 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(tmp_path: Path, ca
 def test_traces_without_an_answer_and_a_pair_without_a_difference(tmp_path: Path, capsys) -> None:
     """No answers and no attribution, and the page says why; IN beside itself is nowhere apart."""
     same = str(embedded.path("in"))
-    settings = ["--n", "9", "--max-new-tokens", "3", "--tuned-steps", "0", "--out", str(tmp_path)]
+    settings = [
+        "--n",
+        "9",
+        "--max-new-tokens",
+        "3",
+        "--unparsed",
+        "1",
+        "--tuned-steps",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(["lens", "--in", same, "--rl", same, *settings]) == 0
     assert not any((tmp_path / name).exists() for name in ("answers.csv", "dla.csv"))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
