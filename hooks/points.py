@@ -35,6 +35,7 @@ OUT = {
     "attn": "hook_attn_out",
     "cross_attn": "hook_cross_attn_out",
     "mixer": "hook_mixer_out",
+    "rest": "hook_rest_out",
 } | dict.fromkeys(("mlp", "moe"), "hook_mlp_out")
 """Role of a writer to the hook point of what it adds to the stream."""
 _AFTER = {

@@ -288,15 +288,11 @@ def _slices_of_unit(
 ) -> Iterator[tuple[str, int, int, int]]:
     if address.unit == "neuron":
         width = d_mlp(model, block)
-        for child, module in model.get_submodule(block.mlp).named_children():
-            name = f"{block.mlp}.{child}"
-            if not is_linear(module):
-                continue
+        for name in _mlp_layers(model, block):
             if name == block.mlp_out:
                 yield name, 1, i, 1
             else:  # gate and up may be one matrix, one above the other
-                rows: Any = getattr(module, "out_features", None) or getattr(module, "nf", width)
-                yield from ((name, 0, first + i, 1) for first in range(0, rows, width))
+                yield from ((name, 0, first + i, 1) for first in range(0, _outputs(model, name), width))
         return
     site = site_at(block, address.sub)
     for letter in "q" if address.unit == "head" else "kv":
@@ -310,6 +306,17 @@ def _slices_of_unit(
                 f"{address}: something lies between its attention and the output projection."
             )
         yield site.out, 1, i * site.d_value, site.d_value
+
+
+def _mlp_layers(model: nn.Module, block: Block) -> list[str]:
+    """The linear layers of a dense MLP."""
+    writer = block.writer("mlp")
+    found: list[str] = []
+    for part in (writer.parts or (writer.body,)) if writer else ():
+        children = model.get_submodule(part).named_children()
+        inside = [f"{part}.{name}" for name, child in children if is_linear(child)]
+        found += [part] if is_linear(model.get_submodule(part)) else inside
+    return found
 
 
 def _outputs(model: nn.Module, path: str) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooks.errors import FrankenlensError
 
-Role = Literal["attn", "cross_attn", "mixer", "mlp", "moe"]
+Role = Literal["attn", "cross_attn", "mixer", "mlp", "moe", "rest"]
 
 
 class Absent(FrankenlensError):
@@ -141,9 +141,11 @@ class Writer:
         site: the attention call inside.
         last: of an MLP, path of the linear layer whose output is the body's output.
         rest: no module's output is what is added: it is the difference between the block's output (`module` is the
-            block) and the state that `reader` is given.
+            block) and the state that `reader` is given. The role is "rest" where more than one part makes it, or where
+            the stream itself is changed (a norm of BERT's).
         experts: of an MLP of experts, where they are one module; `why` says why they are not known.
-        parts: the modules that make it together, where no one module does (Gemma 4: an MLP beside experts).
+        parts: the outermost modules with matrices that make it together, where that is not the body alone (Gemma 4: an
+            MLP beside experts; BLIP: queries, keys and values beside the output layer).
     """
 
     role: Role
@@ -198,6 +200,7 @@ class Block:
             and mlp.role in ("mlp", "moe")
             and attn.module == attn.body
             and mlp.module == mlp.body
+            and not (attn.parts or mlp.parts)
             and (attn.coefficient, mlp.coefficient) == (1.0, 1.0)
             and (attn.state, mlp.state) == (0, 1)
             and None not in (attn.reader, mlp.reader)
