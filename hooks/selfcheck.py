@@ -230,7 +230,9 @@ def _gained(vlm: Opened, block: Block, stream: Tensor) -> Tensor:
 
 def _is_writer(point: str, block: str) -> bool:
     leaf = point.removeprefix(f"{block}.")
-    return leaf != point and re.fullmatch(r"hook_(attn|cross_attn|mixer|mlp|rest)_out(_\d+)?", leaf) is not None
+    return (
+        leaf != point and re.fullmatch(r"hook_(attn|cross_attn|mixer|mlp|rest)_out(_\d+)?", leaf) is not None
+    )
 
 
 def _unlike_neurons(vlm: Opened, taps: Mapping[str, Tensor], name: str, block: Block) -> dict[str, str]:
