@@ -101,7 +101,12 @@ def floating_parts(output: Any) -> dict[str | None, Tensor]:
 
 def has_pixels(inputs: Mapping[str, Any]) -> bool:
     """Whether processor tensors hold an image."""
-    return any("pixel" in name or "patches" in name for name in inputs)
+    return any(map(of_an_image, inputs))
+
+
+def of_an_image(name: str) -> bool:
+    """Whether a processor calls an image's tensor so."""
+    return "pixel" in name or "patches" in name
 
 
 @contextmanager
