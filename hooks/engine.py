@@ -97,9 +97,9 @@ class Hook:
             return None if new is None else new.movedim(2, 0)
         if point.relaid:
             behind = len(point.axes) - len(self.context.lead)
-            new = self._on(
-                activation.reshape(*self.context.lead, *activation.shape[activation.ndim - behind :])
-            )
+            # How many tokens follows from the tensor: keys made again of a cache are more than a step's queries.
+            lead = (*self.context.lead[:-1], -1)
+            new = self._on(activation.reshape(*lead, *activation.shape[activation.ndim - behind :]))
             return None if new is None else new.reshape(activation.shape)
         return self._on(activation)
 
