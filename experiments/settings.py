@@ -55,6 +55,9 @@ class PairSettings(ModelSettings):
         batch_size: prompts a forward.
         device_map: as in transformers and accelerate ("auto", "cuda", ...).
         dtype: as in transformers; auto keeps the checkpoint's own.
+        template: file of a Jinja chat template, instead of the processor's own; those of IN and RL may then differ.
+        system: system message of every prompt.
+        accept: differences of the models that are taken as they are, by the names that the refusal gives them.
     """
 
     reasoning: tuple[str, str] = ("<think>", "</think>")
@@ -63,6 +66,9 @@ class PairSettings(ModelSettings):
     batch_size: int = 32
     device_map: str | None = None
     dtype: str = "auto"
+    template: Path | None = None
+    system: str | None = None
+    accept: tuple[str, ...] = ()
 
     @property
     def trace_format(self) -> TraceFormat:
@@ -133,6 +139,11 @@ def require_sound(config: ModelSettings) -> None:
         given = getattr(config, name, None)
         if given is not None and given < 1:
             raise FrankenlensError(f"{as_option(name)} is {given}; give at least 1.")
+    template = getattr(config, "template", None)
+    if template is not None and not template.is_file():
+        raise FrankenlensError(
+            f"--template {template}: there is no such file; give a file of a Jinja chat template."
+        )
     answer = getattr(config, "answer", ("answer",))
     if len(answer) not in (1, 2):
         raise FrankenlensError(
@@ -163,7 +174,12 @@ def load_triple(config: PairSettings) -> Pair:
 def _opened(config: PairSettings, base: str | None) -> Pair:
     in_, rl, _ = checkpoints(config)
     loading: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
-    return Pair.from_pretrained(in_, rl, base, trace_format=config.trace_format, **loading)
+    prompts = {"template": _template(config), "system": config.system, "accept": config.accept}
+    return Pair.from_pretrained(in_, rl, base, trace_format=config.trace_format, **prompts, **loading)
+
+
+def _template(config: PairSettings) -> str | None:
+    return None if config.template is None else config.template.read_text(encoding="utf-8")
 
 
 def load_examples(

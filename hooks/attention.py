@@ -28,6 +28,29 @@ _UNSUPPORTED = ("position_bias", "sinks", "cache")
 Apply = Callable[[str, Tensor], Tensor]
 
 
+class _StandIn(str):
+    """Our name, by which transformers looks our function up, and equal to the user's wherever a model compares it.
+
+    Models that choose keys for each query hand them on as a mask to "sdpa" and "eager", and to others as numbers.
+    """
+
+    _users: str
+
+    def __new__(cls, users: str) -> "_StandIn":
+        """Arguments: the name of the user's implementation."""
+        own = super().__new__(cls, _NAME)
+        own._users = users
+        return own
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or other == self._users
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
 class AttentionTap:
     """What the hooks of one attention module want: the leaves in use and a function that runs them on a tensor."""
 
@@ -85,7 +108,7 @@ def tapped(module: Any, tap: AttentionTap) -> Iterator[None]:
     shim = copy.copy(original)
     tap.implementation = original._attn_implementation or "eager"
     flash = tap.packed or "flash" in tap.implementation
-    shim._attn_implementation_internal = _PACKED_NAME if flash else _NAME
+    shim._attn_implementation_internal = _PACKED_NAME if flash else _StandIn(tap.implementation)
     shim._frankenlens_tap = tap
     stays(shim, original)
     module.config = shim

@@ -18,6 +18,7 @@ from hooks.attention import AttentionTap, tapped
 from hooks.errors import FrankenlensError
 from hooks.experts import PLACES, attach_to_experts
 from hooks.inert import Stays
+from hooks.plain import by_forward, plain_weight
 from hooks.points import HookPoint
 from hooks.positions import At, Clock
 
@@ -189,7 +190,8 @@ def attached(
 def _note_lead(context: HookContext, block: nn.Module, args: tuple, kwargs: dict) -> None:
     """How the tokens of a block's stream are laid out."""
     _, stream = first_floating(args, kwargs)
-    context.lead = () if stream is None else tuple(stream.shape[:-1])
+    lead = () if stream is None else tuple(stream.shape[:-1])
+    context.lead = tuple(size for axis, size in enumerate(lead) if axis != context.point.aside)
 
 
 def _attach_rest(model: nn.Module, block: nn.Module, hooks: list[Hook], stack: ExitStack) -> None:
@@ -319,11 +321,9 @@ def head_results(
 
     In float32 for half-precision models too: the difference between two models' heads is far below their rounding.
     """
-    if type(out) is nn.Linear and not out.weight.is_meta:
-        weight = out.weight.unflatten(1, (z.shape[-2], -1))
+    if (weight := plain_weight(out)) is not None:
+        split = weight.to(z.device).unflatten(1, (z.shape[-2], -1))
         wide = torch.promote_types(z.dtype, torch.float32)
-        return torch.einsum("...hd,mhd->...hm", z.to(wide), weight.to(wide))
-    # A wrapped projection (LoRA, quantized, offloaded): one head at a time through its own forward, past the hooks.
-    zero = out.forward(torch.zeros_like(z).flatten(-2))
+        return torch.einsum("...hd,mhd->...hm", z.to(wide), split.to(wide))
     eye = torch.eye(z.shape[-2], dtype=z.dtype, device=z.device)
-    return torch.stack([out.forward((z * row[:, None]).flatten(-2)) - zero for row in eye], dim=-2)
+    return torch.stack([by_forward(out, (z * row[:, None]).flatten(-2)) for row in eye], dim=-2)

@@ -102,7 +102,10 @@ def _values(vlm: Opened, points: Sequence[HookPoint], inputs: Mapping[str, Any])
 
 
 def _shapes(vlm: Opened, inputs: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:
-    """What each point's function is shown, call by call; the insides of attention are left out where they cannot be looked at."""
+    """What each point's function is shown, call by call.
+
+    The insides of attention are left out where they cannot be looked at.
+    """
     whole = [
         point for point in vlm.hook_points.values() if point.place not in ("expert_out", "router_weights")
     ]
@@ -142,7 +145,8 @@ def _as_it_is(vlm: Opened, point: HookPoint, shapes: Mapping[str, tuple[int, ...
     behind = len(point.axes) - len(own)
     if point.layer is None or len(lead) != len(own) or prod(shape[: len(shape) - behind]) != prod(lead):
         return None
-    return replace(point, relaid=True, stream=vlm.hook_points[first].module)
+    aside = None if "stream" in point.axes else vlm.anatomy.towers[point.tower].streams
+    return replace(point, relaid=True, aside=aside, stream=vlm.hook_points[first].module)
 
 
 def _sizes(axes: tuple[str, ...], shape: tuple[int, ...], own: tuple[str, ...]) -> tuple[int, ...]:

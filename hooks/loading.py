@@ -12,10 +12,12 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedModel,
 )
+from transformers.utils.hub import cached_file
 
 from hooks.errors import FrankenlensError
 from hooks.extras import require_installed
 from hooks.processors import needs_own_code, own_code_message
+from hooks.stored.files import SHOWN, entries, require_one_precision, require_shape, weight_files
 
 
 def load_model(
@@ -28,29 +30,18 @@ def load_model(
     """Load an image-text-to-text model, or a causal language model, in evaluation mode.
 
     Raises:
-        FrankenlensError: no such checkpoint, a pickle checkpoint, an unknown architecture, or missing weights.
+        FrankenlensError: no such checkpoint, a pickle checkpoint, two sets of weights in one folder, quantized tensors
+            without a word of how (or the reverse), an unknown architecture, or weights that are missing or of another
+            shape.
         MissingPackage: `device_map` without accelerate.
     """
     if device_map is not None:
         require_installed("device_map", "accelerate")
-    folder = Path(path_or_id)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FrankenlensError(
-                f"{folder}: no config.json, so this is not a checkpoint written by save_pretrained."
-            )
-        if not any(folder.glob("*.safetensors")):
-            pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-            found = f"only pickle files ({', '.join(pickles)})" if pickles else "no weights at all"
-            raise FrankenlensError(
-                f"{folder}: {found}. Only safetensors are read: load it once in a place you trust and call "
-                "model.save_pretrained(folder)."
-            )
+    hub = {name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in kwargs}
+    if Path(path_or_id).is_dir():
+        _require_sound(Path(path_or_id) / hub.get("subfolder", ""), kwargs.get("variant"))
     auto: Any = AutoModelForImageTextToText
     try:
-        hub = {
-            name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in kwargs
-        }
         auto = auto_class(AutoConfig.from_pretrained(path_or_id, trust_remote_code=trust_remote_code, **hub))
         loaded: Any = auto.from_pretrained(
             path_or_id,
@@ -59,25 +50,35 @@ def load_model(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
-            **kwargs,
+            **{**kwargs, "ignore_mismatched_sizes": True},  # they are named below
         )
-    except (OSError, ValueError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if needs_own_code(error):
             raise FrankenlensError(own_code_message(str(path_or_id))) from error
         first = str(error).strip().splitlines()[0]
         kind = "image-text-to-text" if auto is AutoModelForImageTextToText else "causal language"
         raise FrankenlensError(f"{path_or_id}: not loaded as a model of the kind {kind}: {first}") from error
     model, info = loaded
-    for kind, meaning in (
-        ("missing_keys", "absent from the checkpoint"),
-        ("mismatched_keys", "of another shape"),
-    ):
-        if info.get(kind):
-            names = [str(key) for key in list(info[kind])[:5]]
-            raise FrankenlensError(
-                f"{path_or_id}: {len(info[kind])} weights are {meaning} and would be random: {', '.join(names)} …"
-            )
+    mismatched: list[Any] = sorted(info.get("mismatched_keys") or ())
+    for name, stored, wanted in mismatched:
+        require_shape(path_or_id, name, stored, wanted)
+    if names := [str(key) for key in info.get("missing_keys") or ()]:
+        raise FrankenlensError(
+            f"{path_or_id}: {len(names)} weights are absent from the checkpoint and would be random: "
+            f"{', '.join(names[:SHOWN])} …"
+        )
+    if not Path(path_or_id).is_dir():
+        found = cached_file(str(path_or_id), "config.json", local_files_only=True, **hub)
+        _require_sound(Path(str(found)).parent, kwargs.get("variant"))
     return model.eval()
+
+
+def _require_sound(folder: Path, variant: str | None) -> None:
+    """Refuse a checkpoint that would be read otherwise than it was meant, from the headers of its files."""
+    files = weight_files(folder, variant)
+    require_one_precision(folder, {key: one for file in files for key, one in entries(file).items()})
 
 
 def auto_class(config: Any) -> Any:

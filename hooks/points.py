@@ -63,6 +63,7 @@ class HookPoint:
             the product.
         relaid: its tensor has other axes before the last ones (tokens in a row, an axis of one); a hook function sees
             those of its block's stream.
+        aside: the axis of parallel streams in the block's stream, of a point that is relaid and has none.
         moved: parallel streams are the tensor's first axis; a hook function sees them behind the tokens.
         experts: of a point of experts: how they are called.
         stream: of a point of experts, and of one that is relaid, path of the block whose stream says how tokens lie.
@@ -78,10 +79,16 @@ class HookPoint:
     inplace: bool = False
     coefficient: float | str = 1.0
     relaid: bool = False
+    aside: int | None = None
     moved: bool = False
     experts: Experts | None = None
     stream: str = ""
     expert: int | None = None
+
+    @property
+    def across(self) -> bool:
+        """Whether it is of attention to another tower."""
+        return ".cross_attn." in self.name
 
     @property
     def leaf(self) -> str:
@@ -136,7 +143,7 @@ def _vision(anatomy: Anatomy) -> Iterator[HookPoint]:
 
 def _text(anatomy: Anatomy) -> Iterator[HookPoint]:
     lead = _lead(anatomy.text, "batch")
-    if anatomy.entry_key == "":
+    if anatomy.entry and anatomy.entry_key == "":
         yield HookPoint("hook_embed", anatomy.entry, "output", ("batch", "pos", "d_model"))
     elif anatomy.entry:
         given = anatomy.entry_key or "inputs_embeds"
@@ -202,9 +209,11 @@ def _experts(
             yield HookPoint(f"{name}.hook_{leaf}", module, place, axes, experts=experts, stream=block.path)
 
 
-def points_without_experts(anatomy: Anatomy) -> dict[str, str]:
-    """Points of experts that are not known, with the reason."""
+def unknown_points(anatomy: Anatomy) -> dict[str, str]:
+    """Points that the anatomy does not know the place of, with the reason: of the embedding, of experts."""
     found: dict[str, str] = {}
+    if not anatomy.entry:
+        found["hook_embed"] = "no module was seen that hands the decoder its embeddings."
     for prefix, tower in anatomy.towers.items():
         for layer, block in enumerate(tower.blocks):
             writer = block.writer("moe")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hooks.errors import FrankenlensError
 
@@ -22,6 +22,34 @@ _FOREIGN = {
     "clear_contexts": "nothing: contexts end with their hook",
     "pos_slice": "slicing the cache",
 }
+
+
+def refuse_broken(model: nn.Module, logits: Tensor) -> None:
+    """Refuse a model whose logits are no numbers because weights of it are none."""
+    if not bool(logits.isnan().any()):
+        return
+    weights = [(name, weight) for name, weight in model.named_parameters() if not weight.is_meta]
+    broken = [name for name, weight in weights if not bool(weight.isfinite().all())]
+    if broken:
+        raise FrankenlensError(
+            f"{type(model).__name__}: {len(broken)} weights hold NaN or infinity, so its logits are NaN: "
+            f"{', '.join(broken[:5])}. The checkpoint is broken (a training step that diverged, or a damaged file): "
+            "take an earlier one, or download it again."
+        )
+    raise FrankenlensError(
+        f"{type(model).__name__}: its logits are NaN although every weight is a number, so what it computes overflows "
+        f"{str(logits.dtype).removeprefix('torch.')}: load it with dtype='bfloat16' or 'float32'."
+    )
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Refuse a model inside PEFT's own class, whose projections are no matrices that could be read or moved."""
+    if type(model).__module__.split(".")[0] == "peft":
+        raise FrankenlensError(
+            f"a {type(model).__name__} holds its adapter beside its weights, so heads, neurons and grafts have no "
+            "weights of their own: open model.merge_and_unload(), or give the adapter's folder as RL of "
+            "Pair.from_pretrained, which merges it and proves the result."
+        )
 
 
 def refuse_checkpointing(model: nn.Module) -> None:

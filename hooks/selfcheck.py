@@ -144,7 +144,9 @@ class _Proof:
         return logits, taps
 
     def sound(self, names: list[str]) -> tuple[list[str], dict[str, str]]:
-        """The points that can be written back, and the others with the reason; kinds are tried first, then single ones.
+        """The points that can be written back, and the others with the reason.
+
+        Kinds that cannot are found by halving; of each, single points.
 
         Raises:
             FrankenlensError: each can, but all together they cannot.
@@ -155,13 +157,30 @@ class _Proof:
         kinds: dict[str, list[str]] = {}
         for name in names:
             kinds.setdefault(re.sub(r"\d+", "", name), []).append(name)
-        for alike in kinds.values():
-            if self._fails(alike):
-                absent |= {name: reason for name in alike if (reason := self._fails([name]))}
+        for alike in self._failing_kinds(list(kinds.values())):
+            absent |= self._failing_points(alike)
         left = [name for name in names if name not in absent]
         if (why and not absent) or (why := self._fails(left)):
             raise FrankenlensError(f"self-check of {type(self.vlm.model).__name__}: {why}")
         return left, absent
+
+    def _failing_kinds(self, kinds: list[list[str]]) -> list[list[str]]:
+        """Of kinds that fail together, those that fail by themselves: they are few."""
+        if len(kinds) == 1:
+            return kinds
+        middle = len(kinds) // 2
+        failing = [
+            half for half in (kinds[:middle], kinds[middle:]) if self._fails([n for k in half for n in k])
+        ]
+        return [kind for half in failing for kind in self._failing_kinds(half)]
+
+    def _failing_points(self, alike: list[str]) -> dict[str, str]:
+        """Of points of one kind that fail together, those that fail alone: one, or most of them."""
+        middle = len(alike) // 2
+        failing = [half for half in (alike[:middle], alike[middle:]) if half and self._fails(half)]
+        if len(failing) == 1 and 1 < len(failing[0]) < len(alike):
+            return self._failing_points(failing[0])
+        return {name: reason for half in failing for name in half if (reason := self._fails([name]))}
 
     def _fails(self, names: Sequence[str]) -> str:
         try:

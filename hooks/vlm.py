@@ -23,10 +23,10 @@ from hooks.errors import FrankenlensError, nearest
 from hooks.layout import laid_out
 from hooks.loading import load_model
 from hooks.nnsight.traceable import Traceable
-from hooks.points import HookPoint, hook_point_table, points_without_experts
+from hooks.points import HookPoint, hook_point_table, unknown_points
 from hooks.positions import At, check_at
 from hooks.processors import image_token_of, is_visual, load_processor
-from hooks.refusals import refuse_checkpointing, refuse_foreign
+from hooks.refusals import refuse_adapted, refuse_checkpointing, refuse_foreign
 from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
 from hooks.standing import Standing, lock_of
 from hooks.unopened import unopened_anatomy
@@ -50,6 +50,7 @@ class HookedVLM(Traceable):
         hook_points: the points on offer, by name, in the order of the forward pass.
         image_token_id: the placeholder of image tokens; None where there is none.
         absent: name → reason of the points that this architecture ignores, or that could not be proved.
+        opening: the prompt that it was watched on; empty for a model without weights.
 
     Args:
         model: a Hugging Face model with logits: image-text-to-text, causal, or encoder-decoder; of what `torch.compile`
@@ -83,6 +84,7 @@ class HookedVLM(Traceable):
     ) -> None:
         self.image_token_id = image_token_of(model, processor)
         self._closed = False
+        refuse_adapted(model)
         weightless = _weightless(model)
         if weightless and check:
             raise FrankenlensError(
@@ -90,6 +92,7 @@ class HookedVLM(Traceable):
                 "can be proved; load them, or open it with check=False to see its points."
             )
         given = {} if weightless else _on_device(model, inputs or opening_inputs(model, processor))
+        self.opening: Mapping[str, Any] = given
         self.anatomy = (
             unopened_anatomy(model, processor) if weightless else _watched(model, given, self.image_token_id)
         )
@@ -102,7 +105,7 @@ class HookedVLM(Traceable):
         )
         self._standing = Standing(model, packed)
         self.hook_points: dict[str, HookPoint] = hook_point_table(self.anatomy)
-        self.absent: dict[str, str] = points_without_experts(self.anatomy)
+        self.absent: dict[str, str] = unknown_points(self.anatomy)
         if not weightless:
             self._look(given, check)
 
@@ -150,11 +153,7 @@ class HookedVLM(Traceable):
     @property
     def device(self) -> torch.device:
         """The device that inputs go to."""
-        if not self.anatomy.embed:
-            return _embedding_device(self.model)
-        offloading = getattr(self.module(self.anatomy.embed), "_hf_hook", None)
-        execution = getattr(offloading, "execution_device", None)
-        return self._embedding.device if execution is None else torch.device(execution)
+        return _device_of(self.module(self.anatomy.embed) if self.anatomy.embed else self.model)
 
     @property
     def n_layers(self) -> int:
@@ -440,15 +439,21 @@ def _weightless(model: PreTrainedModel) -> bool:
 
 
 def _on_device(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    device = _embedding_device(model)
+    device = _device_of(model)
     return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
 
 
-def _embedding_device(model: PreTrainedModel) -> torch.device:
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module runs: a model's embedding, if it says where that is."""
     try:
-        return next(model.get_input_embeddings().parameters()).device
+        own = module.get_input_embeddings() if isinstance(module, PreTrainedModel) else module
+        weight = next(own.parameters())
     except (NotImplementedError, AttributeError, StopIteration):  # transformers does not know where they are
-        return next(model.parameters()).device
+        own, weight = module, next(module.parameters())
+    execution = getattr(
+        getattr(own, "_hf_hook", None), "execution_device", None
+    )  # of accelerate, if offloaded
+    return weight.device if execution is None else torch.device(execution)
 
 
 def _watched(model: PreTrainedModel, inputs: Mapping[str, Any], token: int | None) -> Anatomy:

@@ -36,8 +36,8 @@ def weight_slices(model: nn.Module, anatomy: Anatomy, address: Address | str) ->
     gate and up are one matrix) and its column of the matrix out of it. An expert owns its matrices, or its part of
     every tensor that holds those of all experts; the router belongs to none.
     What a post-norm makes of a part is what the part adds, so the norm is the part's (not a neuron's or a head's).
-    `embed` is the unembedding too where the two are tied; `vision` leaves out the projector inside the tower; `rest` is
-    what no other address names.
+    `embed` is the unembedding too where the two are tied; `vision` leaves out projector and embedding inside the tower;
+    `rest` is what no other address names, nothing where it names buffers alone.
 
     Raises:
         FrankenlensError: the model has no such layer, head or part.
@@ -45,7 +45,7 @@ def weight_slices(model: nn.Module, anatomy: Anatomy, address: Address | str) ->
     address = Address.parse(address)
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     found = _named(model, anatomy, address, parameters)
-    if not found:
+    if not found and not buffer_slices(model, anatomy, address):
         raise FrankenlensError(f"{address} names no weights of {type(model).__name__}.")
     return found
 
@@ -90,17 +90,23 @@ def wholes(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
         for prefix, tower in anatomy.towers.items()
         if prefix != "vision."
     ]
-    parts = (
-        ("vision", anatomy.vision.path),
-        ("projector", anatomy.projector_weights),
-        *((address, address) for address in blocks),
-        ("embed", anatomy.embed),
-        ("ln_final", anatomy.final_norm),
-        ("unembed", "" if _tied(model, anatomy) else anatomy.unembed),
-    )
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+
+    def there(**parts: str) -> list[str]:
+        return [
+            address
+            for address, path in parts.items()
+            if path and any(_under(name, path) for name in parameters)
+        ]
+
+    unembed = "" if _tied(model, anatomy) else anatomy.unembed
     rest = any(True for _ in _rest(model, anatomy, parameters))
-    return (*(address for address, path in parts if path), *(("rest",) if rest else ()))
+    return (
+        *there(vision=anatomy.vision.path, projector=anatomy.projector_weights),
+        *blocks,
+        *there(embed=anatomy.embed, ln_final=anatomy.final_norm, unembed=unembed),
+        *(["rest"] if rest else []),
+    )
 
 
 def _rest(model: nn.Module, anatomy: Anatomy, parameters: list[str]) -> Iterator[str]:
@@ -134,11 +140,11 @@ def _whole(model: nn.Module, anatomy: Anatomy, address: Address, parameters: lis
             "the unembedding is tied to the embedding, one tensor: name `embed`, which is both."
         )
     projectors = tuple(filter(None, (anatomy.projector_weights, *anatomy.deepstack.values())))
+    inside = (*projectors, anatomy.embed) if address.kind == "vision" else projectors
     for name in parameters:
-        of_projector = any(_under(name, module) for module in projectors)
         if address.kind == "projector":
-            yield from [name] if of_projector else []
-        elif _under(name, path) and not of_projector:
+            yield from [name] if any(_under(name, module) for module in projectors) else []
+        elif _under(name, path) and not any(module and _under(name, module) for module in inside):
             yield name
 
 
@@ -208,8 +214,8 @@ def part_paths(block: Block, sub: str) -> list[str]:
     writer = block.writer(*roles)
     if writer is None:
         return []
-    behind = [] if writer.rest or writer.module == writer.body else [writer.module]
-    return [*(writer.parts or (writer.body,)), *behind]
+    made = writer.parts or (writer.body,)
+    return [*made, *(() if writer.rest or writer.module in made else (writer.module,))]
 
 
 def site_at(block: Block, sub: str | None) -> Site:

@@ -1,13 +1,25 @@
-"""The README's Python runs as it stands, block after block, through the front door alone."""
+"""The README's Python runs as it stands, block after block, through the front door alone; its commands are commands."""
 
 import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+import xarray as xr
 
-README = Path(__file__).parent.parent / "README.md"
+from experiments.cli import COMMANDS
+from experiments.options import from_command_line
+from interp.questions.examples import with_looked_at
+from interp.questions.tasks import sample
+from interp.results.files import provenance, save_dataset
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +38,53 @@ def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert names["result"].value.shape == (1, 3, 4)
     assert np.isfinite(names["result"].value.values[0, 0]).all()
     assert (tmp_path / "out" / "sweep").is_dir()
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def _commands() -> list[list[str]]:
+    """Every line of the shell blocks as words, without comments."""
+    lines = "".join(_blocks("bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_every_shell_line_is_one_that_is_tested() -> None:
+    assert {words[0] for words in _commands()} == {"make", "frankenlens", "pytest"}
+
+
+def test_targets_of_make_are_there() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    asked = [words[1] for words in _commands() if words[0] == "make"]
+    assert asked and set(asked) <= set(targets)
+
+
+@pytest.mark.parametrize("words", [words for words in _commands() if words[0] == "frankenlens"], ids=" ".join)
+def test_commands_and_their_options_are_there(words: list[str]) -> None:
+    """Read as the command line reads them, up to the checkpoints, which are the reader's own."""
+    settings = import_module(COMMANDS[words[1]][0]).COMMAND.settings
+    assert type(from_command_line(settings, words[2:], " ".join(words[:2]))) is settings
+
+
+def test_the_claims_are_collected_in_a_clone(tmp_path: Path) -> None:
+    """With the repository's own settings of pytest."""
+    [words] = [words for words in _commands() if words[0] == "pytest"]
+    [claims] = [block for block in _blocks("yaml") if words[1] in block]
+    (tmp_path / words[1]).write_text(claims, encoding="utf-8")
+    [found_on] = re.findall(r"^found_on: (\S+)", claims, re.MULTILINE)
+    (tmp_path / found_on).parent.mkdir(parents=True)
+    save_dataset(
+        with_looked_at(xr.Dataset(), sample("sum", 1, 0, "map")),
+        tmp_path / found_on,
+        provenance({}, {}, {}, {}),
+    )
+    asked = [str(tmp_path / words[1]), *words[2:], "-c", str(ROOT / "pyproject.toml"), "--collect-only"]
+    ran = subprocess.run([sys.executable, "-m", "pytest", *asked], cwd=ROOT, capture_output=True, text=True)
+    assert "2 tests collected" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_claims_are_found_on_what_the_demo_writes() -> None:
+    [written] = re.findall(r"frankenlens map --out (\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    [claims] = [block for block in _blocks("yaml") if "found_on" in block]
+    assert re.findall(r"^found_on: (\S+)", claims, re.MULTILINE) == [f"{written}/map.nc"]

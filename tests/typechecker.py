@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 
 import jaxtyping
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
 _CHECKED: dict[Any, Callable[..., Any]] = {}
 _jaxtyped = jaxtyping.jaxtyped
+_checking: Any = beartype(conf=BeartypeConf(violation_type=TypeError))  # as jaxtyping's own errors are
 
 
 def install() -> None:
@@ -47,7 +48,7 @@ def jaxtyped(fn: Any = None, *, typechecker: Any) -> Any:
         return fn
     if not inspect.isfunction(fn) or names_an_array(fn):
         return _jaxtyped(fn, typechecker=typechecker)
-    return fn if fn.__closure__ is not None else beartype(fn)
+    return fn if fn.__closure__ is not None else _checking(fn)
 
 
 def names_an_array(fn: Callable[..., Any]) -> bool:

@@ -50,7 +50,7 @@ class MetricsConfig(QuestionSettings):
     Attributes:
         n: questions; of each metric with --paper.
         metrics: of vis, v2r, rea.
-        template: of a problem with its description.
+        described: how a problem and its description are put together, with {description} and {question}.
         describe: data (the rows' descriptions; without them v2r is left out) or model (IN describes each image).
         paper: the paper's data (MathVista general-vqa for vis, MathVista math-targeted-vqa for v2r, MATH-500 for rea;
             they are downloaded), n = 100 for each metric; images are described by IN, as nobody else is asked.
@@ -59,7 +59,7 @@ class MetricsConfig(QuestionSettings):
 
     n: int = default(100, paper=PAPER_N)
     metrics: tuple[str, ...] = METRICS
-    template: str | None = default(None, only=_OF_V2R)
+    described: str | None = default(None, only=_OF_V2R)
     describe: Literal["data", "model"] = default("data", paper="model", only=_OF_V2R)
     paper: bool = False
     out: Path = Path("out/metrics")
@@ -104,7 +104,7 @@ def load(config: MetricsConfig) -> Questions:
 
 def measure(pair: Pair, asked: Questions, config: MetricsConfig) -> Iterator[Section]:
     """The metrics of every model of a pair, on the same prompts."""
-    template = config.template or (SYNTHETIC if config.data is None and not config.paper else TEMPLATE)
+    template = config.described or (SYNTHETIC if config.data is None and not config.paper else TEMPLATE)
     order = [name for name in ("base", "in", "rl") if name in pair.models]
     left_out: Counter[str] = Counter()
     examples = asked.examples

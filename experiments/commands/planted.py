@@ -144,14 +144,15 @@ def measure(pair: Pair, asked: Questions, config: PlantedConfig) -> Iterator[Sec
 def _made(pair: Pair, asked: Questions, config: PlantedConfig) -> PlantedPairs:
     methods = chosen(config.methods)
     draws = Draws(pair.in_, pair.rl, config.changed, config.components, config.change, config.seed)
-    running: dict[str, Any] = {**config.running, "trace_format": pair.trace_format}
+    wording = {"template": pair.builder.template, "system": pair.builder.system}
+    running: dict[str, Any] = {**config.running, "trace_format": pair.trace_format, **wording}
     folder = finished(
         config.out,
         models={name: one["weights_sha256"] for name, one in pair.provenance().items()},
         methods=config.methods,
         settings=[str(getattr(config, name)) for name in ("n", "changed", "seed", "dtype")],
         named=[config.components, config.change],
-        text=[config.max_new_tokens, repr(pair.trace_format), str(pair.builder.template)],
+        text=[config.max_new_tokens, repr(pair.trace_format), *map(str, wording.values())],
         training=repr((plants.SUPERVISED, plants.REINFORCED)),
         questions=None if config.data is None else sorted(map(fingerprint, asked.examples)),
     )

@@ -32,6 +32,7 @@ from interp.results.forest import plot_transfer
 from interp.results.page import Account, Section
 from interp.statistics import interval_text
 from interp.transfer import (
+    POOLED,
     Graft,
     Variant,
     addressed,
@@ -131,7 +132,8 @@ def measure(pair: Pair, asked: Questions, config: TransferConfig) -> Iterator[Se
     others = {} if pair.base is None else {"Base": pair.base}
     keep = _kept(pair, asked, config)
     found = transfer(pair.in_, pair.rl, variants, metrics, others, keep=keep)
-    table = transfer_table(found, GROUPS, correction=config.correction, seed=config.seed)
+    groups = GROUPS if config.data is None else {}  # a user's tasks are his own, whatever their names
+    table = transfer_table(found, groups, correction=config.correction, seed=config.seed)
     cells = shown_cells(table)
     yield Section(
         "transfer",
@@ -168,6 +170,7 @@ def _kept(pair: Pair, asked: Questions, config: TransferConfig) -> Path:
         config.out,
         models=pair.provenance(),
         settings={name: getattr(config, name) for name in names},
+        prompts=[pair.builder.template, pair.builder.system],
         questions=[(example.id, example.task, fingerprint(example)) for example in asked.examples],
     )
 
@@ -189,6 +192,9 @@ def finding(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> str:
         ]
         count = f"{len(told)} of {len(grafts)} variants differ from IN after correction"
         sentences.append(f"{said}; {count}" + (f", most of all {'; '.join(names)}" if names else "") + ".")
+    every = dict.fromkeys(zip(table["metric"], table["task"], strict=True))
+    if left := [" ".join(cell).strip() for cell in every if cell not in cells]:
+        sentences.append(f"In the table alone: {', '.join(left)}.")
     return " ".join(sentences)
 
 
@@ -208,7 +214,8 @@ def _account(
     )
     if config.controls:
         definition += f"; controls: {', '.join(_CONTROLS[kind] for kind in dict.fromkeys(config.controls))}"
-    tasks = table.loc[~table["task"].str.endswith(", mean")]
+    together = table["task"].str.endswith(", mean") | (table["task"] == POOLED)
+    tasks = table.loc[~together]
     sizes = sorted({int(n) for n in tasks["n"]})
     n = f"{sizes[0]} questions a task" if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]} questions a task"
     tested = sum(variant.kind != "control" for variant in variants)

@@ -138,7 +138,8 @@ def projector(
 ) -> tuple[Projector | None, str]:
     """The last module before a tower whose output rows are the image's in the tower's input, if possible in order.
 
-    They may have been added to the embeddings of the placeholders instead of taking their places.
+    They may have been added to the embeddings of the placeholders instead of taking their places. A module that runs
+    more than once (Ovis 2 looks other tokens up too) gives out no one tensor.
 
     Args:
         first: what the tower is handed.

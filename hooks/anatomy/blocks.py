@@ -132,7 +132,8 @@ def _writer(
         last=_last(look, body) if role == "mlp" else None,
         experts=experts,
         why=why if role == "moe" else "",
-        parts=_parts(body, makers),
+        parts=_parts(look, own, body, makers, inside),
+        alone=_alone(reader, body, look.calls),
     )  # fmt: skip
 
 
@@ -197,10 +198,23 @@ def _makers(look: _Look, calls: Sequence[Call]) -> list[Call]:
     return [call for path, call in some.items() if not any(path.startswith(f"{other}.") for other in some)]
 
 
-def _parts(body: Call, makers: Sequence[Call]) -> tuple[str, ...]:
-    """The modules that make it together, where it is not one alone."""
-    paths = tuple(call.path for call in makers)
-    return () if paths == (body.path,) else paths
+def _parts(
+    look: _Look, own: Call, body: Call, makers: Sequence[Call], inside: Sequence[Call]
+) -> tuple[str, ...]:
+    """The modules that make it together, where it is not one alone, and the norms behind each."""
+    paths = [call.path for call in makers]
+    if paths == [body.path]:
+        return ()
+    norms = [
+        call.path
+        for call in inside
+        if call is not own
+        and not _has_linear(look, call)
+        and any(True for _ in look.module(call).parameters())
+        and (maker := _maker(call, inside)) is not None
+        and maker.path in paths
+    ]
+    return (*paths, *dict.fromkeys(norms))
 
 
 def _maker(of: Call, calls: Sequence[Call]) -> Call | None:
@@ -236,6 +250,14 @@ def _reads(
                 if call.given is not None and _equal(call.given, solution.states[index]):
                     return index, call.path
     return None, None
+
+
+def _alone(reader: str | None, body: Call, calls: Sequence[Call]) -> bool:
+    """Whether a body is given what the reader gives out, or holds the reader."""
+    if reader is None or reader == body.path or reader.startswith(f"{body.path}."):
+        return True
+    outs = [call.out for call in calls if call.path == reader and call.out is not None]
+    return body.given is not None and any(_equal(out, body.given) for out in outs)
 
 
 def _role(

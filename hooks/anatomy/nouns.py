@@ -145,7 +145,8 @@ class Writer:
             the stream itself is changed (a norm of BERT's).
         experts: of an MLP of experts, where they are one module; `why` says why they are not known.
         parts: the outermost modules with matrices that make it together, where that is not the body alone (Gemma 4: an
-            MLP beside experts; BLIP: queries, keys and values beside the output layer).
+            MLP beside experts; OPT: two layers of the block itself), and norms behind them.
+        alone: whether `body` makes it of what `reader` gives out (or of the state itself, with `reader` inside it).
     """
 
     role: Role
@@ -160,6 +161,7 @@ class Writer:
     experts: Experts | None = None
     why: str = ""
     parts: tuple[str, ...] = ()
+    alone: bool = True
 
 
 @dataclass(frozen=True)
@@ -200,10 +202,10 @@ class Block:
             and mlp.role in ("mlp", "moe")
             and attn.module == attn.body
             and mlp.module == mlp.body
-            and not (attn.parts or mlp.parts)
             and (attn.coefficient, mlp.coefficient) == (1.0, 1.0)
             and (attn.state, mlp.state) == (0, 1)
             and None not in (attn.reader, mlp.reader)
+            and mlp.alone
             and self.site is not None
         )
 

@@ -20,6 +20,7 @@ from hooks.anatomy.nouns import Anatomy, Block, Tower
 from hooks.anatomy.towers import Stack, ends, in_one_stream, stacks
 from hooks.anatomy.watching import Call, Record, attention_watched, copied, run, watched
 from hooks.errors import FrankenlensError
+from hooks.refusals import refuse_broken
 
 
 def observed_anatomy(
@@ -128,6 +129,7 @@ class _Looking:
             attention_watched(record),
         ):
             self.logits = run(self._model, self._inputs)
+        refuse_broken(self._model, self.logits)
         inside = set(below)
         self._outside = [call for call in record.calls if call.path not in inside and call.ended >= 0]
 

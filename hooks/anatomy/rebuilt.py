@@ -20,24 +20,40 @@ _STIRRED = 0.2
 _SMALL = 1 << 12  # entries; tensors of more than one axis and at most so many are drawn as they are
 
 
-def rebuilt(kind: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+def rebuilt(
+    kind: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    seed: int = 0,
+    like: PreTrainedModel | None = None,
+) -> PreTrainedModel:
     """A random model of a class and configuration, on the CPU, in fp32 and evaluation mode.
 
     Args:
         kind: class of the model.
         config: its configuration, which is not changed; quantization is left out.
         seed: of the weights.
+        like: another such model, whose state dict this one shares; what it computes otherwise is its configuration's.
+
+    Raises:
+        ValueError: the state dict of `like` has other names or shapes.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = weightless(kind, config)
+        _draw(model)
+    if like is not None:
+        _share(model, like)
+    return model.eval().requires_grad_(False)
+
+
+def weightless(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of a class and configuration on the meta device, without its quantization."""
     own: Any = deepcopy(config)
     if hasattr(own, "quantization_config"):
         del own.quantization_config
     own._attn_implementation = None  # the default, of every part
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        with torch.device("meta"):
-            model = kind._from_config(own, dtype=torch.float32, experts_implementation="eager")
-        _draw(model)
-    return model.eval().requires_grad_(False)
+    with torch.device("meta"):
+        return kind._from_config(own, dtype=torch.float32, experts_implementation="eager")
 
 
 @torch.no_grad()
@@ -61,6 +77,15 @@ def _draw(model: PreTrainedModel) -> None:
                 drawn[id(parameter)] = _hankel(parameter) if parameter.is_meta else _stirred(parameter)
             module._parameters[name] = nn.Parameter(drawn[id(parameter)], requires_grad=False)
     model.tie_weights()
+
+
+def _share(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Give a model the tensors of another's state dict."""
+    wanted, given = model.state_dict(), other.state_dict()
+    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (wanted, given)]
+    if shapes[0] != shapes[1]:
+        raise ValueError("the configurations make tensors of other names or shapes")
+    model.load_state_dict(given, assign=True)
 
 
 def _stirred(vector: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

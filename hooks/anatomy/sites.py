@@ -37,12 +37,24 @@ def site_of(model: nn.Module, path: str, seen: Attended, calls: Sequence[Call]) 
     rotary = q is None or k is None or not (q[1] and k[1])
     given = {one[0].module: one[2] for one in (q, k) if one is not None}
     cross = seen.key.shape[2] != seen.query.shape[2]
-    if q is not None and k is not None and given[q[0].module] is not given[k[0].module]:
-        cross = cross or not _equal_inputs(given[q[0].module], given[k[0].module])
+    if not cross and q is not None and k is not None:
+        # Projections with inputs of their own may be of latents of one stream, or of keys that layers share.
+        same = _equal_inputs(given[q[0].module], given[k[0].module])
+        cross = not same and not _looks_back(z, seen.value, n_heads)
     return Site(
         path, n_heads, n_kv, d_head, d_value,
         q and q[0], k and k[0], v and v[0], out and out.path, rotary, cross,
     )  # fmt: skip
+
+
+def _looks_back(
+    z: Float[Tensor, "token width"], values: Float[Tensor, "batch kv_head pos d"], heads: int
+) -> bool:
+    """Whether the first token is given its own value alone, head by head, up to a factor (sinks take a share)."""
+    z = z.unflatten(0, (len(values), -1))[:, 0].unflatten(-1, (heads, -1)).double()
+    own = values[:, :, 0].repeat_interleave(heads // values.shape[1], dim=1).double()
+    near = torch.nn.functional.cosine_similarity(z, own, dim=-1)
+    return bool((1 - near <= torch.finfo(values.dtype).eps).all())
 
 
 def _within(path: str, root: str) -> bool:

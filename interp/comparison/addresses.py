@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from hooks.address import Address
 from hooks.errors import FrankenlensError
-from hooks.weights import WeightSlice, n_units, part_paths, weight_slices, wholes
+from hooks.weights import WeightSlice, buffer_slices, n_units, part_paths, weight_slices, wholes
 from interp.comparison.aggregate import cosines
 from interp.comparison.checkpoint import PART, Checkpoint
 from interp.comparison.table import Source, chance, opened
@@ -53,14 +53,15 @@ def _units(checkpoint: Checkpoint, first: Address) -> list[str]:
 
 
 def owned(checkpoint: Checkpoint, addresses: Sequence[Address | str]) -> dict[str, list[WeightSlice]]:
-    """The slices of each address (`hooks.weights.weight_slices`), of parameters as `Checkpoint.tensors` names them.
+    """The slices of each address (`hooks.weights.weight_slices`), of tensors as `Checkpoint.tensors` names them.
 
     Raises:
         FrankenlensError: an address is none, or names nothing in this model.
     """
     found = {}
     for address in addresses:
-        pieces = weight_slices(checkpoint.model, checkpoint.anatomy, address)
+        model, anatomy = checkpoint.model, checkpoint.anatomy
+        pieces = [*weight_slices(model, anatomy, address), *buffer_slices(model, anatomy, address)]
         found[str(address)] = [
             WeightSlice(checkpoint.ties.get(one.parameter, one.parameter), one.dim, one.start, one.length)
             for one in pieces

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Shaped
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -20,13 +19,21 @@ from hooks.anatomy import Anatomy
 from hooks.errors import FrankenlensError
 from hooks.loading import auto_class
 from hooks.processors import load_processor
+from hooks.stored.files import (
+    DTYPES,
+    SHOWN,
+    Entry,
+    entries,
+    require_one_precision,
+    require_shape,
+    weight_files,
+)
+from hooks.stored.inventory import Inventory
+from hooks.stored.names import Names
 from hooks.unopened import unopened_anatomy
-from interp.comparison.names import Names
 from interp.comparison.stored import Reader, Stored
 
 PART = 1 << 20  # entries read at once: large enough for a disk's read-ahead, a few megabytes
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SHOWN = 5
 
 
 class Checkpoint:
@@ -38,43 +45,74 @@ class Checkpoint:
 
     Attributes:
         folder: where it is.
-        tensors: parameter name to where it lies, in the model's order; tied weights once.
-        ties: parameter to the one it is tied to.
-        ignored: names on disk that are no parameter of the model, which transformers does not load either.
+        tensors: name in the model's state dict to where it lies, in its order: weights and the buffers that are saved
+            with them, such as the biases that balance experts; tied weights once.
+        ties: name to the one it is tied to.
+        counters: the same as `tensors` of whole numbers, which are carried along and not compared.
+        ignored: names on disk that are none of the model's, which transformers does not load either.
 
     Raises:
-        FrankenlensError: no such folder, no safetensors in it, a missing shard, missing weights, integer (quantized)
-            weights, or a layout that transformers converts in other ways.
+        FrankenlensError: no such folder, no safetensors in it, two sets of them, a missing shard, missing weights,
+            quantized weights, or a layout that transformers converts in other ways.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        files = _files(self.folder)
-        parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters(remove_duplicate=False))
-        names, found = Names(self.model), {}
+        stored = {key: one for file in weight_files(self.folder) for key, one in entries(file).items()}
+        require_one_precision(self.folder, stored)
+        wanted: dict[str, Tensor] = self.model.state_dict()
         self.ties: dict[str, str] = {}
         self.ignored: list[str] = []
-        apart: dict[str, dict[tuple[int, ...], Stored]] = {}
-        for file in files:
-            for key, stored in _header(file):
-                name, order = names(key, stored.shape)
-                if name in parameters and order is not None:
-                    apart.setdefault(name, {})[order] = stored
-                elif name in parameters:
-                    self._require_shape(name, stored.shape, tuple(parameters[name].shape))
-                    found[name] = stored
-                else:
-                    self.ignored.append(key)
-        for name, parts in apart.items():
-            found[name] = self._joined(name, parts, tuple(parameters[name].shape))
+        found = self._found(stored, wanted)
+        self.counters = {
+            name: found.pop(name) for name in wanted if name in found and not _is_weight(wanted[name])
+        }
         self.ties = self._tie(found)
-        absent = [name for name in parameters if name not in found and name not in self.ties]
+        absent = [name for name in wanted if name not in found | self.counters | self.ties]
+        absent = [name for name in absent if not self._is_made(name)]
         if absent:
             raise FrankenlensError(
                 f"{self.folder}: {len(absent)} weights of {type(self.model).__name__} are not in its files: "
                 f"{', '.join(absent[:SHOWN])}; download or save it again, whole."
             )
-        self.tensors: dict[str, Stored] = {name: found[name] for name in parameters if name in found}
+        self.tensors: dict[str, Stored] = {name: found[name] for name in wanted if name in found}
+
+    def _found(self, stored: Mapping[str, Entry], wanted: Mapping[str, Tensor]) -> dict[str, Stored]:
+        """Name in the model to where it lies, of everything in the files that is in the model."""
+        names, found = Names(self.model), {}
+        apart: dict[str, dict[tuple[int, ...], Stored]] = {}
+        for key, entry in stored.items():
+            name, order = names(key, entry.shape)
+            if name not in wanted:
+                self.ignored.append(key)
+                continue
+            if entry.kind not in DTYPES or (_is_weight(wanted[name]) != DTYPES[entry.kind].is_floating_point):
+                raise FrankenlensError(
+                    f"{entry.file}: {key} is {entry.kind}; weights are compared in floating point (F64, F32, F16, "
+                    "BF16), so save it unquantized."
+                )
+            piece = Stored(((entry.file, entry.start, entry.size),), entry.shape, DTYPES[entry.kind])
+            if order is not None:
+                apart.setdefault(name, {})[order] = piece
+            else:
+                require_shape(self.folder, name, entry.shape, tuple(wanted[name].shape))
+                found[name] = piece
+        for name, parts in apart.items():
+            found[name] = self._joined(name, parts, tuple(wanted[name].shape))
+        return found
+
+    def _is_made(self, name: str) -> bool:
+        """Whether transformers makes a buffer anew where a file lacks it."""
+        made = self.model._keys_to_ignore_on_load_missing or ()
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        return name not in parameters and any(re.search(pattern, name) for pattern in made)
+
+    @cached_property
+    def inventory(self) -> Inventory:
+        """Names, shapes and ties, as of a model in memory; types are compared in the wider."""
+        shapes = {name: stored.shape for name, stored in (self.tensors | self.counters).items()}
+        shapes |= {name: shapes[source] for name, source in self.ties.items()}
+        return Inventory(shapes, {}, Inventory.of(self.model).ties)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -83,7 +121,7 @@ class Checkpoint:
             config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
             with torch.device("meta"):
                 return auto_class(config).from_config(config)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ImportError) as error:
             first = str(error).strip().splitlines()[0]
             raise FrankenlensError(f"{self.folder}: no language model that is known: {first}") from error
 
@@ -151,9 +189,9 @@ class Checkpoint:
     def weights_sha256(self) -> str:
         """What `interp.pair.weights_sha256` gives of the loaded model, from the files (about a second per 2 GB)."""
         digest = hashlib.sha256()
-        for name in sorted({*self.tensors, *self.ties}):
+        for name in sorted({*self.tensors, *self.counters, *self.ties}):
             source = self.ties.get(name, name)
-            stored = self.tensors[source]
+            stored = self._stored(source)
             digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
             for part in self.parts(source):
                 digest.update(_bytes(part))
@@ -182,19 +220,13 @@ class Checkpoint:
             )
         return Stored(tuple(piece for one in ordered for piece in one.pieces), wanted, types.pop())
 
-    def _require_shape(self, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-        if stored != wanted:
-            raise FrankenlensError(
-                f"{self.folder}: {name} is {list(stored)} in the file but {list(wanted)} by config.json; the files "
-                "are not of one checkpoint."
-            )
-
     def _stored(self, name: str) -> Stored:
         if name in self.ties:
             raise FrankenlensError(f"{name} is tied to {self.ties[name]}, one tensor: ask for that.")
-        if name not in self.tensors:
-            raise FrankenlensError(f"{self.folder} has no parameter {name!r}; see Checkpoint.tensors.")
-        return self.tensors[name]
+        found = self.tensors.get(name) or self.counters.get(name)
+        if found is None:
+            raise FrankenlensError(f"{self.folder} has no tensor {name!r}; see Checkpoint.tensors.")
+        return found
 
     def _tie(self, found: dict[str, Stored]) -> dict[str, str]:
         """As transformers ties: whichever of two is stored serves both; stored twice and different, they are two."""
@@ -219,64 +251,8 @@ class Checkpoint:
         return all(torch.equal(a, b) for a, b in pairs)
 
 
-def _files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise FrankenlensError(
-            f"{folder} is no folder; give a local checkpoint folder with config.json in it (a repository is "
-            "downloaded by `hf download OWNER/NAME --local-dir FOLDER`)."
-        )
-    if (folder / "adapter_config.json").is_file():
-        raise FrankenlensError(
-            f"{folder} is a PEFT adapter, not a checkpoint: merge it (merge_and_unload) and save the whole model, or "
-            "the update cannot be read from its files."
-        )
-    if not (folder / "config.json").is_file():
-        raise FrankenlensError(
-            f"{folder}: no config.json, so this is no checkpoint written by save_pretrained."
-        )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    elif (folder / "model.safetensors").is_file():
-        names = ["model.safetensors"]
-    else:
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-        found = (
-            f"only pickle files ({', '.join(pickles)})" if pickles else "no model.safetensors and no index"
-        )
-        raise FrankenlensError(
-            f"{folder}: {found}. Only safetensors are read: load it once in a place you trust and call "
-            "model.save_pretrained(folder)."
-        )
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise FrankenlensError(
-            f"{folder}: {index.name} names {', '.join(missing[:SHOWN])}, which is missing; download it again."
-        )
-    return [folder / name for name in names]
-
-
-def _header(file: Path) -> Iterator[tuple[str, Stored]]:
-    """Names and places of a file's tensors (https://huggingface.co/docs/safetensors); safetensors checks the file."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except Exception as error:  # safetensors raises a class of its own
-        raise FrankenlensError(
-            f"{file} cannot be read as safetensors: {error}; download it again."
-        ) from error
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    for key, about in header.items():
-        if about["dtype"] not in _DTYPES:
-            raise FrankenlensError(
-                f"{file}: {key} is {about['dtype']}; only {', '.join(_DTYPES)} are compared, so save it unquantized."
-            )
-        start = 8 + length + about["data_offsets"][0]
-        size = about["data_offsets"][1] - about["data_offsets"][0]
-        yield key, Stored(((file, start, size),), tuple(about["shape"]), _DTYPES[about["dtype"]])
+def _is_weight(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
 
 
 def _bytes(part: Shaped[Tensor, "..."]) -> memoryview:

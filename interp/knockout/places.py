@@ -1,7 +1,7 @@
 """Where a knockout acts in the text: roles, positions, and the token before the reasoning or the answer.
 
-A token's role follows from its prefix, so the places of a token hold from the moment it is written: a full pass over a
-trace and the generation that wrote it cut the same edges.
+While a trace is written, a token has the role that its prefix shows. A full pass over the finished trace cuts the same
+edges, but for what only later tokens tell: pieces of a delimiter that takes several, answers that another follows.
 """
 
 from __future__ import annotations
@@ -14,47 +14,13 @@ from torch import Tensor
 
 from hooks import FrankenlensError
 from hooks.errors import nearest
-from interp.prompts import Prompt, PromptBatch
+from interp.prompts import PromptBatch
+from interp.prompts.reading import TraceReader
 from interp.prompts.roles import ROLES, Role
 from interp.sweep.places import Where, where_label, where_mask
 
 Place = Where | tuple[Where, ...]
 """Tokens of the text, or the union of several such places."""
-
-
-class TraceReader:
-    """Reads the tokens of one trace as they are written, and says what each is and what comes next."""
-
-    def __init__(self, prompt: Prompt) -> None:
-        """Stands behind the prompt's own trace.
-
-        Args:
-            prompt: with or without a trace.
-        """
-        builder = prompt.builder
-        self._decode = builder.decode
-        self._scanner = builder.scanner(prompt)
-        self._ids: list[int] = []
-        self._first = self._read = 0
-        self.before: list[tuple[str, str]] = [(prompt.roles[prompt.n_prompt_tokens - 1], self._next())]
-        self.before += [self.feed(token) for token in prompt.trace_ids]
-
-    def feed(self, token: int) -> tuple[Role, Role]:
-        """Take one token.
-
-        Returns:
-            Its role, and the role that the next token has unless it completes a delimiter.
-        """
-        self._ids.append(token)
-        known = self._decode(self._ids[self._first : self._read])
-        now = self._decode(self._ids[self._first :])
-        if now.endswith("\N{REPLACEMENT CHARACTER}"):  # ends inside a character
-            return self._scanner.feed(""), self._next()
-        self._first, self._read = self._read, len(self._ids)
-        return self._scanner.feed(now[len(known) :]), self._next()
-
-    def _next(self) -> Role:
-        return self._scanner.feed("")
 
 
 def before_reasoning(batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
@@ -63,7 +29,7 @@ def before_reasoning(batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
 
 
 def before_answer(batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
-    """The token before the answer: it predicts the first token of the role `answer`."""
+    """The token before the answer: it predicts the first token of the role `answer`, the last answer's of several."""
     return _before(batch, "answer")
 
 
@@ -75,8 +41,10 @@ def _before(batch: PromptBatch, role: str) -> Bool[Tensor, "batch pos"]:
     mask = torch.zeros_like(batch.roles, dtype=torch.bool)
     starts = batch.columns(torch.tensor([p.n_prompt_tokens - 1 for p in batch.prompts]).to(batch.lengths))
     for row, (prompt, start) in enumerate(zip(batch.prompts, starts.tolist(), strict=True)):
-        for step, (own, following) in enumerate(TraceReader(prompt).before):
-            mask[row, start + step] = own != role and following == role
+        own = prompt.roles[prompt.n_prompt_tokens - 1 :]
+        following = (*own[1:], TraceReader(prompt).next)
+        for step, (here, then) in enumerate(zip(own, following, strict=True)):
+            mask[row, start + step] = here != role and then == role
     return mask
 
 

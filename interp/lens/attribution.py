@@ -23,6 +23,7 @@ from torch import Tensor
 from hooks import FrankenlensError, HookedVLM
 from hooks.engine import HookContext, head_results
 from hooks.errors import nearest
+from hooks.plain import matrix, own_parameter
 from hooks.points import writer_points
 from hooks.selfcheck import tolerance
 from hooks.vlm import FwdHooks
@@ -216,9 +217,8 @@ def _unembedding_rows(
     head: OutputHead, ids: Int[Tensor, " some"], less: Int[Tensor, " some"] | None
 ) -> Float[Tensor, "some d_model_and_bias"]:
     """W_U of the tokens (less that of the others) in float64, the unembedding's bias as the last column."""
-    unembed: Any = head.unembed
-    weight = unembed.weight.detach()
-    bias = getattr(unembed, "bias", None)
+    weight = matrix(head.unembed, "direct logit attribution")
+    bias = own_parameter(head.unembed, "bias")
 
     def of(chosen: Tensor) -> Tensor:
         chosen = chosen.to(weight.device)
@@ -286,7 +286,7 @@ def _deepstack_hooks(
 
     def keep(features: Tensor, hook: HookContext) -> None:
         whole = features.new_zeros(*mask.shape, features.shape[-1])
-        whole[mask.to(features.device)] = features
+        whole[mask.to(features.device)] = features.flatten(0, -2)
         added[hook.name] = whole[rows.to(whole.device), columns.to(whole.device)]
 
     layers = _deepstack_layers(vlm) if bool(mask.any()) else ()

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.plain import own_parameter
 from hooks.selfcheck import tolerance
 
 _SCALES = ("logits_scaling", "logit_scale")
@@ -159,10 +160,10 @@ def freeze(norm: nn.Module, resid: Float[Tensor, "token d_model"]) -> FrozenNorm
         FrankenlensError: it is neither a layer norm nor an RMS norm with gain g or 1 + g.
     """
     normed = norm(resid).double()
-    weight: Any = getattr(norm, "weight", None)
+    weight = own_parameter(norm, "weight")
     if weight is not None:
         gain, x = weight.detach().double().to(resid.device), resid.double()
-        own_bias: Any = getattr(norm, "bias", None)
+        own_bias = own_parameter(norm, "bias")
         bias = torch.zeros_like(gain) if own_bias is None else own_bias.detach().double().to(resid.device)
         centred = isinstance(norm, nn.LayerNorm)
         x = x - x.mean(-1, keepdim=True) if centred else x

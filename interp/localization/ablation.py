@@ -133,12 +133,13 @@ def ablate(
 ) -> xr.Dataset:
     """Answers of the whole model and under every ablation, graded.
 
-    An answer that cannot be read counts as wrong under an ablation (breaking the form is an effect, and is counted in
-    `parsed`); prompts whose clean trace does not parse are left out, with the reason in `why`.
+    An answer that cannot be read or graded counts as wrong under an ablation (breaking the form is an effect, and is
+    counted in `parsed`, the reason in `fault`); prompts whose clean trace does not parse or cannot be graded are left
+    out of every ablation, with the reason in `why`.
 
     Returns:
         right [ablation example] and clean [example], NaN where left out; parsed [ablation example]; fault [ablation
-        example] (why the grader cannot tell, "" where it can); why [example].
+        example] (why the grader cannot read an answer, "" where it can); why [example].
 
     Raises:
         FrankenlensError: no prompts, no ablations, or a component that the model does not have; before anything runs.
@@ -170,7 +171,8 @@ def ablate(
                 hooks = ablation_hooks(ablation, batch, pools.get(ablation.hook), some, seed)
                 for row, ids in zip(some, greedy_batch(vlm, batch, max_new_tokens, hooks), strict=True):
                     answer = _answer(prompts[row], ids)
-                    right[k, row], fault[k, row] = _graded(answer, prompts[row], grader)
+                    grade_, fault[k, row] = _graded(answer, prompts[row], grader)
+                    right[k, row] = np.nan_to_num(grade_)
                     parsed[k, row] = answer is not None
                 bar.update()
     places = [ablation.place for ablation in ablations]

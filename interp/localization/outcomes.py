@@ -11,6 +11,7 @@ import xarray as xr
 
 from hooks.errors import FrankenlensError
 from interp.questions.examples import Example
+from interp.questions.grading import Ungraded
 from interp.statistics import bootstrap_mean, wilson_interval
 
 Grader = Callable[[str | None, Example], bool]
@@ -33,18 +34,28 @@ def outcome(
     """Which of `OUTCOMES` an answer is; the reference is what the model itself answered, right or wrong.
 
     "unchanged": the model's own answer, also in another form; "source": what the model says of the source image, or
-    what is right for it; "broke": any third answer, or none.
-
-    Raises:
-        Ungraded: the grader cannot tell.
+    what is right for it; "broke": any third answer, one that the grader cannot read, or none. So an intervention never
+    decides whether a pair is counted.
     """
     if answer is None:
         return "broke"
-    if same_answer(answer, clean, target, grader):
+    if any(_surely(grader, *two) for two in _both_ways(answer, clean, target)):
         return "unchanged"
-    if same_answer(answer, on_source, source, grader) or grader(answer, source):
-        return "source"
-    return "broke"
+    as_source = (*_both_ways(answer, on_source, source), (answer, source))
+    return "source" if any(_surely(grader, *two) for two in as_source) else "broke"
+
+
+def _both_ways(one: str, other: str, example: Example) -> tuple[tuple[str, Example], ...]:
+    """Each text with the example whose reference is the other."""
+    return (one, replace(example, answer=other)), (other, replace(example, answer=one))
+
+
+def _surely(grader: Grader, answer: str, example: Example) -> bool:
+    """Whether an answer is right for an example, as far as the grader can tell."""
+    try:
+        return answer == example.answer or grader(answer, example)
+    except Ungraded:
+        return False
 
 
 def same_answer(one: str, other: str, example: Example, grader: Grader) -> bool:
@@ -53,11 +64,7 @@ def same_answer(one: str, other: str, example: Example, grader: Grader) -> bool:
     Raises:
         Ungraded: the grader cannot tell.
     """
-    return (
-        one == other
-        or grader(one, replace(example, answer=other))
-        or grader(other, replace(example, answer=one))
-    )
+    return one == other or any(grader(*two) for two in _both_ways(one, other, example))
 
 
 def outcome_shares(found: xr.Dataset, among: str = "differing", confidence: float = 0.95) -> pd.DataFrame:

@@ -120,9 +120,10 @@ def vision_swap(
 
     Returns:
         outcome [swap example], as numbers of `OUTCOMES` ("source": the source's answer was taken; "broke": some third
-        answer or none; "unchanged": the model's own), NaN where left out; text [swap example]; fault [swap example]
-        (why the grader cannot tell, "" where it can); clean [side example]; differs [example] (the two clean answers
-        do); why [example] ("" where a pair counts).
+        answer, one that cannot be read, or none; "unchanged": the model's own), NaN where left out: for what the
+        unchanged model answered, never for what an intervention did; text [swap example]; fault [swap example] (why
+        the grader cannot read an answer, "" where it can); clean [side example]; differs [example] (the two clean
+        answers do); why [example] ("" where a pair counts).
 
     Raises:
         FrankenlensError: no pairs, no swaps, or a swap of layers that the model does not have; before anything runs.
@@ -237,11 +238,14 @@ def _compared(target: str | None, source: str | None, example: Example, grader: 
 def _scored(
     answer: str | None, clean: str, on_source: str, pair: tuple[Example, Example], grader: Grader
 ) -> tuple[float, str]:
-    """The outcome's number, or NaN with the reason."""
+    """The outcome's number, and why the grader cannot read the answer, if it cannot."""
+    number = float(OUTCOMES.index(outcome(answer, clean, on_source, *pair, grader)))
     try:
-        return float(OUTCOMES.index(outcome(answer, clean, on_source, *pair, grader))), ""
+        if answer is not None:
+            grader(answer, pair[0])
+        return number, ""
     except Ungraded as error:
-        return float("nan"), str(error)
+        return number, str(error)
 
 
 def _prompts(

@@ -141,7 +141,8 @@ class _Found:
     ) -> None:
         for i, (row, one) in enumerate(zip(self._asked.rows, written, strict=True)):
             at = (d, c, row)
-            self._numbers["right"][at], self._texts["why"][at] = graded(one, self._grader)
+            grade, self._texts["why"][at] = graded(one, self._grader)
+            self._numbers["right"][at] = np.nan_to_num(grade)  # left out only for what the models alone did
             self._texts["answer"][at] = "" if one.answer is None else one.answer
             self._numbers["n_moved"][at] = one.n_moved[0]
             for parent, followed in parents.items():
@@ -160,6 +161,7 @@ class _Found:
         parents = np.full((len(own), len(examples)), np.nan)
         for m, written in enumerate(own.values()):
             parents[m, self._asked.rows] = [graded(one, self._grader)[0] for one in written]
+        self._numbers["right"][..., np.isnan(parents).any(0)] = np.nan
         return xr.Dataset(
             {
                 **{name: (dims, values) for name, values in self._numbers.items()},

@@ -57,9 +57,9 @@ def questions(
 
 
 def graded(written: Written, grader: Grader) -> tuple[float, str]:
-    """1 or 0, and what is wrong with the form; NaN and the reason where the grader cannot tell.
+    """1 or 0, and what is wrong with the form; NaN and the reason where the grader cannot read the answer.
 
-    An answer that cannot be read is wrong, as it is for the user.
+    An answer that is not there is wrong, as it is for the user.
     """
     try:
         return float(grader(written.answer, written.prompt.example)), written.why

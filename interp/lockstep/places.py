@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from interp.prompts import Prompt, PromptBatch
+from interp.prompts import PromptBatch
+from interp.prompts.reading import TraceReader
 
 _OF_TRACES = {"reasoning", "answer", "template"}
 
@@ -40,7 +41,7 @@ class Places:
         self._diverged = [False] * len(batch)
         self._ended = [False] * len(batch)
         by_role = any("generated" not in spec.when and _OF_TRACES.intersection(spec.when) for spec in specs)
-        self._readers = [_TraceReader(prompt) for prompt in batch.prompts] if by_role else None
+        self._readers = [TraceReader(prompt) for prompt in batch.prompts] if by_role else None
         self._last = [prompt.roles[-1] for prompt in batch.prompts]
         self._in_prompt = True
         self.counts: Int[Tensor, "spec row"] = torch.zeros(len(self._specs), len(batch), dtype=torch.long)
@@ -54,7 +55,7 @@ class Places:
             self._last = [""] * len(tokens)
         else:
             pairs = zip(self._rows, tokens, strict=True)
-            self._last = [self._readers[row].feed(token) for row, token in pairs]
+            self._last = [self._readers[row].feed(token)[0] for row, token in pairs]
         self._set([self._of_last(spec) for spec in self._specs])
         self._count()
 
@@ -98,24 +99,3 @@ class Places:
     def _count(self) -> None:
         for spec, mask in enumerate(self.masks):
             self.counts[spec, self._rows] += mask.sum(-1).cpu()
-
-
-class _TraceReader:
-    """The role of each token of one trace as it is written; the same as `Prompt.roles` says of the finished trace."""
-
-    def __init__(self, prompt: Prompt) -> None:
-        self._builder = prompt.builder
-        self._scanner = prompt.builder.scanner(prompt)
-        self._ids: list[int] = []
-        self._first = self._read = 0
-        for token in prompt.trace_ids:
-            self.feed(token)
-
-    def feed(self, token: int) -> str:
-        self._ids.append(token)
-        decode = self._builder.decode
-        before, now = decode(self._ids[self._first : self._read]), decode(self._ids[self._first :])
-        if now.endswith("\N{REPLACEMENT CHARACTER}"):  # the token ends inside a character
-            return self._scanner.feed("")
-        self._first, self._read = self._read, len(self._ids)
-        return self._scanner.feed(now[len(before) :])

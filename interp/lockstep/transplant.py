@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hooks import HookContext, HookedVLM
 from hooks.engine import HookFunction, head_results
+from hooks.plain import plain_weight
 from hooks.vlm import FwdHooks
 from interp.lockstep.intervention import Intervention
 from interp.lockstep.moved import Moved, Site, moves_logits, sites
@@ -138,9 +139,10 @@ def _written_by(vlm: HookedVLM, site: Site) -> Writer:
     """From z to what the site's heads together add to their attention's output, through this model's own W_O."""
     point = vlm.hook_points[site.z]
     out, heads = vlm.module(point.module), list(site.heads)
-    if type(out) is not nn.Linear or out.weight.is_meta:
+    own = plain_weight(out)
+    if own is None:
         return lambda z: head_results(out, z)[..., heads, :].sum(-2)
     assert point.split is not None
-    chosen = point.split.of(out.weight.detach())[:, heads].flatten(1)
+    chosen = point.split.of(own)[:, heads].flatten(1)
     weight = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
     return lambda z: nn.functional.linear(z[..., heads, :].flatten(-2).to(weight.dtype), weight)

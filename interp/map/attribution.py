@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from hooks import FrankenlensError, HookedVLM
 from hooks.anatomy import Role, Writer
 from hooks.engine import HookContext, head_results
+from hooks.plain import matrix
 from hooks.weights import d_mlp
 from interp.map.cells import Donor, cells_of, run_cells
 from interp.map.component_map import DIRECTIONS, batches_of, roles_of
@@ -263,7 +264,7 @@ def _attribute(
                 for c, component in enumerate(wanted):
                     change = _change(runs[donor], run, component.hook, component.head)
                     stream = f"blocks.{component.layer}.{_STREAM[component.point]}"
-                    of_token = (gradients[stream] * change).sum(-1)
+                    of_token = (gradients[stream] * change).flatten(2).sum(-1)  # over parallel streams too
                     effect[d, c][:, rows] = _by_role(of_token, masks)
                 if moments is not None:
                     moments.add(d, runs[donor], run, gradients, masks)
@@ -299,15 +300,24 @@ def _attributable(vlm: HookedVLM, points: Sequence[str]) -> list[Component]:
     wanted = components(vlm, points)
     roles: dict[str, Role] = {"head": "attn", "expert": "moe"}
     for point, role in roles.items():
-        apart = {layer for layer, block in enumerate(vlm.anatomy.text.blocks) if _apart(block.writer(role))}
-        if any(one.point == point and one.layer in apart for one in wanted):
+        writers = {layer: block.writer(role) for layer, block in enumerate(vlm.anatomy.text.blocks)}
+        reasons = {
+            f"puts a norm or a factor between its {point}s and the stream": [
+                layer for layer, writer in writers.items() if _apart(writer)
+            ],
+            f"adds what its {point}s give out to the stream in a way that was not found": [
+                layer for layer, writer in writers.items() if writer is None
+            ],
+        }
+        for why, layers in reasons.items():
+            if not any(one.point == point and one.layer in layers for one in wanted):
+                continue
             warnings.warn(
-                f"{type(vlm.model).__name__} puts a norm or a factor between its {point}s and the stream, so the "
-                f"gradient of the stream says nothing of single {point}s: they are left out; component_map measures "
-                "them.",
+                f"{type(vlm.model).__name__} {why}, so the gradient of the stream says nothing of single {point}s: "
+                "they are left out; component_map measures them.",
                 stacklevel=4,
             )
-        wanted = [one for one in wanted if one.point != point or one.layer not in apart]
+            wanted = [one for one in wanted if one.point != point or one.layer not in layers]
     return wanted
 
 
@@ -438,8 +448,9 @@ class _Moments:
         for layer, block in enumerate(recipient.vlm.anatomy.text.blocks):
             down = recipient.vlm.module(block.mlp_out)
             name = f"blocks.{layer}.mlp.hook_post"
-            weight: Any = down.weight.T if hasattr(down, "nf") else down.weight  # GPT-2's Conv1D is [in, out]
-            through = gradients[f"blocks.{layer}.hook_mlp_out"] @ weight
+            weight = matrix(down, "attribution of neurons")
+            through = gradients[f"blocks.{layer}.hook_mlp_out"]
+            through = through @ weight.to(through)
             of_token = (through * (donor.cache[name] - recipient.cache[name])).double()
             for r, mask in enumerate(masks):
                 rows = mask.any(-1)

@@ -24,7 +24,7 @@ from interp.map.components import (
     lacking,
 )
 from interp.metrics import Metric
-from interp.pair.agreement import model_differences
+from interp.pair.agreement import entering, model_differences
 from interp.prompts import Prompt, collate
 from interp.prompts.pairing import PatchBatch, image_shapes, partners
 from interp.prompts.roles import ROLES
@@ -109,10 +109,11 @@ def patch(
     Raises:
         FrankenlensError: a row whose clean and corrupt tokens do not line up; a donor of another architecture.
     """
-    if donor is not None and (differences := model_differences(vlm.model, donor.model)):
+    differences = [] if donor is None else model_differences(vlm.model, donor.model, vlm.opening)
+    if found := entering(differences):
         raise FrankenlensError(
-            f"recipient and donor are no pair; they differ in {'; '.join(differences[:3])}. Give a checkpoint of the "
-            "same architecture."
+            f"recipient and donor are no pair; they differ in {'; '.join(map(str, found[:3]))}. Give a checkpoint "
+            "of the same architecture."
         )
     if len(clean) != len(corrupt):
         raise FrankenlensError(f"{len(clean)} clean and {len(corrupt)} corrupt prompts; they go in pairs.")

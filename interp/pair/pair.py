@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from hooks import HookedVLM
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, nearest
 from hooks.extras import require_installed
 from hooks.processors import load_processor, tokenizer_of
+from interp.pair.adapter import LOST, ROUNDING, is_adapter, merge_adapter, read_adapter
 from interp.pair.agreement import (
-    chat_template,
+    Difference,
+    entering,
     model_differences,
     processor_differences,
     template_differences,
@@ -27,6 +29,7 @@ from interp.prompts import PromptBuilder
 from interp.prompts.roles import TraceFormat
 
 SHOWN = 5  # differences that the message of a refusal lists
+_SPOKEN = {"rl": "RL", "base": "Base"}
 
 
 class Pair:
@@ -39,12 +42,16 @@ class Pair:
         trace_format: what delimits reasoning and answer in what they generate.
         template: a Jinja chat template to use instead of the processor's; theirs may then differ.
         system: a system message for every prompt.
+        accept: differences that are taken as they are, by the names that the refusal gives them, such as
+            `text_config.sliding_window`; IN's processor and template then make the prompts of all.
 
     Attributes:
         builder: makes prompts for all of them (with IN's processor).
+        differences: by model, in what it is not alike to IN: spelled in two ways, or accepted.
 
     Raises:
-        FrankenlensError: architecture, vocabulary, processor or chat template differ; says in what.
+        FrankenlensError: architecture, vocabulary, processor or chat template differ in what enters the forward pass
+            (`interp.pair.agreement`); says in what. Or a name in `accept` that is no difference.
     """
 
     def __init__(
@@ -55,11 +62,17 @@ class Pair:
         trace_format: TraceFormat | None = None,
         template: str | None = None,
         system: str | None = None,
+        accept: Sequence[str] = (),
     ) -> None:
         self.in_, self.rl, self.base = in_, rl, base
-        for name, other in self.models.items():
-            if name != "in":
-                _require_pair(in_, other, name.upper() if name == "rl" else "Base", not template)
+        others = {name: other for name, other in self.models.items() if name != "in"}
+        self.differences: dict[str, list[Difference]] = {
+            name: _differences(in_, other, _SPOKEN[name], not template) for name, other in others.items()
+        }
+        for name, found in self.differences.items():
+            if left := entering(found, accept):
+                refuse_pair(_SPOKEN[name], left)
+        _require_known(accept, [one for found in self.differences.values() for one in found])
         processor = _processor(in_, "IN")
         trace_format = _with_ends(trace_format or TraceFormat(), self.models, tokenizer_of(processor))
         self.builder = PromptBuilder(processor, trace_format, template, system, in_.n_logits)
@@ -76,14 +89,16 @@ class Pair:
         trace_format: TraceFormat | None = None,
         template: str | None = None,
         system: str | None = None,
+        accept: Sequence[str] = (),
         **kwargs: Any,
     ) -> Pair:
         """Load the models; folders or repository ids, safetensors only.
 
         Arguments:
-            rl_path: a checkpoint, or the folder of a PEFT adapter, which is merged into a second copy of IN.
+            rl_path: a checkpoint, or the folder of a PEFT adapter, which is merged into a second copy of IN; the merged
+                model computes what the adapted one does, on the prompt that IN was opened with.
             dtype, device_map, kwargs: passed to `HookedVLM.from_pretrained` for every model.
-            trace_format, template, system: see the class.
+            trace_format, template, system, accept: see the class.
 
         Raises:
             FrankenlensError: a model cannot be loaded, or they are no pair.
@@ -94,18 +109,25 @@ class Pair:
             >>> sorted(pair.models), pair.in_.n_layers
             (['in', 'rl'], 9)
         """
-        adapter = (Path(rl_path) / "adapter_config.json").is_file()
-        if adapter:
+        tensors = None
+        if is_adapter(rl_path):
             require_installed("an RL checkpoint that is a PEFT adapter", "peft")
+            tensors = read_adapter(Path(rl_path))
         loading = {"dtype": dtype, "device_map": device_map, **kwargs}
         in_ = HookedVLM.from_pretrained(in_path, **loading)
-        if adapter:
+        lost: list[Difference] = []
+        if tensors is not None:
             opened = HookedVLM.from_pretrained(in_path, **{**loading, "check": False})
-            rl = _with_adapter(opened, Path(rl_path), kwargs.get("check", True), not template)
+            rl, lost = _with_adapter(
+                opened, Path(rl_path), tensors, kwargs.get("check", True), not template, accept
+            )
         else:
-            rl = _opened(in_, rl_path, "RL", loading, not template)
-        opened_base = None if base is None else _opened(in_, base, "Base", loading, not template)
-        return cls(in_, rl, opened_base, trace_format, template, system)
+            rl = _opened(in_, rl_path, "RL", loading, not template, accept)
+        opened_base = None if base is None else _opened(in_, base, "Base", loading, not template, accept)
+        names = [one for one in accept if one not in {loss.name for loss in lost}]
+        pair = cls(in_, rl, opened_base, trace_format, template, system, names)
+        pair.differences["rl"] += lost
+        return pair
 
     @property
     def models(self) -> dict[str, HookedVLM]:
@@ -124,15 +146,21 @@ class Pair:
         return self.builder.trace_format
 
     def provenance(self) -> dict[str, Any]:
-        """Where the models come from, and a hash of all weights of each; for a result's attributes."""
+        """Where the models come from, and a hash of all weights of each; for a result's attributes.
+
+        What is not alike to IN, though the two are a pair, stands beside it: spelled in two ways, or accepted.
+        """
+        return {name: self._of(name, vlm) for name, vlm in self.models.items()}
+
+    def _of(self, name: str, vlm: HookedVLM) -> dict[str, Any]:
+        unlike = self.differences.get(name, [])
+        kinds = {"spelled_otherwise": False, "accepted": True}
         return {
-            name: {
-                "name_or_path": getattr(vlm.model, "name_or_path", ""),
-                "class": type(vlm.model).__name__,
-                "dtype": str(vlm.model.dtype),
-                "weights_sha256": weights_sha256(vlm.model),
-            }
-            for name, vlm in self.models.items()
+            "name_or_path": getattr(vlm.model, "name_or_path", ""),
+            "class": type(vlm.model).__name__,
+            "dtype": str(vlm.model.dtype),
+            "weights_sha256": weights_sha256(vlm.model),
+            **{kind: lines for kind, enters in kinds.items() if (lines := _lines(unlike, enters))},
         }
 
     def close(self) -> None:
@@ -172,15 +200,37 @@ def _with_ends(trace_format: TraceFormat, models: Mapping[str, HookedVLM], token
     return replace(trace_format, end_of_turn=tuple(dict.fromkeys(ends)))
 
 
-def _require_pair(in_: HookedVLM, other: HookedVLM, name: str, templates: bool) -> None:
-    differences = model_differences(in_.model, other.model)
-    differences += processor_differences(_processor(in_, "IN"), _processor(other, name), templates)
-    if differences:
-        _refuse(name, differences)
+def _differences(in_: HookedVLM, other: HookedVLM, name: str, templates: bool) -> list[Difference]:
+    processors = _processor(in_, "IN"), _processor(other, name)
+    found = model_differences(in_.model, other.model, in_.opening)
+    if type(in_.model) is not type(other.model):
+        return found
+    return [*found, *processor_differences(*processors, templates)]
+
+
+def _lines(differences: Sequence[Difference], enters: bool) -> list[str]:
+    return [str(one) for one in differences if one.enters == enters]
+
+
+def _require_known(accepted: Sequence[str], found: Sequence[Difference]) -> None:
+    """A name that was accepted is that of a difference, and of one that can be."""
+    names = [one.name for one in found]
+    for name in accepted:
+        if name not in names:
+            have = ", ".join(names[:SHOWN]) or "none"
+            raise FrankenlensError(
+                f"accept names {name!r}, which is no difference of these models; they have: {have}. "
+                f"{nearest(name, names)}".strip()
+            )
 
 
 def _opened(
-    in_: HookedVLM, path: str | Path, name: str, loading: dict[str, Any], templates: bool
+    in_: HookedVLM,
+    path: str | Path,
+    name: str,
+    loading: dict[str, Any],
+    templates: bool,
+    accept: Sequence[str],
 ) -> HookedVLM:
     """A model of the pair; where it does not open and its processor is another, that is what is said."""
     try:
@@ -188,62 +238,58 @@ def _opened(
     except FrankenlensError:
         try:
             other = load_processor(path, trust_remote_code=bool(loading.get("trust_remote_code")))
-            differences = processor_differences(_processor(in_, "IN"), other, templates)
+            differences = entering(processor_differences(_processor(in_, "IN"), other, templates), accept)
         except FrankenlensError:
             differences = []  # then the reason is the first one
         if differences:
-            _refuse(name, differences)
+            refuse_pair(name, differences)
         raise
 
 
-def _refuse(name: str, differences: list[str]) -> None:
-    lines = "\n  ".join(differences[:SHOWN])
+def refuse_pair(name: str, differences: Sequence[Difference]) -> None:
+    """Refuse two models in the words of their first differences.
+
+    Raises:
+        FrankenlensError: always.
+    """
+    lines = "\n  ".join(str(one) for one in differences[:SHOWN])
     more = f"\n  … and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+    accept = " ".join(repr(one.name) for one in differences if one.can_be_accepted)
+    taken = (
+        f"\nTo take a difference as it is, name it: accept=[{accept.replace(' ', ', ')}]" if accept else ""
+    )
     raise FrankenlensError(
         f"IN and {name} are no pair; they differ in (IN's and {name}'s):\n  {lines}{more}\n"
         "A pair shares architecture, vocabulary, processor and chat template: compare a checkpoint with the one it was "
-        "trained from, loaded with the same dtype and with the same processor files."
+        f"trained from, loaded with the same dtype and with the same processor files.{taken}"
     )
 
 
-def _with_adapter(vlm: HookedVLM, folder: Path, check: bool, templates: bool) -> HookedVLM:
-    """`vlm` with the adapter's update merged into its weights; opened anew."""
-    from peft import PeftModel
-    from safetensors.torch import load_file
-
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise FrankenlensError(
-            f"{folder}: a PEFT adapter without adapter_model.safetensors. Only safetensors are read: save it again "
-            "with save_pretrained(folder, safe_serialization=True)."
-        )
-    _require_adapter_tokenizer(vlm, folder, templates)
+def _with_adapter(
+    vlm: HookedVLM,
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    check: bool,
+    templates: bool,
+    accept: Sequence[str],
+) -> tuple[HookedVLM, list[Difference]]:
+    """`vlm` with the adapter's update merged into its weights, opened anew; and what was lost of it, if that counts."""
+    _require_adapter_tokenizer(vlm, folder, templates, accept)
     vlm.close()
-    adapted = PeftModel.from_pretrained(vlm.model, str(folder))
-    loaded = _adapter_tensors(adapted)
-    for name, tensor in load_file(file).items():
-        if name not in loaded or not torch.equal(loaded[name].cpu(), tensor.to(loaded[name].dtype)):
-            raise FrankenlensError(
-                f"{folder}: adapter tensor {name} has no place in IN; is it the adapter of another model?"
-            )
-    merged = adapted.merge_and_unload()
-    merged.name_or_path = str(folder)
-    return HookedVLM(merged.eval(), vlm.processor, check=check)
+    merged = merge_adapter(vlm.model, folder, tensors, vlm.opening, accept)
+    merged.model.name_or_path = str(folder)
+    text = f"rounding: the weights of the merged model hold all but {merged.lost:.2%} of the adapter's update"
+    lost = [Difference(ROUNDING, text, enters=merged.lost > LOST)] if merged.lost else []
+    return HookedVLM(merged.model, vlm.processor, inputs=vlm.opening, check=check), lost
 
 
-def _adapter_tensors(adapted: Any) -> Mapping[str, torch.Tensor]:
-    from peft import get_peft_model_state_dict
-
-    return get_peft_model_state_dict(adapted)
-
-
-def _require_adapter_tokenizer(vlm: HookedVLM, folder: Path, templates: bool) -> None:
+def _require_adapter_tokenizer(vlm: HookedVLM, folder: Path, templates: bool, accept: Sequence[str]) -> None:
     """An adapter's folder may hold the tokenizer it was trained with; then it must be IN's."""
     if not (folder / "tokenizer_config.json").is_file():
         return
     own, tokenizer = _processor(vlm, "IN"), AutoTokenizer.from_pretrained(str(folder))
     differences = tokenizer_differences(tokenizer_of(own), tokenizer)
     if templates and tokenizer.chat_template is not None:
-        differences += template_differences(chat_template(own), tokenizer.chat_template)
-    if differences:
-        _refuse("the adapter", differences)
+        differences += template_differences(own, tokenizer)
+    if differences := entering(differences, accept):
+        refuse_pair("the adapter", differences)

@@ -200,7 +200,8 @@ class PathRun:
         """What an MLP makes of a stream: pre-norm, then MLP."""
         block = self.vlm.anatomy.text.blocks[layer]
         out = self.vlm.module(block.mlp).forward(self.vlm.module(block.mid_norm).forward(mid))
-        return out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple) else out
+        return out.reshape(mid.shape)  # Llama 4's experts have the tokens in a row
 
     def _mlp_change(self, layer: int, change: Tensor) -> Float[Tensor, "batch pos d_model"]:
         new = self.mlp(layer, self.stream(layer, "mid", change))

@@ -34,6 +34,8 @@ def trial(
     max_new_tokens: int = 24,
     batch_size: int = 32,
     trace_format: TraceFormat | None = None,
+    template: str | None = None,
+    system: str | None = None,
 ) -> pd.DataFrame:
     """Every method on the pair of IN and a planted copy of it.
 
@@ -43,7 +45,7 @@ def trial(
         methods: by name.
         among: what the methods choose among; what a plant changed a part of is neither changed nor left alone, and is
             left out.
-        max_new_tokens, batch_size, trace_format: as everywhere.
+        max_new_tokens, batch_size, trace_format, template, system: as everywhere.
 
     Returns:
         One row per method and component: score, |mean effect| over the examples that have one (a relative norm for
@@ -63,7 +65,7 @@ def trial(
             "heads, MLPs, layers, with `EVERYWHERE` vision blocks and the projector, or with `WITH_EXPERTS` experts"
         )
     among = known
-    with _planted_pair(in_, donor, plant, trace_format) as pair:
+    with _planted_pair(in_, donor, plant, trace_format, template, system) as pair:
         settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": False}
         decisions = find_decisions(pair, examples, "soft", **settings)
         if not len(decisions):
@@ -88,6 +90,8 @@ def effect_of_plant(
     max_new_tokens: int = 24,
     batch_size: int = 32,
     trace_format: TraceFormat | None = None,
+    template: str | None = None,
+    system: str | None = None,
 ) -> float:
     """How far a plant moves IN's output, whatever any method says of it.
 
@@ -96,7 +100,7 @@ def effect_of_plant(
         own greedy text (the soft metric's denominator).
     """
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": False}
-    with _planted_pair(in_, donor, plant, trace_format) as pair:
+    with _planted_pair(in_, donor, plant, trace_format, template, system) as pair:
         effect = _size(find_decisions(pair, examples, "soft", **settings))
     if not np.isfinite(effect):
         raise FrankenlensError(
@@ -107,11 +111,16 @@ def effect_of_plant(
 
 @contextmanager
 def _planted_pair(
-    in_: HookedVLM, donor: HookedVLM, plant: Plant, trace_format: TraceFormat | None
+    in_: HookedVLM,
+    donor: HookedVLM,
+    plant: Plant,
+    trace_format: TraceFormat | None,
+    template: str | None,
+    system: str | None,
 ) -> Iterator[Pair]:
     model = planted(in_, donor, plant)
     try:
-        yield Pair(in_, model, trace_format=trace_format)
+        yield Pair(in_, model, None, trace_format, template, system)
     finally:
         model.close()
 

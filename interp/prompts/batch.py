@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -116,7 +116,9 @@ def collate(
             rows = [p.inputs.get(name, torch.zeros_like(p.inputs["input_ids"]))[0] for p in prompts]
             inputs[name] = _padded(rows, padding_side, pad if name == "input_ids" else 0)
         else:
-            inputs[name] = _joined(name, [p.inputs[name] for p in prompts if name in p.inputs])
+            given = [p for p in prompts if name in p.inputs]
+            strips = name == "pixel_values" and all(in_a_strip(p.inputs) for p in given)
+            inputs[name] = _joined(name, [p.inputs[name] for p in given], -1 if strips else 0)
     if padding_side == "left" and "image_grid_thw" not in inputs:
         inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
     codes = [torch.tensor([ROLE_CODES[role] for role in p.roles], dtype=torch.int8) for p in prompts]
@@ -131,13 +133,21 @@ def _padded(rows: Sequence[Tensor], side: PaddingSide, value: int) -> Tensor:
     )
 
 
-def _joined(name: str, tensors: Sequence[Tensor]) -> Tensor:
+def in_a_strip(inputs: Mapping[str, Tensor]) -> bool:
+    """Whether all images are one row of patches behind one another, [1 channel side patch*side] (MiniCPM-V)."""
+    pixels, sizes = inputs["pixel_values"], inputs.get("target_sizes")
+    if sizes is None or pixels.ndim != 4 or len(pixels) != 1:
+        return False
+    return pixels.shape[-1] == int(sizes.prod(-1).sum()) * pixels.shape[-2]
+
+
+def _joined(name: str, tensors: Sequence[Tensor], axis: int) -> Tensor:
     """Image tensors one after another; where rows hold different numbers of images (axis 1), padded with zeros."""
-    if tensors[0].ndim >= 4:
+    if tensors[0].ndim >= 4 and axis == 0:
         most = max(tensor.shape[1] for tensor in tensors)
         tensors = [_grown(tensor, most) for tensor in tensors]
     try:
-        return torch.cat(list(tensors))
+        return torch.cat(list(tensors), dim=axis)
     except RuntimeError as error:
         shapes = ", ".join(dict.fromkeys(str(tuple(t.shape)) for t in tensors))
         raise FrankenlensError(

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from hooks.errors import FrankenlensError
 from hooks.processors import tokenizer_of
+from interp.prompts.pieces import Pieces
 from interp.prompts.prompt import TOKEN_TENSORS, Prompt
 from interp.prompts.question import question_span, question_tokens
-from interp.prompts.roles import Role, RoleScanner, Trace, TraceFormat
+from interp.prompts.roles import Role, Trace, TraceFormat
+from interp.prompts.scanner import RoleScanner
 from interp.questions.examples import Example
 
 
@@ -163,13 +165,12 @@ class PromptBuilder:
                     [ids if name == "input_ids" else [value] * len(ids)], dtype=inputs[name].dtype
                 )
                 inputs[name] = torch.cat([inputs[name][:, :n], tail], dim=1)
-        scanner = self.scanner(prompt)
-        roles = tuple(scanner.feed(piece) for piece in self._pieces(ids))
+        roles = self.trace_format.roles(self._pieces(ids), self._reasoning_open(prompt))
         return replace(prompt, inputs=inputs, roles=prompt.roles[:n] + roles)
 
     def read_trace(self, prompt: Prompt) -> Trace:
         """What the trace of a prompt says."""
-        return self.trace_format.parse(self.decode(prompt.trace_ids), self._reasoning_open(prompt))
+        return self.trace_format.parse("".join(self._pieces(prompt.trace_ids)), self._reasoning_open(prompt))
 
     def scanner(self, prompt: Prompt) -> RoleScanner:
         """Gives the roles of what is written behind a prompt, piece by piece."""
@@ -181,16 +182,8 @@ class PromptBuilder:
         return reasoning is not None and prompt.prompt_text.rstrip().endswith(reasoning[0])
 
     def _pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text that each token adds to those before it; `""` for a token that ends inside a character."""
-        pieces, first, read = [], 0, 0
-        for index in range(len(ids)):
-            before, now = self.decode(ids[first:read]), self.decode(ids[first : index + 1])
-            if now.endswith("\N{REPLACEMENT CHARACTER}"):
-                pieces.append("")
-                continue
-            pieces.append(now[len(before) :])
-            first, read = read, index + 1
-        return pieces
+        pieces = Pieces(self.decode)
+        return [pieces.feed(token) for token in ids]
 
     def _render(self, example: Example, question: str) -> str:
         images = [{"type": "image"} for _ in example.images]

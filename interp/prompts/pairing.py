@@ -4,6 +4,7 @@ For two models on the same tokens (cross-model activation patching, CMAP, Prakas
 on two prompts that differ in their images (Meng et al. 2202.05262; Zhang & Nanda 2309.16042).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.errors import FrankenlensError
-from interp.prompts.batch import PromptBatch
+from interp.prompts.batch import PromptBatch, in_a_strip
 from interp.prompts.prompt import Prompt
 
 
@@ -33,31 +34,63 @@ def borrowed(value: Float[Tensor, "..."], early: bool, rows: PatchBatch) -> Floa
     source = [own if other < 0 else other for own, other in enumerate(rows.partner.tolist())]
     if not early:
         return value[source]
-    # Images of all rows follow one another along the first axis: patches, image tokens, or whole images.
+    # Images of all rows follow one another: along the first axis patches, image tokens or whole images; along the
+    # second where the first is of size one, the patches of all images being one long row.
     sizes = [image_size(prompt) for prompt in rows.batch.prompts]
-    if any(size * value.shape[0] % sum(sizes) for size in sizes):
+    axis = 1 if value.ndim > 2 and value.shape[0] == 1 < sum(map(bool, sizes)) else 0
+    sizes = [image_area(prompt) for prompt in rows.batch.prompts] if axis else sizes
+    length = value.shape[axis]
+    if not any(sizes) or any(size * length % sum(sizes) for size in sizes):
         raise FrankenlensError(
-            f"{value.shape[0]} rows of the vision side do not divide over images of sizes {sizes}."
+            f"{length} rows of the vision side do not divide over images of sizes {sizes}."
         )
-    pieces = value.split([size * value.shape[0] // sum(sizes) for size in sizes])
-    return torch.cat([pieces[row] for row in source])
+    pieces = value.split([size * length // sum(sizes) for size in sizes], dim=axis)
+    return torch.cat([pieces[row] for row in source], dim=axis)
+
+
+def image_grid(inputs: Mapping[str, Tensor]) -> Int[Tensor, "image side"] | None:
+    """How many patches each image has along each side, where a processor says so."""
+    if "target_sizes" in inputs and "pixel_values" in inputs and in_a_strip(inputs):
+        return inputs["target_sizes"]
+    return next((tensor for name, tensor in inputs.items() if name.startswith("image_grid")), None)
 
 
 def image_size(prompt: Prompt) -> int:
     """How much of the vision side's first axis a prompt takes: its patches where they are packed, else its images."""
-    if "image_grid_thw" in prompt.inputs:
-        return int(prompt.inputs["image_grid_thw"].prod(-1).sum())
-    pixels = prompt.inputs.get("pixel_values")
-    return 0 if pixels is None else pixels.flatten(0, -4).shape[0]
+    if (grid := image_grid(prompt.inputs)) is not None:
+        return int(grid.prod(-1).sum())
+    pixels = _pixels(prompt)
+    if pixels is None:
+        return 0
+    return pixels.flatten(0, -4).shape[0] if pixels.ndim >= 4 else pixels.shape[0]
+
+
+def image_area(prompt: Prompt) -> int:
+    """How much of one long row of all images' patches a prompt takes, beside other prompts."""
+    if image_grid(prompt.inputs) is not None:
+        return image_size(prompt)
+    if "image_sizes" in prompt.inputs:  # of images that are padded to the largest (Pixtral)
+        return int(prompt.inputs["image_sizes"].prod(-1).sum())
+    pixels = _pixels(prompt)
+    return 0 if pixels is None else pixels.numel()
 
 
 def image_shapes(prompt: Prompt) -> tuple[int, ...]:
     """What must be equal for two prompts' images to correspond patch by patch."""
-    for name in ("image_grid_thw", "pixel_values"):
-        if name in prompt.inputs:
-            tensor = prompt.inputs[name]
-            return tuple(tensor.flatten().tolist()) if name == "image_grid_thw" else tuple(tensor.shape)
-    return ()
+    if (grid := image_grid(prompt.inputs)) is not None:
+        return tuple(grid.flatten().tolist())
+    pixels, sizes = _pixels(prompt), prompt.inputs.get("image_sizes")
+    return (*(() if pixels is None else pixels.shape), *([] if sizes is None else sizes.flatten().tolist()))
+
+
+def _pixels(prompt: Prompt) -> Tensor | None:
+    """The input that holds the images: `pixel_values`, or what is called pixels or patches instead."""
+    named = {
+        name: tensor
+        for name, tensor in prompt.inputs.items()
+        if ("pixel" in name or "patches" in name) and tensor.is_floating_point()
+    }
+    return named.get("pixel_values", next(iter(named.values()), None))
 
 
 def partners(batch: PromptBatch) -> Int[Tensor, " batch"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hooks.anatomy.watching import has_pixels
 from hooks.errors import FrankenlensError
-from interp.prompts.roles import ROLES, RoleScanner, Trace, TraceFormat
+from interp.prompts.roles import ROLES, Trace, TraceFormat
+from interp.prompts.scanner import RoleScanner
 from interp.questions.examples import Example
 
 TOKEN_TENSORS = {"input_ids": 0, "attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
@@ -167,6 +168,11 @@ class Prompt:
             hooks.errors.FrankenlensError: prompt 'given': 3 roles for 29 tokens; give one of image, ... for each token.
         """
         ids = inputs.get("input_ids")
+        if ids is None:
+            raise FrankenlensError(
+                f"prompt {name!r} has no input_ids, so there are no tokens to give roles to; what is given is "
+                f"{', '.join(inputs) or 'nothing'}."
+            )
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[0] != 1:
             shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
             raise FrankenlensError(
@@ -237,7 +243,7 @@ class Prompt:
         return self.builder.with_trace(self, [*self.trace_ids, *ids])
 
     def truncated(self, n: int) -> Prompt:
-        """The first n tokens; at least those before the trace, at most all.
+        """The first n tokens; at least those before the trace, at most all. They keep the roles they have in the whole.
 
         Raises:
             FrankenlensError: n is outside that range.
@@ -247,7 +253,8 @@ class Prompt:
                 f"cannot truncate prompt {self.example.id!r} to {n} tokens: "
                 f"it has {self.n_prompt_tokens} before its trace and {len(self)} in all"
             )
-        return self.builder.with_trace(self, self.trace_ids[: n - self.n_prompt_tokens])
+        cut = self.builder.with_trace(self, self.trace_ids[: n - self.n_prompt_tokens])
+        return replace(cut, roles=self.roles[:n])
 
 
 def _given_roles(

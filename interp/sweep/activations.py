@@ -11,6 +11,7 @@ from torch import Tensor
 from hooks import HookedVLM
 from hooks.engine import head_results
 from hooks.experts import expert_contribution
+from hooks.plain import plain_weight
 from hooks.points import HookPoint
 
 INDEXED = ("head", "kv_head", "d_mlp", "expert")
@@ -53,10 +54,10 @@ def activation_of(
     z = read(hook.replace("hook_result", "hook_z"))
     if index is None:
         return head_results(out, z)
-    if type(out) is torch.nn.Linear and not out.weight.is_meta:
+    if (weight := plain_weight(out)) is not None:
         wide = torch.promote_types(z.dtype, torch.float32)
-        weight = out.weight.unflatten(1, (z.shape[-2], -1))[:, index]
-        return z.select(-2, index).to(wide) @ weight.T.to(wide)
+        own = weight.to(z.device).unflatten(1, (z.shape[-2], -1))[:, index]
+        return z.select(-2, index).to(wide) @ own.T.to(wide)
     return head_results(out, z).select(-2, index)
 
 

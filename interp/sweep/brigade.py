@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks.engine import head_results
+from hooks.plain import plain_weight
 from interp.sweep.activations import activation_of
 from interp.sweep.attention import segment_attention_on
 from interp.sweep.edits import STAGES, Edit, Span
@@ -154,10 +155,10 @@ def _of_heads(run: StoredRun, layer: int, edit: Edit, old: Tensor, span: Span) -
             if torch.equal(mixed, z)
             else half.added(half.first, half.project(block.out, mixed.flatten(-2)))
         )
-    if edit.index is not None and type(out) is nn.Linear:
-        weight = out.weight.unflatten(1, (block.n_heads, -1))[:, edit.index]
+    if edit.index is not None and (weight := plain_weight(out)) is not None:
+        own = weight.to(z.device).unflatten(1, (block.n_heads, -1))[:, edit.index]
         wide = torch.promote_types(z.dtype, torch.float32)
-        mine = z[:, :, edit.index].to(wide) @ weight.T.to(wide)
+        mine = z[:, :, edit.index].to(wide) @ own.T.to(wide)
         change = (_one_head(edit, mine, span) - mine).to(old.dtype)
     else:
         result = head_results(out, z)
@@ -174,12 +175,13 @@ def _of_neurons(run: StoredRun, layer: int, edit: Edit, old: Tensor, span: Span)
     assert half.second is not None
     down = run.vlm.module(block.mlp_out)
     post = run.read(f"blocks.{layer}.mlp.hook_post", span)
-    if edit.index is not None and type(down) is nn.Linear and half.adds_as_made(half.second):
+    weight = plain_weight(down) if edit.index is not None and half.adds_as_made(half.second) else None
+    if weight is not None:
         mine = post[:, :, edit.index]
         assert edit.where is not None
         here = edit.where[:, span.columns].to(mine.device)
         change = torch.where(here, edit.new(mine, span).to(mine) - mine, 0)
-        return old + change[..., None] * down.weight[:, edit.index]
+        return old + change[..., None] * weight[:, edit.index].to(old)
     changed = edit.apply(post, span)
     return (
         old if torch.equal(changed, post) else half.added(half.second, half.project(block.mlp_out, changed))

@@ -86,7 +86,7 @@ class Edit:
     def stage(self) -> Stage | None:
         """None for what lies in another tower, and for points inside a block that no shortcut starts at."""
         experts = self.point.experts
-        elsewhere = self.point.tower or ".cross_attn." in self.point.name
+        elsewhere = self.point.tower or self.point.across
         if elsewhere or (experts is not None and not experts.added):
             return None
         return _STAGE_OF.get(self.point.leaf)

@@ -271,6 +271,8 @@ def _require(
     vlm.require("positions", "a sweep")
     for intervention in interventions:
         validate(intervention, vlm, has_donor)
+        if of_vision(intervention.hook) and not any(prompt.has_image for prompt in prompts):
+            raise FrankenlensError(f"{intervention.hook} is of images, and none of these prompts holds one.")
     if len(given) != len(prompts):
         raise FrankenlensError(f"{len(given)} donor prompts for {len(prompts)} prompts; they go row by row.")
     for row, (one, other) in enumerate(zip(prompts, given, strict=True)):

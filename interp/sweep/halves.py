@@ -30,7 +30,7 @@ class Halves:
         self.first, self.second = _pair(self.block)
         both = self.first is not None and self.second is not None
         second = self.second
-        reads = second is not None and second.state == 1 and second.reader is not None and not second.parts
+        reads = second is not None and second.state == 1 and second.reader is not None and second.alone
         self.in_turn = both and reads and f"{self.name}.hook_resid_mid" in vlm.hook_points
         self.apart = not both or (self.second is not None and self.second.state == 0)
         self._points = dict(zip(self.block.writers, writer_points(self.name, self.block), strict=True))

@@ -111,7 +111,10 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
     _refuse_values_of_tokens(intervention, point, refuse)
     if kind == "mean" and point.axes[-1] == "key":
         refuse("mean needs an activation; scores and patterns of prompts of different lengths have none")
-    for place in (intervention.where, intervention.source or "all"):
+    source = intervention.source or "all"
+    if point.across and source != "all" and (not isinstance(source, int) or source < 0):
+        refuse(f'{where_label(source)!r} is no key of another tower; give source="all", or a number from 0')
+    for place in (intervention.where, source):
         if has_tokens(point) or place in ("all", "image"):
             continue
         if kind != "knockout":
@@ -153,14 +156,14 @@ def index_size(point: HookPoint, vlm: HookedVLM) -> int:
         return 0
     block = vlm.anatomy.towers[point.tower].blocks[point.layer]
     if "head" in point.axes or "kv_head" in point.axes:
-        site = site_at(block, "cross_attn" if ".cross_attn." in point.name else "attn")
+        site = site_at(block, "cross_attn" if point.across else "attn")
         return site.n_kv_heads if "kv_head" in point.axes else site.n_heads
     return d_mlp(vlm.model, block) if "d_mlp" in point.axes else 0
 
 
 def has_tokens(point: HookPoint) -> bool:
     """Whether the point has a batch and a token axis of the decoder."""
-    return point.axes[0] == "batch"
+    return point.axes[0] == "batch" and not (point.across and not {"pos", "query"} & set(point.axes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +194,7 @@ def bind(
     """
     point = vlm.hook_points[intervention.hook]
     if not has_tokens(point):
-        rows = batch.with_image
+        rows = batch.with_image if point.axes[0] != "batch" else batch.mask("all").any(1)
         if intervention.kind == "resample":
             rows = rows & (partners(batch) >= 0)
         if intervention.kind == "knockout":
@@ -206,6 +209,10 @@ def bind(
         where = where & (other >= 0)[:, None]
     if intervention.kind == "knockout":
         assert intervention.source is not None
+        if point.across:
+            return Bound(
+                (Edit(point, _cut_across(intervention.source), where, intervention.index),), where.any(1)
+            )
         source = where_mask(intervention.source, batch)
         edges = (where[:, :, None] & source[:, None, :]).tril()
         return Bound((Edit(point, _cut(source), where, intervention.index),), edges.flatten(1).any(1))
@@ -220,6 +227,15 @@ def _cut(source: Bool[Tensor, "batch pos"]) -> New:
         return scores.masked_fill(keys, -torch.inf)
 
     return new
+
+
+def _cut_across(source: Where) -> New:
+    """Keys of another tower: all, or one by its number."""
+    return lambda scores, span: (
+        torch.full_like(scores, -torch.inf)
+        if source == "all"
+        else scores.index_fill(-1, torch.tensor([source], device=scores.device), -torch.inf)
+    )
 
 
 def _new(
@@ -251,7 +267,7 @@ def _new(
     if kind == "resample":
         other = partners(batch)
         rows = torch.where(other >= 0, other, torch.arange(len(batch), device=other.device))
-        if not has_tokens(point):
+        if not has_tokens(point) and point.axes[0] != "batch":
             every = PatchBatch(batch, batch.mask("all"), other)
             return lambda activation, span: borrowed(own(point.name, index), True, every).to(activation)
         return lambda activation, span: _segment(own(point.name, index)[rows], point, activation, span)

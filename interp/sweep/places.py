@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hooks import FrankenlensError
 from interp.prompts import PromptBatch
+from interp.prompts.pairing import image_grid, image_size
 from interp.sweep.edits import New, Span
 
 Where = str | int | Callable[[PromptBatch], Bool[Tensor, "..."]]
@@ -52,14 +54,14 @@ def where_mask(where: Where, batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
 
 
 def patch_mask(
-    where: Where, batch: PromptBatch, scores: Float[Tensor, "*image head query key"]
+    where: Where, batch: PromptBatch, scores: Float[Tensor, "*image head query key"], axis: int
 ) -> Bool[Tensor, "*image patch"]:
-    """The patches that are meant, in the order in which the vision tower has them.
+    """The patches that are meant, in the order in which the vision tower has them: queries (axis -2) or keys (-1).
 
     Raises:
         FrankenlensError: no such patch, or a function that returns something else than a mask of the patches.
     """
-    shape = (*scores.shape[:-3], scores.shape[-1])
+    shape = (*scores.shape[:-3], scores.shape[axis])
     if callable(where):
         mask = where(batch)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
@@ -68,9 +70,7 @@ def patch_mask(
     mask = torch.zeros(shape, dtype=torch.bool, device=scores.device)
     if isinstance(where, str):
         return ~mask
-    sizes = [shape[-1]]
-    if len(shape) == 1 and "image_grid_thw" in batch.inputs:
-        sizes = batch.inputs["image_grid_thw"].prod(-1).tolist()
+    sizes = _patches(batch, scores, axis)
     if where >= min(sizes):
         raise FrankenlensError(
             f"there is no patch {where}; the smallest image of this batch has {min(sizes)}"
@@ -80,14 +80,47 @@ def patch_mask(
     return mask
 
 
+def _patches(batch: PromptBatch, scores: Float[Tensor, "*image head query key"], axis: int) -> list[int]:
+    """How many patches of each image stand behind one another in a row.
+
+    Raises:
+        FrankenlensError: those of several images do, and neither a grid nor who looks at whom says which are whose.
+    """
+    n = scores.shape[axis]
+    if scores.ndim > 3 and scores.shape[0] > 1:
+        return [n]
+    grid = image_grid(batch.inputs)
+    if grid is not None and n % int(grid.prod(-1).sum()) == 0:
+        sizes = grid.prod(-1).tolist()
+        return [size * (n // sum(sizes)) for size in sizes]
+    images = sum(map(image_size, batch.prompts)) if grid is None else len(grid)
+    apart = _apart(scores) if scores.shape[-2] == scores.shape[-1] else [n] * (images == 1)
+    if len(apart) in (1, images):
+        return apart
+    raise FrankenlensError(
+        f"the {n} patches of this batch's images stand in one row, and nothing says which are whose; give "
+        '"all", or a function of the batch'
+    )
+
+
+def _apart(scores: Float[Tensor, "*image head query key"]) -> list[int]:
+    """The lengths of the stretches of a row that look at nothing but themselves."""
+    n = scores.shape[-1]
+    seen = (scores > -torch.inf).reshape(-1, n, n).any(0)
+    order = torch.arange(n, device=scores.device)
+    reach = torch.where(seen | seen.T, order, -1).amax(-1).cummax(0).values
+    ends = [-1, *(reach == order).nonzero()[:, 0].tolist()]
+    return [after - before for before, after in pairwise(ends)]
+
+
 def cut_patches(queries: Where, keys: Where, batch: PromptBatch, one_head: bool) -> New:
     """Scores (of one head, or of all) without the edges from patches `keys` to patches `queries`."""
 
     def new(scores: Tensor, span: Span) -> Tensor:
         whole = scores.unsqueeze(-3) if one_head else scores
         edges = (
-            patch_mask(queries, batch, whole)[..., None, :, None]
-            & patch_mask(keys, batch, whole)[..., None, None, :]
+            patch_mask(queries, batch, whole, -2)[..., None, :, None]
+            & patch_mask(keys, batch, whole, -1)[..., None, None, :]
         )
         cut = whole.masked_fill(edges, -torch.inf)
         return cut.squeeze(-3) if one_head else cut

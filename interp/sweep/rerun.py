@@ -14,6 +14,8 @@ from hooks import FrankenlensError, HookedVLM
 from interp.sweep.places import of_vision
 
 Hooks = Sequence[tuple[str, Any]]
+NOT_CALLED_AGAIN = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError)
+"""What a block may raise that is called by itself, or on some of its tokens, though the model as a whole runs."""
 
 
 class CleanRun:
@@ -66,15 +68,7 @@ class CleanRun:
                 same = torch.equal(self._decode(0), self.logits)
             except torch.OutOfMemoryError:  # says nothing about the model
                 raise
-            except (
-                FrankenlensError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-                IndexError,
-                KeyError,
-                AttributeError,
-            ):
+            except (FrankenlensError, *NOT_CALLED_AGAIN):
                 same = False  # its blocks are no chain that can be called again one by one
         if not same:
             warnings.warn(
@@ -120,7 +114,7 @@ class CleanRun:
             if layer in self._deepstack:
                 hidden = hidden.clone()
                 mask = self._image_mask.to(hidden.device)
-                hidden[mask] = hidden[mask] + self._deepstack[layer].to(hidden)
+                hidden[mask] = hidden[mask] + self._deepstack[layer].to(hidden).flatten(0, -2)
         return self.vlm.readout(hidden)
 
     @property

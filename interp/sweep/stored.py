@@ -21,7 +21,7 @@ from interp.sweep.attention import SegmentContext, Tap, segment_attention_on
 from interp.sweep.edits import Span
 from interp.sweep.halves import Halves, mixes
 from interp.sweep.places import of_vision
-from interp.sweep.rerun import is_constant
+from interp.sweep.rerun import NOT_CALLED_AGAIN, is_constant
 
 
 class Unsupported(Exception):
@@ -151,10 +151,10 @@ class StoredRun:
         return kept[:, : self.end].transpose(1, 2).contiguous()
 
     def _scattered(
-        self, features: Float[Tensor, "image_token d_model"]
+        self, features: Float[Tensor, "*image image_token d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
         added = features.new_zeros(*self.image_mask.shape, features.shape[-1])
-        added[self.image_mask] = features
+        added[self.image_mask] = features.flatten(0, -2)
         return added
 
     @property
@@ -341,7 +341,15 @@ class StoredRun:
             span = Span(start, self.end)
             with segment_attention_on(self.attentions):
                 for layer in range(len(self.blocks)):
-                    self._check_block(layer, span, real[:, span.columns], start == self.end // 2)
+                    try:
+                        self._check_block(layer, span, real[:, span.columns], start == self.end // 2)
+                    except torch.OutOfMemoryError:  # says nothing about the model
+                        raise
+                    except NOT_CALLED_AGAIN as error:
+                        told = " ".join(str(error).split())[:120]
+                        raise Unsupported(
+                            f"its block {layer} does not run on some tokens alone ({type(error).__name__}: {told})"
+                        ) from error
 
     def _check_block(
         self, layer: int, span: Span, keep: Bool[Tensor, "batch column 1"], inside: bool

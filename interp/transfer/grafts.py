@@ -83,7 +83,9 @@ def everything(vlm: HookedVLM) -> tuple[str, ...]:
 
     The unembedding is left out where it is tied to the embedding.
     """
-    return wholes(vlm.model, vlm.anatomy)
+    weights = wholes(vlm.model, vlm.anatomy)
+    buffers = "rest" not in weights and buffer_slices(vlm.model, vlm.anatomy, "rest")
+    return (*weights, "rest") if buffers else weights
 
 
 def slices_of(vlm: HookedVLM, grafts: Sequence[Graft]) -> list[tuple[Graft, list[WeightSlice]]]:

@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks.errors import FrankenlensError, nearest
 from hooks.extras import require_installed
+from hooks.stored.names import Names
 from interp.comparison import Checkpoint, align
-from interp.comparison.names import Names
 from interp.results.files import publishing
 
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
@@ -243,6 +243,8 @@ def merge(
             else:
                 merged = recipe.of(tensors[1:], tensors[0], name)
             _save(writer, keys[name], merged)
+        for name in opened[0].counters:
+            _save(writer, keys[name], opened[0].read(name))
         writer.finalize()
         _copy_settings(opened[0].folder, staging)
         about = {**asdict(recipe), "models": [Path(m).name for m in models], "mergekit": version("mergekit")}
@@ -265,7 +267,8 @@ def _keys(checkpoint: Checkpoint) -> Mapping[str, list[_OnDisk]]:
     """Parameter to what it is on disk: one tensor, or several (experts) that follow one another."""
     names = Names(checkpoint.model)
     found: dict[str, list[_OnDisk]] = {}
-    for file in sorted({path for stored in checkpoint.tensors.values() for path, *_ in stored.pieces}):
+    everything = checkpoint.tensors | checkpoint.counters
+    for file in sorted({path for stored in everything.values() for path, *_ in stored.pieces}):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118
                 shape = tuple(opened.get_slice(key).get_shape())
@@ -276,7 +279,7 @@ def _keys(checkpoint: Checkpoint) -> Mapping[str, list[_OnDisk]]:
     return {name: sorted(parts) for name, parts in found.items()}
 
 
-def _save(writer: Any, parts: Sequence[_OnDisk], merged: Float[Tensor, "..."]) -> None:
+def _save(writer: Any, parts: Sequence[_OnDisk], merged: Shaped[Tensor, "..."]) -> None:
     """A merged parameter, in the pieces in which it was."""
     pieces = merged.flatten().split([math.prod(shape) for *_, shape in parts])
     for (_, key, shape), piece in zip(parts, pieces, strict=True):

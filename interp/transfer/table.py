@@ -19,6 +19,10 @@ from interp.statistics import (
     wilson_interval,
 )
 
+POOLED = "all questions"
+"""The task of the rows in which all questions of a metric are taken together."""
+PANELS = 4  # of a figure
+
 
 def transfer_table(
     found: xr.Dataset,
@@ -27,7 +31,7 @@ def transfer_table(
     correction: str = "holm",
     **settings,
 ) -> pd.DataFrame:
-    """One row per metric, task and variant.
+    """One row per metric, task and variant; where there are several tasks, also one for all questions together.
 
     Recovery is (m - IN) / (RL - IN), the ratio of sums over examples. It is refused, and `recovery_why` says so, where
     the interval of RL - IN includes 0 or there is none.
@@ -68,9 +72,12 @@ def as_table_2(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def shown_cells(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """The (metric, task) that a figure shows: means of groups where there are any, otherwise up to four."""
+    """The (metric, task) that a figure has room for: all questions, then means of groups, or the first tasks."""
     cells = list(dict.fromkeys(zip(table["metric"], table["task"], strict=True)))
-    return [cell for cell in cells if cell[1].endswith(", mean")] or cells[:4]
+    pooled = [cell for cell in cells if cell[1] == POOLED]
+    groups = [cell for cell in cells if cell[1].endswith(", mean")]
+    tasks = [cell for cell in cells if cell not in pooled + groups]
+    return (pooled + (groups or tasks))[:PANELS]
 
 
 def unmeasured(found: xr.Dataset) -> dict[str, int]:
@@ -93,6 +100,8 @@ def _cells(
             places = np.flatnonzero(own & np.isin(tasks, list(members)))
             if len(set(tasks[places].tolist())) > 1:
                 yield metric, f"{group}, mean", places
+        if len(set(tasks[own].tolist())) > 1:
+            yield metric, POOLED, np.flatnonzero(own)
 
 
 def _row(

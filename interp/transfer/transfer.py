@@ -61,7 +61,8 @@ def answers(
     """The metric "is the greedy answer right?".
 
     Prompts are built once, so that every variant gets the same ones. A prompt that cannot be built, or a grader that
-    cannot tell, leaves the example out; an answer that cannot be read is wrong, as it is for the user.
+    cannot tell, has no value, and `transfer` says what becomes of it; an answer that is not there is wrong, as it is
+    for the user.
 
     Raises:
         FrankenlensError: no examples, or none that a prompt can be made of.
@@ -110,6 +111,9 @@ def transfer(
 ) -> xr.Dataset:
     """Every variant, in memory, on the same examples; and IN, RL and other models as they are.
 
+    What IN and RL did decides which examples count, the same for all: one for which either has no value is left out.
+    Where another model alone has none (its answer cannot be graded, say), it is not right; `why` keeps the reason.
+
     Args:
         recipient: IN; its own weights, bit for bit, afterwards.
         donor: RL.
@@ -140,11 +144,17 @@ def transfer(
                 rows.append(_measured(variant.name, vlm, metrics, rows[:1], keep))
             bar.update()
     names = [*models, *(variant.name for variant in variants)]
-    found = _dataset(names, list(metrics), rows)
+    found = _counted(_dataset(names, list(metrics), rows))
     return found.assign_coords(
         kind=("variant", ["model"] * len(models) + [variant.kind for variant in variants]),
         control_of=("variant", [""] * len(models) + [variant.control_of for variant in variants]),
     )
+
+
+def _counted(found: xr.Dataset) -> xr.Dataset:
+    """The examples that both models have a value for; no variant decides what is left out."""
+    known = found["right"].sel(variant=["IN", "RL"]).notnull().all("variant")
+    return found.assign(right=found["right"].fillna(0.0).where(known))
 
 
 def _require_sound(

@@ -7,11 +7,11 @@ out, the answer commits itself to no single value). `grade` gives a plain bool f
 
 from interp.questions.grading.box import iou, judge_box
 from interp.questions.grading.choice import judge_choice
-from interp.questions.grading.extract import extract
 from interp.questions.grading.grade import Grade, Ungraded
 from interp.questions.grading.judge import GRADERS, grade, judge, reference_fault, require_gradable
 from interp.questions.grading.mathematics import judge_math
 from interp.questions.grading.number import judge_number
+from interp.questions.grading.statement import extract
 from interp.questions.grading.words import judge_exact, judge_text
 
 __all__ = [

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import re
 
-from interp.questions.grading.extract import extract
 from interp.questions.grading.grade import Grade
+from interp.questions.grading.normal import normal
+from interp.questions.grading.statement import statement_of
 
 Box = tuple[float | int, float | int, float | int, float | int]
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 _BETWEEN = r"[\s,;()\[\]]+"
 _RUN = re.compile(rf"(?<![\w.]){_NUMBER}(?:{_BETWEEN}{_NUMBER})*")
-_NAMED = re.compile(r"\b[xy]_?[12]\s*[=:]\s*")
+_CORNERS = {  # names of the sides, in the order x1, y1, x2, y2
+    **dict.fromkeys(("x1", "xmin", "left", "x"), 0),
+    **dict.fromkeys(("y1", "ymin", "top", "y"), 1),
+    **dict.fromkeys(("x2", "xmax", "right", "w", "width"), 2),
+    **dict.fromkeys(("y2", "ymax", "bottom", "h", "height"), 3),
+}
+_NAMED = re.compile(
+    rf"[\"']?\b(?P<name>[a-z]+_?\{{?[12]?(?:min|max)?\}}?)[\"']?\s*[=:]\s*(?P<value>{_NUMBER})", re.I
+)
 
 
 def judge_box(answer: str, reference: str, threshold: float = 0.5) -> Grade:
@@ -30,7 +39,7 @@ def judge_box(answer: str, reference: str, threshold: float = 0.5) -> Grade:
         return Grade(
             None, why=f"the reference {reference!r} is not one box x1,y1,x2,y2 with x1 < x2 and y1 < y2"
         )
-    read, _ = extract(answer)
+    read = statement_of(answer).text
     found = boxes_in(read)
     if not found:
         longest = max(map(len, _runs(read)), default=0)
@@ -68,8 +77,25 @@ def boxes_in(text: str) -> list[Box]:
 
 
 def _runs(text: str) -> list[list[float]]:
-    runs = _RUN.findall(_NAMED.sub("", text))
-    return [[float(number) for number in re.findall(_NUMBER, run)] for run in runs]
+    text = normal(text)
+    if named := _named(text):
+        return named
+    return [[float(number) for number in re.findall(_NUMBER, run)] for run in _RUN.findall(text)]
+
+
+def _named(text: str) -> list[list[float]]:
+    """Boxes whose sides have names, in any order; of (x, y, width, height) the corners."""
+    sides = [(re.sub(r"[_{}]", "", m["name"].lower()), float(m["value"])) for m in _NAMED.finditer(text)]
+    sides = [(name, value) for name, value in sides if name in _CORNERS]
+    found = []
+    for start in range(0, len(sides) - 3, 4):
+        four = sides[start : start + 4]
+        box = {_CORNERS[name]: value for name, value in four}
+        if sorted(box) != [0, 1, 2, 3]:
+            return []
+        measured = any(name[0] in "wh" for name, _ in four)
+        found.append([box[0], box[1], box[2] + measured * box[0], box[3] + measured * box[1]])
+    return found
 
 
 def _area(box: Box) -> float:

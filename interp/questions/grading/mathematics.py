@@ -1,25 +1,36 @@
-"""Mathematical expressions, compared by math-verify."""
+"""Mathematics: lists, intervals and numbers part by part, expressions as math-verify reads them."""
 
 from __future__ import annotations
 
 import re
 import threading
-from typing import Any
 
 from hooks.errors import FrankenlensError
 from hooks.extras import require_installed
-from interp.questions.grading.extract import extract
+from interp.questions.grading.equality import MATHEMATICS, equal, holds_words
 from interp.questions.grading.grade import Grade
+from interp.questions.grading.normal import normal, plain
+from interp.questions.grading.statement import LONGEST, statement_of
+from interp.questions.grading.symbols import Unparsed
+from interp.questions.grading.units import unit_of
 
+DEEPEST = 200  # brackets and signs, each of which may lie within the others
 TIMEOUT = 5  # seconds, whole ones: math-verify's alarm counts no others
-_PROSE = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}")
+
+_DELIMITED = re.compile(r"\$\$.+?\$\$|(?<!\\)\$(?=\S)[^$\n]*?\S\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL)
+_JOINED = re.compile(r"[\s,;]*(?:and|or|和|或)?\s*", re.I)
+_NOTHING = re.compile(
+    r"(?:there (?:is|are) )?no (?:real |integer )?solutions?|\\varnothing|\\\{\s*\\\}", re.I
+)
 
 
 def judge_math(answer: str, reference: str, timeout: int = TIMEOUT) -> Grade:
-    r"""Whether math-verify finds answer and reference equal; both may be LaTeX, with or without `$`.
+    r"""Whether answer and reference are equal as mathematics; both may be LaTeX, with or without `$`.
 
-    math-verify's rules, not ours: six decimals count, 50, 50% and 0.5 are taken for 50%, `x = 5` for 5, and the base
-    of a numeral (52_8) is dropped. A comparison that times out or fails is ungraded.
+    Lists, sets, tuples, intervals and `\pm` are compared element by element, numbers as `judge_number` does, with
+    their units, words as words, all else as math-verify reads it: exactly, or to the decimals that are written where
+    there are six of them. `x = 5` is 5, 45° is 45; where the reference is 50%, 50 and 0.5 are taken for it. What
+    cannot be read whole, is rounded to fewer decimals or takes too long is ungraded.
 
     Raises:
         FrankenlensError: math-verify is not installed, or this is not the main thread, where alone its alarm rings.
@@ -29,57 +40,50 @@ def judge_math(answer: str, reference: str, timeout: int = TIMEOUT) -> Grade:
         raise FrankenlensError(
             "math-verify grades in the main thread only; grade there, or name another grader"
         )
-    read, stated = extract(answer)
-    wanted = _parsed(_expression(reference, True), timeout)
-    if isinstance(wanted, str) or not wanted:
-        return Grade(None, why=f"the reference {reference!r} cannot be read as mathematics{_because(wanted)}")
-    if _bare(read) == _bare(reference):
-        return Grade(True, read)
-    found = _parsed(_expression(read, stated), timeout)
-    if isinstance(found, str):
-        return Grade(None, read, f"the answer cannot be read as mathematics{_because(found)}")
-    if not found:
-        return Grade(False, read, "the answer cannot be read as mathematics")
-    return _compared(wanted, found, read, timeout)
-
-
-def _compared(wanted: list[Any], found: list[Any], read: str, timeout: int) -> Grade:
-    from math_verify import verify
-    from math_verify.errors import TimeoutException
-
+    wanted = _cleaned(reference)
+    if not re.search(r"\w|\\[a-zA-Z]+|\\?[{\[(]", wanted):
+        return Grade(None, why=f"the reference {reference!r} cannot be read as mathematics")
+    statement = statement_of(answer)
+    read = _mathematics_in(statement.text)
+    if not read.strip():
+        why = "an answer was taken back and none given" if statement.retracted else "no answer"
+        return Grade(None if statement.retracted else False, read, why)
+    if len(read) > LONGEST or _depth(read) > DEEPEST:
+        return Grade(
+            None, read, f"an answer of {len(read)} characters, or of so many brackets, is not worked out"
+        )
     try:
-        return Grade(verify(wanted, found, timeout_seconds=timeout, raise_on_error=True), read)
-    except TimeoutException:
-        return Grade(None, read, f"the comparison was not done within {timeout} s")
-    except Exception as error:  # whatever sympy raises on an expression it cannot handle
-        return Grade(None, read, f"the comparison failed: {type(error).__name__}: {error}")
+        right = equal(_cleaned(read), wanted, timeout)
+        if statement.exclaimed and right != equal(_cleaned(f"{read}!"), wanted, timeout):
+            right = None
+    except Unparsed as error:
+        return Grade(None, read, str(error))
+    if right is None:
+        return Grade(None, read, f"{read!r} and the reference {reference!r} may be the same or not")
+    if not right and statement.retracted and not MATHEMATICS.search(normal(read)):
+        return Grade(None, read, "an answer was taken back and none given")
+    return Grade(right, read)
 
 
-def _parsed(text: str, timeout: int) -> list[Any] | str:
-    """Expressions, or why there are none."""
-    from math_verify import parse
-    from math_verify.errors import TimeoutException
-
-    try:
-        return parse(text, parsing_timeout=timeout, raise_on_error=True)
-    except TimeoutException:
-        return f"not done within {timeout} s"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+def _depth(text: str) -> int:
+    return max(text.count(bracket) for bracket in "([{^-")
 
 
-def _expression(text: str, stated: bool) -> str:
-    r"""The text as math-verify looks for mathematics: between `$`, unless it is prose or has delimiters already."""
-    text = re.sub(r"(?<=\d)\\[,!;:](?=\d{3}(?!\d))", "", text)  # 10\,080: math-verify takes it for 10 + 80
-    if re.search(r"\$.+\$|\\\(|\\\[|\\boxed", text, re.DOTALL) or (not stated and _PROSE.search(text)):
+def _mathematics_in(text: str) -> str:
+    """The last mathematics that delimiters set apart in prose, with what is joined to it; all of it without any."""
+    found = list(_DELIMITED.finditer(text))
+    if not found or not holds_words(_DELIMITED.sub(" ", text)):
         return text
-    percent = re.sub(r"(?<!\\)%", r"\\%", text.replace("$", ""))
-    return f"${percent}$"
+    start = len(found) - 1
+    while start and _JOINED.fullmatch(text[found[start - 1].end() : found[start].start()]):
+        start -= 1
+    behind = text[found[-1].end() :]
+    unit = re.match(r"\s*[A-Za-z°]+(?:\^\{?\d\}?|/[A-Za-z]+)?", behind)
+    end = found[-1].end() + (unit.end() if unit and unit_of(plain(unit[0])) else 0)
+    return text[found[start].start() : end]
 
 
-def _bare(text: str) -> str:
-    return re.sub(r"\\text\{([^{}]*)\}|[\s$]", r"\1", text)
-
-
-def _because(why: Any) -> str:
-    return f": {why}" if isinstance(why, str) else ""
+def _cleaned(text: str) -> str:
+    text = normal(text).strip().rstrip(".").strip()
+    text = re.sub(r"(?i)\binfinity\b", r"\\infty", text)
+    return r"\emptyset" if _NOTHING.fullmatch(text) else text

@@ -19,14 +19,14 @@ from interp.paths import path_effects
 from interp.transfer.grafts import Graft, everything, grafted
 from tests.architectures.table import plain
 from tests.architectures.table.bench import Bench, largest, worst
-from tests.architectures.table.cells import ABSENT, FAILS, YES, Cell, within
+from tests.architectures.table.cells import ABSENT, FAILS, YES, Cell, finite, within
 from tests.architectures.table.sweeping import verdict
 
 
 def _streams(bench: Bench) -> list[Tensor]:
     """What every decoder block reads, and what the last one leaves, by plain hooks."""
     blocks = bench.vlm.anatomy.text.blocks
-    seen = plain.look(bench.vlm.model, bench.batch.inputs, {block.path for block in blocks})
+    seen = plain.look(bench.vlm.model, bench.inputs, {block.path for block in blocks})
     last = plain.first(seen.outs[blocks[-1].path])
     return [*(plain.given(seen, block.path, block.key) for block in blocks), last]
 
@@ -86,13 +86,14 @@ def patching_cell(bench: Bench) -> Cell:
         bench.vlm, clean, corrupt, bench.metric.select([1]), roles=["all"], progress=False
     )
     vlm, off, effects = bench.vlm, {}, []
+    largest_logit = max(1.0, bench.clean[finite(bench.clean)].abs().max().item())
     for layer, block in enumerate(vlm.anatomy.text.blocks):
         name = f"blocks.{layer}.hook_resid_pre"
         if name not in found["component"].to_numpy():
             continue
         theirs = _gradient_times_change(bench, block)
         ours = found["effect"].sel(component=name, role="all").to_numpy().ravel()
-        off[name] = float(np.abs(ours - theirs).max() / (1e-4 * max(1.0, np.abs(theirs).max())))
+        off[name] = float(np.abs(ours - theirs).max() / (1e-5 * max(largest_logit, np.abs(theirs).max())))
         effects.append(float(np.abs(theirs).max()))
     cell = verdict(off, effects, bench, [])
     return cell if cell.state != YES else Cell(YES, "", cell.number, len(found["component"]))
@@ -140,7 +141,7 @@ def paths_cell(bench: Bench) -> Cell:
         head = sender.endswith("head.1")
         hook = "blocks.0.attn.hook_result" if head else f"blocks.0.hook_{sender.split('.')[2]}_out"
         values = [
-            opened.run_with_cache(bench.batch.inputs, hook, use_cache=False)[1][hook]
+            opened.run_with_cache(bench.inputs, hook, use_cache=False)[1][hook]
             for opened in (bench.donor, vlm)
         ]
         change = (values[0] - values[1])[:, :, 1] if head else values[0] - values[1]
@@ -169,7 +170,7 @@ def _cut_pattern(bench: Bench, paths: set[str], keys: Tensor, queries: Tensor) -
         return out.transpose(1, 2).contiguous().reshape(call.out.shape)
 
     with plain.attention_wrapped(act):
-        return bench.measured(plain.logits_of(bench.vlm.model, bench.batch.inputs))
+        return bench.measured(plain.logits_of(bench.vlm.model, bench.inputs))
 
 
 def knockout_cell(bench: Bench) -> Cell:
@@ -203,7 +204,7 @@ def mass_cell(bench: Bench) -> Cell:
     source = "image" if bench.where("image").any() else "template"
     found = attention_mass(bench.vlm, bench.prompts, "question", source)
     blocks = bench.vlm.anatomy.text.blocks
-    seen = plain.look(bench.vlm.model, bench.batch.inputs, set())
+    seen = plain.look(bench.vlm.model, bench.inputs, set())
     off = {}
     for layer, block in enumerate(blocks):
         if block.site is None:
@@ -224,7 +225,7 @@ def mass_cell(bench: Bench) -> Cell:
 def graft_cell(bench: Bench) -> Cell:
     """Parts of the donor's weights, part by part, against parameters copied by hand; all of them make the donor."""
     vlm, off, effects = bench.vlm, {}, []
-    inputs = bench.batch.inputs
+    inputs = bench.inputs
     with grafted(vlm, bench.donor, Graft(everything(vlm))):
         off["everything"] = largest(
             vlm(inputs, use_cache=False).logits, bench.donor(inputs, use_cache=False).logits
@@ -270,9 +271,10 @@ def _parts(bench: Bench) -> list[tuple[str, list[str]]]:
         found.append((f"blocks.{layer}", [block.path]))
         for role in dict.fromkeys("mlp" if w.role == "moe" else w.role for w in block.writers):
             own = next(w for w in block.writers if w.role == role or (role, w.role) == ("mlp", "moe"))
-            behind = [] if own.rest or own.module == own.body else [own.module]
-            if any(True for _ in bench.vlm.module(own.body).parameters()):
-                found.append((f"blocks.{layer}.{role}", [own.body, *behind]))
+            made = own.parts or (own.body,)
+            behind = [] if own.rest or own.module in made else [own.module]
+            if any(True for path in made for _ in bench.vlm.module(path).parameters()):
+                found.append((f"blocks.{layer}.{role}", [*made, *behind]))
     found += [("ln_final", [anatomy.final_norm])] if anatomy.final_norm else []
     return found
 
@@ -283,7 +285,7 @@ def _copied(bench: Bench, names: list[str]) -> Tensor:
     own, theirs = model.state_dict(), bench.donor.model.state_dict()
     for name in names:
         own[name].data.copy_(theirs[name].data)
-    return plain.logits_of(model, bench.batch.inputs)
+    return plain.logits_of(model, bench.inputs)
 
 
 def _units(bench: Bench) -> list[str]:
@@ -318,7 +320,7 @@ def _moved_by_hand(bench: Bench, address: str) -> Tensor | None:
         part = slice(first, first + site.d_value)
         at = part if hasattr(own, "nf") else (slice(None), part)
         own.weight.data[at] = theirs.weight.data[at]  # type: ignore[index]
-    return plain.logits_of(model, bench.batch.inputs)
+    return plain.logits_of(model, bench.inputs)
 
 
 def _copy(own: Any, theirs: Any, split: Any, index: int) -> None:

@@ -21,6 +21,8 @@ from tests.architectures.table import plain
 from tests.architectures.table.cells import finite, within
 
 Change = Callable[[Tensor, Any], Tensor]
+SHAKES = 3
+"""How often rounding is tried."""
 
 
 class Bench:
@@ -44,11 +46,13 @@ class Bench:
     def prompts(self) -> list[Prompt]:
         """The tiny model's prompt, and one with other words and another image."""
         inputs, pixels = dict(self.tiny.inputs), ARCHITECTURES[self.name].pixels
+        if "input_ids" not in inputs:
+            return [Prompt.from_inputs(inputs, ("question",))]  # refused
         other = dict(inputs)
         generator = torch.Generator().manual_seed(1)
         ids = inputs["input_ids"].clone()
         ids[:, 1 : BEFORE - 1] = torch.randint(3, FIRST_MARK, (1, BEFORE - 2), generator=generator)
-        ids[:, -4:-2] = torch.randint(3, FIRST_MARK, (1, 2), generator=generator)
+        ids[:, -8:-1] = torch.randint(3, FIRST_MARK, (1, 7), generator=generator)
         other["input_ids"] = ids
         if pixels is not None and inputs[pixels].is_floating_point():
             noise = torch.randn(inputs[pixels].shape, generator=generator)
@@ -74,9 +78,14 @@ class Bench:
         return collate(self.prompts)
 
     @cached_property
+    def inputs(self) -> Mapping[str, Tensor]:
+        """Both prompts as tensors; of a model that is given no tokens, what it is given."""
+        return self.batch.inputs if "input_ids" in self.tiny.inputs else self.tiny.inputs
+
+    @cached_property
     def clean(self) -> Float[Tensor, "batch pos vocab"]:
         """Logits of both prompts, of the bare model."""
-        return plain.logits_of(self.vlm.model, self.batch.inputs)
+        return plain.logits_of(self.vlm.model, self.inputs)
 
     @cached_property
     def metric(self) -> LogitDifference:
@@ -103,7 +112,7 @@ class Bench:
     @torch.no_grad()
     def full(self, hooks: Sequence[tuple[str, Change]]) -> Float[Tensor, "batch pos vocab"]:
         """Logits of one full forward pass of both prompts, with changes at hook points."""
-        return self.vlm.run_with_hooks(self.batch.inputs, list(hooks), use_cache=False).logits
+        return self.vlm.run_with_hooks(self.inputs, list(hooks), use_cache=False).logits
 
     def off(
         self,
@@ -121,7 +130,7 @@ class Bench:
         streams = [name for name in self.vlm.hook_points if name.endswith("hook_resid_pre")]
         before = self.measured(self.full(hooks))
         moved = []
-        for seed in range(3):
+        for seed in range(SHAKES):
             shake = shaken(torch.Generator().manual_seed(seed))
             after = self.measured(self.full([*((name, shake) for name in streams), *hooks]))
             moved.append(float(np.abs(after - before).max()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,10 +160,13 @@ def _eager_pattern(
     kwargs = {"scaling": query.shape[-1] ** -0.5, "dropout": 0.0} | {
         k: v for k, v in kwargs.items() if v is not None
     }
-    try:
-        _, pattern = eager(module, query, key, value, mask[..., :n_key], **kwargs)
-    except Exception:
-        return None
+    groups = query.shape[1] // key.shape[1]
+    pattern = None
+    for repeats in dict.fromkeys((1, groups)):  # a model's own may not know of grouped heads (Unlimited OCR)
+        states = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+        with suppress(Exception):
+            _, pattern = eager(module, query, *states, mask[..., :n_key], **kwargs)
+            break
     return pattern if isinstance(pattern, Tensor) and pattern.shape[-2:] == (n_query, n_key) else None
 
 
@@ -215,6 +218,7 @@ def read(vlm: HookedVLM, point: HookPoint, seen: Seen) -> Tensor | None:
         value = first(out if point.key is None else getattr(out, point.key))
         if point.coefficient != 1.0:
             value = value * coefficient(vlm.model, point.coefficient)
+    value = value.movedim(0, 2) if point.moved else value
     return value if point.split is None else heads_of(value, point.split)
 
 
@@ -227,6 +231,8 @@ def _read_inside(point: HookPoint, seen: Seen) -> Tensor | None:
         return call.query.transpose(1, 2)
     if point.leaf == "hook_rot_k":
         return call.key.transpose(1, 2)
+    if point.leaf == "hook_v":
+        return call.value.transpose(1, 2)
     if point.leaf == "hook_z":
         return call.out
     if point.leaf == "hook_pattern" or call.pattern is None:
@@ -360,7 +366,7 @@ def _written_inside(vlm: HookedVLM, point: HookPoint, inputs: Mapping, seen: See
 
 def _edited(leaf: str, call: Attending, is_first: bool) -> Tensor:
     """What attention gives out when one of its tensors is changed, from Hugging Face's own pattern."""
-    if leaf in ("hook_z", "hook_pattern"):
+    if leaf in ("hook_z", "hook_v", "hook_pattern"):
         return -call.out
     pattern = call.pattern
     assert pattern is not None

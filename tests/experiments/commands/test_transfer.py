@@ -48,7 +48,7 @@ def test_table_2_has_its_shape(out):
     table = pd.read_csv(out / "table_2.csv")
     columns = ["Base", "IN", "I:R:R", "I:I:R", "R:R:I", "R:I:I", "I:R:I", "R:I:R", "RL"]
     assert list(table)[2:11] == columns
-    assert list(table["task"]) == [*TASKS, "perception, mean", "reasoning, mean"]
+    assert list(table["task"]) == [*TASKS, "perception, mean", "reasoning, mean", "all questions"]
     assert table["partition"].unique().tolist() == ["thirds (paper): Early 0-2, Mid 3-5, Late 6-8"]
 
 

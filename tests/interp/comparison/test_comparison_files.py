@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from hooks.errors import FrankenlensError
+from hooks.loading import load_model
 from interp.comparison import Checkpoint, align, by_address, compare
 from interp.pair.pair import weights_sha256
 from tests.architectures import build
@@ -138,7 +139,9 @@ def test_tied_weights_are_one_tensor_and_untied_two(tmp_path: Path) -> None:
     assert by_address(compare(tied, twice, **QUICK), tied, twice, progress=False)["fro_norm"].max() == 0
     untied = stored("untied", state[source] + 1)
     assert target in untied.tensors and not untied.ties
-    with pytest.raises(FrankenlensError, match=r"do not align: lm_head.weight is tied"):
+    with pytest.raises(
+        FrankenlensError, match=r"do not align: lm_head.weight: tied to .*embed_tokens.weight and its own"
+    ):
         align(tied, untied)
 
 
@@ -148,7 +151,7 @@ def test_what_does_not_align_is_named_before_anything_is_read(pair, tmp_path: Pa
         compare(in_, _save(tiny("qwen2_vl").model, tmp_path / "other"), **QUICK)
     given = tiny("qwen2_5_vl")
     given.model.resize_token_embeddings(given.model.config.text_config.vocab_size + 8, mean_resizing=False)
-    with pytest.raises(FrankenlensError, match=r"embed_tokens.weight is \[\d+, 32\] in .* but \[\d+, 32\]"):
+    with pytest.raises(FrankenlensError, match=r"embed_tokens.weight: \(85, 32\) and \(93, 32\)"):
         compare(in_, _save(given.model, tmp_path / "larger"), **QUICK)
 
 
@@ -251,3 +254,36 @@ def test_experts_that_lie_apart_on_disk_are_read_as_the_model_has_them(name: str
     whole = next(one for one, (rows, columns) in shapes.items() if rows < columns)
     blocks = torch.cat([block.clone() for block in opened[0].blocks(whole, 500)]).T
     assert torch.equal(blocks, opened[0].read(whole).flatten(1))
+
+
+def _routed(folder: Path, seed: int) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A mixture of experts whose balancing biases, which are buffers, are drawn too; and its state dict."""
+    model = build("glm4v_moe", seed).model
+    generator = torch.Generator().manual_seed(seed)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
+    return _save(model, folder), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_buffers_that_are_saved_are_compared_and_hashed(tmp_path: Path) -> None:
+    (in_, before), (rl, after) = _routed(tmp_path / "in", 1), _routed(tmp_path / "rl", 2)
+    found = Checkpoint(in_)
+    assert not found.ignored and {*found.tensors, *found.ties} == set(before)
+    assert found.weights_sha256() == weights_sha256(load_model(in_))
+    table = compare(in_, rl, **QUICK).set_index("param_name")
+    (name, *_) = [name for name in before if name.endswith("e_score_correction_bias")]
+    assert table.loc[name, "fro_norm"] == pytest.approx((after[name] - before[name]).norm().item(), rel=1e-5)
+    assert table.loc[name, "address"] == f"blocks.{name.split('layers.')[1][0]}.mlp"
+    rows = by_address(compare(in_, rl, **QUICK), in_, rl, addresses=["blocks.1.mlp"], progress=False)
+    inside = [key for key in before if ".layers.1.mlp." in key]
+    total = sum((after[key] - before[key]).double().square().sum().item() for key in inside) ** 0.5
+    assert rows["fro_norm"].item() == pytest.approx(total, rel=1e-5) and name in inside
+
+
+def test_counters_of_whole_numbers_are_carried_and_not_compared(tmp_path: Path) -> None:
+    folder = _save(build("emu3").model, tmp_path / "in")
+    found = Checkpoint(folder)
+    assert all(name.endswith("num_batches_tracked") for name in found.counters) and found.counters
+    assert not set(found.counters) & set(compare(found, found, **QUICK)["param_name"])
+    assert found.weights_sha256() == weights_sha256(load_model(folder))

@@ -26,10 +26,13 @@ from interp.knockout import (
     windows,
 )
 from interp.knockout.attached import _implementation
-from interp.knockout.places import BEFORE, TraceReader, Unfolding, place_mask
+from interp.knockout.places import BEFORE, Unfolding, place_mask
+from interp.knockout.routes import up_to_the_answer
+from interp.lens.tables import answer_position
 from interp.metrics import AnswerLogProbability, LogitDifference, TraceLogLikelihood
 from interp.pair.generation import plain_greedy
 from interp.prompts import PromptBuilder, collate
+from interp.prompts.reading import TraceReader
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.sweep import Intervention, sweep
@@ -353,9 +356,24 @@ def test_roles_of_written_tokens_are_those_of_the_prompt_with_them() -> None:
     ids = given.builder.encode("<think> red 3 </think> answer 5 <|im_end|> red")
     reader, whole = TraceReader(prompt), prompt.with_tokens(ids)
     assert [reader.feed(token)[0] for token in ids] == list(whole.roles[whole.n_prompt_tokens :])
-    assert TraceReader(whole).before[1:] == [
-        (r, n) for r, n in TraceReader(prompt.with_tokens(ids)).before[1:]
-    ]
+
+
+def test_of_two_answers_the_last_is_the_one_that_routes_lens_and_grader_mean() -> None:
+    given = opened("qwen2_5_vl")
+    builder = PromptBuilder(given.given.processor, TraceFormat(reasoning=None, answer=("answer", "star")))
+    whole = builder.build(given.examples[0], "red answer 3 star blue answer 5 star circle")
+    start = whole.n_prompt_tokens
+    template, reasoning = "template", "reasoning"
+    assert list(whole.roles[start : start + 5]) == [reasoning, template, reasoning, template, reasoning]
+    assert list(whole.roles[start + 5 :]) == [template, "answer", template, template]
+    assert whole.trace.answer == "5"
+    assert (
+        before_answer(collate([whole]))[0].nonzero()[:, 0].tolist() == [start + 5] == [answer_position(whole)]
+    )
+    cut, why = up_to_the_answer(whole)
+    assert cut is not None and why == "" and len(cut) == start + 7
+    assert cut.positions("answer").tolist() == [start + 6]
+    assert before_answer(collate([cut]))[0].nonzero()[:, 0].tolist() == [start + 5]
 
 
 def test_generation_under_a_cut_of_nothing_is_generation() -> None:

@@ -284,7 +284,7 @@ def test_an_answer_that_cannot_be_read_is_broken_after_a_swap_and_left_out_befor
     assert (found["outcome"] == OUTCOMES.index("broke")).all()
 
 
-def test_an_answer_that_cannot_be_graded_is_recorded_with_its_reason_and_not_counted(monkeypatch) -> None:
+def test_an_answer_that_cannot_be_graded_is_broken_after_a_swap_and_left_out_before(monkeypatch) -> None:
     vlm = HookedVLM.from_pretrained(embedded.path("rl"))
     builder = PromptBuilder(vlm.processor)
     number = {"grader": "number"}
@@ -306,9 +306,10 @@ def test_an_answer_that_cannot_be_graded_is_recorded_with_its_reason_and_not_cou
     again = vision_swap(vlm, builder, pairs, swaps, max_new_tokens=16, progress=False)
     doubted = again["fault"][0].to_numpy() != ""
     assert int(doubted.sum()) == 1 and "several numbers" in str(again["fault"].to_numpy()[0][doubted][0])
-    assert again["outcome"][0, doubted].isnull().all() and not again["outcome"][1].isnull().any()
+    assert (again["outcome"][0, doubted] == OUTCOMES.index("broke")).all()
+    assert not again["outcome"].isnull().any()
     assert (again["outcome"][:, ~doubted] == found["outcome"][:, ~doubted]).all()
-    assert outcome_shares(again, "all").query("swap == @again.swap.values[0]")["left_out"].tolist() == [1] * 4
+    assert outcome_shares(again, "all").query("swap == @again.swap.values[0]")["left_out"].tolist() == [0] * 4
     calls[:] = [True, False, False, False]  # the model's own answer on one target
     without = vision_swap(vlm, builder, pairs, swaps, max_new_tokens=16, progress=False)
     assert "cannot be compared" in without["why"].to_numpy()[doubted][0]

@@ -29,12 +29,13 @@ from interp.lockstep import (
     random_components,
 )
 from interp.lockstep.controls import kind_of, overlap, single
-from interp.lockstep.places import Places, _TraceReader
+from interp.lockstep.places import Places
 from interp.lockstep.run import alone
 from interp.lockstep.sampling import Chooser
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair
 from interp.prompts import Prompt, PromptBuilder, collate
+from interp.prompts.reading import TraceReader
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.questions.tasks import grade, sample
@@ -374,15 +375,19 @@ WORDS = st.lists(st.sampled_from("red <think> </think> \\boxed{ } 3 <|im_end|> a
 
 @settings(max_examples=30, deadline=None)
 @given(WORDS, st.integers(0, 12))
-def test_roles_of_a_growing_trace_are_those_of_the_finished_one(words, cut) -> None:
+def test_roles_of_a_growing_trace_are_those_of_the_finished_one_but_for_answers_that_others_follow(
+    words, cut
+) -> None:
     builder = PromptBuilder(
         tiny_processor("qwen2_5_vl"), TraceFormat(("<think>", "</think>"), ("\\boxed{", "}"))
     )
     plain = builder.build(Example("e", (), "what", ""))
     ids = builder.encode(" ".join(words))
-    reader = _TraceReader(plain.with_tokens(ids[:cut]))
-    roles = [reader.feed(token) for token in ids[cut:]]
-    assert tuple(roles) == plain.with_tokens(ids).roles[plain.n_prompt_tokens + len(ids[:cut]) :]
+    reader = TraceReader(plain.with_tokens(ids[:cut]))
+    roles = [reader.feed(token)[0] for token in ids[cut:]]
+    finished = plain.with_tokens(ids).roles[plain.n_prompt_tokens + len(ids[:cut]) :]
+    differing = {(a, b) for a, b in zip(roles, finished, strict=True) if a != b}
+    assert differing <= ({("answer", "template")} if words.count("\\boxed{") > 1 else set())
 
 
 @torch.no_grad()
@@ -445,7 +450,7 @@ def test_confirm_is_lockstep_graded_and_paired(pair) -> None:
     sets = {"all": ["blocks.0-8", "ln_final"], "one": ["blocks.3.mlp"]}
     with pytest.raises(FrankenlensError, match=r"of the kind text are chosen and 0 others"):
         confirm(pair, examples, sets, n_random=1)
-    assert not pair.in_._layers_of_hooks
+    assert not pair.in_._standing._layers
     found = confirm(
         pair, [*examples, bad], sets, n_random=0, batch_size=16, max_new_tokens=16, progress=False
     )
@@ -540,7 +545,7 @@ def test_a_run_that_fails_leaves_no_hook_behind(qwen, monkeypatch) -> None:
         patched.setattr(Places, "advance", fail)
         with pytest.raises(RuntimeError, match="midway"):
             lockstep(qwen.rl, qwen.in_, qwen.prompts, Moved("blocks.0-2"), STEPS)
-    assert not qwen.in_._layers_of_hooks and not qwen.rl._layers_of_hooks
+    assert not qwen.in_._standing._layers and not qwen.rl._standing._layers
     assert qwen.generate(qwen.given.model, qwen.prompts) == expected
 
 

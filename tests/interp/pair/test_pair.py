@@ -125,7 +125,7 @@ CHANGES = {
         rl.processor.image_processor, "size", {"shortest_edge": 48}
     ),
     "processor setting patch_size: 6 and 3": lambda rl: setattr(rl.processor, "patch_size", 3),
-    "chat template, from character 0: '{% for m": lambda rl: setattr(
+    "chat template, from character 0: '<|im_start|>user": lambda rl: setattr(
         rl.processor, "chat_template", "You may think. " + rl.processor.chat_template
     ),
 }

@@ -262,3 +262,12 @@ def test_what_cannot_be_built_says_why():
     for message, action in failures.items():
         with pytest.raises(FrankenlensError, match=message.replace("(", r"\(")):
             action()
+
+
+def test_an_empty_chain_is_empty_where_its_delimiters_fall_into_pieces():
+    builder = PromptBuilder(byte_level_processor(), TraceFormat(answer=(r"\boxed{", "}")))
+    example = Example("0", tuple(vlm("llava").images(1)), "what", "5")
+    prompt = builder.build(example, r"<think></think> so \boxed{5}.<|im_end|>")
+    assert len(prompt.trace_ids) > 20 and prompt.trace.reasoning == ""
+    assert "reasoning" not in prompt.roles and prompt.roles.count("answer") == 1
+    assert builder.decode([prompt.ids[int(prompt.positions("answer")[0])]]) == "5"

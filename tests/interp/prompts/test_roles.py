@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooks.errors import FrankenlensError
-from interp.prompts.roles import RoleScanner, TraceFormat, count_faults
+from interp.prompts.roles import TraceFormat, count_faults
+from interp.prompts.scanner import RoleScanner
 
 settings.register_profile("brief", max_examples=60, deadline=None)
 settings.load_profile("brief")
@@ -168,3 +169,63 @@ def test_a_delimiter_in_several_tokens_is_template_once_it_is_complete():
 def test_an_empty_delimiter_is_refused():
     with pytest.raises(FrankenlensError, match="delimiter of the trace format is empty"):
         TraceFormat(reasoning=("<think>", ""))
+
+
+AFTER = TraceFormat(None, ("<answer>", "</answer>"))
+
+
+@given(noise, st.sampled_from(list(FORMATS.values())), st.booleans())
+def test_roles_and_what_a_trace_says_are_one_reading(pieces, trace_format, reasoning_open):
+    """Cut into single characters, the text of a role is what the trace says, for any text."""
+    text = "".join(pieces)
+    trace, roles = trace_format.parse(text, reasoning_open), trace_format.roles(list(text), reasoning_open)
+    said = {
+        role: "".join(c for c, own in zip(text, roles, strict=True) if own == role) for role in set(roles)
+    }
+    if trace.answer is not None:
+        assert said["answer"].strip() == trace.answer
+    if trace_format.reasoning is not None and trace.reasoning is not None:
+        assert "".join(said.get("reasoning", "").split()) == "".join(trace.reasoning.split())
+
+
+@given(noise, st.sampled_from(list(FORMATS.values())))
+def test_a_piece_of_text_alone_has_its_role_at_once_unless_a_delimiter_or_an_answer_comes_of_it(pieces, form):
+    scanner = RoleScanner(form)
+    known, written = form.roles(pieces), [scanner.feed(piece) for piece in pieces]
+    for own, then in zip(known, written, strict=True):
+        assert own == then or own == "template" or {own, then} <= {"reasoning", "answer", "template"}
+    once = [p for p in pieces if p in (" x", "{", "\\", "")]  # no delimiter among them, whole or in part
+    assert list(form.roles(once)) == roles_of(form, once)
+
+
+@pytest.mark.parametrize(
+    ("form", "pieces", "roles"),
+    [
+        (AFTER, ["so", "<answer>", "3", "</answer>", " because"], "rtatt"),
+        (AFTER, ["so", "<answer>", "3", "</answer>", " no", "<answer>", "4", "</answer>", "."], "rtrtrtatt"),
+        (
+            TAGS,
+            ["<think>", "a", "</think>", "<answer>", "3", "</answer>", "<answer>", "4", "</answer>"],
+            "trtttttat",
+        ),
+        (TAGS, ["<think>", "</", "think", ">", "<", "answer", ">", "3", "</", "answer>"], "tttttttatt"),
+        (WORDS, ["<think>", "a", "</think>", " answer", "s", " none"], "trtttt"),
+        (WORDS, ["<think>", "a", "</think>", " answer", " s", "", "é"], "trttaaa"),
+        (TAGS, ["<think>", "a", "</think>", "<answer>", "3", "</answer>", "<answer>", "4"], "trttattt"),
+        (TAGS, ["<think>", "a", "</think>", "<answer>", "3"], "trtta"),
+        (BOXED, ["<think>", "a.</", "think>", " \\boxed{", "5}", "."], "tttttt"),
+    ],
+)
+def test_roles_of_a_known_trace(form, pieces, roles):
+    names = {"t": "template", "r": "reasoning", "a": "answer"}
+    assert list(form.roles(pieces)) == [names[letter] for letter in roles]
+
+
+def test_text_behind_an_answer_is_template_while_it_is_written_too():
+    assert roles_of(AFTER, ["so", "<answer>", "3", "</answer>", " because"])[-1] == "template"
+
+
+def test_reasoning_without_delimiters_is_all_text_before_the_answer():
+    trace = AFTER.parse("so <answer>3</answer> no, <answer>4</answer> done")
+    assert (trace.reasoning, trace.answer, trace.ok) == ("so <answer>3</answer> no,", "4", True)
+    assert AFTER.parse("so on").reasoning == "so on"

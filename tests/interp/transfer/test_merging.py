@@ -14,11 +14,13 @@ from transformers import AutoModelForImageTextToText
 
 from experiments import embedded
 from hooks import FrankenlensError, HookedVLM
+from hooks.loading import load_model
 from hooks.processors import load_processor
 from interp.pair.generation import greedy
 from interp.prompts import PromptBuilder
 from interp.questions.tasks import sample
 from interp.transfer.merging import METHODS, Recipe, merge
+from tests.architectures import build
 from tests.families import FAMILIES, redraw, tiny
 
 RNG = np.random.default_rng(0)
@@ -318,3 +320,32 @@ def test_checkpoints_that_do_not_align_are_one_error_before_the_work_starts(tmp_
     with pytest.raises(FrankenlensError, match="do not align"):
         merge(Recipe("linear"), [embedded.path("in"), other], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_holds_the_buffers_that_are_saved(tmp_path: Path) -> None:
+    wanted: dict[str, torch.Tensor] = {}
+    for seed in (1, 2):
+        model = build("glm4v_moe", seed).model
+        for name, tensor in model.state_dict().items():
+            if name.endswith("e_score_correction_bias"):
+                tensor.fill_(float(seed))
+            wanted[name] = wanted.get(name, 0) + tensor / 2
+        model.save_pretrained(tmp_path / str(seed))
+    merge(Recipe("linear"), [tmp_path / "1", tmp_path / "2"], tmp_path / "out", progress=False)
+    found = load_model(tmp_path / "out").state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[name], tensor, atol=1e-6) for name, tensor in wanted.items())
+    biases = [tensor for name, tensor in found.items() if name.endswith("e_score_correction_bias")]
+    assert biases and all(bool((bias == 1.5).all()) for bias in biases)
+
+
+def test_counters_come_from_the_first_checkpoint(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        model = build("emu3", seed).model
+        for name, tensor in model.state_dict().items():
+            if name.endswith("num_batches_tracked"):
+                tensor.fill_(10 * seed)
+        model.save_pretrained(tmp_path / str(seed))
+    merge(Recipe("linear"), [tmp_path / "1", tmp_path / "2"], tmp_path / "out", progress=False)
+    found = load_model(tmp_path / "out").state_dict()
+    assert {int(v) for name, v in found.items() if name.endswith("num_batches_tracked")} == {10}

@@ -315,7 +315,7 @@ def test_the_table_is_statsmodels_and_closed_forms() -> None:
     table = transfer_table(found, {"reasoning": ("sum", "same")}, resamples=500).set_index(
         ["task", "variant"]
     )
-    assert set(table.index.get_level_values(0)) == {"sum", "same", "reasoning, mean"}
+    assert set(table.index.get_level_values(0)) == {"sum", "same", "reasoning, mean", "all questions"}
     row = table.loc[("sum", "I:R:R")]
     own, in_, rl = right[3, :60], right[1, :60], right[2, :60]
     there = own[~np.isnan(own)]
@@ -362,7 +362,7 @@ def test_the_shape_of_table_2() -> None:
     found, right = _made()
     wide = as_table_2(transfer_table(found, {"reasoning": ("sum", "same")}, resamples=200))
     assert list(wide) == ["metric", "task", "Base", "IN", "I:R:R", "R:I:I", "RL"]
-    assert list(wide["task"]) == ["sum", "same", "reasoning, mean"]
+    assert list(wide["task"]) == ["sum", "same", "reasoning, mean", "all questions"]
     assert wide.loc[0, "R:I:I"] == pytest.approx(100 * right[4, :60].mean())
 
 

@@ -1,0 +1,125 @@
+"""Layers that lie on the CPU or on disk until they run: the numbers of the model in memory, from every analysis."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from accelerate import cpu_offload, disk_offload
+
+from experiments import embedded
+from hooks import FrankenlensError, HookedVLM
+from interp.decision import find_decisions
+from interp.lens import direct_logit_attribution, logit_lens
+from interp.lockstep import Moved, lockstep
+from interp.map import component_map
+from interp.map.attribution import attribute
+from interp.pair.pair import Pair
+from interp.paths.pair import pair_paths
+from interp.questions.tasks import sample
+from interp.sweep import Intervention, sweep
+
+HEAD, NEURON = "blocks.4.attn.hook_result", "blocks.3.mlp.hook_post"
+
+
+@pytest.fixture(scope="module")
+def pair():
+    opened = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def decisions(pair):
+    return find_decisions(pair, sample("sum", 3, 5, "map"), "soft", max_new_tokens=12, progress=False)
+
+
+@pytest.fixture(scope="module", params=["cpu", "disk"])
+def away(pair, request, tmp_path_factory) -> Pair:
+    """The pair with every layer offloaded."""
+    opened = []
+    for vlm in (pair.in_, pair.rl):
+        model = copy.deepcopy(vlm.model)
+        if request.param == "cpu":
+            cpu_offload(model, execution_device=torch.device("cpu"))
+        else:
+            disk_offload(model, str(tmp_path_factory.mktemp("offloaded")), torch.device("cpu"))
+        opened.append(HookedVLM(model, vlm.processor))
+    assert all(weight.is_meta for weight in opened[0].model.parameters())
+    assert opened[0].absent == pair.in_.absent
+    return Pair(*opened)
+
+
+def _close(found: xr.Dataset, expected: xr.Dataset, name: str, effect: float) -> None:
+    """The numbers of a variable, with an effect a hundred times larger than what they may differ by."""
+    scale = 1e-5 * max(1.0, float(np.nanmax(np.abs(expected[name]))))
+    np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=scale)
+    assert effect > 100 * scale
+
+
+def test_sweeps(pair, away, decisions) -> None:
+    wanted = [Intervention(HEAD, "replace", index=1), Intervention(HEAD, "zero", index=0)]
+    wanted += [Intervention(NEURON, "replace", index=8), Intervention(NEURON, "scale", index=12, value=-30.0)]
+    wanted += [
+        Intervention("blocks.4.hook_mlp_out", "replace"),
+        Intervention("blocks.2.attn.hook_z", "zero", index=2),
+    ]
+    found, expected = (
+        sweep(own.in_, decisions.prompts, wanted, decisions.metric, donor=own.rl, progress=False)
+        for own in (away, pair)
+    )
+    moved = np.abs(expected["value"] - expected["clean"]).max("example")
+    _close(found, expected, "value", float(moved.min()))
+
+
+def test_maps_and_their_estimates(pair, away, decisions) -> None:
+    for method in (component_map, attribute):
+        found, expected = (
+            method(own, decisions, points=("attn_out", "head"), roles=["all"], progress=False)
+            for own in (away, pair)
+        )
+        _close(found, expected, "effect", float(np.abs(expected["effect"]).max()))
+    found, expected = (
+        attribute(own, decisions, points=("mlp_out",), roles=["all"], neurons=True, progress=False)
+        for own in (away, pair)
+    )
+    _close(found, expected, "neuron_effect", float(np.abs(expected["neuron_effect"]).max()))
+
+
+def test_lenses(pair, away, decisions) -> None:
+    for method, name in ((logit_lens, "top_logit"), (direct_logit_attribution, "contribution")):
+        found, expected = (method(own.in_, decisions.prompts, progress=False) for own in (away, pair))
+        name = name if name in expected else next(v for v in expected if expected[v].dtype.kind == "f")
+        _close(found, expected, name, float(np.abs(expected[name]).max()))
+
+
+def test_paths(pair, away, decisions) -> None:
+    asked = dict(
+        senders=["blocks.2.attn.head.1", "blocks.3.mlp"], receivers=["blocks.5.mlp", "logits"], progress=False
+    )
+    found, expected = (pair_paths(own, decisions, **asked) for own in (away, pair))
+    name = next(v for v in expected if expected[v].dtype.kind == "f")
+    _close(found, expected, name, float(np.nanmax(np.abs(expected[name]))))
+
+
+def test_lockstep(pair, away, decisions) -> None:
+    moved = [Moved("blocks.4.attn.head.1")]
+    found, expected = (
+        lockstep(own.rl, own.in_, rows[:1], moved, max_new_tokens=6, progress=False) for own in (away, pair)
+    )
+    assert str(found) == str(expected)
+
+
+def test_what_must_read_a_weight_refuses_a_packed_one(pair, decisions) -> None:
+    from hooks.plain import matrix, plain_weight
+
+    class Packed(torch.nn.Linear):
+        """As quantized layers are: a class of its own."""
+
+    packed = Packed(4, 4)
+    assert plain_weight(packed) is None
+    with pytest.raises(
+        FrankenlensError, match=r"neurons needs the numbers of a Packed, which are wrapped or packed"
+    ):
+        matrix(packed, "attribution of neurons")
