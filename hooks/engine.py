@@ -179,10 +179,8 @@ def attached(
                 stack.callback(handle.remove)
             else:
                 # First in line: transformers records hidden states with hooks of its own, and must record our value.
-                function = (
-                    partial(_on_output, hooks, model) if place == "output" else partial(_on_result, hooks)
-                )
-                handle = module.register_forward_hook(Stays(function), prepend=True)
+                act = _on_output if place == "output" else _on_result
+                handle = module.register_forward_hook(Stays(partial(act, hooks, model)), prepend=True)
                 stack.callback(handle.remove)
         yield
 
@@ -273,16 +271,31 @@ def _scaled(hook: Hook, model: nn.Module, output: Any) -> Any:
     own = output[0] if isinstance(output, tuple) else output
     if not hook.awake():
         return output
-    factor = coefficient_of(model, hook.context.point.coefficient)
-    factor = factor.to(own.device, own.dtype) if isinstance(factor, Tensor) else own.new_tensor(factor)
-    seen = own * factor
+    seen = as_added(model, hook.context.point, own)
     new = hook(seen.clone())
     if new is None:
         return output
-    # As a difference, so that what a hook leaves alone stays bit for bit what it was; a channel that counts for nothing
-    # cannot be changed.
-    whole = own + torch.where(factor == 0, 0.0, (new - seen) / factor).to(own.dtype)
+    # As a difference, so that what a hook leaves alone stays bit for bit what it was.
+    whole = own + _before_factor(model, hook.context.point, new - seen).to(own.dtype)
     return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+
+def as_added(model: nn.Module, point: HookPoint, made: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """What is added to the stream when a point's part gives this out: times the point's coefficient."""
+    return made if point.coefficient == 1.0 else made * _factor(model, point, made)
+
+
+def _before_factor(model: nn.Module, point: HookPoint, change: Tensor) -> Tensor:
+    """The change of an output that changes the stream by this; a channel that counts for nothing cannot be changed."""
+    if point.coefficient == 1.0:
+        return change
+    factor = _factor(model, point, change)
+    return torch.where(factor == 0, 0.0, change / factor)
+
+
+def _factor(model: nn.Module, point: HookPoint, like: Tensor) -> Tensor:
+    factor = coefficient_of(model, point.coefficient)
+    return factor.to(like.device, like.dtype) if isinstance(factor, Tensor) else like.new_tensor(factor)
 
 
 def _new_value(hook: Hook, tensor: Tensor) -> Tensor | None:
@@ -299,25 +312,27 @@ def _new_value(hook: Hook, tensor: Tensor) -> Tensor | None:
     return point.split.into(tensor, new)
 
 
-def _on_result(hooks: list[Hook], module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def _on_result(hooks: list[Hook], model: nn.Module, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """Per-head results; a change of one is added to the output, so an unchanged head changes nothing, bit for bit."""
     awake = [hook for hook in hooks if hook.awake()]
     if not awake:
         return output
-    heads = awake[0].context.point.split
-    assert heads is not None
-    own = head_results(module, heads.of(args[0]))
+    point = awake[0].context.point
+    assert point.split is not None
+    own = as_added(model, point, head_results(module, point.split.of(args[0])))
     result = own
     for hook in awake:
         new = hook(result.clone())
         result = result if new is None else new
-    return output if result is own else output + (result - own).sum(-2).to(output.dtype)
+    if result is own:
+        return output
+    return output + _before_factor(model, point, (result - own).sum(-2)).to(output.dtype)
 
 
 def head_results(
     out: nn.Module, z: Float[Tensor, "*lead head d_head"]
 ) -> Float[Tensor, "*lead head d_model"]:
-    """What each head writes to the residual stream: z_h · W_O of head h; the bias belongs to no head.
+    """What each head gives out: z_h · W_O of head h; the bias belongs to no head. `as_added` is what it writes.
 
     In float32 for half-precision models too: the difference between two models' heads is far below their rounding.
     """
