@@ -156,7 +156,7 @@ def attached(
         places[hook.context.point.module, hook.context.point.place].append(hook)
     with ExitStack() as stack:
         if wanted:
-            stack.callback(model.register_forward_pre_hook(Stays(clock.see), with_kwargs=True).remove)
+            clock.attach(model, stack)
         for hook in wanted:
             if hook.context.point.relaid:
                 block = model.get_submodule(hook.context.point.stream)
@@ -233,7 +233,10 @@ def _on_input(hooks: list[Hook], module: nn.Module, args: tuple, kwargs: dict) -
     for hook in hooks:
         point = hook.context.point
         by_keyword = point.key is not None and point.key in kwargs
-        tensor = kwargs[point.key] if by_keyword else args[0]
+        tensor = kwargs[point.key] if by_keyword else next(iter(args), None)
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            _refuse_unless_asleep(hook)
+            continue
         new = _new_value(hook, tensor)
         if new is None:
             continue
@@ -244,6 +247,16 @@ def _on_input(hooks: list[Hook], module: nn.Module, args: tuple, kwargs: dict) -
         else:
             args = (new, *args[1:])
     return args, kwargs
+
+
+def _refuse_unless_asleep(hook: Hook) -> None:
+    """While some models generate, what comes after the prompt is handed on as ids: there is no tensor to show."""
+    context, clock = hook.context, hook.context.clock
+    if hook.awake() and clock.chosen(clock.stop - clock.start, hook.at):
+        raise FrankenlensError(
+            f"{context.name}: {context.point.module} is given token ids here, as models do that generate, and embeds "
+            'them itself. Narrow the hook to the prompt (generate(..., at="prompt")), or hook blocks.0.hook_resid_pre.'
+        )
 
 
 def _on_output(hooks: list[Hook], model: nn.Module, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -306,7 +319,8 @@ def _new_value(hook: Hook, tensor: Tensor) -> Tensor | None:
     seen = tensor if point.split is None else point.split.of(tensor)
     # A copy where an edit in place would reach the wrong tensor, or one that autograd has views of.
     partial = point.split is not None and not point.split.whole
-    new = hook(seen.clone() if point.inplace or partial or seen.requires_grad else seen)
+    others = point.place == "input" and not getattr(hook.fn, "only_looks", False)  # the caller's own tensor
+    new = hook(seen.clone() if others or point.inplace or partial or seen.requires_grad else seen)
     if new is None or point.split is None:
         return new
     return point.split.into(tensor, new)
