@@ -163,6 +163,13 @@ class Writer:
     parts: tuple[str, ...] = ()
     alone: bool = True
 
+    @property
+    def norm(self) -> str | None:
+        """What stands between the stream and the part; None where the part reads the stream as it is (OLMo 2)."""
+        if self.reader is None or f"{self.reader}.".startswith(f"{self.body}.") or self.reader in self.parts:
+            return None
+        return self.reader
+
 
 @dataclass(frozen=True)
 class Block:
@@ -235,12 +242,12 @@ class Block:
     def pre_norm(self) -> str:
         """The norm that the first writer reads through."""
         first = self.writers[0] if self.writers else None
-        return self._some(first and first.reader, "norm before its first part")
+        return self._some(first and first.norm, "norm before its first part")
 
     @property
     def mid_norm(self) -> str:
         """The norm between attention and MLP."""
-        return self._some((w := self.writer("mlp", "moe")) and w.reader, "norm before its MLP")
+        return self._some((w := self.writer("mlp", "moe")) and w.norm, "norm before its MLP")
 
     @property
     def qkv(self) -> tuple[str, ...]:
