@@ -29,6 +29,8 @@ class SeveralCalls(FrankenlensError):
 class Keeper:
     """A hook function that keeps copies; a tensor that it has just seen, unchanged since, is not copied again."""
 
+    only_looks = True
+
     def __init__(self) -> None:
         self.kept: dict[str, list[Tensor]] = {}
         self._last: tuple[Any, int, Tensor] | None = None

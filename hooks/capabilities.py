@@ -44,6 +44,13 @@ def _part(what: str, name: str) -> Missing:
     return missing
 
 
+def _additive(anatomy: Anatomy, points: Mapping[str, object]) -> str:
+    whole = "a stream that is the sum of known writers"
+    each = _every(whole, lambda block: bool(block.writers) and block.gain == 1.0)
+    why = anatomy.absent.get("sum")
+    return each(anatomy, points) or (f"{whole} ({why})" if why else "")
+
+
 def _vision(anatomy: Anatomy, points: Mapping[str, object]) -> str:
     return "" if anatomy.vision.blocks else "vision tower that was seen to run"
 
@@ -63,9 +70,7 @@ CAPABILITIES: Mapping[str, Missing] = {
     "stream": lambda anatomy, points: "",
     "positions": _positions,
     "writers": _every("known writers", lambda block: bool(block.writers)),
-    "additive blocks": _every(
-        "a stream that is the sum of known writers", lambda block: bool(block.writers) and block.gain == 1.0
-    ),
+    "additive blocks": _additive,
     "plain blocks": _every("attention and then an MLP, each behind its own norm,", lambda block: block.plain),
     "attention": _every("attention", lambda block: block.site is not None),
     "some attention": _some("attention", lambda block: block.site is not None),

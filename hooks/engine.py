@@ -98,9 +98,9 @@ class Hook:
             return None if new is None else new.movedim(2, 0)
         if point.relaid:
             behind = len(point.axes) - len(self.context.lead)
-            new = self._on(
-                activation.reshape(*self.context.lead, *activation.shape[activation.ndim - behind :])
-            )
+            # How many tokens follows from the tensor: keys made again of a cache are more than a step's queries.
+            lead = (*self.context.lead[:-1], -1)
+            new = self._on(activation.reshape(*lead, *activation.shape[activation.ndim - behind :]))
             return None if new is None else new.reshape(activation.shape)
         return self._on(activation)
 
@@ -156,7 +156,7 @@ def attached(
         places[hook.context.point.module, hook.context.point.place].append(hook)
     with ExitStack() as stack:
         if wanted:
-            stack.callback(model.register_forward_pre_hook(Stays(clock.see), with_kwargs=True).remove)
+            clock.attach(model, stack)
         for hook in wanted:
             if hook.context.point.relaid:
                 block = model.get_submodule(hook.context.point.stream)
@@ -179,10 +179,8 @@ def attached(
                 stack.callback(handle.remove)
             else:
                 # First in line: transformers records hidden states with hooks of its own, and must record our value.
-                function = (
-                    partial(_on_output, hooks, model) if place == "output" else partial(_on_result, hooks)
-                )
-                handle = module.register_forward_hook(Stays(function), prepend=True)
+                act = _on_output if place == "output" else _on_result
+                handle = module.register_forward_hook(Stays(partial(act, hooks, model)), prepend=True)
                 stack.callback(handle.remove)
         yield
 
@@ -235,7 +233,10 @@ def _on_input(hooks: list[Hook], module: nn.Module, args: tuple, kwargs: dict) -
     for hook in hooks:
         point = hook.context.point
         by_keyword = point.key is not None and point.key in kwargs
-        tensor = kwargs[point.key] if by_keyword else args[0]
+        tensor = kwargs[point.key] if by_keyword else next(iter(args), None)
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            _refuse_unless_asleep(hook)
+            continue
         new = _new_value(hook, tensor)
         if new is None:
             continue
@@ -246,6 +247,16 @@ def _on_input(hooks: list[Hook], module: nn.Module, args: tuple, kwargs: dict) -
         else:
             args = (new, *args[1:])
     return args, kwargs
+
+
+def _refuse_unless_asleep(hook: Hook) -> None:
+    """While some models generate, what comes after the prompt is handed on as ids: there is no tensor to show."""
+    context, clock = hook.context, hook.context.clock
+    if hook.awake() and clock.chosen(clock.stop - clock.start, hook.at):
+        raise FrankenlensError(
+            f"{context.name}: {context.point.module} is given token ids here, as models do that generate, and embeds "
+            'them itself. Narrow the hook to the prompt (generate(..., at="prompt")), or hook blocks.0.hook_resid_pre.'
+        )
 
 
 def _on_output(hooks: list[Hook], model: nn.Module, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -273,9 +284,8 @@ def _scaled(hook: Hook, model: nn.Module, output: Any) -> Any:
     own = output[0] if isinstance(output, tuple) else output
     if not hook.awake():
         return output
-    factor = coefficient_of(model, hook.context.point.coefficient)
-    factor = factor.to(own.device) if isinstance(factor, Tensor) else factor
-    seen = (own * factor).to(own.dtype)
+    factor = _factor(model, hook.context.point, own)
+    seen = as_added(model, hook.context.point, own)
     new = hook(seen.clone())
     if new is None:
         return output
@@ -288,6 +298,25 @@ def _scaled(hook: Hook, model: nn.Module, output: Any) -> Any:
     return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
 
+def as_added(model: nn.Module, point: HookPoint, made: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """What is added to the stream when a point's part gives this out: times the point's coefficient."""
+    return made if point.coefficient == 1.0 else (made * _factor(model, point, made)).to(made.dtype)
+
+
+def _before_factor(model: nn.Module, point: HookPoint, change: Tensor) -> Tensor:
+    """The change of an output that changes the stream by this; a channel that counts for nothing cannot be changed."""
+    if point.coefficient == 1.0:
+        return change
+    factor = _factor(model, point, change)
+    shut = torch.as_tensor(factor == 0, device=change.device)
+    return torch.where(shut, 0.0, change / torch.where(shut, 1.0, factor))
+
+
+def _factor(model: nn.Module, point: HookPoint, like: Tensor) -> Tensor | float:
+    factor = coefficient_of(model, point.coefficient)
+    return factor.to(like.device) if isinstance(factor, Tensor) else factor
+
+
 def _new_value(hook: Hook, tensor: Tensor) -> Tensor | None:
     """Show the hook its part of `tensor`; return the whole tensor with that part replaced, None for no change."""
     if not hook.awake():
@@ -296,31 +325,34 @@ def _new_value(hook: Hook, tensor: Tensor) -> Tensor | None:
     seen = tensor if point.split is None else point.split.of(tensor)
     # A copy where an edit in place would reach the wrong tensor, or one that autograd has views of.
     partial = point.split is not None and not point.split.whole
-    new = hook(seen.clone() if point.inplace or partial or seen.requires_grad else seen)
+    others = point.place == "input" and not getattr(hook.fn, "only_looks", False)  # the caller's own tensor
+    new = hook(seen.clone() if others or point.inplace or partial or seen.requires_grad else seen)
     if new is None or point.split is None:
         return new
     return point.split.into(tensor, new)
 
 
-def _on_result(hooks: list[Hook], module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def _on_result(hooks: list[Hook], model: nn.Module, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """Per-head results; a change of one is added to the output, so an unchanged head changes nothing, bit for bit."""
     awake = [hook for hook in hooks if hook.awake()]
     if not awake:
         return output
-    heads = awake[0].context.point.split
-    assert heads is not None
-    own = head_results(module, heads.of(args[0]))
+    point = awake[0].context.point
+    assert point.split is not None
+    own = as_added(model, point, head_results(module, point.split.of(args[0])))
     result = own
     for hook in awake:
         new = hook(result.clone())
         result = result if new is None else new
-    return output if result is own else output + (result - own).sum(-2).to(output.dtype)
+    if result is own:
+        return output
+    return output + _before_factor(model, point, (result - own).sum(-2)).to(output.dtype)
 
 
 def head_results(
     out: nn.Module, z: Float[Tensor, "*lead head d_head"]
 ) -> Float[Tensor, "*lead head d_model"]:
-    """What each head writes to the residual stream: z_h · W_O of head h; the bias belongs to no head.
+    """What each head gives out: z_h · W_O of head h; the bias belongs to no head. `as_added` is what it writes.
 
     In float32 for half-precision models too: the difference between two models' heads is far below their rounding.
     """

@@ -3,6 +3,9 @@
 Patches of a vision block stand in the order in which the tower itself has them: Qwen2.5-VL keeps them sorted by window
 inside its blocks; `projector.hook_out` is in the order of the image tokens again.
 
+`hook_result` is what each head adds to the stream, the factor of its attention included; where a norm stands between,
+what it gives to that norm.
+
 Of a mixture of experts `mlp.hook_router_logits` and `mlp.hook_router_weights` [batch pos expert] say who is chosen (a
 write moves the routing; a weight is 0 where an expert is not chosen), `mlp.hook_expert_in` what the experts are given,
 and `mlp.hook_expert_out` [batch pos expert d_model] what each of them contributes, weighted by the router, to what the
@@ -35,6 +38,7 @@ OUT = {
     "attn": "hook_attn_out",
     "cross_attn": "hook_cross_attn_out",
     "mixer": "hook_mixer_out",
+    "rest": "hook_rest_out",
 } | dict.fromkeys(("mlp", "moe"), "hook_mlp_out")
 """Role of a writer to the hook point of what it adds to the stream."""
 _AFTER = {
@@ -171,7 +175,9 @@ def _block(name: str, block: Block, lead: tuple[str, ...], width: str) -> Iterat
     for index, writer in enumerate(block.writers):
         if writer.site is not None:
             shown.add(writer.site)
-            yield from _site(f"{name}.{writer.role}", writer.site, lead, width)
+            as_made = writer.module == writer.body and not writer.rest
+            coefficient = writer.coefficient if as_made else 1.0
+            yield from _site(f"{name}.{writer.role}", writer.site, lead, width, coefficient)
         if writer.role == "mlp" and writer.last is not None and not _earlier(block, index, "mlp"):
             yield HookPoint(f"{name}.mlp.hook_post", writer.last, "input", (*lead, "d_mlp"))
         if writer.experts is not None and not _earlier(block, index, "moe"):
@@ -264,7 +270,9 @@ def interface_point(name: str, site: Site, lead: tuple[str, ...]) -> HookPoint:
     return HookPoint(name, site.module, "attention", (*lead[:-1], "key", "kv_head", "d_head"))
 
 
-def _site(name: str, site: Site, stream: tuple[str, ...], width: str) -> Iterator[HookPoint]:
+def _site(
+    name: str, site: Site, stream: tuple[str, ...], width: str, coefficient: float | str = 1.0
+) -> Iterator[HookPoint]:
     lead = tuple(axis for axis in stream if axis != "stream")
     batch = lead[:-1]
     for letter, own in zip("qkv", (site.q, site.k, site.v), strict=True):
@@ -286,4 +294,5 @@ def _site(name: str, site: Site, stream: tuple[str, ...], width: str) -> Iterato
         return
     heads = Slice(site.out, site.n_heads)
     yield HookPoint(f"{name}.hook_z", site.out, "input", z, split=heads)
-    yield HookPoint(f"{name}.hook_result", site.out, "result", (*lead, "head", width), split=heads)
+    result = (*lead, "head", width)
+    yield HookPoint(f"{name}.hook_result", site.out, "result", result, split=heads, coefficient=coefficient)

@@ -4,12 +4,14 @@ Positions count from 0 along `input_ids` as they were given, padding included; g
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from hooks.errors import FrankenlensError
+from hooks.inert import Stays
 
 At = Literal["all", "prompt", "generated"] | Collection[int]
 """Where hooks act while a model generates: everywhere, on the prompt, on what follows it, or at these positions."""
@@ -19,20 +21,43 @@ At = Literal["all", "prompt", "generated"] | Collection[int]
 class Clock:
     """The tokens that the model's forward pass works on: `start` up to `stop` of a sequence that began with `prompt`.
 
-    `prompt` is None until it is known: the length of the first pass that has nothing behind it.
+    `prompt` is None until it is known: the length of the first pass that has nothing behind it. `inner` is the path of
+    the module that is handed the embeddings; while some models generate, it is called alone (BLIP-2).
     """
 
     start: int = 0
     stop: int = 0
     prompt: int | None = None
     fixed: bool = False
+    inner: str = ""
+    within: bool = field(default=False, repr=False)
 
     def begin(self, prompt: int | None) -> None:
         """A generation begins."""
         self.start, self.stop, self.prompt, self.fixed = 0, 0, prompt, prompt is not None
 
-    def see(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A forward pass begins; for `register_forward_pre_hook(..., with_kwargs=True)`."""
+    def attach(self, model: nn.Module, stack: ExitStack) -> None:
+        """Look at forward passes of a model, until the stack is closed."""
+        inner = model.get_submodule(self.inner)
+        for handle in (
+            model.register_forward_pre_hook(Stays(self._enter), with_kwargs=True),
+            model.register_forward_hook(Stays(self._leave), always_call=True),
+            inner.register_forward_pre_hook(Stays(self._see_alone), with_kwargs=True),
+        ):
+            stack.callback(handle.remove)
+
+    def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.within = True
+        self._see(args, kwargs)
+
+    def _leave(self, model: nn.Module, args: tuple, output: Any) -> None:
+        self.within = False
+
+    def _see_alone(self, inner: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self.within:
+            self._see(args, kwargs)
+
+    def _see(self, args: tuple, kwargs: dict) -> None:
         given = [kwargs.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds")]
         given += [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         tokens = next((one for one in given if isinstance(one, Tensor) and one.ndim > 1), None)

@@ -42,6 +42,17 @@ def refuse_broken(model: nn.Module, logits: Tensor) -> None:
     )
 
 
+def refuse_inference_weights(model: nn.Module) -> None:
+    """Refuse weights that PyTorch keeps out of every backward pass, which proofs and attributions need."""
+    made = [name for name, weight in model.named_parameters() if weight.is_inference()]
+    if made:
+        raise FrankenlensError(
+            f"{type(model).__name__}: {len(made)} weights ({', '.join(made[:3])}) were made under "
+            "torch.inference_mode(), so no gradient can pass them: load the model outside of it (torch.no_grad() "
+            "does no harm), or open it with check=False to read and write without gradients."
+        )
+
+
 def refuse_adapted(model: nn.Module) -> None:
     """Refuse a model inside PEFT's own class, whose projections are no matrices that could be read or moved."""
     if type(model).__module__.split(".")[0] == "peft":

@@ -42,7 +42,7 @@ def check_inputs(processor: Any, side: int = 64) -> dict[str, Any]:
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
     else:
-        text = f"{processor.image_token} a b"
+        text = f"{getattr(processor, 'image_token', '')} a b".strip()
     return dict(processor(text=[text], images=[image], return_tensors="pt"))
 
 
@@ -52,9 +52,24 @@ def opening_inputs(model: Any, processor: Any) -> dict[str, Any]:
     Args:
         model: the model.
         processor: its processor, its tokenizer, or None.
+
+    Raises:
+        FrankenlensError: none can be made.
     """
-    if hasattr(processor, "image_processor"):
-        return check_inputs(processor)
+    try:
+        return check_inputs(processor) if hasattr(processor, "image_processor") else _words(model)
+    except FrankenlensError:
+        raise
+    except Exception as error:
+        maker = type(model if processor is None else processor).__name__
+        raise FrankenlensError(
+            f"no prompt to open {type(model).__name__} with can be made with {maker}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]} Give processor tensors of your own: HookedVLM(model, processor, "
+            "inputs=...)."
+        ) from error
+
+
+def _words(model: Any) -> dict[str, Any]:
     words = model.get_input_embeddings().weight.shape[0]
     special = {
         getattr(model.config, f"{name}_token_{kind}", None)

@@ -66,7 +66,9 @@ def _off(total: Float[Tensor, "..."], parts: Sequence[Float[Tensor, "..."]], gai
 def is_writer(point: str, block: str) -> bool:
     """Whether a point is of what a block adds to its stream."""
     leaf = point.removeprefix(f"{block}.")
-    return leaf != point and re.fullmatch(r"hook_(attn|cross_attn|mixer|mlp)_out(_\d+)?", leaf) is not None
+    return (
+        leaf != point and re.fullmatch(r"hook_(attn|cross_attn|mixer|mlp|rest)_out(_\d+)?", leaf) is not None
+    )
 
 
 @torch.no_grad()

@@ -27,11 +27,12 @@ class Standing:
     Args:
         model: the model.
         packed: paths of attention modules that see [patch, d] without a batch axis.
+        inner: path of the module that is handed the decoder's embeddings; "" where the model makes them itself.
     """
 
-    def __init__(self, model: nn.Module, packed: frozenset[str]) -> None:
+    def __init__(self, model: nn.Module, packed: frozenset[str], inner: str = "") -> None:
         self._model, self.packed = model, packed
-        self.clock = Clock()
+        self.clock = Clock(inner=inner)
         self._layers: list[list[Hook]] = []
         self._installed = ExitStack()
 

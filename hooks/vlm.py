@@ -26,7 +26,12 @@ from hooks.nnsight.traceable import Traceable
 from hooks.points import HookPoint, hook_point_table, unknown_points
 from hooks.positions import At, check_at
 from hooks.processors import image_token_of, is_visual, load_processor
-from hooks.refusals import refuse_adapted, refuse_checkpointing, refuse_foreign
+from hooks.refusals import (
+    refuse_adapted,
+    refuse_checkpointing,
+    refuse_foreign,
+    refuse_inference_weights,
+)
 from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
 from hooks.standing import Standing, lock_of
 from hooks.unopened import unopened_anatomy
@@ -86,6 +91,8 @@ class HookedVLM(Traceable):
         self._closed = False
         refuse_adapted(model)
         weightless = _weightless(model)
+        if check:
+            refuse_inference_weights(model)
         if weightless and check:
             raise FrankenlensError(
                 f"{type(model).__name__} has no weights (they are on the meta device), so it does not run and nothing "
@@ -103,7 +110,8 @@ class HookedVLM(Traceable):
             for site in block.sites
             if tower.packed
         )
-        self._standing = Standing(model, packed)
+        inner = "" if self.anatomy.entry_key == "" else self.anatomy.entry
+        self._standing = Standing(model, packed, inner)
         self.hook_points: dict[str, HookPoint] = hook_point_table(self.anatomy)
         self.absent: dict[str, str] = unknown_points(self.anatomy)
         if not weightless:
@@ -206,7 +214,7 @@ class HookedVLM(Traceable):
         with self._standing.exclusive():
             new.model = copy.deepcopy(self.model, memo)
         new.processor = copy.deepcopy(self.processor, memo)
-        new._standing = Standing(new.model, self._standing.packed)
+        new._standing = Standing(new.model, self._standing.packed, self._standing.clock.inner)
         return new
 
     def __copy__(self) -> "HookedVLM":
@@ -245,13 +253,16 @@ class HookedVLM(Traceable):
 
         Args:
             inputs: processor tensors.
-            names_filter: a name, names, a predicate on names, or None for every point.
+            names_filter: a name, names, a predicate on names, or None for every point but `mlp.hook_expert_out`, which
+                holds as many streams as there are experts: name it, or a few of them (`...hook_expert_out.5`).
 
         Returns:
             Hugging Face's output, and the cache.
         """
         refuse_foreign(kwargs)
-        names, keep = self.names(names_filter), Keeper()
+        keep, names = Keeper(), self.names(names_filter)
+        if names_filter is None:
+            names = [name for name in names if self.hook_points[name].place != "expert_out"]
         layer = self._hooks_of([(name, keep) for name in names])
         with self.attached(layer):
             output = self(inputs, **kwargs)

@@ -84,7 +84,11 @@ def graft(recipient: nn.Module, donor: nn.Module, slices: list[WeightSlice]) -> 
 
 
 def wholes(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
-    """Addresses that together name every weight exactly once; an unembedding that is tied goes with the embedding."""
+    """Addresses that together name every weight once.
+
+    An unembedding that is tied goes with the embedding, and a tower all of whose weights are another's with that one
+    (Diffusion Gemma's encoder with its decoder).
+    """
     blocks = [
         f"{prefix}blocks.0-{len(tower.blocks) - 1}"
         for prefix, tower in anatomy.towers.items()
@@ -101,21 +105,35 @@ def wholes(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
 
     unembed = "" if _tied(model, anatomy) else anatomy.unembed
     rest = any(True for _ in _rest(model, anatomy, parameters))
-    return (
+    found = (
         *there(vision=anatomy.vision.path, projector=anatomy.projector_weights),
         *blocks,
         *there(embed=anatomy.embed, ln_final=anatomy.final_norm, unembed=unembed),
         *(["rest"] if rest else []),
     )
+    own, seen, chosen = dict(model.named_parameters(remove_duplicate=False)), set[int](), []
+    for address in found:
+        tensors = {id(own[piece.parameter]) for piece in weight_slices(model, anatomy, address)}
+        if tensors - seen:
+            chosen.append(address)
+            seen |= tensors
+    return tuple(chosen)
 
 
 def _rest(model: nn.Module, anatomy: Anatomy, parameters: list[str]) -> Iterator[str]:
-    """Weights outside of all that has an address of its own."""
+    """Weights outside of all that has an address of its own; of a weight under several names, the first."""
     named = [anatomy.vision.path, anatomy.projector_weights, *anatomy.deepstack.values()]
-    named += [anatomy.embed, anatomy.final_norm, anatomy.unembed]
+    named += [anatomy.embed, anatomy.final_norm, "" if _tied(model, anatomy) else anatomy.unembed]
     named += [block.path for tower in anatomy.towers.values() for block in tower.blocks]
     paths = [path for path in named if path]
-    yield from (name for name in parameters if not any(_under(name, path) for path in paths))
+    own = dict(model.named_parameters(remove_duplicate=False))
+    inside = [name for name in own if any(_under(name, path) for path in paths)]
+    seen = {id(own[name]) for name in inside}
+    for name in parameters:
+        if any(_under(name, path) for path in paths) or id(own.get(name, name)) in seen:
+            continue
+        seen |= {id(own[name])} if name in own else set()
+        yield name
 
 
 def _whole(model: nn.Module, anatomy: Anatomy, address: Address, parameters: list[str]) -> Iterator[str]:
@@ -293,17 +311,12 @@ def _slices_of_unit(
     model: nn.Module, block: Block, address: Address, i: int
 ) -> Iterator[tuple[str, int, int, int]]:
     if address.unit == "neuron":
-        width, writer = d_mlp(model, block), block.writer("mlp")
-        children = [f"{block.mlp}.{name}" for name, _ in model.get_submodule(block.mlp).named_children()]
-        for name in (writer and writer.parts) or children:
-            module = model.get_submodule(name)
-            if not is_linear(module):
-                continue
+        width = d_mlp(model, block)
+        for name in _mlp_layers(model, block):
             if name == block.mlp_out:
                 yield name, 1, i, 1
             else:  # gate and up may be one matrix, one above the other
-                rows: Any = getattr(module, "out_features", None) or getattr(module, "nf", width)
-                yield from ((name, 0, first + i, 1) for first in range(0, rows, width))
+                yield from ((name, 0, first + i, 1) for first in range(0, _outputs(model, name), width))
         return
     site = site_at(block, address.sub)
     for letter in "q" if address.unit == "head" else "kv":
@@ -317,6 +330,17 @@ def _slices_of_unit(
                 f"{address}: something lies between its attention and the output projection."
             )
         yield site.out, 1, i * site.d_value, site.d_value
+
+
+def _mlp_layers(model: nn.Module, block: Block) -> list[str]:
+    """The linear layers of a dense MLP."""
+    writer = block.writer("mlp")
+    found: list[str] = []
+    for part in (writer.parts or (writer.body,)) if writer else ():
+        children = model.get_submodule(part).named_children()
+        inside = [f"{part}.{name}" for name, child in children if is_linear(child)]
+        found += [part] if is_linear(model.get_submodule(part)) else inside
+    return found
 
 
 def _outputs(model: nn.Module, path: str) -> int:

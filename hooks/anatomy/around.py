@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from hooks.anatomy.beside import Beside
 from hooks.anatomy.towers import Stack, is_linear
 from hooks.anatomy.watching import Call
 
@@ -109,8 +109,12 @@ def _capped(out: Tensor, logits: Tensor) -> tuple[float, float] | None:
 def entry(stack: Stack, first: Float[Tensor, "..."], calls: Sequence[Call]) -> Call | None:
     """Where a tower is handed its embeddings: the outermost module around its blocks that takes them as an input."""
     for call in calls:
-        around = call.path and (stack.path.startswith(f"{call.path}.") or stack.path == call.path)
-        if around and call.given is not None and call.given.shape == first.shape:
+        if (
+            call.path
+            and stack.within(call.path)
+            and call.given is not None
+            and call.given.shape == first.shape
+        ):
             return call
     return None
 
@@ -126,54 +130,61 @@ class Projector:
 
 def projector(
     first: Float[Tensor, "batch pos d_model"],
-    image: Bool[Tensor, "batch pos"] | None,
+    image: Bool[Tensor, "batch pos"],
     words: Float[Tensor, "..."] | None,
     calls: Sequence[Call],
     towers: Sequence[Stack],
     started: int,
-) -> Projector | None:
-    """The last module before the decoder whose output rows turn up in the decoder's input, if possible in order.
+    pixels: Beside,
+) -> tuple[Projector | None, str]:
+    """The last module before a tower whose output rows are the image's in the tower's input, if possible in order.
 
     They may have been added to the embeddings of the placeholders instead of taking their places. A module that runs
     more than once (Ovis 2 looks other tokens up too) gives out no one tensor.
 
     Args:
-        first: what the decoder is handed.
-        image: the placeholders, if they are known; otherwise every token is tried.
+        first: what the tower is handed.
+        image: its rows that are others with other pixels.
         words: embeddings of the tokens, of the same shape.
         calls: of the modules outside the towers, with copies.
-        towers: the towers before the decoder.
-        started: when the decoder started.
+        towers: the towers before it.
+        started: when it started.
+        pixels: the same calls, with other pixels.
+
+    Returns:
+        The projector, and why there is none.
     """
-    rows = (first[image] if image is not None else first.reshape(-1, first.shape[-1])).cpu()
-    index = {_key(row): place for place, row in enumerate(rows)}
-    ran = Counter(call.path for call in calls)
+    rows = first[image]
+    index = {key: place for place, key in enumerate(_keys(rows))}
     depends = min((tower.started for tower in towers), default=-1)
     found: Projector | None = None
     in_order = False
-    loose: str = ""
+    loose = why = ""
     for call in sorted(calls, key=lambda call: call.ended):
-        if not depends < call.ended < started or call.given is None or ran[call.path] > 1:
+        if not depends < call.ended < started or call.given is None:
             continue
         for key, made in call.made.items():
-            if made.shape[-1] != first.shape[-1] or made.numel() == 0:
+            moved = pixels.made(call, key)
+            if made.shape[-1] != first.shape[-1] or moved is None or not bool(moved.any()):
                 continue
-            places = [index.get(_key(row)) for row in made.reshape(-1, made.shape[-1]).cpu()]
-            hits = [place for place in places if place is not None]
-            if len(hits) < max(1, len(places) // 2):
-                if image is None or words is None or not _added(made, first[image], words[image]):
+            hits = [index[key] for key in _keys(made) if key in index]
+            if len(set(hits)) < len(index):
+                if words is None or not _added(made, rows, words[image]):
                     continue
                 hits = list(range(len(rows)))
-            inside = any(tower.path.startswith(f"{call.path}.") for tower in towers)
+            if not pixels.once(call):
+                why = f"{call.path}, whose output they are, runs more than once in one forward pass"
+                continue
+            inside = any(tower.touches(call.path) for tower in towers)
             loose = loose if inside else call.path
             if hits == sorted(hits) or not in_order:
                 in_order = hits == sorted(hits)
                 found = Projector(call.path, key, call.path if not inside else loose or call.path)
-    return found
+    return found, why
 
 
 def read_across(
-    states: Float[Tensor, "..."], calls: Sequence[Call], towers: Sequence[str]
+    states: Float[Tensor, "..."], calls: Sequence[Call], towers: Sequence[str], pixels: Beside
 ) -> Projector | None:
     """The last module whose output rows are those that cross-attention makes its keys and values of.
 
@@ -181,14 +192,18 @@ def read_across(
         states: what goes into a projection of keys.
         calls: of the modules outside the towers, with copies.
         towers: the modules around the towers; what lies in them, or holds one, is no projector.
+        pixels: the same calls, with other pixels.
     """
     for call in sorted(calls, key=lambda call: -call.ended):
         around = any(
             f"{call.path}.".startswith(f"{t}.") or f"{t}.".startswith(f"{call.path}.") for t in towers
         )
-        for key, made in call.made.items() if not around and call.path else ():
+        for key, made in call.made.items() if not around and call.path and pixels.once(call) else ():
+            moved = pixels.made(call, key)
             alike = made.numel() == states.numel() and made.shape[-1] == states.shape[-1]
-            if alike and made.dtype == states.dtype and bool(torch.equal(made.reshape(states.shape), states)):
+            if not alike or made.dtype != states.dtype or moved is None or not bool(moved.any()):
+                continue
+            if bool(torch.equal(made.reshape(states.shape), states)):
                 return Projector(call.path, key, call.path)
     return None
 
@@ -199,8 +214,9 @@ def _added(made: Tensor, rows: Float[Tensor, "row d"], words: Float[Tensor, "row
     return flat.shape == rows.shape and bool(torch.equal(words + flat.to(words), rows))
 
 
-def _key(row: Tensor) -> bytes:
-    return row.contiguous().view(torch.uint8).numpy().tobytes()
+def _keys(rows: Float[Tensor, "... d"]) -> list[bytes]:
+    flat = rows.reshape(-1, rows.shape[-1]).cpu()
+    return [row.contiguous().view(torch.uint8).numpy().tobytes() for row in flat]
 
 
 def deepstack(
@@ -217,7 +233,9 @@ def deepstack(
     """
     found: dict[int, str] = {}
     for layer, ((_, after), (before, _)) in enumerate(pairwise(streams)):
-        if after.shape == before.shape and not torch.equal(after, before):
+        if after.shape != before.shape:
+            found[layer] = ""
+        elif not torch.equal(after, before):
             moved = (after != before).any(-1)
             makers = [call.path for call in calls if _adds(call, after[moved], before[moved])]
             found[layer] = min(makers, key=lambda path: path.count("."), default="")

@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from hooks.anatomy.again import Again, NotAgain
 from hooks.anatomy.experts import experts_of
 from hooks.anatomy.nouns import Block, Role, Site, Writer
 from hooks.anatomy.sites import joined, site_of
 from hooks.anatomy.towers import is_linear
-from hooks.anatomy.watching import Attended, Call, first_floating, floating_parts
+from hooks.anatomy.watching import Attended, Call
 from hooks.anatomy.writers import Solution, solve
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What one block was seen to do.
+
+    Attributes:
+        model: the model.
+        whole: the block's own call.
+        calls: those of the modules below it that have ended, with copies of what went in and out.
+        sites: its attention.
+        times: when each of its modules attended, by path.
+        again: the block, to be run once more.
+    """
+
+    model: nn.Module
+    whole: Call
+    calls: Sequence[Call]
+    sites: tuple[Site, ...]
+    times: Mapping[str, int]
+    again: Again
+
+    def module(self, call: Call) -> nn.Module:
+        return self.model.get_submodule(call.path)
+
+    def elsewhere(self, call: Call) -> bool:
+        """Whether what a module is given are other tokens than those of the stream, or some of them."""
+        rows = [given.shape[:-1].numel() for given in (self.whole.given, call.given) if given is not None]
+        return len(set(rows)) > 1
 
 
 def look_at(
@@ -34,15 +64,18 @@ def look_at(
     if post is None:
         return Block(whole.path, whole.key, (), sites, "Its output has another shape than its stream.")
     ended = [call for call in calls if call.ended >= 0]
-    solution = solve(model.get_submodule(whole.path), whole.path, whole.given, post, ended)
-    if solution is None:
-        writers = _with_a_rest(model, whole, post, ended, sites, attended, names)
-        if writers:
+    times = {names.get(id(one.module), ""): one.time for one in attended}
+    look = _Look(model, whole, ended, sites, times, Again(model, whole, calls))
+    try:
+        solution = solve(model.get_submodule(whole.path), whole.path, whole.given, post, ended)
+        if solution is not None:
+            return Block(whole.path, whole.key, _writers(look, solution), sites, gain=solution.gain)
+        if writers := _with_a_rest(look, post):
             return Block(whole.path, whole.key, writers, sites)
-        why = "What it adds to its stream is not a sum of its parts' outputs, as far as was tried."
-        return Block(whole.path, whole.key, (), sites, why)
-    writers = _writers(model, whole, solution, ended, sites, attended, names)
-    return Block(whole.path, whole.key, writers, sites, gain=solution.gain)
+    except NotAgain as error:
+        return Block(whole.path, whole.key, (), sites, f"What its parts do cannot be told: {error}.")
+    why = "What it adds to its stream is not a sum of its parts' outputs, as far as was tried."
+    return Block(whole.path, whole.key, (), sites, why)
 
 
 def _sites(
@@ -59,105 +92,129 @@ def _sites(
     return tuple(site_of(model, names[key], joined(some), calls) for key, some in by_module.items())
 
 
-def _writers(
-    model: nn.Module,
-    whole: Call,
-    solution: Solution,
-    calls: Sequence[Call],
-    sites: Sequence[Site],
-    attended: Sequence[Attended],
-    names: dict[int, str],
-) -> tuple[Writer, ...]:
+def _writers(look: _Look, solution: Solution) -> tuple[Writer, ...]:
     found: list[Writer] = []
-    since = whole.started
-    times = {names.get(id(one.module), ""): one.time for one in attended}
+    held: list[Call] = []
+    since = look.whole.started
     for term in solution.terms:
-        own = term.call
-        inside = [call for call in calls if since < call.started and call.ended <= own.ended]
-        body = _body(model, own, calls)
-        site = next((s for s in sites if since < times[s.module] < own.ended), None)
-        role: Role = _role(model, body, site)
-        state, reader = _reads(model, solution, body, inside, calls)
-        alone = _alone(reader, body, calls)
-        parts: tuple[str, ...] = ()
-        experts, why = None, ""
-        if role in ("mlp", "moe"):
-            experts, why = experts_of(model, whole, body, inside)
-            role = "mlp" if experts is None and role == "mlp" else "moe"
-            parts = () if alone and _has_linear(model, body) else _makers(model, inside)
-        last = _last(model, body, calls) if role == "mlp" else None
-        why = why if role == "moe" else ""
-        found.append(
-            Writer(
-                role, own.path, body.path, term.coefficient, state, reader, site, last,
-                experts=experts, why=why, parts=parts, alone=alone,
-            )
-        )  # fmt: skip
-        since = own.ended
+        inside = [call for call in look.calls if since < call.started and call.ended <= term.call.ended]
+        found.append(_writer(look, term.call, term.coefficient, inside, held, solution))
+        held.append(term.call)
+        since = term.call.ended
     return tuple(found)
 
 
-def _with_a_rest(
-    model: nn.Module,
-    whole: Call,
-    post: Tensor,
-    calls: Sequence[Call],
-    sites: Sequence[Site],
-    attended: Sequence[Attended],
-    names: dict[int, str],
-) -> tuple[Writer, ...]:
-    """Writers up to a stream that a module inside is given, and one for all that is added behind it.
+def _writer(
+    look: _Look,
+    own: Call,
+    coefficient: float | str,
+    inside: Sequence[Call],
+    held: Sequence[Call],
+    solution: Solution,
+) -> Writer:
+    """One writer: what ran since the one before it (`inside`), while what was written earlier stays what it is."""
+    makers = _makers(look, inside)
+    body = _body(look, own, makers)
+    makers = [
+        call for call in makers if call is body or call is not own
+    ]  # a convolution where others have a norm
+    site = next(
+        (s for s in look.sites if inside and inside[0].started < look.times[s.module] < own.ended), None
+    )
+    role, site = _role(look, body, makers, site, held)
+    state, reader = _reads(look, solution, body, inside)
+    experts, why = None, ""
+    if role in ("mlp", "moe"):
+        experts, why = experts_of(look.model, look.whole, body, inside)
+        role = "mlp" if experts is None and role == "mlp" else "moe"
+    return Writer(
+        role, own.path, body.path, coefficient, state, reader, site,
+        last=_last(look, body) if role == "mlp" else None,
+        experts=experts,
+        why=why if role == "moe" else "",
+        parts=_parts(look, own, body, makers, inside),
+        alone=_alone(reader, body, look.calls),
+    )  # fmt: skip
 
-    Mllama multiplies what its cross-attention layers' MLPs write by a mask of tokens, inline.
+
+def _with_a_rest(look: _Look, post: Tensor) -> tuple[Writer, ...]:
+    """Writers up to a stream that a module inside is given, and one for all that becomes of it behind.
+
+    Mllama multiplies what its cross-attention layers' MLPs write by a mask of tokens, inline. BERT's norms stand in the
+    stream itself.
     """
-    assert whole.given is not None
-    pre = whole.given
-    for reader in sorted(calls, key=lambda call: -call.started):
+    whole, pre = look.whole, look.whole.given
+    assert pre is not None
+    for reader in sorted(look.calls, key=lambda call: -call.started):
         mid = reader.given
         if mid is None or mid.shape != pre.shape or _equal(mid, pre) or _equal(mid, post):
             continue
-        before = [call for call in calls if call.ended < reader.started]
-        first = solve(model.get_submodule(whole.path), whole.path, pre, mid, before)
-        after = [call for call in calls if call.started >= reader.started and _has_linear(model, call)]
-        if first is None or first.gain != 1.0 or not after:
+        before = [call for call in look.calls if call.ended < reader.started]
+        makers = _makers(look, [call for call in look.calls if call.started >= reader.started])
+        first = solve(look.model.get_submodule(whole.path), whole.path, pre, mid, before)
+        if first is None or first.gain != 1.0 or not makers:
             continue
-        body = min(after, key=lambda call: (call.path.count("."), call.started))
-        site = next((s for s in sites if s.module.startswith(body.path)), None)
-        role = _role(model, body, site)
-        last = _last(model, body, calls) if role == "mlp" else None
-        own = _writers(model, whole, first, before, sites, attended, names)
-        rest = Writer(role, whole.path, body.path, 1.0, len(own), reader.path, site, last, True)
-        return (*own, rest)
+        earlier = _writers(look, first)
+        return (*earlier, _rest(look, reader, makers, [term.call for term in first.terms], len(earlier)))
     return ()
 
 
-def _body(model: nn.Module, own: Call, calls: Sequence[Call]) -> Call:
-    """The part behind a post-norm: what goes into modules that hold no linear layer is followed to what made it."""
+def _rest(look: _Look, reader: Call, makers: Sequence[Call], held: Sequence[Call], state: int) -> Writer:
+    """What becomes of the stream that `reader` is given: a part's own, if without the part it would stay what it is."""
+    whole = look.whole
+    assert reader.given is not None
+    left = look.again.without(makers)
+    eps = torch.finfo(left.dtype).eps
+    stays = bool((left - reader.given).abs().max() <= 8 * eps * reader.given.abs().max())
+    if not stays or len(makers) > 1:
+        parts = tuple(call.path for call in makers)
+        return Writer("rest", whole.path, whole.path, 1.0, state, reader.path, rest=True, parts=parts)
+    body = makers[0]
+    site = next((s for s in look.sites if s.module.startswith(body.path)), None)
+    role, site = _role(look, body, makers, site, held)
+    last = _last(look, body) if role == "mlp" else None
+    return Writer(role, whole.path, body.path, 1.0, state, reader.path, site, last, rest=True)
+
+
+def _body(look: _Look, own: Call, makers: Sequence[Call]) -> Call:
+    """The part behind a post-norm: what goes into modules that hold no linear layer is followed to what made it.
+
+    Where something else lies between (a layer scale), it is the one part that there is.
+    """
     body = own
-    while not _has_linear(model, body) and (maker := _maker(body, calls)) is not None:
+    while not _has_linear(look, body) and (maker := _maker(body, look.calls)) is not None:
         body = maker
-    return body
+    alone = len(makers) == 1 and not _has_linear(look, body)
+    return makers[0] if alone else body
 
 
-def _has_linear(model: nn.Module, call: Call) -> bool:
-    return any(is_linear(part) for part in model.get_submodule(call.path).modules())
+def _has_linear(look: _Look, call: Call) -> bool:
+    return any(is_linear(part) for part in look.module(call).modules())
 
 
-def _makers(model: nn.Module, calls: Sequence[Call]) -> tuple[str, ...]:
-    """The outermost modules with matrices, where no one module makes what is added, and the norms behind them."""
-    paths = [
-        call.path for call in calls if any(v.ndim > 1 for v in model.get_submodule(call.path).parameters())
-    ]
-    makers = [p for p in dict.fromkeys(paths) if not any(p.startswith(f"{other}.") for other in paths)]
+def _makers(look: _Look, calls: Sequence[Call]) -> list[Call]:
+    """The outermost modules with matrices of their own."""
+    some = {c.path: c for c in calls if any(v.ndim > 1 for v in look.module(c).parameters())}
+    return [call for path, call in some.items() if not any(path.startswith(f"{other}.") for other in some)]
+
+
+def _parts(
+    look: _Look, own: Call, body: Call, makers: Sequence[Call], inside: Sequence[Call]
+) -> tuple[str, ...]:
+    """The modules that make it together, where it is not one alone, and the norms behind each."""
+    paths = [call.path for call in makers]
+    if paths == [body.path]:
+        return ()
     norms = [
         call.path
-        for call in calls
-        if not _has_linear(model, call)
-        and any(True for _ in model.get_submodule(call.path).parameters())
-        and (maker := _maker(call, calls)) is not None
-        and maker.path in makers
+        for call in inside
+        if call is not own
+        and not _has_linear(look, call)
+        and any(True for _ in look.module(call).parameters())
+        and (maker := _maker(call, inside)) is not None
+        and maker.path in paths
     ]
-    return (*makers, *dict.fromkeys(norms))
+    return (*paths, *dict.fromkeys(norms))
 
 
 def _maker(of: Call, calls: Sequence[Call]) -> Call | None:
@@ -178,14 +235,14 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _reads(
-    model: nn.Module, solution: Solution, body: Call, inside: Sequence[Call], calls: Sequence[Call]
+    look: _Look, solution: Solution, body: Call, inside: Sequence[Call]
 ) -> tuple[int | None, str | None]:
     """The latest state that a module of this writer is given as it is, and the first such module.
 
     A norm that parallel branches share has run before: it is found upstream of the body.
     """
     upstream: list[Call] = [body]
-    while (maker := _maker(upstream[-1], calls)) is not None and not _has_linear(model, maker):
+    while (maker := _maker(upstream[-1], look.calls)) is not None and not _has_linear(look, maker):
         upstream.append(maker)
     for some in (inside, reversed(upstream)):
         for call in some:
@@ -203,13 +260,24 @@ def _alone(reader: str | None, body: Call, calls: Sequence[Call]) -> bool:
     return body.given is not None and any(_equal(out, body.given) for out in outs)
 
 
-def _role(model: nn.Module, body: Call, site: Site | None) -> Role:
-    if site is not None:
-        return "cross_attn" if site.cross else "attn"
-    module = model.get_submodule(body.path)
-    if mixes_tokens(module, body):
-        return "mixer"
-    return "moe" if _has_experts(module) else "mlp"
+def _role(
+    look: _Look, body: Call, makers: Sequence[Call], site: Site | None, held: Sequence[Call]
+) -> tuple[Role, Site | None]:
+    """What a part does, and its attention: another mixer may stand behind an attention call (Zamba 2)."""
+    if site is not None and not _mixes_behind(look, site, makers, body):
+        return "cross_attn" if site.cross else "attn", site
+    if site is not None or look.again.mixes(body, held):
+        return "mixer", None
+    if any(look.again.mixes_behind(call, body) for call in makers if look.elsewhere(call)):
+        return "cross_attn", None
+    return "moe" if any(_has_experts(look.module(call)) for call in (*makers, body)) else "mlp", None
+
+
+def _mixes_behind(look: _Look, site: Site, makers: Sequence[Call], body: Call) -> bool:
+    if len(makers) == 1:  # one module, which is the attention
+        return False
+    source = next(call for call in reversed(look.calls) if call.path == site.module)
+    return source.path != body.path and look.again.mixes_behind(source, body)
 
 
 def _has_experts(module: nn.Module) -> bool:
@@ -222,44 +290,12 @@ def _has_experts(module: nn.Module) -> bool:
     )
 
 
-@torch.no_grad()
-def mixes_tokens(module: nn.Module, call: Call) -> bool:
-    """Whether the output at a token depends on other tokens: one is changed, and the rows that move are looked at."""
-    if call.arguments is None or call.given is None or call.given.ndim < 2:
-        return False
-    args, kwargs = call.arguments
-    tokens = call.given.shape[-2]
-    if tokens < 2:
-        return False
-    changed = call.given.clone()
-    changed[..., 0, :] = changed[..., 0, :].roll(1, -1) + 1
-    key, _ = first_floating(args, kwargs)
-    if key is None:
-        place = next(
-            i for i, value in enumerate(args) if isinstance(value, Tensor) and value.is_floating_point()
-        )
-        args = (*args[:place], changed.reshape(args[place].shape), *args[place + 1 :])
-    else:
-        kwargs = {**kwargs, key: changed}
-    forward: Any = module.forward
-    try:
-        new, old = (
-            next(iter(floating_parts(forward(*a, **k)).values())) for a, k in ((args, kwargs), call.arguments)
-        )
-    except (RuntimeError, TypeError, ValueError, StopIteration, IndexError, AttributeError):
-        return False
-    if new.shape != old.shape or new.numel() % tokens:
-        return False
-    rows = (new - old).reshape(-1, tokens, new.shape[-1])[:, 1:].abs().amax()
-    return float(rows) > 1e-6 * float(old.abs().amax())
-
-
-def _last(model: nn.Module, body: Call, calls: Sequence[Call]) -> str | None:
+def _last(look: _Look, body: Call) -> str | None:
     """The linear layer below an MLP whose output is the MLP's."""
-    for call in reversed(calls):
+    for call in reversed(look.calls):
         if not (call.path == body.path or call.path.startswith(f"{body.path}.")):
             continue
         made = call.out is not None and body.out is not None and _equal(call.out, body.out)
-        if made and is_linear(model.get_submodule(call.path)):
+        if made and is_linear(look.module(call)):
             return call.path
     return None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooks.errors import FrankenlensError
 
-Role = Literal["attn", "cross_attn", "mixer", "mlp", "moe"]
+Role = Literal["attn", "cross_attn", "mixer", "mlp", "moe", "rest"]
 
 
 class Absent(FrankenlensError):
@@ -141,10 +141,11 @@ class Writer:
         site: the attention call inside.
         last: of an MLP, path of the linear layer whose output is the body's output.
         rest: no module's output is what is added: it is the difference between the block's output (`module` is the
-            block) and the state that `reader` is given.
+            block) and the state that `reader` is given. The role is "rest" where more than one part makes it, or where
+            the stream itself is changed (a norm of BERT's).
         experts: of an MLP of experts, where they are one module; `why` says why they are not known.
-        parts: the modules that make it together, where no one module does (Gemma 4: an MLP beside experts; OPT: two
-            layers of the block itself).
+        parts: the outermost modules with matrices that make it together, where that is not the body alone (Gemma 4: an
+            MLP beside experts; OPT: two layers of the block itself), and norms behind them.
         alone: whether `body` makes it of what `reader` gives out (or of the state itself, with `reader` inside it).
     """
 
@@ -161,6 +162,13 @@ class Writer:
     why: str = ""
     parts: tuple[str, ...] = ()
     alone: bool = True
+
+    @property
+    def norm(self) -> str | None:
+        """What stands between the stream and the part; None where the part reads the stream as it is (OLMo 2)."""
+        if self.reader is None or f"{self.reader}.".startswith(f"{self.body}.") or self.reader in self.parts:
+            return None
+        return self.reader
 
 
 @dataclass(frozen=True)
@@ -234,12 +242,12 @@ class Block:
     def pre_norm(self) -> str:
         """The norm that the first writer reads through."""
         first = self.writers[0] if self.writers else None
-        return self._some(first and first.reader, "norm before its first part")
+        return self._some(first and first.norm, "norm before its first part")
 
     @property
     def mid_norm(self) -> str:
         """The norm between attention and MLP."""
-        return self._some((w := self.writer("mlp", "moe")) and w.reader, "norm before its MLP")
+        return self._some((w := self.writer("mlp", "moe")) and w.norm, "norm before its MLP")
 
     @property
     def qkv(self) -> tuple[str, ...]:

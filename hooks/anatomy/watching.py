@@ -6,6 +6,7 @@ transformers hands them out (`AttentionInterface.get_interface`), so the logits 
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import AttentionInterface
 
 from hooks.errors import FrankenlensError
@@ -99,7 +101,12 @@ def floating_parts(output: Any) -> dict[str | None, Tensor]:
 
 def has_pixels(inputs: Mapping[str, Any]) -> bool:
     """Whether processor tensors hold an image."""
-    return any("pixel" in name or "patches" in name for name in inputs)
+    return any(map(of_an_image, inputs))
+
+
+def of_an_image(name: str) -> bool:
+    """Whether a processor calls an image's tensor so."""
+    return "pixel" in name or "patches" in name
 
 
 @contextmanager
@@ -133,7 +140,7 @@ def watched(
         call.key, given = first_floating(args, kwargs)
         call.given = None if given is None else kept(given)
         if path in arguments:
-            call.arguments = args, dict(kwargs)
+            call.arguments = with_own_caches(args, kwargs)
         record.calls.append(call)
         open_calls.setdefault(path, []).append(call)
 
@@ -172,6 +179,15 @@ def shape_of(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
 def copied(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     """A copy that no later edit in place reaches."""
     return tensor.detach().clone()
+
+
+def with_own_caches(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call with copies of what it adds its keys and values to, or takes earlier ones from."""
+
+    def own(value: Any) -> Any:
+        return copy.deepcopy(value) if isinstance(value, Cache) else value
+
+    return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
 
 
 _LOCK = threading.RLock()

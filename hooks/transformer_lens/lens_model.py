@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from hooks.anatomy import Block
 from hooks.errors import FrankenlensError
 from hooks.opened import Opened
+from hooks.plain import own_parameter, plain_weight
 from hooks.selfcheck import tolerance
+from hooks.weights import d_mlp
 
 _AFTER_UNEMBEDDING = ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale")
 
@@ -90,10 +92,9 @@ class LensModel:
         block = vlm.anatomy.text.blocks[0]
         self._norm = Norm.of(self._final, torch.linspace(-1, 2, vlm.d_model).to(self._final.weight)[None])
         kind = "LN" if self._norm.centred else "RMS"
-        mlp: Any = vlm.module(block.mlp_out)
         self.cfg = SimpleNamespace(
             model_name=type(vlm.model).__name__, n_layers=vlm.n_layers, n_heads=block.n_heads,
-            n_key_value_heads=block.n_kv_heads, d_model=vlm.d_model, d_head=block.d_head, d_mlp=mlp.in_features,
+            n_key_value_heads=block.n_kv_heads, d_model=vlm.d_model, d_head=block.d_head, d_mlp=d_mlp(vlm.model, block),
             d_vocab=self._unembed.weight.shape[0], attn_only=False, eps=self._norm.eps,
             normalization_type=f"{kind}Pre" if fold_ln else kind, final_rms=not self._norm.centred,
             positional_embedding_type="rotary", device=vlm.device, dtype=vlm.model.dtype,
@@ -182,26 +183,28 @@ class _Out:
         self._vlm, self._path, self._heads = vlm, path, heads
 
     @property
-    def _linear(self) -> Any:
-        linear: Any = self._vlm.module(self._path)
-        if type(linear) is not nn.Linear or linear.weight.is_meta:
+    def _weight(self) -> Float[Tensor, "out in"]:
+        linear = self._vlm.module(self._path)
+        weight = plain_weight(linear)
+        if weight is None:
             raise FrankenlensError(
                 f"{self._path} is a {type(linear).__name__}: no plain weight to read. Cache hook_result, which is made "
                 "by the module itself."
             )
-        return linear
+        return weight
 
     @property
     def W_O(self) -> Tensor:
-        return self._linear.weight.detach().T.unflatten(0, (self._heads, -1))
+        assert self._heads is not None
+        return self._weight.T.unflatten(0, (self._heads, -1))
 
     @property
     def W_out(self) -> Tensor:
-        return self._linear.weight.detach().T
+        return self._weight.T
 
     @property
     def b_O(self) -> Tensor:
-        bias = self._linear.bias
-        return self._linear.weight.new_zeros(len(self._linear.weight)) if bias is None else bias.detach()
+        bias = own_parameter(self._vlm.module(self._path), "bias")
+        return self._weight.new_zeros(len(self._weight)) if bias is None else bias.detach()
 
     b_out = b_O

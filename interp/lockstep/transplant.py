@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hooks import HookContext, HookedVLM
-from hooks.engine import HookFunction, head_results
+from hooks.engine import HookFunction, as_added, head_results
 from hooks.plain import plain_weight
 from hooks.vlm import FwdHooks
 from interp.lockstep.intervention import Intervention
@@ -136,13 +136,15 @@ class Transplant(Intervention):
 
 
 def _written_by(vlm: HookedVLM, site: Site) -> Writer:
-    """From z to what the site's heads together add to their attention's output, through this model's own W_O."""
-    point = vlm.hook_points[site.z]
+    """From z to what the site's heads together add at `hook_attn_out`, through this model's own W_O."""
+    point, result = vlm.hook_points[site.z], vlm.hook_points[site.z.replace("hook_z", "hook_result")]
     out, heads = vlm.module(point.module), list(site.heads)
     own = plain_weight(out)
     if own is None:
-        return lambda z: head_results(out, z)[..., heads, :].sum(-2)
+        return lambda z: as_added(vlm.model, result, head_results(out, z)[..., heads, :].sum(-2))
     assert point.split is not None
     chosen = point.split.of(own)[:, heads].flatten(1)
     weight = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-    return lambda z: nn.functional.linear(z[..., heads, :].flatten(-2).to(weight.dtype), weight)
+    return lambda z: as_added(
+        vlm.model, result, nn.functional.linear(z[..., heads, :].flatten(-2).to(weight.dtype), weight)
+    )

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.anatomy import Role, Writer
-from hooks.engine import HookContext, head_results
+from hooks.engine import HookContext, as_added, head_results
 from hooks.plain import matrix
 from hooks.weights import d_mlp
 from interp.map.cells import Donor, cells_of, run_cells
@@ -378,7 +378,9 @@ class _Run:
                 return activation_of(self.vlm, lambda name: self.cache[name], hook, head)
         if hook not in self._results:  # all heads of a layer are asked for in turn
             z = self.cache[hook.replace("hook_result", "hook_z")]
-            self._results = {hook: head_results(self.vlm.module(self.vlm.hook_points[hook].module), z)}
+            point = self.vlm.hook_points[hook]
+            results = head_results(self.vlm.module(point.module), z)
+            self._results = {hook: as_added(self.vlm.model, point, results)}
         return self._results[hook][:, :, head]
 
     def gradients(

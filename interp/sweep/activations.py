@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks import HookedVLM
-from hooks.engine import head_results
+from hooks.engine import as_added, head_results
 from hooks.experts import expert_contribution
 from hooks.plain import plain_weight
 from hooks.points import HookPoint
@@ -53,12 +53,12 @@ def activation_of(
     out = vlm.module(point.module)
     z = read(hook.replace("hook_result", "hook_z"))
     if index is None:
-        return head_results(out, z)
+        return as_added(vlm.model, point, head_results(out, z))
     if (weight := plain_weight(out)) is not None:
         wide = torch.promote_types(z.dtype, torch.float32)
         own = weight.to(z.device).unflatten(1, (z.shape[-2], -1))[:, index]
-        return z.select(-2, index).to(wide) @ own.T.to(wide)
-    return head_results(out, z).select(-2, index)
+        return as_added(vlm.model, point, z.select(-2, index).to(wide) @ own.T.to(wide))
+    return as_added(vlm.model, point, head_results(out, z)).select(-2, index)
 
 
 def _contribution(

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooks.engine import head_results
+from hooks.engine import as_added, head_results
 from hooks.plain import plain_weight
 from interp.sweep.activations import activation_of
 from interp.sweep.attention import segment_attention_on
@@ -158,12 +158,12 @@ def _of_heads(run: StoredRun, layer: int, edit: Edit, old: Tensor, span: Span) -
     if edit.index is not None and (weight := plain_weight(out)) is not None:
         own = weight.to(z.device).unflatten(1, (block.n_heads, -1))[:, edit.index]
         wide = torch.promote_types(z.dtype, torch.float32)
-        mine = z[:, :, edit.index].to(wide) @ own.T.to(wide)
+        mine = as_added(run.vlm.model, edit.point, z[:, :, edit.index].to(wide) @ own.T.to(wide))
         change = (_one_head(edit, mine, span) - mine).to(old.dtype)
     else:
-        result = head_results(out, z)
+        result = as_added(run.vlm.model, edit.point, head_results(out, z))
         change = (edit.apply(result, span) - result).sum(-2).to(old.dtype)
-    if half.adds_as_made(half.first):
+    if half.first.module == half.first.body:  # its factor is in the results
         return old + change
     return (
         half.added(half.first, half.project(block.out, z.flatten(-2)) + change) if bool(change.any()) else old

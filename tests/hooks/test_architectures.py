@@ -147,11 +147,13 @@ def test_an_architecture_is_what_it_is_seen_to_do(name: str) -> None:
 @pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
 def test_heads_are_those_of_the_attention_call(name: str) -> None:
-    """z is what the output projection is given, and z through W_O, head by head, what it gives out."""
+    """z is what the output projection is given, and z through W_O, head by head, what is added of what it gives out."""
     given = build(name)
     vlm = HookedVLM(given.model, inputs=given.inputs)
     sites = [(layer, b.site) for layer, b in enumerate(vlm.anatomy.text.blocks) if b.site is not None]
     for layer, site in sites[:2]:
+        writer = vlm.anatomy.text.blocks[layer].writer("attn")
+        factor = writer.coefficient if writer and writer.module == writer.body else 1.0
         lead = f"blocks.{layer}.attn"
         if site.out is None or f"{lead}.hook_result" not in vlm.hook_points:
             continue
@@ -159,7 +161,9 @@ def test_heads_are_those_of_the_attention_call(name: str) -> None:
             _, cache = vlm.run_with_cache(given.inputs, [f"{lead}.hook_z", f"{lead}.hook_result"])
         z, out = seen[site.out]
         bias = getattr(given.model.get_submodule(site.out), "bias", None)
-        heads = cache[f"{lead}.hook_result"].sum(-2) + (0 if bias is None else bias)
+        out = scaled(given.model, factor, out)
+        bias = 0 if bias is None else scaled(given.model, factor, bias)
+        heads = cache[f"{lead}.hook_result"].sum(-2) + bias
         assert torch.equal(cache[f"{lead}.hook_z"].flatten(-2).reshape(z.shape), z)
         assert (heads.reshape(out.shape) - out).abs().max().item() <= 1e-5 * max(1.0, out.abs().max().item())
 

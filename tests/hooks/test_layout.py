@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hooks import HookedVLM
 from tests.architectures import build
@@ -83,3 +84,57 @@ def test_rows_that_are_not_the_prompts_tokens_are_no_embedding_of_them() -> None
     given = build("chameleon")  # the embedding is called a second time, for the image's tokens
     vlm = HookedVLM(given.model, inputs=given.inputs)
     assert "its tensor is" in vlm.absent["hook_embed"]
+
+
+class TokensFirst(LlamaDecoderLayer):
+    """Its MLP works on [pos batch d_model]: with one prompt that looks like tokens behind an axis of one."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        given = self.post_attention_layernorm(hidden_states).transpose(0, 1).contiguous()
+        return hidden_states + self.mlp(given).transpose(0, 1)
+
+
+def test_tokens_that_two_prompts_would_scramble_are_absent() -> None:
+    given = build("llama")
+    given.model.model.layers[1].__class__ = TokensFirst
+    vlm = HookedVLM(given.model, inputs=given.inputs)
+    for leaf in ("hook_mlp_out", "mlp.hook_post"):
+        assert "tokens of two prompts" in vlm.absent[f"blocks.1.{leaf}"]
+        assert f"blocks.0.{leaf}" in vlm.hook_points
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ODD])
+@torch.no_grad()
+def test_each_row_of_two_prompts_is_what_it_is_alone(name: str) -> None:
+    given = build(name)
+    vlm = HookedVLM(given.model, inputs=given.inputs, check=False)
+    odd = [point.name for point in vlm.hook_points.values() if point.relaid or point.moved]
+    ids = given.inputs["input_ids"]
+    other = {**given.inputs, "input_ids": torch.cat([ids[:, :-4], ids[:, -4:].flip(1)], dim=1)}
+    both = {key: torch.cat([value, other[key]]) for key, value in given.inputs.items()}
+    _, together = vlm.run_with_cache(both, odd)
+    moved = 0.0
+    for row, alone in enumerate((given.inputs, other)):
+        _, cache = vlm.run_with_cache(alone, odd)
+        for point in odd:
+            size = cache[point].abs().max().clamp(min=1)
+            error = (together[point].chunk(2)[row] - cache[point]).abs().max()
+            assert error <= 1e-4 * size, point
+            moved = max(moved, float((together[point].chunk(2)[1 - row] - cache[point]).abs().max() / size))
+    assert moved > 1e-2
+
+
+@torch.no_grad()
+def test_keys_that_are_made_again_of_a_cache_are_shown_while_it_generates() -> None:
+    """DeepSeek's values are assembled of latents: at each step of all tokens so far."""
+    given = build("deepseek_v3")
+    vlm = HookedVLM(given.model, inputs=given.inputs)
+    ids = given.inputs["input_ids"]
+    seen: list[tuple[int, ...]] = []
+    kwargs: Any = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    name = "blocks.0.attn.hook_v"
+    hooked = vlm.generate(given.inputs, [(name, lambda a, hook: seen.append(tuple(a.shape)))], **kwargs)
+    assert torch.equal(hooked, given.model.generate(**given.inputs, **kwargs))
+    assert [shape[1] for shape in seen] == [ids.shape[1] + step for step in range(3)]

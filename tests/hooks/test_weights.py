@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from hooks import FrankenlensError, HookedVLM, graft, weight_slices
+from hooks.weights import wholes
+from tests import architectures
 from tests.families import FAMILIES, tiny
 
 
@@ -139,3 +141,29 @@ def test_a_neuron_of_a_fused_mlp_owns_its_gate_and_its_up() -> None:
         _, after = vlm.run_with_cache(inputs, "blocks.1.mlp.hook_post")
     moved = (after["blocks.1.mlp.hook_post"] - before["blocks.1.mlp.hook_post"]).abs().flatten(0, -2).amax(0)
     assert moved[3] > 1e-3 and moved.sum() == moved[3]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "t5gemma2",  # two embeddings share one matrix
+        pytest.param("diffusion_gemma", marks=pytest.mark.slow),  # as encoder and decoder do all of theirs
+        pytest.param("florence2", marks=pytest.mark.slow),  # four vision towers in one module
+        pytest.param("blip", marks=pytest.mark.slow),  # an unembedding that is tied but for its bias
+        pytest.param("udop", marks=pytest.mark.slow),
+        pytest.param("phi4_multimodal", marks=pytest.mark.slow),
+        pytest.param("muse_spark", marks=pytest.mark.slow),
+    ],
+)
+def test_wholes_name_every_tensor_once(name: str) -> None:
+    given = architectures.build(name)
+    model: Any = given.model
+    anatomy = HookedVLM(model, inputs=given.inputs, check=False).anatomy
+    own = dict(model.named_parameters(remove_duplicate=False))
+    named = [
+        id(own[piece.parameter])
+        for address in wholes(model, anatomy)
+        for piece in weight_slices(model, anatomy, address)
+    ]
+    assert sorted(named) == sorted(id(weight) for weight in model.parameters())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hooks import ActivationCache, FrankenlensError, HookedVLM
+from tests.architectures import build
 from tests.families import FAMILIES, TinyVLM, tiny, tiny_tokenizer
 from tests.hooks.reference import tolerance
 
@@ -223,3 +224,51 @@ def test_what_cannot_be_exported_says_why(llava):
     refused = HookedVLM(capped.model, capped.processor).run_with_cache(inputs)[1]
     with pytest.raises(FrankenlensError, match="logits_scaling after its unembedding"):
         refused.to_transformer_lens()
+
+
+MORE = {"falcon_h1": "0_mixer_out", "evolla": "1_cross_attn_out", "gpt2": "", "olmo2": "", "gemma3_text": ""}
+"""What blocks add besides attention and MLP; GPT-2's Conv1D; norms behind parts alone, and on both sides."""
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_whatever_blocks_add_is_a_component(name):
+    given = build(name)
+    vlm = HookedVLM(given.model, inputs=given.inputs)
+    _, cache = vlm.run_with_cache(given.inputs)
+    final = cache["resid_post", vlm.n_layers - 1]
+    parts, labels = cache.to_transformer_lens().decompose_resid(return_labels=True)
+    assert close(parts.sum(0), final)
+    further = [part for part, label in zip(parts, labels, strict=True) if label == MORE[name]]
+    assert len(further) == bool(MORE[name])
+    assert all(part.abs().max() > 100 * tolerance(final) for part in further)
+
+
+def test_heads_and_neurons_sum_where_nothing_stands_behind_them():
+    for name, refused in (("gpt2", False), ("olmo2", True), ("gemma3_text", True)):
+        given = build(name)
+        vlm = HookedVLM(given.model, inputs=given.inputs)
+        exported = vlm.run_with_cache(given.inputs)[1].to_transformer_lens()
+        if refused:
+            with pytest.raises(FrankenlensError, match="block 0 a norm or a factor stands between"):
+                exported.get_full_resid_decomposition()
+            continue
+        parts = exported.get_full_resid_decomposition()
+        assert close(parts.sum(0), exported[f"blocks.{vlm.n_layers - 1}.hook_resid_post"])
+
+
+def test_a_stream_that_is_multiplied_is_not_decomposed():
+    given = build("gemma4")
+    exported = (
+        HookedVLM(given.model, inputs=given.inputs).run_with_cache(given.inputs)[1].to_transformer_lens()
+    )
+    with pytest.raises(FrankenlensError, match="block 0 multiplies its whole stream.*logit_lens"):
+        exported.decompose_resid()
+    assert exported.accumulated_resid().isfinite().all()
+
+
+def test_parts_that_were_changed_are_not_summed(llava):
+    bare, vlm = llava
+    exported = vlm.run_with_cache(bare.inputs())[1].to_transformer_lens()
+    exported.cache_dict["blocks.0.hook_mlp_out"] = exported.cache_dict["blocks.0.hook_mlp_out"] * 1.1
+    with pytest.raises(FrankenlensError, match="do not sum to blocks"):
+        exported.decompose_resid()
