@@ -308,7 +308,7 @@ class _Looking:
         """The largest module around a stack that holds no other stack, nor what comes before or after it."""
         others = [path for other in self._stacks if other is not stack for path in other.lists]
         others += [name for name in self._around if name and not stack.holds(name)]
-        path = _common(stack.lists)
+        path = _common([own.rpartition(".")[0] for own in stack.lists])
         while (parent := path.rpartition(".")[0]) and not any(
             other.startswith(f"{parent}.") for other in others
         ):
