@@ -18,7 +18,6 @@ This one table drives our own engine (`hooks.engine`) and whatever else must fin
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 from hooks.anatomy import Anatomy, Block, Experts, Site, Slice, Tower, Writer
@@ -108,7 +107,7 @@ class HookPoint:
         """Prefix of the tower: "" in the decoder and outside the blocks."""
         return self.name.partition("blocks.")[0] if "blocks." in self.name else ""
 
-    @cached_property
+    @property
     def token_axis(self) -> int | None:
         """The axis that runs over the decoder's tokens (over keys, where there is no other); None where none does."""
         names = ("pos", "query") if "cross_attn" in self.name else ("pos", "query", "key")

@@ -11,14 +11,28 @@ from torch import nn
 from hooks.engine import Hook, attached
 from hooks.positions import Clock
 
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_NEW_LOCK = threading.Lock()
+
+class _Locks:
+    """A lock a model. They stay in their process: nnsight sends this module along with a block that runs elsewhere."""
+
+    def __init__(self) -> None:
+        self._of: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+        self._new = threading.Lock()
+
+    def of(self, model: nn.Module) -> threading.RLock:
+        with self._new:
+            return self._of.setdefault(model, threading.RLock())
+
+    def __reduce__(self) -> tuple:
+        return _Locks, ()
+
+
+_LOCKS = _Locks()
 
 
 def lock_of(model: nn.Module) -> threading.RLock:
     """The one lock of a model: whoever runs it with hooks, or needs it to run without, holds it for that long."""
-    with _NEW_LOCK:
-        return _LOCKS.setdefault(model, threading.RLock())
+    return _LOCKS.of(model)
 
 
 class Standing:

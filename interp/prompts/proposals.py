@@ -52,6 +52,7 @@ def proposed(own: TraceFormat, written: Sequence[tuple[str, str]]) -> Proposal |
         None where no format with a delimiter reads half of them.
 
     Example:
+        >>> from interp.prompts.proposals import proposed
         >>> show = [("", f"[plan] {n} red [/plan] Result: {n}") for n in range(4)]
         >>> proposed(fl.TraceFormat(), show).trace_format.reasoning
         ('[plan]', '[/plan]')

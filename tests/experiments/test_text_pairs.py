@@ -72,10 +72,13 @@ def pages(made: tuple[str, TextPair], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def opened(made: tuple[str, TextPair]):
+def opened(made: tuple[str, TextPair], pages: Path):
+    """The pair, and decisions on the rows that the command drew."""
     pair = fl.Pair.from_pretrained(made[1].in_, made[1].rl)
-    examples, _ = fl.read_jsonl(made[1].data)
-    return pair, fl.find_decisions(pair, examples[:N], max_new_tokens=12)
+    rows = {example.id: example for example in fl.read_jsonl(made[1].data)[0]}
+    drawn = load_dataset(pages / "map" / "map.nc")["looked_at"].to_numpy().tolist()
+    assert len(drawn) == N
+    return pair, fl.find_decisions(pair, [rows[name] for name in drawn], max_new_tokens=12)
 
 
 @torch.no_grad()
@@ -130,7 +133,7 @@ def test_the_map_is_what_plain_hooks_give(made, pages, bare, opened) -> None:
         logits = {name: last_logits(model, prompt) for name, model in bare.items()}
         moved = last_logits(bare["in"], prompt, {writer: output(bare["rl"], prompt, writer)})
         clean, patched, donor = (float(x[a] - x[b]) for x in (logits["in"], moved, logits["rl"]))
-        own = effects.sel(component="blocks.2.mlp").to_numpy()[row]
+        own = effects.sel(component="blocks.2.mlp", example=prompt.example.id).item()
         allowed = 1e-5 * max(1.0, float(logits["in"].abs().max()))
         assert abs(own - (patched - clean)) < allowed and abs(own) > 100 * allowed
         assert abs(patched - donor) < allowed  # nothing else was trained
@@ -142,7 +145,7 @@ def test_python_gives_the_same_map(pages, opened) -> None:
     pair, decisions = opened
     found = fl.component_map(pair, decisions, ["rl_to_in"], ["mlp_out"], ["all"], progress=False)
     written = load_dataset(pages / "map" / "map.nc")["effect"].sel(direction="rl_to_in", role="all")
-    both = written.sel(component=found["component"].to_numpy())
+    both = written.sel(component=found["component"].to_numpy(), example=found["example"].to_numpy())
     np.testing.assert_allclose(found["effect"].to_numpy()[0, :, 0], both.to_numpy(), atol=1e-5)
 
 

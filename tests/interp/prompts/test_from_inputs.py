@@ -109,7 +109,7 @@ PIXELS = torch.zeros(1, 3, 4, 4)
     [
         ({"input_ids": IDS.expand(2, 4)}, {}, r"must be \[1, pos\], one prompt; got \(2, 4\)"),
         ({"input_ids": IDS[0]}, {}, r"got \(4,\)"),
-        ({}, {}, "got NoneType"),
+        ({}, {}, "has no input_ids"),
         ({"input_ids": [[1, 2]]}, {}, "got list"),
         ({"input_ids": IDS}, {"roles": ["question"] * 3}, "3 roles for 4 tokens"),
         ({"input_ids": IDS}, {"roles": ["question"] * 3 + ["thought"]}, "token 3 has no role 'thought'"),
