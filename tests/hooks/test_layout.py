@@ -136,5 +136,6 @@ def test_keys_that_are_made_again_of_a_cache_are_shown_while_it_generates() -> N
     kwargs: Any = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     name = "blocks.0.attn.hook_v"
     hooked = vlm.generate(given.inputs, [(name, lambda a, hook: seen.append(tuple(a.shape)))], **kwargs)
-    assert torch.equal(hooked, given.model.generate(**given.inputs, **kwargs))
+    model: Any = given.model
+    assert torch.equal(hooked, model.generate(**given.inputs, **kwargs))
     assert [shape[1] for shape in seen] == [ids.shape[1] + step for step in range(3)]
