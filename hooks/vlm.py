@@ -429,7 +429,10 @@ def _watched(model: PreTrainedModel, inputs: Mapping[str, Any], token: int | Non
 
 
 class _Keeper:
-    """A hook function that keeps copies; a tensor that it has just seen, unchanged since, is not copied again."""
+    """A hook function that keeps copies; a tensor that it has just seen, unchanged since, is not copied again.
+
+    What is seen once an image (LFM2-VL's projector) is put behind one another.
+    """
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
@@ -442,7 +445,8 @@ class _Keeper:
         else:
             copy = activation.detach().clone()
         self._last = weakref.ref(activation), version, copy
-        self.kept[hook.name] = copy
+        whole = hook.calls > 1 and hook.point.axes[0] in ("image", "patch", "image_token")
+        self.kept[hook.name] = torch.cat([self.kept[hook.name], copy]) if whole else copy
 
 
 def _require_fired(layer: Sequence[Hook]) -> None:
