@@ -17,7 +17,7 @@ from hooks.anatomy.observed import require_all_blocks
 from hooks.anatomy.watching import has_pixels
 from hooks.cache import ActivationCache
 from hooks.capabilities import missing
-from hooks.engine import Hook, HookContext, HookFunction, attached, hook_by_keyword
+from hooks.engine import Hook, HookContext, HookFunction, attached, hook_by_keyword, together
 from hooks.errors import FrankenlensError, nearest
 from hooks.layout import laid_out
 from hooks.loading import load_model
@@ -429,10 +429,7 @@ def _watched(model: PreTrainedModel, inputs: Mapping[str, Any], token: int | Non
 
 
 class _Keeper:
-    """A hook function that keeps copies; a tensor that it has just seen, unchanged since, is not copied again.
-
-    What is seen once an image (LFM2-VL's projector) is put behind one another.
-    """
+    """A hook function that keeps copies; a tensor that it has just seen, unchanged since, is not copied again."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
@@ -445,8 +442,7 @@ class _Keeper:
         else:
             copy = activation.detach().clone()
         self._last = weakref.ref(activation), version, copy
-        whole = hook.calls > 1 and hook.point.axes[0] in ("image", "patch", "image_token")
-        self.kept[hook.name] = torch.cat([self.kept[hook.name], copy]) if whole else copy
+        self.kept[hook.name] = together(self.kept.get(hook.name), copy, hook)
 
 
 def _require_fired(layer: Sequence[Hook]) -> None:
