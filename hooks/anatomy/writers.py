@@ -7,8 +7,8 @@ not run in float32), only where it is the stream bit for bit, summed as the mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
@@ -55,23 +55,31 @@ def solve(
     found = _candidates(pre, post, calls)
     if not found:
         return None
-    outs = [call.out.reshape(pre.shape).to(pre.dtype) for call in found]  # type: ignore[union-attr]
+    outs = [call.out.reshape(pre.shape) for call in found]  # type: ignore[union-attr]
     sets = [some for size in range(1, MAX_WRITERS + 1) for some in combinations(range(len(found)), size)]
     scales = _parameters(block, path, pre)
-    own = (
+    own = [
         n for n, v in scales.items() if v.numel() == 1 and "." not in n.removeprefix(f"{path}.").rstrip(")")
-    )
-    for gain in (1.0, *(name for name in own if float(scales[name]) not in (0, 1))):
-        sums = _Sums(pre, post, found, outs, scales, gain)
-        for some in sets:
-            solution = sums.plain(some)
-            if solution is not None:
-                return solution
-        for some in sets:
-            solution = sums.scaled(some)
-            if solution is not None:
-                return solution
+    ]
+    gains = [name for name in own if float(scales[name]) not in (0, 1)]
+    for start, terms in _precisions(pre, post, outs):
+        sums = [_Sums(start, post, found, terms, scales, gain) for gain in (1.0, *gains)]
+        # Sums as they are come first, whatever they are multiplied with: in half precision a fit is a weaker proof.
+        ways = [one.plain for one in sums] + [one.scaled for one in sums]
+        solutions = (solution for way in ways for some in sets if (solution := way(some)) is not None)
+        if (solution := next(solutions, None)) is not None:
+            return replace(solution, states=(pre, *solution.states[1:]))
     return None
+
+
+def _precisions(
+    pre: Float[Tensor, "..."], post: Float[Tensor, "..."], outs: Sequence[Float[Tensor, "..."]]
+) -> Iterator[tuple[Float[Tensor, "..."], list[Float[Tensor, "..."]]]]:
+    """In which a model may add: in its stream's, in each term's own (T5 in fp16), in the sum's (Mamba's residuals)."""
+    yield pre, [out.to(pre.dtype) for out in outs]
+    if any(one.dtype != pre.dtype for one in (post, *outs)):
+        yield pre, list(outs)
+        yield pre.to(post.dtype), list(outs)
 
 
 def coefficient_of(root: nn.Module, expression: float | str) -> Float[Tensor, "*channel"] | float:

@@ -119,6 +119,10 @@ class Edit:
     def alone(self, own: Float[Tensor, "..."], span: Span) -> Float[Tensor, "..."]:
         """`apply` to the head, neuron or expert that is meant, without the others."""
         new = self.new(own, span).to(own)
+        if self.where is None and len(new) != len(
+            own
+        ):  # a part of the images, where the module is called once for each
+            new = new[span.columns]
         if self.point.leaf == "hook_attn_scores":  # what the mask hides stays hidden
             new = new.masked_fill(own == -torch.inf, -torch.inf)
         if self.where is not None:
@@ -138,7 +142,11 @@ class Edit:
         apply = self.alone if alone else self.apply
 
         def write(activation: Tensor, hook: HookContext) -> Tensor:
-            return apply(activation, Span(0, activation.shape[1] if width is None else width))
+            if width is not None:
+                return apply(activation, Span(0, width))
+            first = hook.ctx.get("rows", 0)
+            hook.ctx["rows"] = first + len(activation)
+            return apply(activation, Span(first, first + len(activation)))
 
         return f"{self.point.name}.{self.index}" if alone else self.point.name, write
 

@@ -154,28 +154,40 @@ def _new(bench: Bench, one: Intervention, point: HookPoint) -> Change:
     if one.kind == "add":
         return lambda value, hook: value + number
     if one.kind == "knockout":
-        return lambda value, hook: _cut(value, int(one.source), point.axes[0] == "batch")  # type: ignore[arg-type]
+        _, alone = bench.vlm.run_with_cache(bench.tiny.inputs, one.hook, use_cache=False)
+        return lambda value, hook: _cut(
+            value,
+            int(one.source),
+            point.axes[0] == "batch",
+            alone[one.hook].shape[-1],  # type: ignore[arg-type]
+        )
     if one.kind == "skip":
         pre = cached(bench.vlm, one.hook.replace("resid_post", "resid_pre"))
         return lambda value, hook: pre
     if one.kind == "replace":
         theirs = cached(bench.donor, one.hook)
-        return lambda value, hook: theirs
+        return lambda value, hook: _part(theirs, value, hook)
     own = cached(bench.vlm, one.hook)
     if one.kind == "mean":
         mean = own[:, bench.where(one.where)].flatten(0, 1).mean(0)  # type: ignore[arg-type]
         return lambda value, hook: mean.expand_as(value)
-    return lambda value, hook: own.roll(1, 0)
+    return lambda value, hook: _part(own.roll(1, 0), value, hook)
 
 
-def _cut(scores: Tensor, key: int, tokens: bool) -> Tensor:
+def _part(whole: Tensor, value: Tensor, hook: Any) -> Tensor:
+    """The images that a module is called for now, where it is called once for each."""
+    n = len(value)
+    return whole if len(whole) == n else whole[(hook.calls - 1) * n : hook.calls * n]
+
+
+def _cut(scores: Tensor, key: int, tokens: bool, alone: int) -> Tensor:
+    """Without a key of each image (or token); `alone` is the length of a row that holds one image."""
     new = scores.clone()
     if tokens:
         new[..., key] = -torch.inf
         return new
-    sides = [scores.shape[-1]] if scores.ndim == 4 else [scores.shape[-1] // 2] * 2  # two images, packed
-    for n, side in enumerate(sides):
-        new[..., n * side + key] = -torch.inf
+    for first in range(0, scores.shape[-1], alone):
+        new[..., first + key] = -torch.inf
     return new
 
 
@@ -214,7 +226,7 @@ def _patched(bench: Bench, component: Component, name: str, role: str) -> tuple[
 
     def new(value: Tensor, hook: object) -> Tensor:
         if component.head is None:
-            return theirs.to(value)
+            return _part(theirs, value, hook).to(value)
         out = value.clone()
         out[..., component.head, :] = theirs[..., component.head, :].to(value)
         return out
