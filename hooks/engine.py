@@ -63,6 +63,12 @@ class HookContext:
 HookFunction = Callable[[Tensor, HookContext], Tensor | None]
 
 
+def together(kept: Tensor | None, activation: Tensor, hook: HookContext) -> Tensor:
+    """What a point held in a forward pass: of a module that is called once an image, all of them behind one another."""
+    once_an_image = hook.calls > 1 and hook.point.axes[0] in ("image", "patch", "image_token")
+    return torch.cat([kept, activation]) if once_an_image and kept is not None else activation
+
+
 def hook_by_keyword(fn: HookFunction) -> HookFunction:
     """As TransformerLens calls it, `fn(activation, hook=hook)`, where `hook` is a parameter but not the second."""
     try:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.engine import Hook, HookContext
+from hooks.engine import Hook, HookContext, together
 from hooks.points import interface_point
 from hooks.selfcheck_writes import tolerance
 from interp.prompts import PromptBatch
@@ -128,7 +128,8 @@ class StoredRun:
 
     def _keep(self, activation: Tensor, hook: HookContext) -> None:
         kept = activation.detach()
-        self.cache[hook.name] = kept.clone() if self._device is None else kept.to(self._device, copy=True)
+        copy = kept.clone() if self._device is None else kept.to(self._device, copy=True)
+        self.cache[hook.name] = together(self.cache.get(hook.name), copy, hook)
 
     def read(self, name: str, span: Span | None = None) -> Float[Tensor, "..."]:
         """A stored activation, its columns in the span if one is given, on the model's device."""
