@@ -154,13 +154,10 @@ def _new(bench: Bench, one: Intervention, point: HookPoint) -> Change:
     if one.kind == "add":
         return lambda value, hook: value + number
     if one.kind == "knockout":
+        key: Any = one.source
         _, alone = bench.vlm.run_with_cache(bench.tiny.inputs, one.hook, use_cache=False)
-        return lambda value, hook: _cut(
-            value,
-            int(one.source),
-            point.axes[0] == "batch",
-            alone[one.hook].shape[-1],  # type: ignore[arg-type]
-        )
+        length, tokens = alone[one.hook].shape[-1], point.axes[0] == "batch"
+        return lambda value, hook: _cut(value, int(key), tokens, length)
     if one.kind == "skip":
         pre = cached(bench.vlm, one.hook.replace("resid_post", "resid_pre"))
         return lambda value, hook: pre
