@@ -30,7 +30,8 @@ class Place:
     Attributes:
         location: nnsight's name of the place.
         kind: a module's "input" (served as arguments and keywords), its "output", or the "tensor" itself.
-        key, split, inplace: see `hooks.points.HookPoint`.
+        key, split, inplace, moved: see `hooks.points.HookPoint`.
+        coefficient: what it is multiplied with before it is added to the stream, a number.
         owner: the interleaver of the model whose hook point it is, where more than one model may be traced.
     """
 
@@ -39,20 +40,26 @@ class Place:
     key: str | None = None
     split: Slice | None = None
     inplace: bool = False
+    moved: bool = False
+    coefficient: float = 1.0
     owner: Any = field(default=None, repr=False, compare=False)
 
     def pick(self, served: Any) -> Any:
         """The hook point's tensor."""
-        whole = self._whole(served)
-        return whole if self.split is None else self.split.of(whole)
+        own = self._own(served)
+        return own if self.coefficient == 1.0 else own * self.coefficient
 
     def put(self, served: Any, new: Tensor) -> Any:
         """What is served, with the hook point's tensor replaced."""
         whole = self._whole(served)
-        if new.shape != (expected := self.pick(served).shape):
+        if new.shape != (shown := self.pick(served)).shape:
             raise FrankenlensError(
-                f"{self.location}: {tuple(new.shape)} written, expected {tuple(expected)}."
+                f"{self.location}: {tuple(new.shape)} written, expected {tuple(shown.shape)}."
             )
+        if self.coefficient != 1.0:  # as a difference: what is left alone stays what it was
+            new = self._own(served) + (new - shown) / self.coefficient
+        if self.moved:
+            new = new.movedim(2, 0)
         new = new.to(whole.dtype) if self.split is None else self.split.into(whole, new.to(whole.dtype))
         if self.inplace:  # the residual branch holds the same tensor
             whole.copy_(new)
@@ -66,6 +73,11 @@ class Place:
             setattr(served, self.key, new)
             return served
         return (new, *served[1:]) if isinstance(served, tuple) else new
+
+    def _own(self, served: Any) -> Any:
+        whole = self._whole(served)
+        whole = whole.movedim(0, 2) if self.moved else whole
+        return whole if self.split is None else self.split.of(whole)
 
     def _whole(self, served: Any) -> Any:
         if self.kind == "input":

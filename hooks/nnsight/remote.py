@@ -2,7 +2,8 @@
 
 Here nnsight serves what it can reach, which is what modules take and return. Absent are the points inside an attention
 module (`hook_rot_q`, `hook_rot_k`, `hook_attn_scores`, `hook_pattern`) and `hook_result`, which is no tensor of the
-forward pass (take `hook_z` and the head's W_O); HookedVLM reaches them.
+forward pass (take `hook_z` and the head's W_O), what a block adds where no module gives it out, and what is multiplied
+by a parameter; HookedVLM reaches them. Tensors have the axes that their modules give them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ _INSIDE = "it is computed inside {}, and nnsight serves what modules take and re
 _DERIVED = (
     "no tensor of the forward pass holds it: take hook_z and the head's slice of {}'s weight, or HookedVLM."
 )
+_REST = (
+    "no module gives it out: it is what {} makes of the stream behind one of its parts; HookedVLM reaches it."
+)
+_FACTOR = (
+    "what {} gives out is multiplied by the parameter {}, which stays on the server; HookedVLM reaches it."
+)
 _EXPERTS = "it is made of what {} is given and gives out for all tokens in a row; HookedVLM reaches it."
 
 
@@ -40,9 +47,13 @@ def native_places(anatomy: Anatomy, root: str = "model") -> dict[str, Place | st
             places[name] = _EXPERTS.format(p.module)
         elif p.place in ("attention", "result"):
             places[name] = (_INSIDE if p.place == "attention" else _DERIVED).format(p.module)
+        elif p.place == "rest":
+            places[name] = _REST.format(p.module)
+        elif isinstance(p.coefficient, str):
+            places[name] = _FACTOR.format(p.module, p.coefficient)
         else:
             where = f"{root}.{p.module}.{p.place}"
-            places[name] = Place(where, p.place, p.key, p.split, p.inplace)
+            places[name] = Place(where, p.place, p.key, p.split, p.inplace, p.moved, p.coefficient)
     return places
 
 
