@@ -120,7 +120,7 @@ def _inexact(vlm: Opened, inputs: Mapping[str, Any], seen: Seen) -> dict[str, st
     Args:
         vlm: the opened model.
         inputs: what it is run on.
-        seen: what stands at the points that can be written back, in the model's own precision.
+        seen: what stands at streams and writers that can be written back, in the model's own precision.
     """
     with in_float32(vlm.model, runs_in_float32(vlm.anatomy)) as precision:
         given = precision.given(inputs)

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from hooks.anatomy.precise import eps_of
 from hooks.anatomy.watching import forward
+from hooks.errors import FrankenlensError
 from hooks.opened import Opened
 
 Seen = Mapping[str, Sequence[Tensor]]
 """What stood at each point, call by call."""
+_KEPT = re.compile(r"hook_(resid_\w+|\w+_out(_\d+)?|post|z)$")
+"""Points whose numbers are looked at; those of each head or expert would take many times the memory."""
 
 
 def tolerance(logits: Float[Tensor, "..."]) -> float:
@@ -52,11 +55,12 @@ class Writes:
 
     @torch.no_grad()
     def back(self, names: Sequence[str], seen: dict[str, list[Tensor]]) -> float:
-        """Write all of these back: by how much the logits move. What stands there, call by call, goes into `seen`."""
+        """Write all of these back: by how much the logits move. What stands at some of them goes into `seen`."""
         seen.clear()
 
         def write_back(activation: Tensor, hook: Any) -> Tensor:
-            seen.setdefault(hook.name, []).append(activation.clone())
+            if _KEPT.search(hook.name):
+                seen.setdefault(hook.name, []).append(activation.clone())
             return activation.clone()
 
         with self.vlm.hooks([(name, write_back) for name in names]):
@@ -66,6 +70,9 @@ class Writes:
         """What stands at the points that can be written back, and the others with the reason.
 
         Kinds that cannot are found by halving; of each, single points.
+
+        Raises:
+            FrankenlensError: each can, but the model does not run when all are.
         """
         seen: dict[str, list[Tensor]] = {}
         if not self._fails(names, seen):
@@ -76,7 +83,9 @@ class Writes:
         absent: dict[str, str] = {}
         for alike in self._failing_kinds(list(kinds.values())):
             absent |= self._failing_points(alike)
-        self.back([name for name in names if name not in absent], seen)
+        left = [name for name in names if name not in absent]
+        if why := why_not(lambda: self.back(left, seen)):
+            raise FrankenlensError(f"self-check of {type(self.vlm.model).__name__}: {why}")
         return seen, absent
 
     def _failing_kinds(self, kinds: list[list[str]]) -> list[list[str]]:
