@@ -13,7 +13,7 @@ from typing import Any
 
 from hooks.errors import FrankenlensError
 
-IN_THE_LOG_PROBABILITIES = frozenset({"temperature", "cast_lm_head_to_fp32", "bf16", "fp16"})
+IN_THE_LOG_PROBABILITIES = frozenset({"temperature", "bf16", "fp16"})
 """What the trainer itself does, as TRL does it."""
 
 BY_TRL = frozenset(
@@ -49,6 +49,7 @@ REFUSED: Mapping[str, str] = {
     "use_liger_kernel": _OWN_FORWARD,
     "use_liger_loss": _OWN_FORWARD,
     "torch_compile": _OWN_FORWARD,
+    "cast_lm_head_to_fp32": _OWN_FORWARD,
     "neftune_noise_alpha": "its noise is scaled by the length of a row, and a packed row holds several samples",
     "deepspeed": _ONE_PROCESS,
     "fsdp": _ONE_PROCESS,

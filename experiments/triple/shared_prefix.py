@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -105,20 +104,12 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 use_cache=False,
             ).last_hidden_state
             hidden = hidden.flatten(0, 1)[packed["source"][there]]
-            with self._head_in_full(hidden):
-                whole = self.args.cast_lm_head_to_fp32
-                logits = model.lm_head(hidden.float() if whole else hidden)  # type: ignore[operator]
+            logits = model.lm_head(hidden)  # type: ignore[operator]
         log_probs = (logits.float() / self.temperature).log_softmax(-1)
         chosen = log_probs.gather(-1, input_ids[:, prompt:][there][:, None])[:, 0]
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         empty = chosen.new_zeros(there.shape)
         return empty.masked_scatter(there, chosen), empty.masked_scatter(there, entropy)
-
-    def _head_in_full(self, hidden: Float[Tensor, "token d_model"]) -> AbstractContextManager[Any]:
-        """As TRL has it: with `cast_lm_head_to_fp32` the unembedding is outside autocast."""
-        if not self.args.cast_lm_head_to_fp32:
-            return nullcontext()
-        return torch.autocast(hidden.device.type, enabled=False)
 
 
 def _pack(

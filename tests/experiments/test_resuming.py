@@ -120,7 +120,7 @@ def test_training_ends_with_the_weights_of_a_run_that_was_not_killed(
     assert ("going on from checkpoint-1" if kept else "starts afresh") in capsys.readouterr().err
     whole = dict(finished[1].model.named_parameters())
     assert all(torch.equal(p, whole[name]) for name, p in trainer.model.named_parameters())
-    assert max(float((whole[name] - p).abs().max()) for name, p in start.items()) > 1e-5
+    assert max(float((whole[name].detach() - p).abs().max()) for name, p in start.items()) > 1e-5
     assert last_complete(out, trainer.args) == out / "checkpoint-2"
 
 
