@@ -52,7 +52,7 @@ def sampled(folder: Path, tmp_path_factory) -> dict[str, Any]:
     model, processor = checkpoints.load(folder)
     out = tmp_path_factory.mktemp("sampled")
     settings = {"max_completion_length": 12, "num_iterations": 2}
-    trainer = build_trainer(model, processor, RL(1, prompts=2, samples=SAMPLES), 0, out, trl=settings)
+    trainer: Any = build_trainer(model, processor, RL(1, prompts=2, samples=SAMPLES), 0, out, trl=settings)
     model.train()
     rows = [trainer.train_dataset[i] for i in range(2) for _ in range(SAMPLES)]
     inputs = trainer._generate_and_score_completions(rows)
