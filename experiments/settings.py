@@ -13,6 +13,7 @@ import tyro
 from experiments import embedded
 from experiments.options import Options, as_option, require_agreement
 from hooks.errors import FrankenlensError
+from hooks.whereabouts import absent, require_checkpoint, require_file, require_folder
 from interp.pair.pair import Pair
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
@@ -27,11 +28,24 @@ from interp.questions.readers import (
     read_mathvista,
 )
 from interp.questions.readers.draw import Split
+from interp.questions.readers.tables import KINDS
 from interp.questions.tasks import REASONING, sample
 
 MATHVISTA = ("general-vqa", "math-targeted-vqa")
+PUBLIC = ("mathvista", *(f"mathvista:{one}" for one in MATHVISTA), "math-500", "gsm8k")
 NONE = ("none",)  # no delimiters
 LISTED = 20  # rows that could not be read, named one by one
+_FILES = {
+    "template": "a file of a Jinja chat template",
+    "map": "map.nc, which `frankenlens map --out DIR` writes to DIR",
+}
+_FOLDERS = dict.fromkeys(("images", "train_images"), "the folder that the rows' image paths start from")
+_ROWS = {
+    "data": ("file", f"{KINDS}, or {', '.join(PUBLIC)}"),
+    "train": ("file", f"{KINDS}, or {', '.join(PUBLIC)}"),
+    "functions_data": ("folder", "the folder of the paper's vision-function set"),
+}
+"""Options that name what is read, and what to give to each."""
 Correction = Literal["holm", "bh"]
 CORRECTIONS = {"holm": "Holm", "bh": "Benjamini-Hochberg"}
 
@@ -159,19 +173,33 @@ def require_sound(config: ModelSettings) -> None:
     """
     if (config.in_ is None) != (config.rl is None):
         raise FrankenlensError("--in and --rl go together: give both, or neither for the pair that ships.")
+    for name in ("in_", "rl", "base"):
+        if (given := getattr(config, name)) is not None:
+            require_checkpoint(given, as_option(name))
     _require_data(config)
     for name in ("n", "batch_size", "max_new_tokens"):
         given = getattr(config, name, None)
         if given is not None and given < 1:
             raise FrankenlensError(f"{as_option(name)} is {given}; give at least 1.")
-    template = getattr(config, "template", None)
-    if template is not None and not template.is_file():
-        raise FrankenlensError(
-            f"--template {template}: there is no such file; give a file of a Jinja chat template."
-        )
     if isinstance(config, PairSettings):
         _require_format(config)
     require_agreement(config)
+
+
+def require_there(config: ModelSettings) -> None:
+    """Refuse files and folders that are not there, whichever option names them.
+
+    Raises:
+        FrankenlensError: "no such file" or "no such folder", with the option, what is there, and what to give.
+    """
+    given = {name: path for name in (*_FILES, *_FOLDERS, *_ROWS) if (path := getattr(config, name, None))}
+    for name, path in given.items():
+        if name in _FILES:
+            require_file(path, _FILES[name], as_option(name))
+        elif name in _FOLDERS:
+            require_folder(path, _FOLDERS[name], as_option(name))
+        elif not path.exists() and not is_public(str(path)):
+            raise FrankenlensError(absent(path, *_ROWS[name], as_option(name)))
 
 
 def _require_format(config: PairSettings) -> None:

@@ -22,6 +22,7 @@ from experiments.retraining.plan import Plan
 from experiments.retraining.recipe import Outcome, Recipe, read_trl
 from experiments.retraining.triple import TripleRecipe, require_triple
 from experiments.settings import DataSettings, QuestionSettings, checkpoints, load_pair
+from experiments.triple.grpo_settings import require_followed
 from experiments.triple.rl import RL
 from hooks import FrankenlensError
 from interp.freezing import n_frozen
@@ -59,7 +60,8 @@ class FreezeConfig(QuestionSettings):
         max_new_tokens: longest generated text, of one's own questions.
         train: JSONL to train on (or a name as for --data), with --data to measure on.
         train_images: folder of its images; by default its own.
-        trl: YAML or JSON file of further arguments of TRL's GRPOConfig, e.g. deepspeed, bf16, use_vllm.
+        trl: YAML or JSON file of further arguments of TRL's GRPOConfig, e.g. bf16, temperature; with --train also
+            deepspeed, use_vllm and others that the loss of the embedded triple does not follow, which it refuses.
         paper: the paper's definition: its partition, 2000 steps of 4 rollouts, n = 100 a task.
         out: folder for the table, the figure, report.html, and every run in `arms`.
     """
@@ -113,7 +115,8 @@ def check(config: FreezeConfig) -> None:
         )
     if config.data is None and config.in_ is not None:
         require_triple(config.in_)
-    sharding = [name for name in ("deepspeed", "fsdp") if read_trl(config.trl).get(name)]
+    given = read_trl(config.trl)
+    sharding = [name for name in ("deepspeed", "fsdp") if given.get(name)]
     units = [
         text for text in config.also if any(f".{unit}." in text for unit in ("head", "kv_head", "neuron"))
     ]
@@ -122,6 +125,8 @@ def check(config: FreezeConfig) -> None:
             f"--trl asks for {sharding[0]}, which may shard parameters, and --also for {units[0]}: single heads and "
             "neurons can be frozen only in whole parameters. Freeze layers, .attn or .mlp, or train data-parallel."
         )
+    if config.data is None:
+        require_followed(given)
 
 
 def load(config: FreezeConfig) -> Plan:

@@ -22,6 +22,7 @@ from experiments.options import Only, default, require_known
 from experiments.settings import NoImages, QuestionSettings, load_examples, load_triple
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
+from hooks.whereabouts import absent
 from interp.localization import (
     SYNTHETIC,
     FunctionPairs,
@@ -112,7 +113,8 @@ class LocalizeConfig(QuestionSettings):
 def check(config: LocalizeConfig) -> None:
     """Refuse data, functions, tasks, modes and ablations that there are not, or that do not go together."""
     if config.data is not None and not config.data.exists():
-        raise FrankenlensError(f"--data {config.data} does not exist; give a folder, or a file of questions.")
+        give = "a folder of the paper's vision-function set, or a file of questions"
+        raise FrankenlensError(absent(config.data, "file or folder", give, "--data"))
     if not _has_pairs(config) and config.functions:
         raise FrankenlensError(
             f"--functions names pairs of images; {config.data} is a file of single questions."

@@ -194,7 +194,8 @@ def _small_map(pair: Pair, used: Sequence[Example], config: LockstepConfig) -> t
         reasons = "; ".join(f"{n}: {reason}" for reason, n in decisions.excluded.items())
         raise FrankenlensError(
             f"no component can be chosen: none of {len(used)} questions has a decisive token ({reasons}). Give more "
-            "questions (--n), or the components themselves (--components)."
+            f"than --n {config.n}, or the components themselves (--components), such as a map of the decision first or "
+            "soft finds (`frankenlens map --decision soft`, then --map)."
         )
     effects = component_map(pair, decisions, ["rl_to_in"], _POINTS, ["all"], config.batch_size)
     return summarise(effects, seed=config.seed), len(decisions)

@@ -1,4 +1,4 @@
-"""All analyses of a pair on one page: metrics, localization, attention, weights, transfer.
+"""The paper's analyses of a pair on one page: metrics, localize, attention, compare, transfer.
 
 `frankenlens suite` is the command; each part is a command of its own, and `freeze`, which trains, is none of them.
 """
@@ -41,7 +41,8 @@ def _one_of(*parts: Part) -> Only:
 class SuiteConfig(PairSettings):
     """Settings of the suite; each analysis has its own command for its own settings.
 
-    `frankenlens freeze`, which trains, is not a part of it.
+    It runs metrics, localize, attention, compare and transfer; `frankenlens freeze`, which trains, is not a part of it,
+    and neither are the other commands.
 
     Attributes:
         data: JSONL (or a JSON array, CSV, parquet) of questions with answers and images, for all but localize;

@@ -208,9 +208,11 @@ def recovery_refused(decisions: DecisionSet, nulls: Mapping[str, Interval], **se
     """
     own = decisions.denominator(**settings)
     if not np.isfinite([own.low, own.high]).all():
-        return f"the denominator has no interval: {int(own.n)} decisions"
+        found = f"{int(own.n)} of {decisions.n_prompts} prompts have the decision {decisions.choice!r}"
+        return f"the denominator has no interval ({found}); {decisions.ways_on}"
     if bool(own.includes(0.0)):
-        return f"the interval of the denominator, {_shown(own)}, includes 0"
+        found = f"{int(own.n)} of {decisions.n_prompts} prompts"
+        return f"the interval of the denominator, {_shown(own)} of {found}, includes 0; {decisions.ways_on}"
     for name, null in nulls.items():
         # too few examples for an interval: their mean is all there is to compare with
         end = null.value if np.isnan(null.high) else null.high

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.whereabouts import require_file
 from interp.lens.streams import Streams, read_streams, resolve_layers
 from interp.lens.tokens import Tokens, Where, tokens_of
 from interp.pair.pair import weights_sha256
@@ -95,6 +96,7 @@ class TunedLens:
         Raises:
             FrankenlensError: no such file, no tuned lens, or a lens of another model.
         """
+        require_file(path, "a lens that TunedLens.save wrote")
         try:
             with safe_open(str(path), framework="pt") as file:
                 about = file.metadata() or {}

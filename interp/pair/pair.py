@@ -16,6 +16,7 @@ from hooks import HookedVLM
 from hooks.errors import FrankenlensError, nearest
 from hooks.extras import require_installed
 from hooks.processors import load_processor, tokenizer_of
+from hooks.whereabouts import require_checkpoint
 from interp.pair.adapter import LOST, ROUNDING, is_adapter, merge_adapter, read_adapter
 from interp.pair.agreement import (
     Difference,
@@ -109,6 +110,8 @@ class Pair:
             >>> sorted(pair.models), pair.in_.n_layers
             (['in', 'rl'], 9)
         """
+        for one in (in_path, rl_path, *([] if base is None else [base])):
+            require_checkpoint(one)  # all of them before the first is loaded
         tensors = None
         if is_adapter(rl_path):
             require_installed("an RL checkpoint that is a PEFT adapter", "peft")

@@ -71,7 +71,7 @@ def test_the_finding_has_n_intervals_and_controls() -> None:
         (["--partition", "halves"], "is no partition"),
         (["--subspace", "-1"], "--subspace is -1"),
         (["--in", "nowhere"], "go together"),
-        (["--in", "nowhere", "--rl", "nowhere"], "is no folder"),
+        (["--in", "nowhere", "--rl", "nowhere"], "no such folder: nowhere"),
     ],
 )
 def test_mistakes_are_told_in_one_line_and_nothing_is_written(tmp_path: Path, capsys, given, match) -> None:

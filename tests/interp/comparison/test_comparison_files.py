@@ -162,7 +162,7 @@ def _copy(source: Path, target: Path) -> Path:
 
 def test_damaged_folders_are_refused_with_the_reason(pair, tmp_path: Path) -> None:
     in_ = pair[0]
-    with pytest.raises(FrankenlensError, match="is no folder"):
+    with pytest.raises(FrankenlensError, match="no such folder"):
         Checkpoint(tmp_path / "nowhere")
     with pytest.raises(FrankenlensError, match=r"no config.json"):
         Checkpoint(tmp_path)

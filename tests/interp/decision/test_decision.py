@@ -15,9 +15,11 @@ from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from interp.decision import find_decisions, null_pair_denominator, recovery_refused, two_by_two
 from interp.decision.controls import changed_weights
+from interp.map import attribute, component_map
 from interp.metrics import KLToReference, TraceLogLikelihood, evaluate
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair, weights_sha256
+from interp.paths.pair import pair_paths
 from interp.prompts import collate
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
@@ -301,7 +303,17 @@ def test_a_pair_of_one_model_has_no_decision():
         assert found.summary()["denominator"]["value"] is None
         assert two_by_two(same, found).shape == (2, 2, 0)
         nulls = null_pair_denominator(same, found)
-        assert recovery_refused(found, nulls) == "the denominator has no interval: 0 decisions"
+        refused = recovery_refused(found, nulls)
+        assert refused.startswith(
+            f"the denominator has no interval (0 of 5 prompts have the decision {choice!r}); "
+        )
+        assert "give more than 5 examples (--n)" in refused and "soft, which every prompt has" in refused
+        for method in (component_map, attribute, lambda *a: pair_paths(*a, receivers=["logits"])):
+            with pytest.raises(
+                FrankenlensError,
+                match=rf"None of 5 prompts qualifies for .*{choice}.* \(--n\).*--decision.*soft",
+            ):
+                method(same, found)
 
 
 def test_a_recovery_needs_a_denominator_above_those_of_nothing():
@@ -315,7 +327,8 @@ def test_a_recovery_needs_a_denominator_above_those_of_nothing():
     assert "(random)" in recovery_refused(with_values, {"random": interval(1.0, 2.9)})
     assert "(random)" in recovery_refused(with_values, {"random": interval(5.0, 6.0)})
     centred = dataclasses.replace(found, in_values=np.zeros(9), rl_values=np.linspace(-1.0, 1.0, 9))
-    assert "includes 0" in recovery_refused(centred, {})
+    assert "of 9 of 2 prompts, includes 0; give more than 2 examples (--n)" in recovery_refused(centred, {})
+    assert "--decision" in recovery_refused(dataclasses.replace(centred, choice="first"), {})
 
 
 def test_changed_weights_are_put_back_even_after_an_error():
