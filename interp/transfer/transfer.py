@@ -23,8 +23,9 @@ from interp.prompts import Prompt, PromptBuilder
 from interp.questions.examples import Example
 from interp.questions.grading import Ungraded, grade
 from interp.results.files import publishing
-from interp.transfer.grafts import grafted, require_graftable
+from interp.transfer.grafts import directed, measured_graft, require_graftable
 from interp.transfer.variants import Variant
+from interp.updates import Realized, way_out
 
 NO_ANSWER = "no answer can be read"
 
@@ -107,12 +108,16 @@ def transfer(
     others: Mapping[str, HookedVLM] | None = None,
     *,
     keep: Path | None = None,
+    rounded: bool = False,
     progress: bool = True,
 ) -> xr.Dataset:
     """Every variant, in memory, on the same examples; and IN, RL and other models as they are.
 
     What IN and RL did decides which examples count, the same for all: one for which either has no value is left out.
     Where another model alone has none (its answer cannot be graded, say), it is not right; `why` keeps the reason.
+
+    In half precision the weights may not hold what a variant asks for. How far they do is measured for each, and one
+    that is not what it says is not run but refused, by name (`interp.updates`).
 
     Args:
         recipient: IN; its own weights, bit for bit, afterwards.
@@ -122,11 +127,14 @@ def transfer(
         others: further models by name, e.g. "Base", or merges of `interp.transfer.merging`.
         keep: folder for what each model did, named by the hash of its weights as grafted; the same call goes on where
             it was killed. One folder per set of metrics: what these depend on is not looked at.
+        rounded: run what would be refused, too.
         progress: a bar.
 
     Returns:
-        right [variant example] (NaN: left out) and why [variant example], with the coordinates kind and control_of
-        [variant], metric, task and id [example]. The first variants are the models: others, IN, RL.
+        right [variant example] (NaN: left out) and why [variant example], with the coordinates kind, control_of,
+        norm_ratio and cosine (of what the weights hold to what was asked for; NaN for models) and refused (why a
+        variant was not run; "" where it was) [variant], metric, task and id [example]. The first variants are the
+        models: others, IN, RL.
 
     Raises:
         FrankenlensError: before anything runs: no metrics, names that are not unique, an address that names nothing,
@@ -139,22 +147,37 @@ def transfer(
         for name, vlm in models.items():
             rows.append(_measured(name, vlm, metrics, rows[:1], keep))
             bar.update()
+        held: list[Realized] = []
+        refused = [""] * len(models)
         for variant in variants:
-            with grafted(recipient, donor, variant.grafts) as vlm:
-                rows.append(_measured(variant.name, vlm, metrics, rows[:1], keep))
+            with measured_graft(recipient, donor, variant.grafts) as (vlm, realized):
+                held.append(realized)
+                lacking = realized.lacking(vlm.model.dtype, directed(variant.grafts)) if not rounded else ""
+                refused.append(f"{lacking}. {way_out('rounded=True')}" if lacking else "")
+                ran = _measured(variant.name, vlm, metrics, rows[:1], keep) if not lacking else None
+                rows.append(ran or [_unknown(own, refused[-1]) for own in rows[0]])
             bar.update()
     names = [*models, *(variant.name for variant in variants)]
-    found = _counted(_dataset(names, list(metrics), rows))
-    return found.assign_coords(
+    found = _dataset(names, list(metrics), rows).assign_coords(
         kind=("variant", ["model"] * len(models) + [variant.kind for variant in variants]),
         control_of=("variant", [""] * len(models) + [variant.control_of for variant in variants]),
+        norm_ratio=("variant", [np.nan] * len(models) + [one.norm_ratio for one in held]),
+        cosine=("variant", [np.nan] * len(models) + [one.cosine for one in held]),
+        refused=("variant", np.array(refused, str)),
     )
+    return _counted(found)
 
 
 def _counted(found: xr.Dataset) -> xr.Dataset:
-    """The examples that both models have a value for; no variant decides what is left out."""
+    """The examples that both models have a value for; no variant decides what is left out. Of refused ones, none."""
     known = found["right"].sel(variant=["IN", "RL"]).notnull().all("variant")
-    return found.assign(right=found["right"].fillna(0.0).where(known))
+    return found.assign(right=found["right"].fillna(0.0).where(known & (found["refused"] == "")))
+
+
+def _unknown(like: Outcomes, why: str) -> Outcomes:
+    """Of a variant that was not run."""
+    n = len(like.examples)
+    return Outcomes(like.examples, like.tasks, (float("nan"),) * n, (why,) * n)
 
 
 def _require_sound(
