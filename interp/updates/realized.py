@@ -1,4 +1,4 @@
-"""Updates of weights: what was asked for (float32), what the weights hold of it in their own type, and whether it will do.
+"""Updates of weights: what was asked for, what the weights hold of it in their own type, and whether it will do.
 
 Weights in half precision hold 8 (bfloat16) or 11 (float16) significant bits. An update of RL is often one unit in the
 last place of the entries that changed, so that half of it rounds to all or to nothing, and one that is spread over all
