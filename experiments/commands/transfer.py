@@ -48,7 +48,7 @@ from interp.transfer import (
     transfer_table,
     unmeasured,
 )
-from interp.updates import LEAST_COSINE, NORM_WITHIN
+from interp.updates import LEAST_COSINE, LEAST_SHARE, NORM_WITHIN
 
 GROUPS: Mapping[str, Sequence[str]] = {"perception": PERCEPTION, "reasoning": REASONING}
 PAPER_N = 100  # questions a task
@@ -145,7 +145,7 @@ def measure(pair: Pair, asked: Questions, config: TransferConfig) -> Iterator[Se
         finding(table, cells),
         _account(config, partition, variants, table, len(asked.examples), unmeasured(found)),
         {"transfer": table, "table_2": as_table_2(table)},
-        {"transfer": plot_transfer(table.loc[table["refused"] == ""], cells)},
+        {"transfer": plot_transfer(table.loc[~table["refused"]], cells)},
         with_looked_at(found, asked.examples),
     )
 
@@ -188,7 +188,7 @@ def finding(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> str:
         gain = interval_text(*(100 * rl[name] for name in ("change", "change_low", "change_high")))
         where = task if metric == "accuracy" and task else f"{metric} {task}".strip()
         said = f"{where}: RL − IN = {gain} points (n = {rl['n']})"
-        grafts = own.loc[~own["kind"].isin(["model", "control"]) & (own["refused"] == "")]
+        grafts = own.loc[~own["kind"].isin(["model", "control"]) & ~own["refused"]]
         told = grafts.loc[grafts["p_adjusted"] < 0.05].sort_values("change", ascending=False)
         names = [
             f"{row['variant']} {interval_text(*(100 * row[c] for c in ('change', 'change_low', 'change_high')))}"
@@ -205,10 +205,14 @@ def finding(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> str:
 def _refusals(table: pd.DataFrame) -> list[str]:
     """What the weights do not hold: a sentence on what was refused, one on what was measured all the same."""
     once = table.drop_duplicates("variant")
+    sides = {"Refused, not run": once["refused"], "Run although it is not what it says": ~once["refused"]}
     told = []
-    if len(some := once.loc[once["refused"] != ""]):
-        names = "; ".join(f"{row['variant']}: {row['refused']}" for _, row in some.iterrows())
-        told.append(f"Refused, not run: {names}")
+    for what, side in sides.items():
+        names = [
+            f"{row['variant']}: {row['lacking']}"
+            for _, row in once.loc[side & (once["lacking"] != "")].iterrows()
+        ]
+        told += [f"{what}: {'; '.join(names)}"] if names else []
     return told
 
 
@@ -228,7 +232,8 @@ def _account(
     )
     definition += (
         "; norm_ratio and cosine: of the update that the weights hold in their type to the one asked for, refused "
-        f"beyond {1 - NORM_WITHIN:g}-{1 + NORM_WITHIN:g} or below {LEAST_COSINE:g} (of random updates, the norm alone)"
+        f"beyond {1 - NORM_WITHIN:g}-{1 + NORM_WITHIN:g} or below {LEAST_COSINE:g} (of random updates, the norm alone) "
+        f"in all, or in the tensors of more than {1 - LEAST_SHARE:.0%} of the entries"
     )
     if config.controls:
         definition += f"; controls: {', '.join(_CONTROLS[kind] for kind in dict.fromkeys(config.controls))}"
@@ -236,7 +241,7 @@ def _account(
     tasks = table.loc[~together]
     sizes = sorted({int(n) for n in tasks["n"]})
     n = f"{sizes[0]} questions a task" if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]} questions a task"
-    refused = set(table.loc[table["refused"] != "", "variant"])
+    refused = set(table.loc[table["refused"], "variant"])
     tested = sum(variant.kind != "control" and variant.name not in refused for variant in variants)
     left_out = {**left_out, **({"variants that the weights do not hold": len(refused)} if refused else {})}
     correction = f"{CORRECTIONS[config.correction]} over {tested} variants, for each metric and task"

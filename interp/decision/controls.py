@@ -197,7 +197,7 @@ class RandomUpdate:
         delta = self._theirs[name].detach().to(weight.device, wide) - weight.to(wide)
         update = random_update(delta, weight.dtype, self._generator)
         new = as_large(weight, update, self._seed + zlib.crc32(name.encode()))
-        self.held += Realized.of(weight, new, update)
+        self.held += Realized.of(weight, new, update, directed=False)
         return new
 
 
@@ -285,7 +285,7 @@ def changed_weights(model: nn.Module, change: Change) -> Iterator[None]:
             parameter.data.copy_(change(name, parameter.detach()))
         if isinstance(change, RandomUpdate):
             dtype = next(model.parameters()).dtype
-            change.held.require("the random update beside RL's", dtype, directed=False)
+            change.held.require("the random update beside RL's", dtype)
         yield
     finally:
         for name, parameter in model.named_parameters():

@@ -133,8 +133,8 @@ def planted_and_measured(in_: HookedVLM, donor: HookedVLM, plant: Plant) -> Plan
         held += found
         piece.of(new[piece.parameter]).copy_(value)
     dtype = in_.model.dtype
-    held.require(f"the plant in {', '.join(plant.components)}", dtype, plant.change != "random")
-    noise.require("the noise beside the plant", dtype, directed=False)
+    held.require(f"the plant in {', '.join(plant.components)}", dtype)
+    noise.require("the noise beside the plant", dtype)
     for one in plant.decoys:
         _permute_neurons(model, in_, one, plant.seed)
     return Planted(HookedVLM(model, in_.processor, check=False), held, noise)
@@ -205,7 +205,7 @@ def _noisy(
     wide = weight.to(wide_type(weight))
     noise = _gaussian(wide, _rounding_norm(wide), plant.seed, "noise " + name)
     new = as_large(weight, noise, _seed(plant.seed, "noise " + name))
-    return new, Realized.of(weight, new, noise)
+    return new, Realized.of(weight, new, noise, directed=False)
 
 
 def _rounding_norm(weight: Float[Tensor, "..."]) -> Float[Tensor, ""]:
@@ -229,7 +229,7 @@ def _changed(
     if plant.change == "random":
         update = random_update(delta, own.dtype, seed)
         new = as_large(own, update, seed)
-        return new, Realized.of(own, new, update)
+        return new, Realized.of(own, new, update, directed=False)
     if not wide.any():
         return own, Realized()  # biases that were never trained have no direction to turn from
     size = wide.std(correction=0) * wide.numel() ** 0.5

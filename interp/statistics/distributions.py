@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+_AT_ONCE = 1 << 23
+"""Terms worked on together: half a dozen copies of them exist at once."""
+
 
 def log_probabilities(logits: Float[Tensor, "*n vocab"]) -> Float[Tensor, "*n vocab"]:
     """Log-probabilities (nats, float64) of logits, or of log-probabilities that rounding left unnormalized."""
@@ -24,10 +27,14 @@ def kl(p: Float[Tensor, "*n vocab"], q: Float[Tensor, "*n vocab"]) -> Float[Tens
     p has. Gradients flow into both.
     """
     q = q.to(p.device)
+    if len(p.shape) > 1 and len(p) > 1 and p.numel() > _AT_ONCE:
+        rows = max(1, _AT_ONCE * len(p) // p.numel())
+        return torch.cat([kl(*some) for some in zip(p.split(rows), q.split(rows), strict=True)])
     d = q - p
     near = d.clamp(-1, 1)
-    terms = torch.where(d.abs() <= 1, p.exp() * (torch.expm1(near) - near), q.exp() - p.exp() * (1 + d))
-    terms = torch.where(p == -torch.inf, q.exp(), terms)
+    share = p.exp()
+    terms = torch.where(d.abs() <= 1, share * (torch.expm1(near) - near), q.exp() - share * (1 + d))
+    terms = torch.where(share == 0, q.exp(), terms)
     return terms.clamp(min=0).sum(-1)
 
 

@@ -156,7 +156,7 @@ def grafted(
 
     Raises:
         FrankenlensError: as `slices_of`; parameters of different shape; weights that are not in memory (offloaded); in
-            half precision, what would be stored is not the update asked for (norm within 10 %, cosine 0.95).
+            half precision, what would be stored is not the update asked for (`interp.updates`).
 
     Example:
         >>> inputs = pair.builder.build(fl.tasks.sample("sum", 1, seed=0, split="map")[0]).inputs
@@ -171,13 +171,8 @@ def grafted(
     with measured_graft(recipient, donor, wanted) as (vlm, held):
         if not rounded:
             name = "; ".join(graft.name for graft in wanted)
-            held.require(f"graft {name}", vlm.model.dtype, directed(wanted), "rounded=True")
+            held.require(f"graft {name}", vlm.model.dtype, "rounded=True")
         yield vlm
-
-
-def directed(grafts: Sequence[Graft]) -> bool:
-    """Whether the direction of some graft counts: not where all are random."""
-    return any(graft.form != "random" for graft in grafts)
 
 
 @contextmanager
@@ -235,8 +230,9 @@ def new_weights(
     if graft.form == "random":
         delta = random_update(delta, own.dtype, seed)
     update = graft.coefficient * delta
-    new = as_large(own, update, seed) if graft.form == "random" else updates.rounded(own, update)
-    return new, Realized.of(own, new, update)
+    random = graft.form == "random"
+    new = as_large(own, update, seed) if random else updates.rounded(own, update)
+    return new, Realized.of(own, new, update, directed=not random)
 
 
 def save_grafted(

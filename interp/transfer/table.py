@@ -47,8 +47,9 @@ def transfer_table(
         Columns: metric, task, variant, kind, control_of; accuracy, low, high (Wilson); change, change_low, change_high
         (against IN, paired bootstrap); gained, lost, p (McNemar, exact), p_adjusted; recovery, recovery_low,
         recovery_high, recovery_why; of a control: excess, excess_low, excess_high (its variant minus the control,
-        paired bootstrap); unread (share whose answer cannot be read), n, left_out; norm_ratio and cosine (of the update
-        that the weights hold to the one asked for; NaN for models), refused (why the variant was not run).
+        paired bootstrap); unread (share whose answer cannot be read), n, left_out; norm_ratio, cosine and
+        held (of the update that the weights hold to the one asked for, and the share of entries in tensors that hold
+        their part; NaN for models), refused (whether the variant was not run) and lacking (what the weights lack).
     """
     tables = []
     for metric, task, places in _cells(found, groups or {}):
@@ -83,7 +84,7 @@ def shown_cells(table: pd.DataFrame) -> list[tuple[str, str]]:
 
 def unmeasured(found: xr.Dataset) -> dict[str, int]:
     """Reason to number of examples for which some variant that ran has no value; of what `transfer` returns."""
-    found = found.isel(variant=np.flatnonzero(found["refused"].to_numpy() == ""))
+    found = found.isel(variant=~found["refused"].to_numpy())
     missing, why = found["right"].isnull().to_numpy(), found["why"].to_numpy()
     rows, places = missing.nonzero()
     once = {(int(place), str(why[row, place])) for row, place in zip(rows, places, strict=True)}
@@ -120,7 +121,7 @@ def _row(
     control_of = str(found["control_of"].to_numpy()[k])
     beside = right[names.index(control_of)] if control_of else np.full_like(own, np.nan)
     excess = bootstrap_difference(beside, own, **settings)
-    is_in, refused = names[k] == "IN", str(found["refused"].to_numpy()[k])
+    is_in, refused = names[k] == "IN", bool(found["refused"].to_numpy()[k])
     return {
         "variant": names[k],
         "kind": str(found["kind"].to_numpy()[k]),
@@ -143,7 +144,9 @@ def _row(
         "left_out": int(np.isnan(own).sum()),
         "norm_ratio": float(found["norm_ratio"].to_numpy()[k]),
         "cosine": float(found["cosine"].to_numpy()[k]),
+        "held": float(found["held"].to_numpy()[k]),
         "refused": refused,
+        "lacking": str(found["lacking"].to_numpy()[k]),
     }
 
 

@@ -23,7 +23,7 @@ from interp.prompts import Prompt, PromptBuilder
 from interp.questions.examples import Example
 from interp.questions.grading import Ungraded, grade
 from interp.results.files import publishing
-from interp.transfer.grafts import directed, measured_graft, require_graftable
+from interp.transfer.grafts import measured_graft, require_graftable
 from interp.transfer.variants import Variant
 from interp.updates import Realized, way_out
 
@@ -132,9 +132,10 @@ def transfer(
 
     Returns:
         right [variant example] (NaN: left out) and why [variant example], with the coordinates kind, control_of,
-        norm_ratio and cosine (of what the weights hold to what was asked for; NaN for models) and refused (why a
-        variant was not run; "" where it was) [variant], metric, task and id [example]. The first variants are the
-        models: others, IN, RL.
+        norm_ratio, cosine and held (of what the weights hold to what was asked for, and the share of the entries in
+        tensors that hold their own part: `interp.updates.Realized`; NaN for models), lacking (why that is not what the
+        variant says; "" where it is) and refused (whether it was not run for that) [variant], metric, task and id
+        [example]. The first variants are the models: others, IN, RL.
 
     Raises:
         FrankenlensError: before anything runs: no metrics, names that are not unique, an address that names nothing,
@@ -148,14 +149,16 @@ def transfer(
             rows.append(_measured(name, vlm, metrics, rows[:1], keep))
             bar.update()
         held: list[Realized] = []
-        refused = [""] * len(models)
+        lacking = [""] * len(models)
         for variant in variants:
             with measured_graft(recipient, donor, variant.grafts) as (vlm, realized):
                 held.append(realized)
-                lacking = realized.lacking(vlm.model.dtype, directed(variant.grafts)) if not rounded else ""
-                refused.append(f"{lacking}. {way_out('rounded=True')}" if lacking else "")
-                ran = _measured(variant.name, vlm, metrics, rows[:1], keep) if not lacking else None
-                rows.append(ran or [_unknown(own, refused[-1]) for own in rows[0]])
+                why = realized.lacking(vlm.model.dtype)
+                lacking.append(f"{why}. {way_out('' if rounded else 'rounded=True')}" if why else "")
+                if why and not rounded:
+                    rows.append([_unknown(own, lacking[-1]) for own in rows[0]])
+                else:
+                    rows.append(_measured(variant.name, vlm, metrics, rows[:1], keep))
             bar.update()
     names = [*models, *(variant.name for variant in variants)]
     found = _dataset(names, list(metrics), rows).assign_coords(
@@ -163,7 +166,9 @@ def transfer(
         control_of=("variant", [""] * len(models) + [variant.control_of for variant in variants]),
         norm_ratio=("variant", [np.nan] * len(models) + [one.norm_ratio for one in held]),
         cosine=("variant", [np.nan] * len(models) + [one.cosine for one in held]),
-        refused=("variant", np.array(refused, str)),
+        held=("variant", [np.nan] * len(models) + [one.share for one in held]),
+        lacking=("variant", np.array(lacking, str)),
+        refused=("variant", [bool(why) and not rounded for why in lacking]),
     )
     return _counted(found)
 
@@ -171,7 +176,7 @@ def transfer(
 def _counted(found: xr.Dataset) -> xr.Dataset:
     """The examples that both models have a value for; no variant decides what is left out. Of refused ones, none."""
     known = found["right"].sel(variant=["IN", "RL"]).notnull().all("variant")
-    return found.assign(right=found["right"].fillna(0.0).where(known & (found["refused"] == "")))
+    return found.assign(right=found["right"].fillna(0.0).where(known & ~found["refused"]))
 
 
 def _unknown(like: Outcomes, why: str) -> Outcomes:

@@ -3,6 +3,7 @@
 from interp.updates.drawn import as_large, random_update
 from interp.updates.realized import (
     LEAST_COSINE,
+    LEAST_SHARE,
     NORM_WITHIN,
     Realized,
     dot,
@@ -14,6 +15,7 @@ from interp.updates.realized import (
 
 __all__ = [
     "LEAST_COSINE",
+    "LEAST_SHARE",
     "NORM_WITHIN",
     "Realized",
     "as_large",

@@ -14,7 +14,7 @@ all models of it. Only random updates, whose direction is nobody's, are brought 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -26,20 +26,33 @@ NORM_WITHIN = 0.1
 """How far the norm of a stored update may be from the norm asked for, as a share of it."""
 LEAST_COSINE = 0.95
 """The least cosine of a stored update to the one asked for: at it, a tenth of what is stored is noise (by energy)."""
+LEAST_SHARE = 0.9
+"""The least share of the entries that must lie in tensors which hold their own part of an update."""
+_SUMS = ("asked", "stored", "product", "entries", "held")
 
 
 @dataclass(frozen=True)
 class Realized:
     """What weights hold of updates; those of several tensors are added (`+`).
 
+    Norm and cosine are of all tensors together, as one vector. A few tensors of large weights may stand for most of its
+    norm, and hold theirs, where the matrices hold nothing of theirs; so the share of the entries is kept, too, that lie
+    in tensors which hold their own part.
+
     Attributes:
         asked, stored: squared norm of the update that was asked for, and of the change of the weights.
         product: their scalar product.
+        entries: of the tensors that were to change.
+        held: of those of them in which norm and cosine are what they should be.
+        directed: whether a direction was asked for; not where all updates are random.
     """
 
     asked: float = 0.0
     stored: float = 0.0
     product: float = 0.0
+    entries: int = 0
+    held: int = 0
+    directed: bool = False
 
     @classmethod
     @torch.no_grad()
@@ -48,14 +61,18 @@ class Realized:
         before: Float[Tensor, "*shape"],
         after: Float[Tensor, "*shape"],
         update: Float[Tensor, "*shape"],
+        directed: bool = True,
     ) -> Realized:
         """Of one tensor, before and after an update was written; sums in float64."""
         change = after.to(update.device, update.dtype) - before.to(update)
         sums = (dot(update, update), dot(change, change), dot(change, update))
-        return cls(*sums)
+        alone = cls(*sums, directed=directed)
+        n = update.numel() if alone.asked or alone.stored else 0
+        return replace(alone, entries=n, held=n if alone._is_close else 0)
 
     def __add__(self, other: Realized) -> Realized:
-        return Realized(self.asked + other.asked, self.stored + other.stored, self.product + other.product)
+        sums = (getattr(self, name) + getattr(other, name) for name in _SUMS)
+        return Realized(*sums, directed=self.directed or other.directed)
 
     @property
     def norm_ratio(self) -> float:
@@ -71,33 +88,45 @@ class Realized:
             return float(self.asked == self.stored)
         return self.product / math.sqrt(self.asked * self.stored)
 
-    def lacking(self, dtype: torch.dtype, directed: bool = True) -> str:
+    @property
+    def share(self) -> float:
+        """Of the entries, those in tensors that hold their own part; 1 where nothing was to change."""
+        return self.held / self.entries if self.entries else 1.0
+
+    @property
+    def _is_close(self) -> bool:
+        close = abs(self.norm_ratio - 1) <= NORM_WITHIN
+        return close and (self.cosine >= LEAST_COSINE or not self.directed)
+
+    def lacking(self, dtype: torch.dtype) -> str:
         """Why this is not what was asked for; "" where it is.
 
         Args:
             dtype: of the weights.
-            directed: whether the direction counts; not that of a random update.
         """
-        norm, cosine = self.norm_ratio, self.cosine
-        if abs(norm - 1) <= NORM_WITHIN and (cosine >= LEAST_COSINE or not directed):
+        if self._is_close and self.share >= LEAST_SHARE:
             return ""
+        direction = (
+            f", at a cosine of {self.cosine:.2f} to it (needed: {LEAST_COSINE})" if self.directed else ""
+        )
         return (
-            f"weights in {type_name(dtype)} hold {norm:.2f} of its norm, at a cosine of {cosine:.2f} to it (needed: "
-            f"{1 - NORM_WITHIN:g} to {1 + NORM_WITHIN:g}{f', and {LEAST_COSINE}' if directed else ''})"
+            f"weights in {type_name(dtype)} hold {self.norm_ratio:.2f} of its norm (needed: {1 - NORM_WITHIN:g} to "
+            f"{1 + NORM_WITHIN:g}){direction}, and tensors with {self.share:.0%} of the entries hold their part "
+            f"(needed: {LEAST_SHARE:.0%})"
         )
 
-    def require(self, what: str, dtype: torch.dtype, directed: bool = True, but: str = "") -> None:
+    def require(self, what: str, dtype: torch.dtype, but: str = "") -> None:
         """Refuse an update that is not what was asked for.
 
         Args:
             what: the update.
-            dtype, directed: as in `lacking`.
+            dtype: of the weights.
             but: how the caller is told to take it all the same.
 
         Raises:
             FrankenlensError: names the update, what is held of it, and the ways out.
         """
-        if why := self.lacking(dtype, directed):
+        if why := self.lacking(dtype):
             raise FrankenlensError(f"{what}: {why}. {way_out(but)}")
 
 

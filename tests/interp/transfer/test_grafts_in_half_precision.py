@@ -62,7 +62,7 @@ def test_what_is_held_is_what_the_state_dicts_say(duo, coefficient, rank) -> Non
         with grafted(recipient, donor, graft):
             pass
         return
-    assert abs(norm - 1) > 0.1 or cosine < 0.95
+    assert abs(norm - 1) > 0.1 or cosine < 0.95 or held.share < 0.9
     own = weights_sha256(recipient.model)
     kind = str(recipient.model.dtype).removeprefix("torch.")
     with (
@@ -91,7 +91,8 @@ def test_random_updates_are_as_large_as_what_they_stand_beside(duo) -> None:
             after = _doubles(vlm)
         change = {name: after[name] - value for name, value in before.items()}
         moved = math.sqrt(sum(float((one**2).sum()) for one in change.values()))
-        assert moved == pytest.approx(coefficient * size, rel=0.01)
+        # of half a unit at a few large entries of a short vector nothing fits; rounded as they are, 0.65 is held
+        assert moved == pytest.approx(coefficient * size, rel=0.02 if coefficient == 1 else 0.05)
         _, cosine = _numbers(change, {name: theirs[name] - value for name, value in before.items()})
         assert abs(cosine) < 0.3
 
@@ -126,16 +127,16 @@ def test_a_transfer_refuses_rows_by_name_and_prints_what_each_holds(duo) -> None
     table = transfer_table(found, resamples=50)
     rows = table.set_index("variant")
     for name in ("0.25 x update", "rank 2 update"):
-        assert f"hold {rows.loc[name, 'norm_ratio']:.2f} of its norm" in rows.loc[name, "refused"]
+        assert f"hold {rows.loc[name, 'norm_ratio']:.2f} of its norm" in rows.loc[name, "lacking"]
         assert (
             rows.loc[name, "n"] == 0
             and np.isnan(rows.loc[name, ["accuracy", "change", "p", "recovery"]].astype(float)).all()
         )
         assert np.isnan(found["right"].sel(variant=name)).all()
     for name in ("IN", "RL", "copy", "2 x update", "copy random update", "2 x update random update"):
-        assert rows.loc[name, "refused"] == "" and rows.loc[name, "n"] == 8
+        assert not rows.loc[name, "refused"] and rows.loc[name, "lacking"] == "" and rows.loc[name, "n"] == 8
     assert rows.loc["copy", ["norm_ratio", "cosine"]].tolist() == [1, 1]
-    assert rows.loc["copy random update", "norm_ratio"] == pytest.approx(1, abs=0.01)
+    assert rows.loc["copy random update", "norm_ratio"] == pytest.approx(1, abs=0.02)
     assert rows.loc["RL", "accuracy"] == rows.loc["copy", "accuracy"]
     family = rows.loc[["copy", "2 x update"]]
     assert (
@@ -146,7 +147,9 @@ def test_a_transfer_refuses_rows_by_name_and_prints_what_each_holds(duo) -> None
     told = finding(table, [("m", "")])
     assert "Refused, not run: 0.25 x update: weights in" in told and "--dtype float32" in told
     all_of_it = transfer(recipient, donor, own, {"m": _right}, rounded=True, progress=False)
-    assert (all_of_it["refused"] == "").all() and all_of_it["right"].notnull().all()
+    assert not all_of_it["refused"].any() and all_of_it["right"].notnull().all()
+    told = finding(transfer_table(all_of_it, resamples=50), [("m", "")])
+    assert "Refused" not in told and "Run although it is not what it says: 0.25 x update" in told
     assert float(all_of_it["norm_ratio"].sel(variant="0.25 x update")) == pytest.approx(
         float(rows.loc["0.25 x update", "norm_ratio"])
     )
