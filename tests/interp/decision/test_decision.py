@@ -415,7 +415,8 @@ def test_a_random_pair_that_is_too_small_is_refused_and_a_refusal_says_its_size(
     assert float(nulls["random, own decisions"].value) >= 0
     large = Null.beside(Interval(np.array(9.0), np.array(8.0), np.array(10.0), np.array(9)), null.held)
     with_values = dataclasses.replace(found, in_values=np.zeros(9), rl_values=np.linspace(2.0, 3.0, 9))
-    assert "whose update has 1.00 of the norm of RL's" in recovery_refused(with_values, {"random": large})
+    told = recovery_refused(with_values, {"random": large})
+    assert f"whose update has {null.held.norm_ratio:.2f} of the norm of RL's" in told
     monkeypatch.setattr("interp.decision.controls.as_large", lambda own, update, seed: own)
     with pytest.raises(
         FrankenlensError, match="the random update beside RL's: weights in bfloat16 hold 0.00"
