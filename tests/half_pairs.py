@@ -30,10 +30,10 @@ def half_pair(dtype: torch.dtype, family: str = "qwen2_5_vl") -> tuple[HookedVLM
     rl = copy.deepcopy(in_)
     for i, parameter in enumerate(rl.parameters()):
         parameter.copy_(nudged(parameter, seed=i))
-    return tuple(HookedVLM(model, given.processor, check=False) for model in (in_, rl))
+    return HookedVLM(in_, given.processor, check=False), HookedVLM(rl, given.processor, check=False)
 
 
 def widened(pair: tuple[HookedVLM, HookedVLM]) -> tuple[HookedVLM, HookedVLM]:
     """The same pair in float32."""
-    models = (copy.deepcopy(vlm.model).float() for vlm in pair)
-    return tuple(HookedVLM(model, pair[0].processor, check=False) for model in models)
+    in_, rl = (copy.deepcopy(vlm.model).float() for vlm in pair)
+    return HookedVLM(in_, pair[0].processor, check=False), HookedVLM(rl, pair[0].processor, check=False)

@@ -38,7 +38,8 @@ def _low(delta: np.ndarray, rank: int) -> np.ndarray:
 
 def _numbers(change: dict[str, np.ndarray], asked: dict[str, np.ndarray]) -> tuple[float, float]:
     a, b = (np.concatenate([some[name].ravel() for name in asked]) for some in (change, asked))
-    return np.linalg.norm(a) / np.linalg.norm(b), a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    sizes = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+    return sizes[0] / sizes[1], float(a @ b) / sizes[0] / sizes[1]
 
 
 def _graft(vlm, coefficient: float = 1.0, rank: int | None = None) -> Graft:

@@ -19,8 +19,8 @@ def numpys(befores, afters, updates) -> tuple[float, float]:
         [(a.double() - b.double()).flatten().numpy() for a, b in zip(afters, befores, strict=True)]
     )
     asked = np.concatenate([u.double().flatten().numpy() for u in updates])
-    sizes = np.linalg.norm(change), np.linalg.norm(asked)
-    return sizes[0] / sizes[1], change @ asked / sizes[0] / sizes[1]
+    sizes = float(np.linalg.norm(change)), float(np.linalg.norm(asked))
+    return sizes[0] / sizes[1], float(change @ asked) / sizes[0] / sizes[1]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
