@@ -30,10 +30,12 @@ from interp.comparison import (
     with_regions,
 )
 from interp.comparison.addresses import owned
+from interp.comparison.aggregate import types_of
 from interp.comparison.plots import STAGES, plot_directions, plot_energy, plot_spectra
 from interp.comparison.workers import in_threads
 from interp.regions import Partition, parse_partition
 from interp.results.page import Account, Section
+from interp.updates import type_name
 
 _NOT_IN_CSV = ["log_spectrum", "log_spectrum_random"]
 
@@ -129,16 +131,16 @@ def measure(models: Opened, asked: Files, config: CompareConfig) -> Iterator[Sec
         tables |= {"compare_trends": found, "compare_spectra": long}
         figures["compare_spectra"] = plot_spectra(long, partition, config.seed)
         findings += [spectra_finding(found, stage, partition) for stage in stages]
-    account = _account(config, opened, table, partition)
+    told = account(config, opened, table, partition)
     title = "What training changed in the weights"
-    yield Section("compare", title, " ".join(findings), account, tables, figures)
+    yield Section("compare", title, " ".join(findings), told, tables, figures)
 
 
 def _partition(checkpoint: Checkpoint, config: CompareConfig) -> Partition:
     return parse_partition(config.partition, len(checkpoint.anatomy.text.blocks))
 
 
-def _account(
+def account(
     config: CompareConfig, opened: Mapping[str, Checkpoint], table: pd.DataFrame, partition: Partition
 ) -> Account:
     norm = (
@@ -147,6 +149,9 @@ def _account(
         else "Frobenius norm of a group's update, the root of the sum of squares over its tensors"
     )
     parts = [f"{norm}; relative to W_IN's in both stages"]
+    parts += [f"unchanged: values that are the same in {types_of(table)}"]
+    if mixed := _mixed(opened):
+        parts.append(mixed)
     parts += ["log(σ_i / σ_1) of each matrix's update"] if config.spectra else []
     outside = f"principal subspaces of W before the stage, {config.subspace} dimensions a side"
     tensors = table["param_name"].nunique()
@@ -158,6 +163,15 @@ def _account(
         left_out=_left_out(opened, table),
         counts={"tensors": tensors},
     )
+
+
+def _mixed(opened: Mapping[str, Checkpoint]) -> str:
+    """What types the stages are stored in, where these differ: then rounding from one to the other is in the update."""
+    types = {name: sorted({type_name(t.dtype) for t in one.tensors.values()}) for name, one in opened.items()}
+    if len(set(map(tuple, types.values()))) == 1:
+        return ""
+    told = ", ".join(f"{name.upper()} {' and '.join(some)}" for name, some in types.items())
+    return f"stored in different types ({told}), so that rounding from one to the other is in the update"
 
 
 def _left_out(opened: Mapping[str, Checkpoint], table: pd.DataFrame) -> dict[str, int]:

@@ -25,7 +25,7 @@ from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 from interp.planting import DRAWN, KINDS, METHODS, MOST, NULLS, TRAINED, Draws, chosen, on_grid
 from interp.planting.plots import plot_found
-from interp.planting.table import by_effect, by_pair, found_table, null_table
+from interp.planting.table import HELD, by_effect, by_pair, found_table, null_table
 from interp.questions.examples import Example, fingerprint
 from interp.results.page import Account, Section
 from interp.statistics import interval_text
@@ -160,6 +160,7 @@ def _made(pair: Pair, asked: Questions, config: PlantedConfig) -> PlantedPairs:
         methods=config.methods,
         settings=[str(getattr(config, name)) for name in ("n", "changed", "seed", "dtype")],
         named=[config.components, config.change],
+        measured=HELD,
         text=[config.max_new_tokens, repr(pair.trace_format), *map(str, wording.values())],
         training=repr((plants.SUPERVISED, plants.REINFORCED)),
         questions=None if config.data is None else sorted(map(fingerprint, asked.examples)),
@@ -227,6 +228,13 @@ def _account(config: PlantedConfig, pairs: pd.DataFrame, left_out: Mapping[str, 
         "intervals: bootstrap over pairs (95 %); claim: corrected p < 0.05 of a sign flip test over prompts and, for "
         "what moves something between the models, no refusal of recoveries"
     )
+    some = pairs.loc[pairs["n_changed"] > 0]
+    if len(some):
+        definition += (
+            f"; of the changes that were asked for, the weights hold {some['norm_ratio'].min():.2f} to "
+            f"{some['norm_ratio'].max():.2f} of the norm, at cosines of {some['cosine'].min():.2f} and more; of the "
+            f"noise, {some['noise_ratio'].min():.2f} to {some['noise_ratio'].max():.2f}"
+        )
     if not pairs["tested"].any():
         definition += f" (with {config.n} prompts a pair no p can be small enough, so nothing is tested)"
     counts = pairs.groupby("kind", sort=False)["pair"].nunique()

@@ -48,6 +48,7 @@ from interp.transfer import (
     transfer_table,
     unmeasured,
 )
+from interp.updates import LEAST_COSINE, LEAST_SHARE, NORM_WITHIN
 
 GROUPS: Mapping[str, Sequence[str]] = {"perception": PERCEPTION, "reasoning": REASONING}
 PAPER_N = 100  # questions a task
@@ -74,6 +75,8 @@ class TransferConfig(QuestionSettings):
         controls: random (an update as large, of random direction, beside every variant), layers (as many layers, drawn
             at random, beside the mixtures), or none.
         draws: of each control.
+        rounded: measure, too, what weights in half precision do not hold (scaled and low-rank updates, mostly) and is
+            refused otherwise; --dtype float32 holds all of it.
         correction: of p values, over all variants of one metric and task.
         paper: the paper's definition: its partition and mixtures, the rest from the first donor, n = 100 a task.
         n: questions, in equal shares over the synthetic tasks where no data is given.
@@ -94,6 +97,7 @@ class TransferConfig(QuestionSettings):
     ranks: tuple[int, ...] = default((4,), paper=())
     controls: tuple[Literal["random", "layers"], ...] = ("random", "layers")
     draws: int = default(1, only=Only("--controls", lambda config: config.controls))
+    rounded: bool = False
     correction: Correction = "holm"
     paper: bool = False
     out: Path = Path("out/transfer")
@@ -131,7 +135,7 @@ def measure(pair: Pair, asked: Questions, config: TransferConfig) -> Iterator[Se
     metrics = {"accuracy": answers(pair.builder, asked.examples, **config.running)}
     others = {} if pair.base is None else {"Base": pair.base}
     keep = _kept(pair, asked, config)
-    found = transfer(pair.in_, pair.rl, variants, metrics, others, keep=keep)
+    found = transfer(pair.in_, pair.rl, variants, metrics, others, keep=keep, rounded=config.rounded)
     groups = GROUPS if config.data is None else {}  # a user's tasks are his own, whatever their names
     table = transfer_table(found, groups, correction=config.correction, seed=config.seed)
     cells = shown_cells(table)
@@ -141,7 +145,7 @@ def measure(pair: Pair, asked: Questions, config: TransferConfig) -> Iterator[Se
         finding(table, cells),
         _account(config, partition, variants, table, len(asked.examples), unmeasured(found)),
         {"transfer": table, "table_2": as_table_2(table)},
-        {"transfer": plot_transfer(table, cells)},
+        {"transfer": plot_transfer(table.loc[~table["refused"]], cells)},
         with_looked_at(found, asked.examples),
     )
 
@@ -184,7 +188,7 @@ def finding(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> str:
         gain = interval_text(*(100 * rl[name] for name in ("change", "change_low", "change_high")))
         where = task if metric == "accuracy" and task else f"{metric} {task}".strip()
         said = f"{where}: RL − IN = {gain} points (n = {rl['n']})"
-        grafts = own.loc[~own["kind"].isin(["model", "control"])]
+        grafts = own.loc[~own["kind"].isin(["model", "control"]) & ~own["refused"]]
         told = grafts.loc[grafts["p_adjusted"] < 0.05].sort_values("change", ascending=False)
         names = [
             f"{row['variant']} {interval_text(*(100 * row[c] for c in ('change', 'change_low', 'change_high')))}"
@@ -195,7 +199,21 @@ def finding(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> str:
     every = dict.fromkeys(zip(table["metric"], table["task"], strict=True))
     if left := [" ".join(cell).strip() for cell in every if cell not in cells]:
         sentences.append(f"In the table alone: {', '.join(left)}.")
-    return " ".join(sentences)
+    return " ".join([*sentences, *_refusals(table)])
+
+
+def _refusals(table: pd.DataFrame) -> list[str]:
+    """What the weights do not hold: a sentence on what was refused, one on what was measured all the same."""
+    once = table.drop_duplicates("variant")
+    sides = {"Refused, not run": once["refused"], "Run although it is not what it says": ~once["refused"]}
+    told = []
+    for what, side in sides.items():
+        names = [
+            f"{row['variant']}: {row['lacking']}"
+            for _, row in once.loc[side & (once["lacking"] != "")].iterrows()
+        ]
+        told += [f"{what}: {'; '.join(names)}"] if names else []
+    return told
 
 
 def _account(
@@ -212,13 +230,20 @@ def _account(
         f"the rest {rest}; greedy answers; change against IN paired (bootstrap, 95 %), exact McNemar; "
         "recovery (m − IN)/(RL − IN)"
     )
+    definition += (
+        "; norm_ratio and cosine: of the update that the weights hold in their type to the one asked for, refused "
+        f"beyond {1 - NORM_WITHIN:g}-{1 + NORM_WITHIN:g} or below {LEAST_COSINE:g} (of random updates, the norm alone) "
+        f"in all, or in the tensors of more than {1 - LEAST_SHARE:.0%} of the entries"
+    )
     if config.controls:
         definition += f"; controls: {', '.join(_CONTROLS[kind] for kind in dict.fromkeys(config.controls))}"
     together = table["task"].str.endswith(", mean") | (table["task"] == POOLED)
     tasks = table.loc[~together]
     sizes = sorted({int(n) for n in tasks["n"]})
     n = f"{sizes[0]} questions a task" if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]} questions a task"
-    tested = sum(variant.kind != "control" for variant in variants)
+    refused = set(table.loc[table["refused"], "variant"])
+    tested = sum(variant.kind != "control" and variant.name not in refused for variant in variants)
+    left_out = {**left_out, **({"variants that the weights do not hold": len(refused)} if refused else {})}
     correction = f"{CORRECTIONS[config.correction]} over {tested} variants, for each metric and task"
     counts = {"examples": n_examples}
     return Account(definition, n, correction, config.seed, str(partition), left_out, counts)

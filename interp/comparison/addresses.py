@@ -17,11 +17,12 @@ from hooks.errors import FrankenlensError
 from hooks.weights import WeightSlice, buffer_slices, n_units, part_paths, weight_slices, wholes
 from interp.comparison.aggregate import cosines
 from interp.comparison.checkpoint import PART, Checkpoint
+from interp.comparison.stored import counted_in
 from interp.comparison.table import Source, chance, opened
 from interp.comparison.workers import READERS, in_threads
 
 SUMS = ("squares", "reference", "unchanged")
-"""Per stage: squares of the update, squares of W_IN, entries with the same bfloat16 value before and after."""
+"""Per stage: squares of the update, squares of W_IN, entries that are the same before and after (`counted_in`)."""
 _Key = tuple[str, int]
 _PARTS = ("attn", "cross_attn", "mixer", "mlp")
 _UNITS = ("attn.head", "attn.kv_head", "cross_attn.head", "cross_attn.kv_head", "mlp.expert")
@@ -146,7 +147,8 @@ def _margins(
         here = slice(first, first + len(weights[0])) if dim == 0 else slice(None)
         deltas = [after - before for before, after in pairwise(weights)]
         for k, delta in enumerate(deltas):
-            same = weights[k].bfloat16() == weights[k + 1].bfloat16()
+            kind = counted_in(*(one.tensors[name].dtype for one in checkpoints[k : k + 2]))
+            same = weights[k].to(kind) == weights[k + 1].to(kind)
             for what, values in zip(SUMS, (delta.square(), weights[-2].square(), same), strict=True):
                 sums[what][k, here] += values.sum(1 - dim, dtype=torch.float64)
         products[here] += (deltas[0] * deltas[-1]).sum(1 - dim)

@@ -41,9 +41,9 @@ def aggregate(table: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
 
     Columns: n_tensors, n_matrices (two axes or more), n (entries); fro_norm and reference_norm, roots of the sums of
     squares, and relative_norm, their ratio; rounding_norm; mean_norm and sum_norm (`NORMS`) and mean_relative_norm
-    (over matrices); mean_abs, max_abs, sparsity, sparsity_random and cosine of all entries together; means over
-    matrices of ranks, angles and energy outside, where there are any; energy_share, the group's share of the stage's
-    sum of squares, beside entries_share, which it would have if every entry had changed alike.
+    (over matrices); mean_abs, max_abs, sparsity (in sparsity_type), sparsity_random and cosine of all entries together;
+    means over matrices of ranks, angles and energy outside, where there are any; energy_share, the group's share of the
+    stage's sum of squares, beside entries_share, which it would have if every entry had changed alike.
 
     Args:
         table: what `compare` returns.
@@ -160,11 +160,17 @@ def _sums(group: pd.DataFrame) -> dict[str, Any]:
         "max_abs": group["max_abs"].max(),
         "sparsity": (group["sparsity"] * group["n"]).sum() / n,
         "sparsity_random": (group["sparsity_random"] * group["n"]).sum() / n,
+        "sparsity_type": types_of(group),
         "scalar_product": group["scalar_product"].sum(min_count=1),
         "cosine": np.nan,
         "cosine_chance": chance(n),
     }
     return found | {to: matrices[name].mean() for name, to in _MEANS.items() if name in matrices}
+
+
+def types_of(rows: pd.DataFrame) -> str:
+    """The types in which rows' values were counted as unchanged, e.g. `bfloat16`."""
+    return ", ".join(sorted({one for some in rows["sparsity_type"] for one in some.split(", ")}))
 
 
 def _root(norms: pd.Series) -> float:

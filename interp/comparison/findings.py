@@ -7,14 +7,14 @@ from typing import Any
 
 import pandas as pd
 
-from interp.comparison.aggregate import TRENDS
+from interp.comparison.aggregate import TRENDS, types_of
 from interp.comparison.plots import STAGES
 from interp.regions import Partition
 from interp.statistics import interval_text
 
 
 def energy_finding(by_region: pd.DataFrame, stage: str) -> str:
-    """The norm of a stage's update beside rounding, where its energy lies, and how much of it bfloat16 would not keep.
+    """The norm of a stage's update beside rounding, where its energy lies, and how many entries it left as they were.
 
     Args:
         by_region: what `interp.comparison.regions` returns.
@@ -35,7 +35,7 @@ def energy_finding(by_region: pd.DataFrame, stage: str) -> str:
     )
     return (
         f"{STAGES[stage]} has norm {total:.3g}, {total / size:.2g} of W_IN's (rounding to bfloat16 alone: "
-        f"{rounding / size:.2g}). Energy: {shares}. Unchanged in bfloat16: {100 * same:.1f} % of the entries "
+        f"{rounding / size:.2g}). Energy: {shares}. Unchanged in {types_of(some)}: {100 * same:.1f} % of the entries "
         f"(Gaussian update of that norm: {100 * random:.1f} %)."
     )
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from interp.comparison.aggregate import NORMS, TRENDS, trends, with_regions
+from interp.comparison.aggregate import NORMS, TRENDS, trends, types_of, with_regions
 from interp.regions import Partition
 
 STAGES = {"in": "IN − Base", "rl": "RL − IN"}
@@ -130,7 +130,7 @@ def plot_directions(layers: pd.DataFrame, partition: Partition) -> Figure:
 
 def _sparsity(axis: Axes, layers: pd.DataFrame) -> None:
     _both(axis, layers, "sparsity", "sparsity_random")
-    axis.set_title("unchanged bfloat16 values, share", fontsize=10)
+    axis.set_title(f"unchanged {types_of(layers)} values, share", fontsize=10)
 
 
 def _cosine(axis: Axes, layers: pd.DataFrame) -> None:

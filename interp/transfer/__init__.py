@@ -1,6 +1,6 @@
 """Weights of some addresses from a donor: grafts, merges, and what they bring of RL's gains to IN (2602.12395)."""
 
-from interp.transfer.grafts import Graft, grafted, random_update, save_grafted
+from interp.transfer.grafts import Graft, grafted, measured_graft, save_grafted
 from interp.transfer.merging import MergeReport, Recipe, merge
 from interp.transfer.table import POOLED, as_table_2, shown_cells, transfer_table, unmeasured
 from interp.transfer.transfer import answers, transfer
@@ -19,10 +19,10 @@ __all__ = [
     "doses",
     "factors",
     "grafted",
+    "measured_graft",
     "merge",
     "orders",
     "parts",
-    "random_update",
     "save_grafted",
     "shown_cells",
     "transfer",

@@ -47,7 +47,9 @@ def transfer_table(
         Columns: metric, task, variant, kind, control_of; accuracy, low, high (Wilson); change, change_low, change_high
         (against IN, paired bootstrap); gained, lost, p (McNemar, exact), p_adjusted; recovery, recovery_low,
         recovery_high, recovery_why; of a control: excess, excess_low, excess_high (its variant minus the control,
-        paired bootstrap); unread (share whose answer cannot be read), n, left_out.
+        paired bootstrap); unread (share whose answer cannot be read), n, left_out; norm_ratio, cosine and
+        held (of the update that the weights hold to the one asked for, and the share of entries in tensors that hold
+        their part; NaN for models), refused (whether the variant was not run) and lacking (what the weights lack).
     """
     tables = []
     for metric, task, places in _cells(found, groups or {}):
@@ -81,7 +83,8 @@ def shown_cells(table: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def unmeasured(found: xr.Dataset) -> dict[str, int]:
-    """Reason to number of examples for which some variant has no value; of what `interp.transfer.transfer` returns."""
+    """Reason to number of examples for which some variant that ran has no value; of what `transfer` returns."""
+    found = found.isel(variant=~found["refused"].to_numpy())
     missing, why = found["right"].isnull().to_numpy(), found["why"].to_numpy()
     rows, places = missing.nonzero()
     once = {(int(place), str(why[row, place])) for row, place in zip(rows, places, strict=True)}
@@ -118,7 +121,7 @@ def _row(
     control_of = str(found["control_of"].to_numpy()[k])
     beside = right[names.index(control_of)] if control_of else np.full_like(own, np.nan)
     excess = bootstrap_difference(beside, own, **settings)
-    is_in = names[k] == "IN"
+    is_in, refused = names[k] == "IN", bool(found["refused"].to_numpy()[k])
     return {
         "variant": names[k],
         "kind": str(found["kind"].to_numpy()[k]),
@@ -131,7 +134,7 @@ def _row(
         "change_high": float(change.high),
         "gained": test.gained,
         "lost": test.lost,
-        "p": np.nan if is_in else test.p,
+        "p": np.nan if is_in or refused else test.p,
         **_recovery(own, in_, rl, settings),
         "excess": float(excess.value),
         "excess_low": float(excess.low),
@@ -139,6 +142,11 @@ def _row(
         "unread": float(np.mean(why[~np.isnan(own)] != "")) if len(there) else np.nan,
         "n": len(there),
         "left_out": int(np.isnan(own).sum()),
+        "norm_ratio": float(found["norm_ratio"].to_numpy()[k]),
+        "cosine": float(found["cosine"].to_numpy()[k]),
+        "held": float(found["held"].to_numpy()[k]),
+        "refused": refused,
+        "lacking": str(found["lacking"].to_numpy()[k]),
     }
 
 
@@ -148,6 +156,8 @@ def _recovery(
     rl: Float[np.ndarray, " example"],
     settings: Mapping,
 ) -> Mapping[str, object]:
+    if np.isnan(own).all():
+        return dict.fromkeys(("recovery", "recovery_low", "recovery_high"), np.nan) | {"recovery_why": ""}
     gap = bootstrap_difference(rl, in_, **settings)
     if not (float(gap.low) > 0 or float(gap.high) < 0):
         reason = f"RL − IN = {interval_text(gap.value, gap.low, gap.high)} is not told from 0"

@@ -54,7 +54,13 @@ def _made_up(norms: list[float], groups: list[int]) -> pd.DataFrame:
     filled = dict(reference_norm=3.0, relative_norm=1.0, rounding_norm=0.1, mean_abs=0.1, max_abs=1.0)
     entries = np.tile(np.arange(1, len(frame) + 1), 2)
     return both.assign(
-        **filled, n=entries, sparsity=0.25, sparsity_random=0.2, columns=4, scalar_product=product
+        **filled,
+        n=entries,
+        sparsity=0.25,
+        sparsity_random=0.2,
+        columns=4,
+        scalar_product=product,
+        sparsity_type="bfloat16",
     )
 
 
