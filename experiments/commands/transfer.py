@@ -13,17 +13,19 @@ from typing import Literal
 import pandas as pd
 
 from experiments.frame import Command, finished
-from experiments.options import Only, a_task, default
+from experiments.options import Only, default
+from experiments.papers import ASKED, PaperSettings, described, paper_questions, refuse_own_data
 from experiments.settings import (
     CORRECTIONS,
     Correction,
     Questions,
-    QuestionSettings,
     load_examples,
     load_triple,
 )
 from hooks.address import Address
 from hooks.errors import FrankenlensError
+from interp.fine_grained import METRICS, PAPER_N, table_2_metrics
+from interp.fine_grained.paper import DESCRIBED
 from interp.pair.pair import Pair
 from interp.questions.examples import fingerprint, with_looked_at
 from interp.questions.tasks import PERCEPTION, REASONING
@@ -34,6 +36,7 @@ from interp.statistics import interval_text
 from interp.transfer import (
     POOLED,
     Graft,
+    Together,
     Variant,
     addressed,
     answers,
@@ -48,10 +51,17 @@ from interp.transfer import (
     transfer_table,
     unmeasured,
 )
+from interp.transfer.transfer import Metric
 
 GROUPS: Mapping[str, Sequence[str]] = {"perception": PERCEPTION, "reasoning": REASONING}
-PAPER_N = 100  # questions a task
 _TASKS = (*PERCEPTION, *REASONING)
+_MEASURED = {
+    False: "greedy answers",
+    True: (
+        "M_vis: right with the image and wrong with a black one, M_v2r: right with the image and right with a black "
+        "one and a description, M_rea: right on text alone, greedy; accuracy: right as the question is asked"
+    ),
+}
 _CONTROLS = {
     "random": "a random update as large beside every variant",
     "layers": "as many random layers beside the mixtures, which alone have this control",
@@ -59,7 +69,7 @@ _CONTROLS = {
 
 
 @dataclass(frozen=True)
-class TransferConfig(QuestionSettings):
+class TransferConfig(PaperSettings):
     """Settings of the transfer; the defaults run on the triple that ships with the package.
 
     Attributes:
@@ -75,13 +85,15 @@ class TransferConfig(QuestionSettings):
             at random, beside the mixtures), or none.
         draws: of each control.
         correction: of p values, over all variants of one metric and task.
-        paper: the paper's definition: its partition and mixtures, the rest from the first donor, n = 100 a task.
+        paper: Table 2 of the paper: M_vis, M_v2r and M_rea on its data (MathVista, MATH-500; downloaded, or of
+            --copies), its sample of 100 each, its prompts, system message and longest reply, its partition and
+            mixtures, the rest from the first donor; accuracy of the same questions stands beside them.
         n: questions, in equal shares over the synthetic tasks where no data is given.
         out: folder for transfer.csv, table_2.csv, transfer.png, transfer.nc and report.html. What each variant
             answered is kept in `finished`, and the same command goes on from there where it was killed.
     """
 
-    n: int = default(400, paper=a_task(PAPER_N, _TASKS))
+    n: int = default(400, paper=PAPER_N)
     partition: str = default("paper", paper="paper")
     rest: Literal["in", "early"] = default(
         "in", paper="early", only=Only("orders among --variants", lambda config: "orders" in config.variants)
@@ -95,12 +107,12 @@ class TransferConfig(QuestionSettings):
     controls: tuple[Literal["random", "layers"], ...] = ("random", "layers")
     draws: int = default(1, only=Only("--controls", lambda config: config.controls))
     correction: Correction = "holm"
-    paper: bool = False
     out: Path = Path("out/transfer")
 
 
 def check(config: TransferConfig) -> None:
-    """Refuse grafts that there are not, and none at all."""
+    """Refuse grafts that there are not, none at all, and data beside the paper's."""
+    refuse_own_data(config)
     for address in config.addresses:
         Address.parse(address)
     for rank in config.ranks:
@@ -115,8 +127,11 @@ def load(config: TransferConfig) -> Questions:
     """Questions of perception as well as of reasoning.
 
     Raises:
+        Unreachable: the paper's data cannot be had.
         FrankenlensError: no row can be read.
     """
+    if config.paper:
+        return paper_questions(config, config.seed, METRICS)
     return Questions(*load_examples(config, config.seed, _TASKS))
 
 
@@ -128,11 +143,13 @@ def measure(pair: Pair, asked: Questions, config: TransferConfig) -> Iterator[Se
     """
     partition = parse_partition(config.partition, pair.in_.n_layers)
     variants = chosen(pair, partition, config)
-    metrics = {"accuracy": answers(pair.builder, asked.examples, **config.running)}
+    metrics = _metrics(pair, asked, config)
     others = {} if pair.base is None else {"Base": pair.base}
     keep = _kept(pair, asked, config)
     found = transfer(pair.in_, pair.rl, variants, metrics, others, keep=keep)
-    groups = GROUPS if config.data is None else {}  # a user's tasks are his own, whatever their names
+    groups = (
+        GROUPS if config.data is None and not config.paper else {}
+    )  # a user's tasks are his own, whatever their names
     table = transfer_table(found, groups, correction=config.correction, seed=config.seed)
     cells = shown_cells(table)
     yield Section(
@@ -144,6 +161,16 @@ def measure(pair: Pair, asked: Questions, config: TransferConfig) -> Iterator[Se
         {"transfer": plot_transfer(table, cells)},
         with_looked_at(found, asked.examples),
     )
+
+
+def _metrics(pair: Pair, asked: Questions, config: TransferConfig) -> Mapping[str, Metric | Together]:
+    """Accuracy; of the paper, what its Table 2 has, with accuracy beside it."""
+    if not config.paper:
+        return {"accuracy": answers(pair.builder, asked.examples, **config.running)}
+    examples = described(pair, asked.examples, **config.running)
+    own = {name: [example for example in examples if example.task == name] for name in METRICS}
+    measured = {name: some for name, some in own.items() if some}
+    return {"": table_2_metrics(pair.builder, measured, template=DESCRIBED, **config.running)}
 
 
 def chosen(pair: Pair, partition: Partition, config: TransferConfig) -> list[Variant]:
@@ -170,7 +197,8 @@ def _kept(pair: Pair, asked: Questions, config: TransferConfig) -> Path:
         config.out,
         models=pair.provenance(),
         settings={name: getattr(config, name) for name in names},
-        prompts=[pair.builder.template, pair.builder.system],
+        prompts=[pair.builder.template, pair.builder.system, pair.builder.instruction],
+        metrics="paper" if config.paper else "accuracy",
         questions=[(example.id, example.task, fingerprint(example)) for example in asked.examples],
     )
 
@@ -209,7 +237,7 @@ def _account(
     rest = "IN's" if config.rest == "in" else "that of the first region's donor (the paper's confound)"
     definition = (
         f"{'the paper: ' if config.paper else ''}RL's weights in IN, decoder blocks spliced by region, "
-        f"the rest {rest}; greedy answers; change against IN paired (bootstrap, 95 %), exact McNemar; "
+        f"the rest {rest}; {_MEASURED[config.paper]}; change against IN paired (bootstrap, 95 %), exact McNemar; "
         "recovery (m − IN)/(RL − IN)"
     )
     if config.controls:
@@ -217,6 +245,8 @@ def _account(
     together = table["task"].str.endswith(", mean") | (table["task"] == POOLED)
     tasks = table.loc[~together]
     sizes = sorted({int(n) for n in tasks["n"]})
+    if config.paper:
+        definition += f"; {ASKED}"
     n = f"{sizes[0]} questions a task" if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]} questions a task"
     tested = sum(variant.kind != "control" for variant in variants)
     correction = f"{CORRECTIONS[config.correction]} over {tested} variants, for each metric and task"

@@ -199,8 +199,8 @@ def own_recipe(
     Raises:
         FrankenlensError: a file cannot be read, or nothing in it can be used.
     """
-    train_on, left_out = _usable(pair, train, "training")
-    measured, refused = _usable(pair, measure, "test")
+    train_on, left_out = usable(pair, train, "training")
+    measured, refused = usable(pair, measure, "test")
     every = [prompt.example for prompt in train_on]
     # TRL trains on questions with images or on questions without: one without among the others is left out
     with_image = [example for example in every if example.images] or every
@@ -228,8 +228,14 @@ def own_recipe(
     )
 
 
-def _usable(pair: Pair, data: DataSettings, what: str) -> tuple[list[Prompt], dict[str, int]]:
-    """Prompts of the questions that can be asked and graded, and reason -> number of the others."""
+def usable(pair: Pair, data: DataSettings, what: str) -> tuple[list[Prompt], dict[str, int]]:
+    """Prompts of the questions that can be asked and graded, and reason -> number of the others.
+
+    Args:
+        pair: builds the prompts.
+        data: the questions; all of them are read, whatever its n.
+        what: they are for, in the reasons.
+    """
     examples, dropped = load_examples(replace(data, n=sys.maxsize), seed=0)
     left_out = {f"{what} {reason}": count for reason, count in dropped.items()}
     prompts = []

@@ -40,6 +40,22 @@ def energy_finding(by_region: pd.DataFrame, stage: str) -> str:
     )
 
 
+def relative_finding(by_region: pd.DataFrame, stage: str, norm: str) -> str:
+    """The mean relative norm of a matrix's update in every region.
+
+    Args:
+        by_region: what `interp.comparison.regions` returns.
+        stage: of its rows.
+        norm: of `interp.comparison.aggregate.RELATIVE`.
+    """
+    some = by_region.loc[(by_region["stage"] == stage) & by_region[norm].notna()]
+    told = ", ".join(
+        f"{row['region']} {row[norm]:.2g} (n = {row['n_matrices']} matrices)"
+        for row in some.to_dict("records")
+    )
+    return f"Mean relative norm of a matrix's update, {STAGES[stage]}: {told}."
+
+
 def spectra_finding(found: pd.DataFrame, stage: str, partition: Partition) -> str:
     """How fast the singular values of a stage's update fall, per region, beside a Gaussian's.
 

@@ -2,11 +2,14 @@
 
 from interp.results.files import load_dataset, provenance, publishing, save_dataset
 from interp.results.page import Account, Section, save_sections
+from interp.results.picture import Picture, nothing
 
 __all__ = [
     "Account",
+    "Picture",
     "Section",
     "load_dataset",
+    "nothing",
     "provenance",
     "publishing",
     "save_dataset",
