@@ -23,6 +23,7 @@ from interp.comparison import (
     compare,
     energy_finding,
     every_address,
+    headline,
     layers,
     regions,
     relative_finding,
@@ -137,6 +138,7 @@ def measure(models: Opened, asked: Files, config: CompareConfig) -> Iterator[Sec
         "compare_directions": plot_directions(by_layer, partition),
     }
     stages = [stage for stage in STAGES if stage in set(table["stage"])]
+    first = [headline(table, by_region, stage) for stage in reversed(stages)]
     findings = [energy_finding(by_region, stage) for stage in stages]
     if config.energy != "update":
         findings += [relative_finding(by_region, stage, norm) for stage in stages]
@@ -145,10 +147,12 @@ def measure(models: Opened, asked: Files, config: CompareConfig) -> Iterator[Sec
         found = trends(with_regions(long, partition), ["region"], seed=config.seed)
         tables |= {"compare_trends": found, "compare_spectra": long}
         figures["compare_spectra"] = plot_spectra(long, partition, config.seed)
-        findings += [spectra_finding(found, stage, partition) for stage in stages]
+        told = [spectra_finding(found, stage, partition) for stage in stages]
+        first, findings = [*first, told[-1]], [*findings, *told[:-1]]
     account = _account(config, opened, table, partition)
     title = "What training changed in the weights"
-    yield Section("compare", title, " ".join(findings), account, tables, figures)
+    said = " ".join(first)
+    yield Section("compare", title, said, account, tables, figures, details=" ".join(findings))
 
 
 def _partition(checkpoint: Checkpoint, config: CompareConfig) -> Partition:

@@ -41,7 +41,7 @@ from interp.localization import (
     windows,
     with_changes,
 )
-from interp.localization.findings import ablation_findings, swap_findings
+from interp.localization.findings import ablation_findings, headline, swap_findings
 from interp.localization.pairs import Pairs
 from interp.localization.plots import plot_ablations, plot_head_ablations, plot_swaps
 from interp.localization.together import COUNTERFACTUAL
@@ -245,16 +245,17 @@ def measure(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> Iterato
         found.append(_ablated(vlm, builder, asked, config))
         tables["localize_ablation"] = accuracy(found[-1], seed=config.seed)
         figures |= _ablation_figures(tables["localize_ablation"], partition)
-    sentences = swap_findings(tables.get("localize_swap"), partition)
-    sentences += ablation_findings(tables.get("localize_ablation"), partition)
+    of = tables.get("localize_swap"), tables.get("localize_ablation")
+    sentences = [*swap_findings(of[0], partition), *ablation_findings(of[1], partition)]
     yield Section(
         "localize",
         f"Which layers of {name.upper()} carry a visual function",
-        " ".join([*sentences, *(f"{note}." for note in asked.notes)]),
+        " ".join(headline(*of, partition)) or "Nothing could be told from these questions.",
         _account(config, name, partition, asked, found),
         tables,
         figures,
         with_looked_at(in_one(found), asked.examples),
+        details=" ".join([*sentences, *(f"{note}." for note in asked.notes)]),
     )
 
 

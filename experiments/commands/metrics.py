@@ -117,15 +117,17 @@ def measure(pair: Pair, asked: Questions, config: MetricsConfig) -> Iterator[Sec
     table = _shares(found)
     change = pd.concat([change_table(one, config.seed) for one in found], ignore_index=True)
     change["p_corrected"] = adjust(change["p"].to_numpy(dtype=float))
+    said = finding(table, change)
     yield Section(
         "metrics",
         "What answers owe to image, description and reasoning",
-        finding(table, change),
+        said[0],
         _account(config, len(examples), left_out),
         {"metrics": table, "metrics_change": change},
         {"metrics": plot_metrics(table, order)},
         # the paper's metrics have questions of their own
         with_looked_at(found[0], examples) if len(found) == 1 else None,
+        details=said[1],
     )
 
 
@@ -174,20 +176,30 @@ def _shares(found: Sequence[xr.Dataset]) -> pd.DataFrame:
     return table.loc[:, ["model", *(name for name in table if name != "model")]]
 
 
-def finding(table: pd.DataFrame, changes: pd.DataFrame) -> str:
-    """Each metric of each model with its interval, beside its control."""
+_IN_WORDS = {
+    "vis": "Right with the image and wrong with a black one (M_vis)",
+    "v2r": "Right with the image, and with a description of it (M_v2r)",
+    "rea": "Right on text alone (M_rea)",
+}
+
+
+def finding(table: pd.DataFrame, changes: pd.DataFrame) -> tuple[str, str]:
+    """A sentence for each metric: IN and RL with intervals and controls, and their paired difference; Base apart."""
     whole = table.loc[table["task"] == "all"] if (table["task"] == "all").any() else table
-    sentences = []
+    sentences, others = [], []
     for change in changes.to_dict("records"):
         parts = []
         for row in whole.loc[whole["measure"] == change["measure"]].to_dict("records"):
             beside = "" if pd.isna(row["control"]) else f", control {row['control']:.2f}"
             text = interval_text(row["value"], row["low"], row["high"])
-            parts.append(f"{row['model'].upper()} {text}{beside}")
+            into = others if row["model"] == "base" else parts
+            into.append(
+                f"{'' if into is parts else change['measure'] + ' '}{row['model'].upper()} {text}{beside}"
+            )
         gain = interval_text(change["change"], change["low"], change["high"])
         test = f"RL − IN {gain}, n = {change['n']}, p = {change['p_corrected']:.2g} after correction"
-        sentences.append(f"{change['measure']}: {'; '.join(parts)}; {test}.")
-    return " ".join(sentences)
+        sentences.append(f"{_IN_WORDS[change['measure']]}: {'; '.join(parts)}; {test}.")
+    return " ".join(sentences), f"Before IN: {'; '.join(others)}." if others else ""
 
 
 def _account(config: MetricsConfig, n: int, left_out: Counter[str]) -> Account:

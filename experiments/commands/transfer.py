@@ -31,7 +31,7 @@ from interp.questions.examples import fingerprint, with_looked_at
 from interp.questions.tasks import PERCEPTION, REASONING
 from interp.regions import Partition, parse_partition
 from interp.results.forest import plot_transfer
-from interp.results.page import Account, Section
+from interp.results.page import Account, Section, told
 from interp.statistics import interval_text
 from interp.transfer import (
     POOLED,
@@ -152,14 +152,16 @@ def measure(pair: Pair, asked: Questions, config: TransferConfig) -> Iterator[Se
     )  # a user's tasks are his own, whatever their names
     table = transfer_table(found, groups, correction=config.correction, seed=config.seed)
     cells = shown_cells(table)
+    said = told(finding(table, cells))
     yield Section(
         "transfer",
         "Transfer",
-        finding(table, cells),
+        said[0],
         _account(config, partition, variants, table, len(asked.examples), unmeasured(found)),
         {"transfer": table, "table_2": as_table_2(table)},
         {"transfer": plot_transfer(table, cells)},
         with_looked_at(found, asked.examples),
+        details=said[1],
     )
 
 
@@ -203,8 +205,8 @@ def _kept(pair: Pair, asked: Questions, config: TransferConfig) -> Path:
     )
 
 
-def finding(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> str:
-    """RL's gain and the mixtures that carry it, in a sentence per panel."""
+def finding(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> list[str]:
+    """RL's gain and the mixtures that carry it, in a sentence per panel, and what is in the table alone."""
     sentences = []
     for metric, task in cells:
         own = table.loc[(table["metric"] == metric) & (table["task"] == task)]
@@ -213,17 +215,20 @@ def finding(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> str:
         where = task if metric == "accuracy" and task else f"{metric} {task}".strip()
         said = f"{where}: RL − IN = {gain} points (n = {rl['n']})"
         grafts = own.loc[~own["kind"].isin(["model", "control"])]
-        told = grafts.loc[grafts["p_adjusted"] < 0.05].sort_values("change", ascending=False)
+        sure = grafts.loc[grafts["p_adjusted"] < 0.05].sort_values("change", ascending=False)
         names = [
             f"{row['variant']} {interval_text(*(100 * row[c] for c in ('change', 'change_low', 'change_high')))}"
-            for _, row in told.head(3).iterrows()
+            for _, row in sure.head(3).iterrows()
         ]
-        count = f"{len(told)} of {len(grafts)} variants differ from IN after correction"
+        count = f"{len(sure)} of {len(grafts)} variants differ from IN after correction"
+        beside = own.loc[own["kind"] == "control"]
+        apart = int(((beside["change_low"] > 0) | (beside["change_high"] < 0)).sum())
+        count += f" (of {len(beside)} controls {apart} have an interval without 0)" if len(beside) else ""
         sentences.append(f"{said}; {count}" + (f", most of all {'; '.join(names)}" if names else "") + ".")
     every = dict.fromkeys(zip(table["metric"], table["task"], strict=True))
     if left := [" ".join(cell).strip() for cell in every if cell not in cells]:
         sentences.append(f"In the table alone: {', '.join(left)}.")
-    return " ".join(sentences)
+    return sentences
 
 
 def _account(

@@ -163,12 +163,18 @@ class OwnRecipe:
         )
         if not self.trl.get("use_vllm"):
             arguments["generation_kwargs"] = {"suppress_tokens": list(self.builder.suppressed_ids) or None}
+        builder = self.builder
+        system = [] if builder.system is None else [{"role": "system", "content": builder.system}]
         rows: list[dict[str, Any]] = [
-            {"prompt": [{"role": "user", "content": e.question}], "row": at}
+            {
+                "prompt": [*system, {"role": "user", "content": builder.instruction + e.question}],
+                "row": at,
+            }
             | ({"images": list(e.images)} if e.images else {})
             for at, e in enumerate(self.train_on)
         ]
         processor: Any = load_processor(self.in_path)
+        processor.chat_template = builder.template  # that of the prompts that are measured
         # as TRL loads it; its multimodal tensors go wrong otherwise
         tokenizer_of(processor).padding_side = "left"
         return GRPOTrainer(

@@ -20,7 +20,7 @@ STAGES = {"in": "IN − Base", "rl": "RL − IN"}
 _COLOURS = {stage: MODELS[stage] for stage in STAGES}
 _NO_STAGE = "No tensor changed in any stage, so there is nothing to compare."
 _ENERGY = (
-    "Size of each layer's update, the {norm}: IN − Base (blue) and RL − IN (red), each on a scale of its own; below "
+    "Size of each layer's update ({norm}): IN − Base (blue) and RL − IN (red), each on a scale of its own; below "
     "both, relative to W_IN, on one logarithmic scale.{control} Behind the gap: what is in no block. Shaded: the "
     "regions of the decoder. Decoder layers count from 0; v0, v1, … are vision blocks."
 )

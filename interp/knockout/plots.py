@@ -106,7 +106,8 @@ def plot_flow(table: pd.DataFrame, routes: Sequence[str] | None = None) -> Pictu
     windows = list(dict.fromkeys(chosen["window"]))
     width = 2.2 + 0.75 * len(windows)
     figure = Picture(_FLOW, figsize=(width, 0.7 + 3 * (0.7 + 0.42 * len(places))))
-    panels = list(figure.subplots(3, 1, sharex=True))
+    told = chosen["p_corrected"] < 0.05
+    panels = list(figure.subplots(3, 1, sharex=True, height_ratios=(1, 1, 1 if told.any() else 0.12)))
     harm = max(-chosen[["before", "after"]].to_numpy().min(), 1e-12)
     units = table.attrs["units"]
     for axes, (side, colour), model in zip(panels, SIDES, models, strict=False):
@@ -118,18 +119,30 @@ def plot_flow(table: pd.DataFrame, routes: Sequence[str] | None = None) -> Pictu
             loc="left",
             color=colour,
         )
-    told = chosen["p_corrected"] < 0.05
-    most = max(chosen["difference"].abs()[told].max(), 0.0) if told.any() else 0.0
+    if not told.any():
+        return _without_difference(figure, panels, models)
+    most = max(chosen["difference"].abs()[told].max(), 0.0)
     colours = np.where(chosen["difference"] < 0, AFTER, BEFORE)
     size = chosen["difference"].abs().where(told, 0.0) / (most or 1.0)
     _arrows(panels[2], chosen.assign(size=size, sure=told, colour=colours), places, windows)
-    widest = f"; widest: {most:.2g} {units}" if told.any() else ": none"
+    widest = f"; widest: {most:.2g} {units}"
     panels[2].set_title(
         f"{models[1]} − {models[0]} where p corrected < 0.05 (red: {models[1]} needs the route more){widest}",
         fontsize=8,
         loc="left",
     )
     panels[2].set_xlabel(_CUT, fontsize=8)
+    return figure
+
+
+def _without_difference(figure: Picture, panels: Sequence[Axes], models: Sequence[str]) -> Picture:
+    """Both models, and a sentence in place of their difference."""
+    *above, below = panels
+    below.set_axis_off()
+    why = f"{models[1]} − {models[0]}: no route's difference is told from 0 (p corrected < 0.05)."
+    below.text(0, 0.5, why, fontsize=8, va="center", transform=below.transAxes)
+    above[-1].tick_params(axis="x", labelbottom=True)
+    above[-1].set_xlabel(_CUT, fontsize=8)
     return figure
 
 

@@ -30,7 +30,8 @@ _TOKENS = (
 )
 _IMAGE = (
     "What the {lens} says at each visual token, written where the token lies in the image, darker where it is "
-    "likelier; a column a layer that it is read before (from 0), a row a model and tile."
+    "likelier; a column a layer that it is read before (from 0; the last column: behind the last layer), a row a model "
+    "and tile."
 )
 _APART = (
     "How far apart what IN and RL say at the same tokens is, by the layer before which it is read: above the KL "

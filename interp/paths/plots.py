@@ -114,8 +114,14 @@ def plot_path_graph(table: pd.DataFrame, k: int = 12) -> Picture:
     dashed = "not told apart from the donor on another example"
     handles = [
         Line2D([], [], color=INK, linestyle="--", label=dashed),
-        Line2D([], [], linestyle="none", label="5.h1: head 1 of layer 5, its queries where an arrow ends"),
-        Line2D([], [], linestyle="none", label="5.k0, 5.v0: keys, values of kv_head 0"),
+        Line2D(
+            [],
+            [],
+            color=INK,
+            linestyle="none",
+            label="5.h1: head 1 of layer 5, its queries where an arrow ends",
+        ),
+        Line2D([], [], color=INK, linestyle="none", label="5.k0, 5.v0: keys, values of kv_head 0"),
     ]
     figure.legend(handles=handles, loc="outside upper center", fontsize=7, frameon=False, ncols=3)
     return figure
@@ -176,7 +182,11 @@ def _axes_of(places: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
         {c for _, c in places}, key=lambda c: (kinds[c[0]], int("0" + c[1:] if c[1:].isdigit() else 0))
     )
     ends = {"embed": -1, "logits": 10**6}
-    return columns, sorted({r for r, _ in places}, key=lambda r: ends.get(r, int(r) if r.isdigit() else 0))
+    deepest = max((int(r) for r, _ in places if r.isdigit()), default=-1)
+    layers = {str(layer) for layer in range(deepest + 1)}  # from 0, whether there is a path or not
+    return columns, sorted(
+        {r for r, _ in places} | layers, key=lambda r: ends.get(r, int(r) if r.isdigit() else 0)
+    )
 
 
 def _draw(

@@ -1,7 +1,7 @@
 """Results on disk and on one page: provenance, tables, figures, datasets, all or none."""
 
 from interp.results.files import load_dataset, provenance, publishing, save_dataset
-from interp.results.page import Account, Section, save_sections
+from interp.results.page import Account, Section, save_sections, told
 from interp.results.picture import Picture, nothing
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "publishing",
     "save_dataset",
     "save_sections",
+    "told",
 ]

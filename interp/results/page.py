@@ -69,6 +69,7 @@ class Account:
         width = int(figure.get_size_inches()[0] * 21)
         told = caption_of(figure)
         lines = [*textwrap.wrap(told, width), *textwrap.wrap(self.text, width)]
+        figure.set_figheight(figure.get_figheight() + 0.125 * (len(lines) + 1))
         figure.supxlabel("\n".join(line.replace("$", r"\$") for line in lines), x=0.01, ha="left", fontsize=6)
         return figure
 
@@ -116,6 +117,11 @@ class Section:
     cells: pd.DataFrame | None = None
     digests: Sequence[Digest] = ()
     details: str = ""
+
+
+def told(sentences: Sequence[str], first: int = 3) -> tuple[str, str]:
+    """What opens the page and what stands below the figures: the first sentences, and the others."""
+    return " ".join(sentences[:first]), " ".join(sentences[first:])
 
 
 def save_sections(sections: Sequence[Section], folder: Path, made: Mapping[str, Any]) -> None:

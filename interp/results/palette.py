@@ -33,7 +33,7 @@ VERDICTS: Mapping[str, str] = {
     "refused": "#b3b3b3",
 }
 """What became of a claim (`interp.hypotheses.verdict`)."""
-RANKS = ("#440154", "#31688e", "#35b779", "#d8b70a")
+RANKS = ("#2d3b1f", "#5a7d2a", "#8fb339", "#d8b70a")
 """Ranks of a spectrum, from the first on."""
 SERIES = ("#1b9e77", "#66c2a5", "#d98c0b", "#e7298a", "#595959", "#a6761d", MIXED)
 """Methods beside each other."""
@@ -41,7 +41,7 @@ DIFFERENCE = "RdBu_r"
 """Colour map of RL − IN: red where RL has more, blue where IN has."""
 EFFECT = "PuOr"
 """Colour map of effects and recoveries: purple above 0, orange below."""
-SHARE = "Greys"
+SHARE = "Greens"
 """Colour map of shares and probabilities, from 0 to 1."""
 NAMED = frozenset(
     to_hex(one)

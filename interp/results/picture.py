@@ -43,11 +43,11 @@ def nothing(sentence: str) -> Picture:
 
 
 def caption_of(figure: Figure) -> str:
-    """The caption of a figure; "" of one that is no `Picture`."""
-    return figure.caption if isinstance(figure, Picture) else ""
+    """The caption of a figure; "" of one that is no `Picture`, or that says all it has to in a sentence."""
+    return figure.caption if isinstance(figure, Picture) and not figure.sentence else ""
 
 
-def along_layers(axes: Axes, layers: Iterable[int], label: str = LAYER) -> None:
+def along_layers(axes: Axes, layers: Iterable[Any], label: str = LAYER) -> None:
     """Whole numbers from 0 to the last layer along the x axis, whichever layers are drawn."""
     last = max((int(layer) for layer in layers), default=0)
     axes.set_xticks(range(0, last + 1, -(-(last + 1) // _TICKS)))
