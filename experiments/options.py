@@ -167,6 +167,7 @@ def _as_given(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return as_option(name) if value else as_option(f"no_{name}")
     text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = text.strip().replace("\n", "\\n")  # a refusal is one line
     return f"{as_option(name)} {text}" if text else f"no {as_option(name)}"
 
 
