@@ -72,11 +72,8 @@ def test_prompts_limits_and_sample_are_the_papers() -> None:
         assert (config.instruction, config.system) == (INSTRUCTION, SYSTEM["reasoner"])
         assert config.answer == BOXED
     skipped = LocalizeConfig(paper=True, data=PUBLIC)
-    assert (skipped.max_new_tokens, skipped.instruction, skipped.system) == (
-        2048,
-        INSTRUCTION,
-        None,
-    )  # Base has none
+    assert (skipped.max_new_tokens, skipped.instruction) == (2048, INSTRUCTION)
+    assert skipped.system is None  # Base has none
     assert LocalizeConfig(paper=True, data=PUBLIC, model="rl").system == SYSTEM["reasoner"]
     swapped = LocalizeConfig(paper=True, data=Path(__file__).parent)
     assert (swapped.max_new_tokens, swapped.instruction, swapped.change) == (64, "", "text")

@@ -89,7 +89,7 @@ def by_the_formulas(vlm, builder, asked) -> dict[str, list[bool]]:
 def measured(models, builder, asked):
     metrics = table_2_metrics(builder, asked, template=WORDS, max_new_tokens=TOKENS)
     variants = [Variant("blocks.0-8", (Graft(("blocks.0-8",)),), "order")]
-    return metrics, transfer(*models, variants, {"": metrics}, progress=False)
+    return metrics, transfer(models[0], models[1], variants, {"": metrics}, progress=False)
 
 
 def test_the_metrics_are_the_papers_formulas(models, builder, asked, measured) -> None:
@@ -135,8 +135,8 @@ def test_what_is_measured_together_is_kept_together(models, measured, tmp_path) 
         return metrics.measure(vlm)
 
     together = {"": Together(metrics.names, counted)}
-    first = transfer(*models, [], together, keep=tmp_path, progress=False)
-    again = transfer(*models, [], together, keep=tmp_path, progress=False)
+    first = transfer(models[0], models[1], [], together, keep=tmp_path, progress=False)
+    again = transfer(models[0], models[1], [], together, keep=tmp_path, progress=False)
     assert len(runs) == 2  # one run for four metrics of each model, none the second time
     assert first["right"].equals(again["right"])
     assert first["right"].to_numpy().tolist() == found["right"].isel(variant=[0, 1]).to_numpy().tolist()

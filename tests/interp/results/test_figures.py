@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 from matplotlib.collections import Collection
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch
@@ -350,7 +350,11 @@ def painted(figure: Figure) -> Iterator[tuple[Any, Any]]:
             yield from ((artist, one) for one in artist.get_edgecolor())
         elif isinstance(artist, FancyArrowPatch) and artist.get_arrowstyle() is not None:
             continue  # of paths: by the colour map of effects; of routes: checked below
-        elif isinstance(artist, Patch) and id(artist) not in backgrounds and artist.get_facecolor()[3] > 0:
+        elif (
+            isinstance(artist, Patch)
+            and id(artist) not in backgrounds
+            and to_rgba(artist.get_facecolor())[3] > 0
+        ):
             yield artist, artist.get_facecolor()
         elif isinstance(artist, Text) and artist.get_text():
             yield artist, artist.get_color()
