@@ -7,6 +7,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -444,3 +445,15 @@ def test_a_refused_map_is_a_sentence() -> None:
     drawn = functions()["map.plot_map"](refused)
     assert isinstance(drawn, Picture)
     assert drawn.sentence.startswith("No recovery is given: it cannot be told from noise.")
+
+
+def test_no_other_file_names_a_colour() -> None:
+    """Of figures: code and pages take them from the palette, or use its very values where they are no Python."""
+    root = Path(interp.__path__[0])
+    for path in sorted(root.rglob("*.py")):
+        if path.name == "palette.py":
+            continue
+        named = re.findall(r"[\"']#[0-9a-fA-F]{6}[\"']", path.read_text(encoding="utf-8"))
+        assert all(palette.is_ours(one.strip("\"'")) for one in named), (path.name, named)
+    page = (root / "attention" / "view.html.j2").read_text(encoding="utf-8")
+    assert palette.MIXED in page and not {palette.IN, palette.RL} & set(re.findall(r"#[0-9a-f]{6}", page))
