@@ -211,4 +211,6 @@ def _publish(sections: Sequence[Section], config: ModelSettings, models: Mapping
     for section in sections:
         several_lines = "\n" in section.finding
         print(f"{section.title}:", section.finding, sep="\n" if several_lines else " ")
+        if section.details:
+            print(section.details)
     print(f"{config.out}: {', '.join(written)}")

@@ -28,12 +28,14 @@ from interp.questions.readers import (
     read_mathvista,
 )
 from interp.questions.readers.draw import Split
+from interp.questions.readers.hub import Unreachable
 from interp.questions.readers.tables import KINDS
 from interp.questions.tasks import REASONING, sample
 
 MATHVISTA = ("general-vqa", "math-targeted-vqa")
 PUBLIC = ("mathvista", *(f"mathvista:{one}" for one in MATHVISTA), "math-500", "gsm8k")
 NONE = ("none",)  # no delimiters
+COPIES = ("mathvista", "math-500", "gsm8k")
 LISTED = 20  # rows that could not be read, named one by one
 _FILES = {
     "template": "a file of a Jinja chat template",
@@ -85,6 +87,7 @@ class PairSettings(ModelSettings):
         dtype: as in transformers; auto keeps the checkpoint's own.
         template: file of a Jinja chat template, instead of the processor's own; those of IN and RL may then differ.
         system: system message of every prompt.
+        instruction: text that stands before every question, in the same turn.
         accept: differences of the models that are taken as they are, by the names that the refusal gives them.
     """
 
@@ -97,6 +100,7 @@ class PairSettings(ModelSettings):
     dtype: str = "auto"
     template: Path | None = None
     system: str | None = None
+    instruction: str = ""
     accept: tuple[str, ...] = ()
 
     @property
@@ -128,6 +132,9 @@ class DataSettings:
         split: half of the data, explore or confirm: what is found on the one is confirmed on the other, whatever n and
             seed.
         n: prompts to look at; rows of data are drawn by --seed.
+        copies: folder with local copies of the public data sets, for a machine without a network: mathvista, math-500,
+            gsm8k, each a parquet, JSON or Arrow file of that name, or a folder that `save_to_disk` wrote; by default
+            they come from the hub or its cache.
     """
 
     data: Path | None = None
@@ -136,6 +143,7 @@ class DataSettings:
     encoding: str | None = None
     split: Split = "all"
     n: int = 160
+    copies: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -231,6 +239,13 @@ def _require_data(config: ModelSettings) -> None:
         raise FrankenlensError(
             "--split is of data: give --data; synthetic questions are drawn anew by --seed."
         )
+    copies = getattr(config, "copies", None)
+    if copies is not None and not (getattr(config, "paper", False) or is_public(str(data))):
+        raise FrankenlensError(
+            "--copies holds public data sets: name one as --data (mathvista, math-500, gsm8k), or leave --copies out."
+        )
+    if copies is not None and not copies.is_dir():
+        raise FrankenlensError(f"--copies {copies} is no folder; give one that holds {', '.join(COPIES)}.")
     Fields.parse(getattr(config, "fields", ()))
 
 
@@ -256,6 +271,7 @@ def _opened(config: PairSettings, base: str | None) -> Pair:
     in_, rl, _ = checkpoints(config)
     loading: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
     prompts = {"template": _template(config), "system": config.system, "accept": config.accept}
+    prompts["instruction"] = config.instruction
     return Pair.from_pretrained(in_, rl, base, trace_format=config.trace_format, **prompts, **loading)
 
 
@@ -264,7 +280,11 @@ def _template(config: PairSettings) -> str | None:
 
 
 def load_examples(
-    config: DataSettings, seed: int, tasks: Sequence[str] = REASONING, seen: Seen | None = None
+    config: DataSettings,
+    seed: int,
+    tasks: Sequence[str] = REASONING,
+    seen: Seen | None = None,
+    legacy: bool = False,
 ) -> tuple[list[Example], dict[str, int]]:
     """At most `n` examples, and reason -> number of those that were left out.
 
@@ -275,6 +295,7 @@ def load_examples(
         seed: of the draw.
         tasks: that are synthetic.
         seen: examples that are left out, in whose place other rows of data are drawn.
+        legacy: draw rows of data as 2602.12395 does (`interp.questions.readers.draw.Draw`).
 
     Raises:
         FrankenlensError: no row can be read, a public data set cannot be loaded, or all were looked at before.
@@ -288,7 +309,7 @@ def load_examples(
         dropped = {seen.reason: len(every) - len(examples)} if len(examples) < len(every) else {}
         _require_unseen(examples, dropped, seen)
         return examples, dropped
-    examples, report = _read(str(config.data), config, Draw(config.n, seed, config.split, seen))
+    examples, report = _read(str(config.data), config, Draw(config.n, seed, config.split, seen, legacy))
     if report.failures or report.renamed or report.notes:
         print(report, file=sys.stderr)
     dropped = {f"row {failure.row}: {failure.reason}": 1 for failure in report.failures[:LISTED]}
@@ -328,7 +349,24 @@ def _read(name: str, config: DataSettings, draw: Draw) -> tuple[list[Example], R
     if which == "mathvista":
         if category not in ("", *MATHVISTA):
             raise FrankenlensError(f"--data {name}: MathVista has {', '.join(MATHVISTA)}, no {category!r}.")
-        return read_mathvista(category=category or None, draw=draw)
+        return read_mathvista(**_copy(which, config), category=category or None, draw=draw)
     if name in ("math-500", "gsm8k"):
-        return {"math-500": read_math500, "gsm8k": read_gsm8k}[name](draw=draw)
+        return {"math-500": read_math500, "gsm8k": read_gsm8k}[name](**_copy(name, config), draw=draw)
     return read_jsonl(name, config.images, Fields.parse(config.fields), encoding=config.encoding, draw=draw)
+
+
+def _copy(name: str, config: DataSettings) -> dict[str, Any]:
+    """Where the local copy of a public data set is, if copies were given.
+
+    Raises:
+        Unreachable: copies were given, and this is not among them.
+    """
+    if config.copies is None:
+        return {}
+    kinds = ("", ".parquet", ".json", ".jsonl", ".arrow")
+    found = next((path for kind in kinds if (path := config.copies / f"{name}{kind}").exists()), None)
+    if found is None:
+        raise Unreachable(
+            f"--copies {config.copies} holds no {name}: put {name}.parquet there, or what save_to_disk wrote as {name}."
+        )
+    return {"source": found}

@@ -236,7 +236,7 @@ def _finding(tables: Mapping[str, pd.DataFrame]) -> str:
             f"{name} {int((some['p_corrected'] < 0.05).sum())} (largest {some['difference'].abs().max():.2g})"
             for name, some in nulls.groupby("null")
         ]
-        said.append(f"Models that learnt nothing differ in: {', '.join(counts)}.")
+        said[-1] = f"{said[-1].removesuffix('.')}; models that learnt nothing differ in: {', '.join(counts)}."
     return " ".join(said)
 
 

@@ -27,7 +27,7 @@ from interp.planting import DRAWN, KINDS, METHODS, MOST, NULLS, TRAINED, Draws, 
 from interp.planting.plots import plot_found
 from interp.planting.table import HELD, by_effect, by_pair, found_table, null_table
 from interp.questions.examples import Example, fingerprint
-from interp.results.page import Account, Section
+from interp.results.page import Account, Section, told
 from interp.statistics import interval_text
 
 FIRST = "rl"
@@ -152,7 +152,8 @@ def measure(pair: Pair, asked: Questions, config: PlantedConfig) -> Iterator[Sec
 def _made(pair: Pair, asked: Questions, config: PlantedConfig) -> PlantedPairs:
     methods = chosen(config.methods)
     draws = Draws(pair.in_, pair.rl, config.changed, config.components, config.change, config.seed)
-    wording = {"template": pair.builder.template, "system": pair.builder.system}
+    own = pair.builder
+    wording = {"template": own.template, "system": own.system, "instruction": own.instruction}
     running: dict[str, Any] = {**config.running, "trace_format": pair.trace_format, **wording}
     folder = finished(
         config.out,
@@ -189,12 +190,12 @@ def section(
     figures = {"planted": plot_found(found, null, by_effect(scores, effects))}
     tables = {"planted": found, "planted_null": null, "planted_pairs": pairs, "plants": effects}
     account = _account(config, pairs, left_out)
-    return Section(
-        "planted", "Planted changes", finding(found, null), account, {**tables, "scores": scores}, figures
-    )
+    first, details = told(finding(found, null))
+    every = {**tables, "scores": scores}
+    return Section("planted", "Planted changes", first, account, every, figures, details=details)
 
 
-def finding(found: pd.DataFrame, null: pd.DataFrame) -> str:
+def finding(found: pd.DataFrame, null: pd.DataFrame) -> list[str]:
     """Every kind's methods by AUROC, what was invisible, and the claims on null pairs."""
     parts = []
     for kind in dict.fromkeys(found["kind"]):
@@ -216,7 +217,8 @@ def finding(found: pd.DataFrame, null: pd.DataFrame) -> str:
             f"{worst['n_pairs']}); by tests alone, without the refusal of recoveries, at most "
             f"{some['tested'].max():.0%}"
         )
-    return "; ".join(parts) + "."
+        parts = [*parts[:2], parts[-1], *parts[2:-1]]  # the control opens the page, too
+    return [f"{part[0].upper()}{part[1:]}." for part in parts]
 
 
 def _account(config: PlantedConfig, pairs: pd.DataFrame, left_out: Mapping[str, int]) -> Account:

@@ -200,10 +200,10 @@ def _row(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _labels(address: str, checkpoint: Checkpoint) -> dict[str, Any]:
     parsed = Address.parse(address)
     labels: dict[str, Any] = {"address": address, "section": _section(parsed), "layer_index": None}
-    labels |= {"unified_index": 0 if parsed.kind == "projector" else None}
+    labels |= {"unified_index": -1 if parsed.kind == "projector" else None}
     if parsed.layers is not None and parsed.layers[0] == parsed.layers[1]:
         labels["layer_index"] = parsed.layer
-        before = {"text": 1, "vision": -len(checkpoint.anatomy.vision.blocks)}.get(parsed.tower)
+        before = {"text": 0, "vision": -len(checkpoint.anatomy.vision.blocks) - 1}.get(parsed.tower)
         labels["unified_index"] = None if before is None else parsed.layers[0] + before
     single = parsed.units is not None and parsed.units[0] == parsed.units[1]
     part = parsed.unit or parsed.sub or ("block" if parsed.layers is not None else parsed.kind)

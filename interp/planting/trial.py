@@ -36,6 +36,7 @@ def trial(
     trace_format: TraceFormat | None = None,
     template: str | None = None,
     system: str | None = None,
+    instruction: str = "",
 ) -> pd.DataFrame:
     """Every method on the pair of IN and a planted copy of it.
 
@@ -45,7 +46,7 @@ def trial(
         methods: by name.
         among: what the methods choose among; what a plant changed a part of is neither changed nor left alone, and is
             left out.
-        max_new_tokens, batch_size, trace_format, template, system: as everywhere.
+        max_new_tokens, batch_size, trace_format, template, system, instruction: as everywhere.
 
     Returns:
         One row per method and component: score, |mean effect| over the examples that have one (a relative norm for
@@ -66,7 +67,7 @@ def trial(
             "heads, MLPs, layers, with `EVERYWHERE` vision blocks and the projector, or with `WITH_EXPERTS` experts"
         )
     among = known
-    with _planted_pair(in_, donor, plant, trace_format, template, system) as (pair, made):
+    with _planted_pair(in_, donor, plant, trace_format, template, system, instruction) as (pair, made):
         settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": False}
         decisions = find_decisions(pair, examples, "soft", **settings)
         if not len(decisions):
@@ -95,6 +96,7 @@ def effect_of_plant(
     trace_format: TraceFormat | None = None,
     template: str | None = None,
     system: str | None = None,
+    instruction: str = "",
 ) -> float:
     """How far a plant moves IN's output, whatever any method says of it.
 
@@ -103,7 +105,7 @@ def effect_of_plant(
         own greedy text (the soft metric's denominator).
     """
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": False}
-    with _planted_pair(in_, donor, plant, trace_format, template, system) as (pair, _):
+    with _planted_pair(in_, donor, plant, trace_format, template, system, instruction) as (pair, _):
         effect = _size(find_decisions(pair, examples, "soft", **settings))
     if not np.isfinite(effect):
         raise FrankenlensError(
@@ -120,10 +122,11 @@ def _planted_pair(
     trace_format: TraceFormat | None,
     template: str | None,
     system: str | None,
+    instruction: str,
 ) -> Iterator[tuple[Pair, Planted]]:
     made = planted_and_measured(in_, donor, plant)
     try:
-        yield Pair(in_, made.vlm, None, trace_format, template, system), made
+        yield Pair(in_, made.vlm, None, trace_format, template, system, instruction=instruction), made
     finally:
         made.vlm.close()
 

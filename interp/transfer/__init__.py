@@ -3,7 +3,7 @@
 from interp.transfer.grafts import Graft, grafted, measured_graft, save_grafted
 from interp.transfer.merging import MergeReport, Recipe, merge
 from interp.transfer.table import POOLED, as_table_2, shown_cells, transfer_table, unmeasured
-from interp.transfer.transfer import answers, transfer
+from interp.transfer.transfer import Together, answers, transfer
 from interp.transfer.variants import Variant, addressed, controls, doses, factors, orders, parts
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Graft",
     "MergeReport",
     "Recipe",
+    "Together",
     "Variant",
     "addressed",
     "answers",

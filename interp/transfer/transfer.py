@@ -51,6 +51,23 @@ Metric = Callable[[HookedVLM], Outcomes]
 """Runs a model and grades what it did."""
 
 
+@dataclass(frozen=True)
+class Together:
+    """Several metrics of the same answers of a model.
+
+    Attributes:
+        names: of the metrics.
+        measure: runs a model; name to what it did.
+    """
+
+    names: tuple[str, ...]
+    measure: Callable[[HookedVLM], Mapping[str, Outcomes]]
+
+
+Metrics = Mapping[str, Metric | Together]
+"""By name; that of a `Together` does not matter."""
+
+
 def answers(
     builder: PromptBuilder,
     examples: Sequence[Example],
@@ -104,7 +121,7 @@ def transfer(
     recipient: HookedVLM,
     donor: HookedVLM,
     variants: Sequence[Variant],
-    metrics: Mapping[str, Metric],
+    metrics: Metrics,
     others: Mapping[str, HookedVLM] | None = None,
     *,
     keep: Path | None = None,
@@ -161,7 +178,7 @@ def transfer(
                     rows.append(_measured(variant.name, vlm, metrics, rows[:1], keep))
             bar.update()
     names = [*models, *(variant.name for variant in variants)]
-    found = _dataset(names, list(metrics), rows).assign_coords(
+    found = _dataset(names, _names(metrics), rows).assign_coords(
         kind=("variant", ["model"] * len(models) + [variant.kind for variant in variants]),
         control_of=("variant", [""] * len(models) + [variant.control_of for variant in variants]),
         norm_ratio=("variant", [np.nan] * len(models) + [one.norm_ratio for one in held]),
@@ -189,7 +206,7 @@ def _require_sound(
     recipient: HookedVLM,
     donor: HookedVLM,
     variants: Sequence[Variant],
-    metrics: Mapping[str, Metric],
+    metrics: Metrics,
     others: Mapping[str, HookedVLM],
 ) -> None:
     if not metrics:
@@ -208,13 +225,13 @@ def _require_sound(
 def _measured(
     name: str,
     vlm: HookedVLM,
-    metrics: Mapping[str, Metric],
+    metrics: Metrics,
     before: Sequence[Sequence[Outcomes]],
     keep: Path | None,
 ) -> list[Outcomes]:
-    found = [metric(vlm) for metric in metrics.values()] if keep is None else _kept(keep, vlm, metrics)
+    found = list(_run(vlm, metrics).values()) if keep is None else _kept(keep, vlm, metrics)
     expected = before[0] if before else found
-    for metric, own, other in zip(metrics, found, expected, strict=True):
+    for metric, own, other in zip(_names(metrics), found, expected, strict=True):
         if own.examples != other.examples:
             raise FrankenlensError(
                 f"metric {metric!r} returned other examples for {name} than for the first model"
@@ -222,18 +239,35 @@ def _measured(
     return found
 
 
-def _kept(keep: Path, vlm: HookedVLM, metrics: Mapping[str, Metric]) -> list[Outcomes]:
+def _names(metrics: Metrics) -> list[str]:
+    """Every metric, those that are measured together among them."""
+    each = ((one.names if isinstance(one, Together) else (name,)) for name, one in metrics.items())
+    return [name for names in each for name in names]
+
+
+def _run(vlm: HookedVLM, metrics: Metrics, known: frozenset[str] = frozenset()) -> dict[str, Outcomes]:
+    """What a model does on each metric that is not known yet."""
+    found: dict[str, Outcomes] = {}
+    for name, one in metrics.items():
+        if isinstance(one, Together):
+            found |= {} if known.issuperset(one.names) else one.measure(vlm)
+        elif name not in known:
+            found[name] = one(vlm)
+    return found
+
+
+def _kept(keep: Path, vlm: HookedVLM, metrics: Metrics) -> list[Outcomes]:
     """Read what was measured of these very weights, or measure and write it."""
     file = keep / f"{weights_sha256(vlm.model)}.json"
     old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    new = {name: metric(vlm) for name, metric in metrics.items() if name not in old}
+    new = _run(vlm, metrics, frozenset(old))
     if new:
         with publishing(keep) as staging:
             text = json.dumps({**old, **{name: asdict(own) for name, own in new.items()}})
             (staging / file.name).write_text(text, encoding="utf-8")
     return [
         new[name] if name in new else Outcomes(*(tuple(column) for column in old[name].values()))
-        for name in metrics
+        for name in _names(metrics)
     ]
 
 

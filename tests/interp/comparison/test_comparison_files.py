@@ -53,11 +53,11 @@ def test_every_family_is_read_whole_and_every_weight_has_a_place(family: str, tm
     table = compare(found, found, **QUICK)
     assert table["n"].sum() == sum(parameter.numel() for parameter in own.values())
     assert {"vision", "projector", "decoder", "embeddings", "norm"} <= set(table["section"])
-    assert set(table.loc[table["section"] == "projector", "unified_index"]) == {0}
+    assert set(table.loc[table["section"] == "projector", "unified_index"]) == {-1}
     blocks = table.loc[table["section"] == "decoder"]
-    assert sorted(blocks["unified_index"].unique()) == list(range(1, len(found.anatomy.text.blocks) + 1))
+    assert sorted(blocks["unified_index"].unique()) == list(range(len(found.anatomy.text.blocks)))
     vision = table.loc[table["section"] == "vision", "unified_index"].dropna()
-    assert sorted(vision.unique()) == list(range(-len(found.anatomy.vision.blocks), 0))
+    assert sorted(vision.unique()) == list(range(-len(found.anatomy.vision.blocks) - 1, -1))
     assert (table["fro_norm"] == 0).all() and (table["sparsity"] == 1).all() and table["cosine"].isna().all()
 
 

@@ -128,7 +128,7 @@ def test_layers_and_regions_are_numpys_norms_of_their_parameters(table, weights)
 def test_the_unified_index_runs_from_vision_to_the_last_decoder_layer(table) -> None:
     some = layers(table)
     index = some.loc[some["stage"] == "rl"].set_index("layer")["unified_index"]
-    wanted = {"vision.blocks.0": -3, "vision.blocks.2": -1, "projector": 0, "blocks.0": 1, "blocks.8": 9}
+    wanted = {"vision.blocks.0": -4, "vision.blocks.2": -2, "projector": -1, "blocks.0": 0, "blocks.8": 8}
     assert {name: index[name] for name in wanted} == wanted
     assert index[["embed", "ln_final", "vision (rest)"]].isna().all()
 

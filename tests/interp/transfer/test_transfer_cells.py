@@ -27,7 +27,7 @@ def test_tasks_that_a_figure_has_no_room_for_are_named() -> None:
         for variant, kind in (("RL", "model"), ("I:R:R", "order"))
     ]
     table = pd.DataFrame(rows)
-    told = finding(table, shown_cells(table))
+    told = " ".join(finding(table, shown_cells(table)))
     assert told.startswith("all questions: RL − IN = ") and "(n = 4)" in told
     assert told.endswith("In the table alone: accuracy t3, accuracy t4.")
 
