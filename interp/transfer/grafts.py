@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM, WeightSlice, weight_slices
-from hooks.weights import buffer_slices, saved_buffers, wholes
+from hooks.weights import buffer_slices, require_unpacked, saved_buffers, wholes
 from interp import updates
 from interp.updates import Realized, as_large, random_update, wide_type
 
@@ -125,7 +125,9 @@ def require_graftable(
     """
     work = slices_of(recipient, grafts)
     own, theirs = _tensors(recipient), _tensors(donor)
-    for _, pieces in work:
+    for graft, pieces in work:
+        for vlm in (recipient, donor):
+            require_unpacked(vlm.model, pieces, f"a graft of {graft.name}")
         for piece in pieces:
             _require_alike(piece.parameter, own, theirs)
     return work
