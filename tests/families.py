@@ -53,8 +53,8 @@ EACH_KIND = tuple(
     pytest.param(family, marks=pytest.mark.slow) if family in ("qwen2_vl", "idefics3") else family
     for family in FAMILIES
 )
-"""What the tests of analyses run on: qwen2_vl and idefics3 are near twins of qwen2_5_vl and smolvlm, and with the slow
-ones; that every point is what it is said to be is tested on all six."""
+"""What most tests run on: qwen2_vl and idefics3 are near twins of qwen2_5_vl and smolvlm, and with the slow
+ones; that every point reads what it is said to be is tested on all six."""
 CLASSES_OF_PROCESSOR = dict(zip(QWEN, (Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor), strict=True))
 
 WORDS = (

@@ -9,10 +9,10 @@ import torch
 from hooks import FrankenlensError, HookedVLM, graft, weight_slices
 from hooks.weights import buffer_slices, saved_buffers, wholes
 from tests import architectures
-from tests.families import FAMILIES, tiny
+from tests.families import EACH_KIND, tiny
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=EACH_KIND)
 def opened(request: pytest.FixtureRequest):
     given = tiny(request.param)
     inputs = given.inputs()
