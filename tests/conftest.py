@@ -16,6 +16,11 @@ matplotlib.use("Agg")
 HEAVIEST = (
     "test_notebooks.py",
     "test_readme.py",
+    "planted/test_planted_claims.py",
+    "planted/test_planted_pairs.py",
+    "experiments/commands/test_planted.py",
+    "test_installation.py",
+    "interp/lockstep/test_lockstep.py",
     "experiments/commands/test_suite.py",
     "interp/sweep/test_sweep.py",
 )

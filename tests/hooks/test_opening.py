@@ -78,7 +78,7 @@ def test_self_check_catches_a_point_whose_value_is_changed(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("family", EACH_KIND)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", (torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)))
 def test_a_point_that_writes_something_else_is_absent_and_costs_no_other(
     family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
