@@ -26,7 +26,7 @@ from interp.map.components import (
 from interp.metrics import Metric
 from interp.pair.agreement import entering, model_differences
 from interp.prompts import Prompt, collate
-from interp.prompts.pairing import PatchBatch, image_shapes, partners
+from interp.prompts.pairing import PatchBatch, beside, image_shapes, partners
 from interp.prompts.roles import ROLES
 from interp.questions.examples import with_looked_at
 
@@ -163,14 +163,18 @@ def _map(
     itself = np.full(shape[:2], np.nan)
     ends = np.full((2, len(directions), len(first)), np.nan)
     total = _n_runs(wanted, roles) * len(directions) * -(-len(first) // batch_size)
+    partner = {name: partners(own) for name, own in prompts.items()}
+    recipient_of = dict(directions.values())
     with tqdm(total=total, desc="patching", unit="run", disable=not progress) as bar:
         for rows in batches_of(first, batch_size):
             select = metric.select(rows)
             ready, donors = {}, {}
             for name, vlm in models.items():
                 batch = collate([prompts[name][i] for i in rows]).to(vlm.device)
-                ready[name] = PatchBatch(batch, select.reads(batch), partners(batch))
-                donors[name] = Donor(vlm, batch, cached_names(vlm, wanted), select)
+                ready[name] = PatchBatch(batch, select.reads(batch), partner[name][rows].to(vlm.device))
+                given = partner[recipient_of[name]] if name in recipient_of else torch.full((len(first),), -1)
+                others = beside(prompts[name], rows, given)
+                donors[name] = Donor(vlm, batch, cached_names(vlm, wanted), select, others)
             for d, (donor, recipient) in enumerate(directions.values()):
                 cells = cells_of(donors[donor], donors[recipient], ready[recipient], wanted, roles)
                 found = run_cells(models[recipient], ready[recipient], select, cells, bar)
@@ -205,7 +209,7 @@ def roles_of(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str
 
 
 def batches_of(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers by batch; rows with the same roles stand together, so that they can be each other's control."""
+    """Row numbers by batch; rows of the same length and roles stand together, so that little is padding."""
     order = sorted(
         range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].roles, image_shapes(prompts[i]), i)
     )

@@ -97,7 +97,7 @@ def path_effects(
     total = len(parts) * len(kinds) * (len(wanted) + len(senders))
     with tqdm(total=total, desc="paths", unit="run", disable=not progress, delay=1) as bar:
         for rows in parts:
-            run, select = job.start(rows), metric.select(rows)
+            run, select = job.start(rows, others="_other" in kinds), metric.select(rows)
             run.check(wanted)
             cells = _cells(run, wanted, senders, kinds)
             sweep = BatchSweep(
@@ -158,7 +158,7 @@ def _cells(
     cells = []
     for kind in kinds:
         other = kind == "_other"
-        usable = run.rows.partner >= 0 if other else torch.ones_like(run.rows.partner, dtype=torch.bool)
+        usable = run.rows.partnered if other else torch.ones_like(run.rows.partnered)
         if not usable.any():
             continue
         cells += [_Cell("whole" + kind, i, run.whole(s, other), usable) for i, s in enumerate(senders)]
