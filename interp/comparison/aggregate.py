@@ -16,7 +16,7 @@ import pandas as pd
 from hooks.errors import FrankenlensError
 from interp.comparison.table import chance
 from interp.regions import Partition
-from interp.statistics import bootstrap_mean
+from interp.statistics import MIN_EXAMPLES, mean_interval
 
 NORMS = ("fro_norm", "mean_norm", "sum_norm")
 """Root of the sum of squares; mean over matrices and linear sum over matrices, as in the paper's released code."""
@@ -128,7 +128,7 @@ def trends(
             group.pivot(index="rank", columns="param_name", values=name)
             for name in ("log_ratio", "log_ratio_random")
         ]
-        found = bootstrap_mean(wide[0].to_numpy(float), seed=seed)
+        found = mean_interval(wide[0].to_numpy(float), fewest=MIN_EXAMPLES)
         numbers = pd.DataFrame({"rank": wide[0].index, "log_ratio": found.value, "low": found.low})
         numbers = numbers.assign(high=found.high, n=found.n, random=wide[1].mean(axis=1).to_numpy())
         rows.append(numbers.assign(**_labels(keys, values)))

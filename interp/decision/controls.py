@@ -19,7 +19,7 @@ from interp.decision.traces import next_tokens, trace_logits
 from interp.metrics import LogitDifference, evaluate
 from interp.pair.pair import Pair
 from interp.prompts import Prompt, collate
-from interp.statistics import Interval, bootstrap_mean
+from interp.statistics import MIN_EXAMPLES, Interval, mean_interval
 
 Change = Callable[[str, Tensor], Tensor]
 """A parameter's name and value to its new value."""
@@ -120,7 +120,7 @@ def null_pair_denominator(
 
     Arguments:
         seed: of the random directions.
-        settings: as in `interp.statistics.bootstrap_mean`.
+        settings: as in `interp.statistics.mean_interval`.
     """
     changes = null_changes(pair, seed)
     traces = {"bf16": (decisions.rl_values, decisions.rl_traces)}
@@ -132,8 +132,8 @@ def null_pair_denominator(
         with changed_weights(vlm.model, change):
             after = evaluate(vlm, decisions.prompts, decisions.metric, batch_size)
             own_before = own(vlm, written, batch_size)
-        found[label] = bootstrap_mean(after - before, **settings)
-        found[f"{label}, own decisions"] = bootstrap_mean(own_before(), **settings)
+        found[label] = mean_interval(after - before, **{"clusters": decisions.clusters, **settings})
+        found[f"{label}, own decisions"] = mean_interval(own_before(), **settings)
     return found
 
 
@@ -206,7 +206,7 @@ def recovery_refused(decisions: DecisionSet, nulls: Mapping[str, Interval], **se
     A recovery is a share of the denominator, so without a denominator clear of those of pairs without a change, noise
     too would draw a full map.
     """
-    own = decisions.denominator(**settings)
+    own = decisions.denominator(**{"fewest": MIN_EXAMPLES, **settings})
     if not np.isfinite([own.low, own.high]).all():
         return f"the denominator has no interval: {int(own.n)} decisions"
     if bool(own.includes(0.0)):

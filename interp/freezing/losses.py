@@ -15,11 +15,11 @@ from hooks import FrankenlensError
 from interp.statistics import (
     Interval,
     adjust,
-    bootstrap_difference,
-    bootstrap_mean,
-    bootstrap_ratio,
+    difference_interval,
     mcnemar,
-    sign_flip,
+    mean_interval,
+    mean_test,
+    ratio_interval,
     wilson_interval,
 )
 
@@ -77,7 +77,7 @@ def losses(
     Returns:
         One row per arm, seed and group: arm, kind, rl_seed, frozen, n_frozen, group, n, accuracy, low, high (Wilson; of
         the mean over seeds: bootstrap), change, change_low, change_high (arm - unfrozen, bootstrap over questions),
-        gained, lost, p (McNemar, exact; of the mean over seeds: sign flips), p_holm (over one seed's arms and groups),
+        gained, lost, p (McNemar, exact; of the mean over seeds: `mean_test`), p_holm (over one seed's arms and groups),
         share, share_low, share_high (of unfrozen - IN, what is lost: 1 is all of it; empty where the interval of
         unfrozen - IN includes 0), unreadable.
 
@@ -178,7 +178,7 @@ def _compared(
     own, whole, start = own[there], whole[there], start[there]
     n = int(there.sum())
     binary = bool(np.isin(np.concatenate([own, whole]), (0, 1)).all())
-    accuracy = wilson_interval(int(own.sum()), n) if binary else bootstrap_mean(own, seed=seed)
+    accuracy = wilson_interval(int(own.sum()), n) if binary else mean_interval(own)
     row: dict[str, Any] = {"frozen": arm.frozen, "n_frozen": arm.n_frozen, "n": n}
     row |= _columns("", accuracy, "accuracy") | {
         "change": np.nan,
@@ -189,15 +189,15 @@ def _compared(
     row |= {"share_low": np.nan, "share_high": np.nan, "unreadable": arm.unreadable}
     if arm.kind == "unfrozen":
         return row
-    row |= _columns("change_", bootstrap_difference(own, whole, seed=seed), "change")
+    row |= _columns("change_", difference_interval(own, whole), "change")
     if binary:
         found = mcnemar(own, whole)
         row |= {"gained": found.gained, "lost": found.lost, "p": found.p}
     else:
-        row["p"] = sign_flip(own, whole, seed=seed)
-    gain = bootstrap_difference(whole, start, seed=seed)
+        row["p"] = float(mean_test(own - whole))
+    gain = difference_interval(whole, start)
     if arm.kind != "in" and float(gain.low) > 0:
-        row |= _columns("share_", bootstrap_ratio(whole - own, whole - start, seed=seed), "share")
+        row |= _columns("share_", ratio_interval(whole - own, whole - start), "share")
     return row
 
 

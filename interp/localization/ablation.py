@@ -28,6 +28,7 @@ from interp.localization.pools import GENERATED, Pool
 from interp.pair.generation import greedy, greedy_batch
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.prompts.pairing import content
+from interp.questions.examples import cluster_of
 from interp.questions.grading import Ungraded, grade
 
 KINDS = ("skip", "zero", "mean", "resample")
@@ -195,6 +196,7 @@ def ablate(
             "head": ("ablation", [-1 if place.index is None else place.index for place in places]),
             "example": [prompt.example.id for prompt in prompts],
             "task": ("example", [prompt.example.task for prompt in prompts]),
+            "cluster": ("example", [cluster_of(prompt.example) for prompt in prompts]),
         },
         attrs={"seed": seed},
     )

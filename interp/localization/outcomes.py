@@ -10,9 +10,9 @@ import pandas as pd
 import xarray as xr
 
 from hooks.errors import FrankenlensError
-from interp.questions.examples import Example
+from interp.questions.examples import Example, clusters_of
 from interp.questions.grading import Ungraded
-from interp.statistics import bootstrap_mean, wilson_interval
+from interp.statistics import mean_interval, share_interval
 
 Grader = Callable[[str | None, Example], bool]
 """Whether an answer (None: there is none) is right for an example, compared with `example.answer`; may raise
@@ -90,7 +90,14 @@ def outcome_shares(found: xr.Dataset, among: str = "differing", confidence: floa
             there = values[~np.isnan(values)]
             labels = {label: int((there == i).sum()) for i, label in enumerate(OUTCOMES)}
             for label, count in {**labels, "changed": len(there) - labels["unchanged"]}.items():
-                share = wilson_interval(count, len(there), confidence=confidence)
+                hit = np.where(
+                    np.isnan(values),
+                    np.nan,
+                    values != OUTCOMES.index("unchanged")
+                    if label == "changed"
+                    else values == OUTCOMES.index(label),
+                )
+                share = share_interval(hit, clusters_of(chosen), confidence=confidence)
                 rows.append(
                     {
                         **{key: chosen[key].to_numpy()[k] for key in ("swap", "first", "last", "what")},
@@ -114,7 +121,7 @@ def layer_contributions(found: xr.Dataset, among: str = "differing", **settings)
     Args:
         found: what `vision_swap` returns for `suffixes`, in their order.
         among: as in `outcome_shares`.
-        settings: as in `interp.statistics.bootstrap_ratio`.
+        settings: as in `interp.statistics.ratio_interval`.
 
     Returns:
         Columns layer, function, value, low, high, n, left_out.
@@ -132,7 +139,7 @@ def layer_contributions(found: xr.Dataset, among: str = "differing", **settings)
         values = chosen["outcome"].transpose("swap", "example").to_numpy()
         changed = np.where(np.isnan(values), np.nan, values != OUTCOMES.index("unchanged"))
         behind = np.concatenate([changed[1:], np.where(np.isnan(changed[-1:]), np.nan, 0.0)])
-        difference = bootstrap_mean(changed - behind, **settings)
+        difference = mean_interval(changed - behind, **{"clusters": clusters_of(chosen), **settings})
         for k, layer in enumerate(firsts.tolist()):
             ends = {end: float(getattr(difference, end)[k]) for end in ("value", "low", "high")}
             n = int(difference.n[k])

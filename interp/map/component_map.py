@@ -28,7 +28,7 @@ from interp.pair.agreement import entering, model_differences
 from interp.prompts import Prompt, collate
 from interp.prompts.pairing import PatchBatch, beside, image_shapes, partners
 from interp.prompts.roles import ROLES
-from interp.questions.examples import with_looked_at
+from interp.questions.examples import cluster_of, with_looked_at
 
 if TYPE_CHECKING:
     from interp.decision import DecisionSet
@@ -190,7 +190,7 @@ def _map(
         bar.total = bar.n  # roles that no row of a batch has are not run
         bar.refresh()
     found = _dataset(
-        effect, other, itself, ends, list(directions), wanted, roles, [p.example.id for p in first], metric
+        effect, other, itself, ends, list(directions), wanted, roles, [p.example for p in first], metric
     )
     told = {why: n for vlm in models.values() for why, n in lacking(vlm, points, images).items()}
     found.attrs["lacking"] = json.dumps(told)
@@ -238,7 +238,8 @@ def _dataset(effect, other, itself, ends, directions, wanted, roles, examples, m
             "direction": directions,
             "component": [c.name for c in wanted],
             "role": roles,
-            "example": examples,
+            "example": [example.id for example in examples],
+            "cluster": ("example", [cluster_of(example) for example in examples]),
             "point": ("component", [c.point for c in wanted]),
             "layer": ("component", [-1 if c.layer is None else c.layer for c in wanted]),
             "head": ("component", [-1 if c.head is None else c.head for c in wanted]),

@@ -35,6 +35,7 @@ from interp.paths.job import Job, complete_senders, paths_between
 from interp.paths.path import Between, Path, Receiver, require_paths
 from interp.paths.run import PathRun
 from interp.prompts import Prompt
+from interp.questions.examples import cluster_of
 from interp.sweep.batch import BatchSweep
 from interp.sweep.edits import Edit
 from interp.sweep.places import Where, where_label
@@ -196,6 +197,7 @@ def _dataset(
             "path": list(map(str, paths)),
             "sender": list(map(str, senders)),
             "example": [prompt.example.id for prompt in prompts],
+            "cluster": ("example", [cluster_of(prompt.example) for prompt in prompts]),
             "path_sender": ("path", [str(path.sender) for path in paths]),
             "receiver": ("path", list(map(str, last))),
             "via": ("path", [r.via if r.address is not None else "logits" for r in last]),

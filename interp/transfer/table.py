@@ -10,14 +10,8 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 
-from interp.statistics import (
-    adjust,
-    bootstrap_difference,
-    bootstrap_ratio,
-    interval_text,
-    mcnemar,
-    wilson_interval,
-)
+from interp.questions.examples import clusters_of
+from interp.statistics import adjust, change_interval, interval_text, mcnemar, ratio_interval, share_interval
 
 POOLED = "all questions"
 """The task of the rows in which all questions of a metric are taken together."""
@@ -111,13 +105,15 @@ def _row(
     names = found["variant"].to_numpy().tolist()
     own, in_, rl = right[k], right[names.index("IN")], right[names.index("RL")]
     there = own[~np.isnan(own)]
-    share = wilson_interval(int(there.sum()), len(there))
-    change = bootstrap_difference(own, in_, **settings)
-    test = mcnemar(own, in_)
+    known = clusters_of(found)
+    of = None if known is None else known[places]
+    share = share_interval(own, of)
+    change = change_interval(own, in_, of, **settings)
+    test = mcnemar(own, in_, of)
     why = found["why"].to_numpy()[k, places]
     control_of = str(found["control_of"].to_numpy()[k])
     beside = right[names.index(control_of)] if control_of else np.full_like(own, np.nan)
-    excess = bootstrap_difference(beside, own, **settings)
+    excess = change_interval(beside, own, of, **settings)
     is_in = names[k] == "IN"
     return {
         "variant": names[k],
@@ -132,7 +128,7 @@ def _row(
         "gained": test.gained,
         "lost": test.lost,
         "p": np.nan if is_in else test.p,
-        **_recovery(own, in_, rl, settings),
+        **_recovery(own, in_, rl, {**settings, "clusters": of}),
         "excess": float(excess.value),
         "excess_low": float(excess.low),
         "excess_high": float(excess.high),
@@ -148,11 +144,11 @@ def _recovery(
     rl: Float[np.ndarray, " example"],
     settings: Mapping,
 ) -> Mapping[str, object]:
-    gap = bootstrap_difference(rl, in_, **settings)
+    gap = change_interval(rl, in_, **settings)
     if not (float(gap.low) > 0 or float(gap.high) < 0):
         reason = f"RL − IN = {interval_text(gap.value, gap.low, gap.high)} is not told from 0"
         return dict.fromkeys(("recovery", "recovery_low", "recovery_high"), np.nan) | {"recovery_why": reason}
-    ratio = bootstrap_ratio(own - in_, rl - in_, **settings)
+    ratio = ratio_interval(own - in_, rl - in_, **settings)
     return {
         "recovery": float(ratio.value),
         "recovery_low": float(ratio.low),
