@@ -106,7 +106,7 @@ def measure(pair: Pair, asked: Questions, config: AttentionConfig) -> Iterator[S
         **config.running,
     )
     _require_traces(found)
-    settings: dict[str, Any] = {"correction": config.correction, "seed": config.seed}
+    settings: dict[str, Any] = {"correction": config.correction}
     both = [shifts(found, per="layer", measure=name, **settings) for name in ("mass", "mean")]
     layers = pd.concat(both, ignore_index=True)
     heads = shifts(found, per="head", measure=config.measure, **settings)

@@ -191,7 +191,7 @@ def measure(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> Iterato
         found.append(results["counterfactual"])
     if config.parts:
         found.append(_ablated(vlm, builder, asked, config))
-        tables["localize_ablation"] = accuracy(found[-1], seed=config.seed)
+        tables["localize_ablation"] = accuracy(found[-1])
         figures |= _ablation_figures(tables["localize_ablation"], partition)
     sentences = swap_findings(tables.get("localize_swap"), partition)
     sentences += ablation_findings(tables.get("localize_ablation"), partition)

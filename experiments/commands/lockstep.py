@@ -133,7 +133,7 @@ def measure(pair: Pair, asked: Questions, config: LockstepConfig) -> Iterator[Se
         "when": config.when,
     }
     found = confirm(pair, chosen.fresh, chosen.sets, **settings)
-    table = confirmation(found, config.correction, seed=config.seed)
+    table = confirmation(found, config.correction)
     shown = str(table["function"].iloc[-1])
     tables = {"lockstep": table}
     figures = {"lockstep": plot_confirmation(table, shown), "lockstep_traces": plot_followed(table, shown)}
@@ -197,7 +197,7 @@ def _small_map(pair: Pair, used: Sequence[Example], config: LockstepConfig) -> t
             "questions (--n), or the components themselves (--components)."
         )
     effects = component_map(pair, decisions, ["rl_to_in"], _POINTS, ["all"], config.batch_size)
-    return summarise(effects, seed=config.seed), len(decisions)
+    return summarise(effects), len(decisions)
 
 
 def _sampling(config: LockstepConfig) -> Sampling:

@@ -103,8 +103,8 @@ def measure(pair: Pair, asked: Questions, config: PathsConfig) -> Iterator[Secti
     )
     nulls = null_pair_denominator(pair, decisions, config.seed, config.batch_size)
     refused = recovery_refused(decisions, nulls)
-    paths = path_table(effects, refused=refused, seed=config.seed)
-    wholes = sender_table(effects, refused=refused, seed=config.seed)
+    paths = path_table(effects, refused=refused)
+    wholes = sender_table(effects, refused=refused)
     found = [_denominator(decisions, nulls, refused), *_found(paths, wholes, decisions.metric.units)]
     yield Section(
         "paths",

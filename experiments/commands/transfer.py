@@ -133,7 +133,7 @@ def measure(pair: Pair, asked: Questions, config: TransferConfig) -> Iterator[Se
     keep = _kept(pair, asked, config)
     found = transfer(pair.in_, pair.rl, variants, metrics, others, keep=keep)
     groups = GROUPS if config.data is None else {}  # a user's tasks are his own, whatever their names
-    table = transfer_table(found, groups, correction=config.correction, seed=config.seed)
+    table = transfer_table(found, groups, correction=config.correction)
     cells = shown_cells(table)
     yield Section(
         "transfer",

@@ -239,9 +239,8 @@ def shift(
         "layer": layers if per == "layer" else np.repeat(layers, heads),
         "head": -1 if per == "layer" else np.tile(found["head"].to_numpy(), len(layers)),
     }
-    return pd.DataFrame(
-        cells | _compared(sides[0], sides[1], correction, **{"clusters": clusters_of(found), **settings})
-    )
+    settings = {"clusters": clusters_of(found), **settings}
+    return pd.DataFrame(cells | _compared(sides[0], sides[1], correction, **settings))
 
 
 def shifts(found: xr.Dataset, *, measure: str = "mass", **settings) -> pd.DataFrame:

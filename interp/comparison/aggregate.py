@@ -108,10 +108,8 @@ def regions(table: pd.DataFrame, partition: Partition) -> pd.DataFrame:
     return aggregate(with_regions(table, partition), ["region"])
 
 
-def trends(
-    long: pd.DataFrame, by: Sequence[str], ranks: Sequence[int] = TRENDS, seed: int = 0
-) -> pd.DataFrame:
-    """log(σ_i / σ_1) at some ranks: mean over the matrices of a group, with its bootstrap interval over matrices.
+def trends(long: pd.DataFrame, by: Sequence[str], ranks: Sequence[int] = TRENDS) -> pd.DataFrame:
+    """log(σ_i / σ_1) at some ranks: mean over the matrices of a group, with its interval over matrices (`interp.statistics.mean_interval`).
 
     Beside it, `random`: the mean of Gaussian matrices of the same shapes. Matrices without that many singular values,
     and values that are not trusted, are left out; n counts what remains.
@@ -120,7 +118,6 @@ def trends(
         long: what `interp.comparison.spectra` returns.
         by: columns that make the groups, beside stage and rank.
         ranks: from 1.
-        seed: of the bootstrap.
     """
     keys, rows = [*by, "stage"], []
     for values, group in long[long["rank"].isin(ranks)].groupby(keys, sort=False, dropna=False):

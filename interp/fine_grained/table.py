@@ -34,10 +34,8 @@ def fine_grained_table(found: xr.Dataset, confidence: float = 0.95) -> pd.DataFr
             one = some.sel(variant=variant)
             values, why = one["right"].to_numpy(), one["why"].to_numpy()
             unread = _unread(some, (variant,))
-            rows.append(
-                {"measure": f"accuracy, {variant}", "task": task}
-                | _share(values, why, unread, confidence, clusters_of(some))
-            )
+            share = _share(values, why, unread, confidence, clusters_of(some))
+            rows.append({"measure": f"accuracy, {variant}", "task": task} | share)
     return pd.DataFrame([row for row in rows if row["n"] or row["left_out"]])
 
 

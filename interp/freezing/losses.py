@@ -62,7 +62,6 @@ def losses(
     runs: Sequence[Retrained],
     in_right: Float[np.ndarray, " question"],
     groups: Mapping[str, Sequence[int]],
-    bootstrap_seed: int = 0,
 ) -> pd.DataFrame:
     """Accuracy of every run, and what it lost against the unfrozen run of the same seed, paired by question.
 
@@ -72,11 +71,10 @@ def losses(
         runs: every seed needs its `UNFROZEN` run.
         in_right: IN on the same questions.
         groups: name of a group of questions to their places.
-        bootstrap_seed: of the intervals.
 
     Returns:
         One row per arm, seed and group: arm, kind, rl_seed, frozen, n_frozen, group, n, accuracy, low, high (Wilson; of
-        the mean over seeds: bootstrap), change, change_low, change_high (arm - unfrozen, bootstrap over questions),
+        the mean over seeds: `mean_interval`), change, change_low, change_high (arm - unfrozen, over questions),
         gained, lost, p (McNemar, exact; of the mean over seeds: `mean_test`), p_holm (over one seed's arms and groups),
         share, share_low, share_high (of unfrozen - IN, what is lost: 1 is all of it; empty where the interval of
         unfrozen - IN includes 0), unreadable.
@@ -98,7 +96,7 @@ def losses(
             for group, places in groups.items():
                 at = np.asarray(places)
                 own, whole, start = (x[at] for x in (arm.right, arms[UNFROZEN].right, in_right))
-                row = _compared(arm, own, whole, start, bootstrap_seed)
+                row = _compared(arm, own, whole, start)
                 rows.append({"arm": arm.arm, "kind": arm.kind, "rl_seed": seed, "group": group} | row)
         table = pd.DataFrame(rows)
         tested = ~table["kind"].isin(["in", "unfrozen"])
@@ -172,7 +170,6 @@ def _compared(
     own: Float[np.ndarray, " n"],
     whole: Float[np.ndarray, " n"],
     start: Float[np.ndarray, " n"],
-    seed: int,
 ) -> dict[str, Any]:
     there = ~(np.isnan(own) | np.isnan(whole) | np.isnan(start))
     own, whole, start = own[there], whole[there], start[there]

@@ -58,13 +58,12 @@ def roles_of(lens: xr.Dataset) -> list[str]:
     return [*found, BEFORE_ANSWER] if _chosen(lens, BEFORE_ANSWER).any() else found
 
 
-def own_table(lens: xr.Dataset, tuned: xr.Dataset | None = None, seed: int = 0) -> pd.DataFrame:
+def own_table(lens: xr.Dataset, tuned: xr.Dataset | None = None) -> pd.DataFrame:
     """How far each layer's prediction is from the model's own output, per model and role.
 
     Args:
         lens: what `logit_lens(pair, ..., where="all")` returns.
         tuned: the same through tuned lenses, on prompts that they were not trained on.
-        seed: of the intervals.
 
     Returns:
         Columns model, role, layer, kl (nats; with _low and _high), agrees (share of tokens whose likeliest one is the
@@ -85,7 +84,7 @@ def own_table(lens: xr.Dataset, tuned: xr.Dataset | None = None, seed: int = 0) 
     return pd.concat(parts, ignore_index=True)
 
 
-def apart_table(apart: xr.Dataset, seed: int = 0) -> pd.DataFrame:
+def apart_table(apart: xr.Dataset) -> pd.DataFrame:
     """What `compare_lenses` returns, per comparison, role and layer.
 
     Returns:
@@ -101,12 +100,12 @@ def apart_table(apart: xr.Dataset, seed: int = 0) -> pd.DataFrame:
             found = mean_interval(per_prompt(apart[name], role))
             columns |= _columns(name, found)
         columns["n"] = found.n.ravel()
-        columns |= _excess(per_prompt(apart["kl"], role), names, seed)
+        columns |= _excess(per_prompt(apart["kl"], role), names)
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True).assign(top_k=apart.attrs["top_k"])
 
 
-def _excess(kl: Float[np.ndarray, "comparison layer prompt"], names: list[str], seed: int) -> dict:
+def _excess(kl: Float[np.ndarray, "comparison layer prompt"], names: list[str]) -> dict:
     shape = kl.shape[:2]
     out = {
         name: np.full(shape, np.nan) for name in ("excess", "excess_low", "excess_high", "p", "p_corrected")
@@ -124,14 +123,13 @@ def _excess(kl: Float[np.ndarray, "comparison layer prompt"], names: list[str], 
 
 
 def answer_table(
-    answers: xr.Dataset, nulls: Mapping[str, tuple[str, xr.Dataset]] | None = None, seed: int = 0
+    answers: xr.Dataset, nulls: Mapping[str, tuple[str, xr.Dataset]] | None = None
 ) -> pd.DataFrame:
     """Where the answer appears and stays, IN against RL, paired by prompt.
 
     Args:
         answers: what `answer_layers` returns of a pair, one token a prompt.
         nulls: by name, the model that a model which learnt nothing is to be compared with, and its answers.
-        seed: of the intervals.
 
     Returns:
         Columns event, in, in_low, in_high, rl, ..., difference, low, high (in layers), p, p_corrected (Holm), n,
@@ -144,9 +142,9 @@ def answer_table(
         row: dict = {"event": event}
         for name, values in sides.items():
             row |= _columns(name, mean_interval(values))
-        row |= _difference("", sides["rl"], sides["in"], seed)
+        row |= _difference("", sides["rl"], sides["in"])
         for name, (of, null) in (nulls or {}).items():
-            row |= _difference(f"{name}_", null[event].to_numpy().astype(float), sides[of], seed)
+            row |= _difference(f"{name}_", null[event].to_numpy().astype(float), sides[of])
         n = {"n": len(sides["rl"]), "same_answer": same}
         rows.append(row | n | {"p": float(mean_test(sides["rl"] - sides["in"]))})
     table = pd.DataFrame(
@@ -156,19 +154,18 @@ def answer_table(
 
 
 def attribution_table(
-    attribution: xr.Dataset, nulls: Mapping[str, tuple[str, xr.Dataset]] | None = None, seed: int = 0
+    attribution: xr.Dataset, nulls: Mapping[str, tuple[str, xr.Dataset]] | None = None
 ) -> pd.DataFrame:
     """Contributions of every component in IN and RL, paired by token.
 
     Args:
         attribution: what `direct_logit_attribution(pair, ...)` returns, one token a prompt.
         nulls: by name, the model that a model which learnt nothing is to be compared with, and its attribution.
-        seed: of the intervals.
 
     Returns:
         Columns component, kind, sublayer, layer, head, in, in_low, in_high, rl, ..., difference, low, high (logits),
-        p (of a mean difference of 0; `mean_test`), p_corrected (Holm over components), n, and each null's difference; the last row,
-        `logit`, is the sum of the components.
+        p (of a mean difference of 0; `mean_test`), p_corrected (Holm over components), n, and each null's difference;
+        the last row, `logit`, is the sum of the components.
     """
     values = _with_sum(attribution)
     columns: dict = {"component": [*attribution["component"].to_numpy().tolist(), "logit"]}
@@ -177,12 +174,12 @@ def attribution_table(
     sides = {name: values.sel(model=name).to_numpy() for name in ("in", "rl")}
     for name, side in sides.items():
         columns |= _columns(name, mean_interval(side))
-    columns |= _difference("", sides["rl"], sides["in"], seed)
+    columns |= _difference("", sides["rl"], sides["in"])
     p = mean_test(sides["rl"] - sides["in"])
     of_components = np.arange(len(p)) < len(p) - 1  # the last row is their sum
     columns |= {"p": p, "p_corrected": adjust(np.where(of_components, p, np.nan)), "n": values.sizes["token"]}
     for name, (of, null) in (nulls or {}).items():
-        columns |= _difference(f"{name}_", _with_sum(null).to_numpy(), sides[of], seed)
+        columns |= _difference(f"{name}_", _with_sum(null).to_numpy(), sides[of])
     return pd.DataFrame(columns)
 
 
@@ -232,7 +229,6 @@ def _difference(
     prefix: str,
     after: Float[np.ndarray, "*cells example"],
     before: Float[np.ndarray, "*cells example"],
-    seed: int,
 ) -> dict[str, np.ndarray]:
     found = difference_interval(after, before)
     ends = {"difference": found.value, "low": found.low, "high": found.high}

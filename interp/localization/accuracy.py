@@ -21,8 +21,8 @@ def accuracy(found: xr.Dataset, correction: str = "holm", **settings) -> pd.Data
 
     Returns:
         Columns function (the example's task; "all": together), ablation, kind, layer, part, head, accuracy, low, high,
-        whole, whole_low, whole_high (of the model as it is), change, change_low, change_high (`change_interval`), p (McNemar,
-        exact), p_corrected, parsed, n, left_out.
+        whole, whole_low, whole_high (of the model as it is), change, change_low, change_high (`change_interval`), p
+        (McNemar, exact), p_corrected, parsed, n, left_out.
     """
     rows = []
     for name, chosen in by_function(found, "task"):

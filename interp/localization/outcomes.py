@@ -88,15 +88,10 @@ def outcome_shares(found: xr.Dataset, among: str = "differing", confidence: floa
         for k in range(chosen.sizes["swap"]):
             values = chosen["outcome"].isel(swap=k).to_numpy()
             there = values[~np.isnan(values)]
-            labels = {label: int((there == i).sum()) for i, label in enumerate(OUTCOMES)}
-            for label, count in {**labels, "changed": len(there) - labels["unchanged"]}.items():
-                hit = np.where(
-                    np.isnan(values),
-                    np.nan,
-                    values != OUTCOMES.index("unchanged")
-                    if label == "changed"
-                    else values == OUTCOMES.index(label),
-                )
+            for label in (*OUTCOMES, "changed"):
+                which = OUTCOMES.index("unchanged" if label == "changed" else label)
+                hit = (values != which) if label == "changed" else (values == which)
+                hit = np.where(np.isnan(values), np.nan, hit)
                 share = share_interval(hit, clusters_of(chosen), confidence=confidence)
                 rows.append(
                     {

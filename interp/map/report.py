@@ -73,7 +73,8 @@ def _account(summary: xr.Dataset, decisions: Mapping[str, Any] | None, seed: int
     definition = (
         f"activation patching of one component at the tokens of one role, {summary.attrs['metric']}, "
         f"{summary.attrs['units']}; recovery = (patched − recipient) / (donor − recipient), ratio of sums over "
-        f"examples; {level} intervals over examples (those of one image count as one), each for its own cell; controls: the donor's activation "
+        f"examples; {level} intervals over examples (those of one image count as one), each for its own cell; "
+        "controls: the donor's activation "
         "on another example with the same roles, and the recipient's own"
     )
     n = f"{int(summary['n'].max())} examples"

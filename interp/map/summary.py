@@ -10,9 +10,10 @@ direction, component and role unless said otherwise:
     denominator             donor - recipient, in nats, mean over examples, per direction
     null_denominator        RL - IN of pairs that learnt nothing, in nats, per null pair, where they were run
 
-each with `_low` and `_high`, the ends of its interval over examples (`interp.statistics.ratio_interval`); and the attribute `refused`, which
-says why the recoveries and their controls are NaN throughout, and is "" where they are not. A single cell is NaN too
-where the denominator of its own examples cannot be told from 0. `n` and `control_other_n` count a cell's examples.
+each with `_low` and `_high`, the ends of its interval over examples (`interp.statistics.ratio_interval`); and the
+attribute `refused`, which says why the recoveries and their controls are NaN throughout, and is "" where they are not.
+A single cell is NaN too where the denominator of its own examples cannot be told from 0. `n` and `control_other_n`
+count a cell's examples.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def summarise(
             [direction example].
         nulls: denominators of pairs that learnt nothing (`interp.decision.null_pair_denominator`).
         refused: why no recovery may be given (`interp.decision.recovery_refused`); "" where it may.
-        confidence: as in `interp.statistics.ratio_interval`; examples of one cluster (coordinate `cluster`) count as one.
+        confidence: as in `interp.statistics.ratio_interval`; examples of one cluster (coordinate `cluster`) are one
+            unit.
     """
     settings = {"confidence": confidence, "clusters": clusters_of(effects)}
     units = effects.attrs.get("units", "nats")

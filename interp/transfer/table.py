@@ -35,7 +35,7 @@ def transfer_table(
         groups: name to tasks whose examples are taken together, e.g. {"reasoning": REASONING}; a group of which a
             metric has no examples is left out.
         correction: "holm" or "bh", over the variants that are neither models nor controls, for each metric and task.
-        settings: as in `bootstrap_ratio` (seed, resamples, confidence, method).
+        settings: as in `interp.statistics.change_interval`: confidence.
 
     Returns:
         Columns: metric, task, variant, kind, control_of; accuracy, low, high (Wilson); change, change_low, change_high
