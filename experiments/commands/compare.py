@@ -125,9 +125,9 @@ def measure(models: Opened, asked: Files, config: CompareConfig) -> Iterator[Sec
     findings = [energy_finding(by_region, stage) for stage in stages]
     if config.spectra:
         long = spectra(table)
-        found = trends(with_regions(long, partition), ["region"], seed=config.seed)
+        found = trends(with_regions(long, partition), ["region"])
         tables |= {"compare_trends": found, "compare_spectra": long}
-        figures["compare_spectra"] = plot_spectra(long, partition, config.seed)
+        figures["compare_spectra"] = plot_spectra(long, partition)
         findings += [spectra_finding(found, stage, partition) for stage in stages]
     account = _account(config, opened, table, partition)
     title = "What training changed in the weights"

@@ -186,7 +186,7 @@ def measure(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> Iterato
     if swaps:
         results = _swapped(vlm, builder, asked, swaps, config)
         among = "all" if config.paper else "differing"
-        tables["localize_swap"] = swap_table(results, swaps, among, config.seed)
+        tables["localize_swap"] = swap_table(results, swaps, among)
         figures["localize_swap"] = plot_swaps(tables["localize_swap"], partition)
         found.append(results["counterfactual"])
     if config.parts:

@@ -16,7 +16,7 @@ import pandas as pd
 from hooks.errors import FrankenlensError
 from interp.comparison.table import chance
 from interp.regions import Partition
-from interp.statistics import MIN_EXAMPLES, mean_interval
+from interp.statistics import mean_interval
 
 NORMS = ("fro_norm", "mean_norm", "sum_norm")
 """Root of the sum of squares; mean over matrices and linear sum over matrices, as in the paper's released code."""
@@ -109,7 +109,7 @@ def regions(table: pd.DataFrame, partition: Partition) -> pd.DataFrame:
 
 
 def trends(long: pd.DataFrame, by: Sequence[str], ranks: Sequence[int] = TRENDS) -> pd.DataFrame:
-    """log(σ_i / σ_1) at some ranks: mean over the matrices of a group, with its interval over matrices (`interp.statistics.mean_interval`).
+    """log(σ_i / σ_1) at some ranks: mean over the matrices of a group, with its interval over matrices.
 
     Beside it, `random`: the mean of Gaussian matrices of the same shapes. Matrices without that many singular values,
     and values that are not trusted, are left out; n counts what remains.
@@ -125,7 +125,7 @@ def trends(long: pd.DataFrame, by: Sequence[str], ranks: Sequence[int] = TRENDS)
             group.pivot(index="rank", columns="param_name", values=name)
             for name in ("log_ratio", "log_ratio_random")
         ]
-        found = mean_interval(wide[0].to_numpy(float), fewest=MIN_EXAMPLES)
+        found = mean_interval(wide[0].to_numpy(float))
         numbers = pd.DataFrame({"rank": wide[0].index, "log_ratio": found.value, "low": found.low})
         numbers = numbers.assign(high=found.high, n=found.n, random=wide[1].mean(axis=1).to_numpy())
         rows.append(numbers.assign(**_labels(keys, values)))

@@ -13,8 +13,10 @@ from matplotlib.figure import Figure
 
 from hooks import FrankenlensError
 from interp.statistics import (
+    MIN_EXAMPLES,
     Interval,
     adjust,
+    change_interval,
     difference_interval,
     mcnemar,
     mean_interval,
@@ -186,13 +188,14 @@ def _compared(
     row |= {"share_low": np.nan, "share_high": np.nan, "unreadable": arm.unreadable}
     if arm.kind == "unfrozen":
         return row
-    row |= _columns("change_", difference_interval(own, whole), "change")
+    change = change_interval(own, whole) if binary else difference_interval(own, whole)
+    row |= _columns("change_", change, "change")
     if binary:
         found = mcnemar(own, whole)
         row |= {"gained": found.gained, "lost": found.lost, "p": found.p}
     else:
         row["p"] = float(mean_test(own - whole))
-    gain = difference_interval(whole, start)
+    gain = difference_interval(whole, start, fewest=MIN_EXAMPLES)
     if arm.kind != "in" and float(gain.low) > 0:
         row |= _columns("share_", ratio_interval(whole - own, whole - start), "share")
     return row

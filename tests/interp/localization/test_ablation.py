@@ -213,7 +213,7 @@ def test_accuracy_of_the_embedded_model() -> None:
     ids = greedy_batch(vlm, batch, 16, ablation_hooks(wanted[0], batch))
     right = _graded(prompts, ids)
     np.testing.assert_array_equal(found["right"][0], right)
-    tables = dict(iter(accuracy(found, resamples=200).groupby("function")))
+    tables = dict(iter(accuracy(found).groupby("function")))
     for name, rows in (("colour_at", slice(0, 20)), ("sum", slice(20, 40)), ("all", slice(None))):
         now, before = np.array(right, float)[rows], np.array(clean, float)[rows]
         first = tables[name].iloc[0]
