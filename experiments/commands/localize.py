@@ -292,7 +292,7 @@ def _account(
         )
     if config.parts:
         parts.append(
-            "ablations act at prefill and every step; accuracy with Wilson's interval, its change paired (bootstrap), "
+            "ablations act at prefill and every step; accuracy with Wilson's interval, its change paired, "
             "McNemar's exact test"
         )
     n = f"{len(asked.pairs)} pairs, at most {config.n} a function" if asked.pairs else ""

@@ -242,8 +242,8 @@ def _account(config: LockstepConfig, chosen: _Chosen, found: xr.Dataset, n_examp
     drawn = f"temperature {config.temperature:g}, top-p {config.top_p:g}"
     definition = (
         f"lockstep generation ({drawn if config.temperature else 'greedy'}), moved at {', '.join(config.when)}; "
-        f"{chosen.how}; change of accuracy paired with the recipient's (bootstrap, 95 %), exact McNemar; random: "
-        f"{config.n_random} sets of equal number and kind, paired with their mean (sign flips)"
+        f"{chosen.how}; change of accuracy paired with the recipient's (95 %), exact McNemar; random: "
+        f"{config.n_random} sets of equal number and kind, paired with their mean"
     )
     one = found.isel(direction=0, condition=0)
     unrun = Counter(str(why) for why in one["why"].where(one["right"].isnull(), "").to_numpy() if why)

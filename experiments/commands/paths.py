@@ -183,7 +183,7 @@ def _account(
         "path patching (Goldowsky-Dill et al. 2304.05969): the receiver's input is the clean residual stream plus the "
         f"donor's minus the recipient's output of the sender at {config.where} tokens, its pre-norm computed again; "
         f"{passes}; behind the receiver everything is computed again; k and v are those of kv_heads; recovery: ratio "
-        "of sums, 95 % bootstrap over prompts; interaction: whole effect − sum of direct effects; senders: "
+        "of sums, 95 % intervals over prompts; interaction: whole effect − sum of direct effects; senders: "
         + chosen,
         f"{len(decisions)} decisions ({config.decision}) of {decisions.n_prompts} prompts",
         "Holm over the paths of a direction (p); intervals are per path",

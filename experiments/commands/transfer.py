@@ -209,7 +209,7 @@ def _account(
     rest = "IN's" if config.rest == "in" else "that of the first region's donor (the paper's confound)"
     definition = (
         f"{'the paper: ' if config.paper else ''}RL's weights in IN, decoder blocks spliced by region, "
-        f"the rest {rest}; greedy answers; change against IN paired (bootstrap, 95 %), exact McNemar; "
+        f"the rest {rest}; greedy answers; change against IN paired (95 %), exact McNemar; "
         "recovery (m − IN)/(RL − IN)"
     )
     if config.controls:

@@ -20,7 +20,7 @@ class Verdict:
     Attributes:
         claim: as it was registered, regions resolved.
         verdict: of `VERDICTS`; "refused" where nothing can be tested, see `reason`.
-        interval: of the quantity, at 1 - 2 alpha, bootstrap, not corrected (the two one-sided tests' counterpart).
+        interval: of the quantity, at 1 - 2 alpha, not corrected (the two one-sided tests' counterpart).
         control: the same quantity of the control, likewise.
         p, p_against: one-sided, corrected: for the claim, and against it.
         p_control: one-sided, corrected: the component does more than its control; NaN for a claim that something is

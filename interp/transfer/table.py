@@ -39,9 +39,9 @@ def transfer_table(
 
     Returns:
         Columns: metric, task, variant, kind, control_of; accuracy, low, high (Wilson); change, change_low, change_high
-        (against IN, paired bootstrap); gained, lost, p (McNemar, exact), p_adjusted; recovery, recovery_low,
+        (against IN, paired); gained, lost, p (McNemar, exact), p_adjusted; recovery, recovery_low,
         recovery_high, recovery_why; of a control: excess, excess_low, excess_high (its variant minus the control,
-        paired bootstrap); unread (share whose answer cannot be read), n, left_out.
+        paired); unread (share whose answer cannot be read), n, left_out.
     """
     tables = []
     for metric, task, places in _cells(found, groups or {}):

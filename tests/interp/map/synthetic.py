@@ -97,7 +97,7 @@ REFUSED = (
 def synthetic_result(refused="", **settings):
     """A summary with all that the page prints."""
     effects = synthetic_map(**settings)
-    result = summarise(effects, nulls=NULLS, refused=refused, resamples=resamples)
+    result = summarise(effects, nulls=NULLS, refused=refused)
     ends = effects["recipient"].sel(direction="rl_to_in"), effects["donor"].sel(direction="rl_to_in")
     low, high = (end.drop_vars("direction") for end in ends)
     corners = [[low, low + 0.4 * (high - low)], [low + 0.5 * (high - low), high]]
