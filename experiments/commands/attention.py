@@ -170,7 +170,8 @@ def _account(config: AttentionConfig, found: xr.Dataset, partition: Partition) -
     definition = (
         f"{'the paper: ' if config.paper else ''}attention of a {config.queries} token {what[config.measure]} of the "
         f"{config.keys} tokens, mean over tokens, then over questions (layers: and over heads); delimiters are no "
-        f"{config.queries} tokens; intervals over questions (95 %; those about one image are one), difference paired, p of a mean of 0"
+        f"{config.queries} tokens; intervals over questions (95 %; those about one image are one), "
+        "difference paired, p of a mean of 0"
     )
     left_out: Counter[str] = Counter()
     for row, name in enumerate(found["trace"].to_numpy().tolist()):

@@ -4,13 +4,13 @@ The interval is what the test of `interp.statistics.moments` does not reject; no
 fourteen shapes of data (Gamma, Weibull, lognormal, uniform, Laplace, t, sparse ones of five kinds, right or wrong) at
 n = 20 to 200, and held to nine others in `tests/planted/test_calibration.py` (`make calibration`).
 
-    nominal 95 %, n = 30 to 200            covers
+    nominal 95 %, n = 36 to 200            covers
     symmetric or moderately skewed         94 - 97 %
     lognormal, sigma 1.2                   94 - 96 %
     a tenth of the examples carries all    94 - 99 %, which is more than it says
 
-Nothing is shown where that does not hold, and `Interval.reason` says why: below `MIN_SHOWN` independent examples (of 29
-examples none is among the tenth that matters in one sample of 21, and nothing in the sample tells); where so few
+Nothing is shown where that does not hold, and `Interval.reason` says why: below `MIN_SHOWN` independent examples (of 35
+examples none is among the tenth that matters in one sample of 40, and nothing in the sample tells); where so few
 examples carry the variation that they are in effect fewer than `MIN_CARRIERS`; where all are equal, or one is infinite;
 where the denominator of a ratio is not told from 0. No method holds for every distribution (Bahadur & Savage, Ann.
 Math. Stat. 1956).
@@ -29,7 +29,7 @@ from scipy import stats
 from interp.statistics.intervals import Interval
 from interp.statistics.moments import Moments, sides, summed
 
-MIN_SHOWN = 30
+MIN_SHOWN = 36
 """Fewer independent examples have no interval and no p."""
 MIN_CARRIERS = 1.3
 """(sum e^2)^2 / sum e^4 of the deviations e: how many examples carry the variation; 1 where one carries it all."""

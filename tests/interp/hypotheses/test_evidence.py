@@ -43,9 +43,9 @@ def test_the_same_questions_four_times_are_no_more_than_once() -> None:
     found = verdict(claim, again, clusters=of)
     assert (found.verdict, found.n, found.units) == ("undecided", 96, 24)
     assert "24 clusters" in found.reason
-    more = np.random.default_rng(1).normal(0.02, 0.3, 30)
+    more = np.random.default_rng(1).normal(0.02, 0.3, 40)
     once = verdict(claim, more)
-    four = verdict(claim, np.tile(more, 4), clusters=[str(i) for i in range(30)] * 4)
+    four = verdict(claim, np.tile(more, 4), clusters=[str(i) for i in range(40)] * 4)
     assert four.p == pytest.approx(once.p, rel=1e-9)
     assert (float(four.interval.low), float(four.interval.high)) == pytest.approx(
         (float(once.interval.low), float(once.interval.high)), rel=1e-6
