@@ -191,8 +191,8 @@ def _account(
         "one-sided paired tests (the largest p of Student's t, Hall's skewness-corrected t and, for verdicts that "
         "something is small, the chance that no prompt which moves all the way was drawn) at alpha "
         f"{family.alpha:g} for and against each claim; intervals at 1 - 2 alpha, uncorrected (BCa bootstrap); "
-        "controls: the donor's activation on another example, or a random update as large; decision "
-        f"{family.decision}"
+        "controls: a random direction as large as the donor's difference at each token, or a random update as large; "
+        f"decision {family.decision}"
     )
     sizes = sorted({int(n) for n in table.loc[table["verdict"] != "refused", "n"]})
     tested_on = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}" if sizes else "no"

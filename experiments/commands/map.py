@@ -23,7 +23,7 @@ from interp.decision import (
     recovery_refused,
     two_by_two,
 )
-from interp.map import DIRECTIONS, MAP_POINTS, POINTS, component_map, map_section, summarise
+from interp.map import DIRECTIONS, MAP_POINTS, POINTS, component_map, map_section, noise_cells, summarise
 from interp.pair.pair import Pair
 from interp.results.page import Section
 
@@ -62,10 +62,13 @@ def measure(pair: Pair, asked: Questions, config: MapConfig) -> Iterator[Section
     if not len(decisions):
         raise FrankenlensError(_none_qualifies(decisions))
     directions = list(DIRECTIONS) if config.direction == "both" else [config.direction]
-    effects = component_map(pair, decisions, directions, config.points, batch_size=config.batch_size)
+    settings = {"batch_size": config.batch_size, "seed": config.seed}
+    effects = component_map(pair, decisions, directions, config.points, **settings)
+    roles = [str(role) for role in effects["role"].to_numpy()]
+    noise = noise_cells(pair, decisions, directions, config.points, roles, **settings)
     nulls = null_pair_denominator(pair, decisions, config.seed, config.batch_size)
     refused = recovery_refused(decisions, nulls)
-    summary = summarise(effects, nulls=nulls, refused=refused, seed=config.seed)
+    summary = summarise(effects, noise=noise, nulls=nulls, refused=refused, seed=config.seed)
     if config.decision != "soft":
         summary["two_by_two"] = two_by_two(pair, decisions, config.batch_size)
     summary.attrs["decisions"] = json.dumps(decisions.summary())

@@ -13,8 +13,9 @@ No sample shows what a prompt does that is not in it. A verdict that something i
 prompts as yet unseen were moved all the way (recovery 1 or -1, the whole decision, right instead of wrong), in such a
 number that n prompts without one of them are no surprise: `unseen`, and the third p of `one_sided`.
 
-Supported: mean(d) <= 0 is rejected at alpha after correction over the family. Refuted: mean(d) >= 0 is, corrected in
-the same way. Each of the two has level alpha. Neither: undecided at this n.
+Supported: mean(d) <= 0 is rejected at alpha after correction over the family, and a claim of an effect has one that is
+larger, in magnitude, than its control's: what something meaningless of the same size does as well is no support.
+Refuted: mean(d) >= 0 is, corrected in the same way. Each of the two has level alpha. Neither: undecided at this n.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ from interp.hypotheses.one_sided import (
     power,
 )
 from interp.hypotheses.verdict import Verdict, shown
+from interp.map.summary import turned_up
 from interp.statistics import Interval, bootstrap_mean, bootstrap_ratio
+
+AS_MUCH = "its control, as large and of random direction, moves as much or more"
 
 
 def scores(claim: Claim, measured: Measured) -> Float[np.ndarray, "*cells example"]:
@@ -91,7 +95,7 @@ def judge(
         own, k = measured[claim.name], order[claim.name]
         d[k], away[k] = scores(claim, own), unseen(claim, own)
         if claim.of_an_effect:
-            beyond[k] = scores(claim, own) - scores(claim, _control(own))
+            beyond[k] = _over_control(own)
         shifts[k] = _scale(claim, own) * _distance(claim, claim.alternative)
     above, below = one_sided(d, away)
     p, against, control = (adjusted(x, family.correction) for x in (above, below, one_sided(beyond)[0]))
@@ -109,10 +113,14 @@ def judge(
             verdicts.append(Verdict(claim, "refused", none, none, origin=origin, reason=why))
             continue
         own = measured[claim.name]
+        verdict = _verdict(p[k], against[k], family.alpha)
+        reason = _untestable(d[k])
+        if verdict == "supported" and np.nansum(beyond[k]) < 0:
+            verdict, reason = "undecided", AS_MUCH
         verdicts.append(
             Verdict(
                 claim,
-                _verdict(p[k], against[k], family.alpha),
+                verdict,
                 _quantity(claim, own.effect, own.total, seed),
                 _quantity(claim, own.control, own.total, seed),
                 p=float(p[k]),
@@ -121,7 +129,7 @@ def judge(
                 power=float(chances[k]),
                 **_design(claim, own, d[k], float(shifts[k]), family.level, float(away[k])),
                 origin=origin,
-                reason=_untestable(d[k]),
+                reason=reason,
             )
         )
     return verdicts
@@ -131,8 +139,10 @@ def _verdict(p: float, against: float, alpha: float) -> str:
     return "supported" if p <= alpha else "refuted" if against <= alpha else "undecided"
 
 
-def _control(own: Measured) -> Measured:
-    return Measured(own.control, own.control, own.total, own.units)
+def _over_control(own: Measured) -> Float[np.ndarray, "*cells example"]:
+    """How much more the component moves than its control, whatever the signs of the two; its mean is |.| - |.|."""
+    there = np.where(np.isnan(own.control), np.nan, own.effect)
+    return turned_up(there) - turned_up(np.where(np.isnan(there), np.nan, own.control))
 
 
 def _quantity(claim: Claim, effect: np.ndarray, total: np.ndarray, seed: int) -> Interval:

@@ -72,16 +72,17 @@ class PathRun:
         self._passed_on: dict[tuple, Tensor] = {}
 
     def sent(self, sender: Address, other: bool = False) -> Float[Tensor, "batch pos d_model"]:
-        """The change that a sender writes: the donor's value (on another example, if asked) minus the recipient's."""
+        """The change that a sender writes: the donor's value minus the recipient's; on another example, if asked."""
 
         def make() -> Tensor:
             hook, index = sender_hook(sender), sender.index
             own = activation_of(self.vlm, self.clean.cache.__getitem__, hook, index)
             value = self.donor.activation(hook, index).to(own.device)
-            value = borrowed(value, False, self.rows) if other else value
             wide = torch.promote_types(own.dtype, torch.float32)
+            change = value.to(wide) - own.to(wide)
+            change = borrowed(change, False, self.rows) if other else change
             here = self._where & (self.rows.partner >= 0)[:, None] if other else self._where
-            return torch.where(here[..., None].to(own.device), value.to(wide) - own.to(wide), 0.0)
+            return torch.where(here[..., None].to(own.device), change, 0.0)
 
         return self._recent(("sent", sender, other), make)
 

@@ -34,18 +34,28 @@ def borrowed(value: Float[Tensor, "..."], early: bool, rows: PatchBatch) -> Floa
     source = [own if other < 0 else other for own, other in enumerate(rows.partner.tolist())]
     if not early:
         return value[source]
-    # Images of all rows follow one another: along the first axis patches, image tokens or whole images; along the
-    # second where the first is of size one, the patches of all images being one long row.
-    sizes = [image_size(prompt) for prompt in rows.batch.prompts]
+    pieces, axis = of_rows(value, rows.batch)
+    return torch.cat([pieces[row] for row in source], dim=axis)
+
+
+def of_rows(value: Float[Tensor, "..."], batch: PromptBatch) -> tuple[tuple[Tensor, ...], int]:
+    """A value of the vision side cut into the parts of each row (empty where it has no image), and along which axis.
+
+    Images of all rows follow one another: along the first axis patches, image tokens or whole images; along the second
+    where the first is of size one, the patches of all images being one long row.
+
+    Raises:
+        FrankenlensError: it does not divide over the images.
+    """
+    sizes = [image_size(prompt) for prompt in batch.prompts]
     axis = 1 if value.ndim > 2 and value.shape[0] == 1 < sum(map(bool, sizes)) else 0
-    sizes = [image_area(prompt) for prompt in rows.batch.prompts] if axis else sizes
+    sizes = [image_area(prompt) for prompt in batch.prompts] if axis else sizes
     length = value.shape[axis]
     if not any(sizes) or any(size * length % sum(sizes) for size in sizes):
         raise FrankenlensError(
             f"{length} rows of the vision side do not divide over images of sizes {sizes}."
         )
-    pieces = value.split([size * length // sum(sizes) for size in sizes], dim=axis)
-    return torch.cat([pieces[row] for row in source], dim=axis)
+    return value.split([size * length // sum(sizes) for size in sizes], dim=axis), axis
 
 
 def image_grid(inputs: Mapping[str, Tensor]) -> Int[Tensor, "image side"] | None:

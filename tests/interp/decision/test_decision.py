@@ -14,7 +14,7 @@ from experiments import embedded
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from interp.decision import find_decisions, null_pair_denominator, recovery_refused, two_by_two
-from interp.decision.controls import changed_weights
+from interp.decision import changed_weights
 from interp.metrics import KLToReference, TraceLogLikelihood, evaluate
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair, weights_sha256
@@ -283,7 +283,7 @@ def test_the_random_pair_has_the_norm_of_the_update_in_every_tensor(monkeypatch)
             seen.append({name: (p - before[name]).norm() for name, p in vlm.model.named_parameters()})
         return evaluate(vlm, prompts, metric, batch_size)
 
-    monkeypatch.setattr("interp.decision.controls.evaluate", spy)
+    monkeypatch.setattr("interp.decision.null_pairs.evaluate", spy)
     null_pair_denominator(pair, found)
     theirs = dict(pair.rl.model.named_parameters())
     for name, norm in seen[0].items():
