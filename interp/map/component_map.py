@@ -39,6 +39,8 @@ MAP_POINTS = tuple(point for point in POINTS if point not in ("z", "expert"))
 """Patched where nothing else is asked for; experts, of which there may be thousands, only by name."""
 RANDOM = 2
 """Random directions that every cell is tried with, of each example."""
+FURTHER = ("other", "self")
+"""Controls beside random directions: the donor's difference on another example, and the recipient itself."""
 
 
 def component_map(
@@ -51,6 +53,7 @@ def component_map(
     progress: bool = True,
     *,
     n_random: int = RANDOM,
+    further: Sequence[str] = FURTHER,
     seed: int = 0,
 ) -> xr.Dataset:
     """Patch every component of a pair at every role, on the prompts of `decisions`.
@@ -64,7 +67,8 @@ def component_map(
         roles: of `ROLES`, "decision" and "all"; by default those that occur.
         batch_size: prompts a forward.
         n_random: random directions of every cell and example.
-        seed: of these.
+        further: which of the two further controls are run as well, of `FURTHER`; NaN where one is not.
+        seed: of the random directions.
 
     Returns:
         Variables effect [direction component role example] (patched - recipient, in the metric's units); controls, of
@@ -81,21 +85,15 @@ def component_map(
     for direction in directions:
         if direction not in DIRECTIONS:
             raise FrankenlensError(f"{direction!r} is no direction; choose of {', '.join(DIRECTIONS)}.")
+    for kind in further:
+        if kind not in FURTHER:
+            raise FrankenlensError(f"{kind!r} is no further control; choose of {', '.join(FURTHER)}.")
     prompts = {"in": decisions.prompts, "rl": decisions.prompts}
     models = {"in": pair.in_, "rl": pair.rl}
     ways = {d: DIRECTIONS[d] for d in directions}
-    found = _map(
-        models,
-        prompts,
-        decisions.metric,
-        ways,
-        points,
-        roles,
-        batch_size,
-        progress,
-        n_random=n_random,
-        seed=seed,
-    )
+    kinds = ("donor", "random", *further)
+    settings = {"kinds": kinds, "n_random": n_random, "seed": seed}
+    found = _map(models, prompts, decisions.metric, ways, points, roles, batch_size, progress, **settings)
     return with_looked_at(found, decisions.examples)
 
 

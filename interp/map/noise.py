@@ -9,11 +9,12 @@ those of the pair are, and read in two ways:
     own    at decisions that are found for the noise pair itself: what is selected is never 0 on average
 
 The floor of a cell is the largest |mean effect| of all cells of its kind (point) at its role, over pairs and readings.
+Noise moved in and noise moved out reach alike, so that pairs take the directions in turn and one floor serves both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from interp.pair.pair import Pair
 
 READINGS = ("same", "own")
-NOISE_PROMPTS = 16
+NOISE_PROMPTS = 8
 """Prompts that a noise pair's cells are measured on; a mean over fewer prompts than the map's only raises the floor."""
 
 
@@ -57,13 +58,14 @@ def noise_cells(
 
     Args:
         pair, decisions, directions, points, roles, batch_size: as given to `interp.map.component_map.component_map`.
-        n_pairs: noise pairs; with the same seed those of `interp.decision.null_pair_denominator`.
+        n_pairs: noise pairs, each in one direction; those of `interp.decision.null_pair_denominator` with the same seed.
         n_prompts: of each reading, evenly spread over the decisions.
         seed: of the first noise pair.
 
     Returns:
-        Variables noise_effect [noise_pair reading direction component role], means over examples in the metric's units
-        (NaN where no example has such tokens, or a noise pair decides nothing otherwise), and noise_n, likewise.
+        Variables noise_effect [noise_pair reading component role], means over examples in the metric's units (NaN where
+        no example has such tokens, or a noise pair decides nothing otherwise), and noise_n, likewise; coordinate
+        noise_direction on noise_pair.
 
     Raises:
         FrankenlensError: as `component_map`; fewer than one pair or prompt.
@@ -76,44 +78,39 @@ def noise_cells(
     models = {"in": pair.in_, "rl": pair.rl}
     found: dict[tuple[int, str, str], xr.Dataset] = {}
     changes = random_changes(pair, range(seed, seed + n_pairs))
-    with tqdm(total=n_pairs * len(directions), desc="noise pairs", unit="map", disable=not progress) as bar:
-        for number, change in enumerate(changes):
-            for direction in directions:
-                donor, recipient = DIRECTIONS[direction]
-                traces = decisions.in_traces if recipient == "in" else decisions.rl_traces
-                with changed_weights(models[donor].model, _noisy(models[recipient].model, change)):
-                    read: dict[str, tuple[Sequence[Prompt], Metric]] = {"same": (prompts, metric)}
-                    if len(traces):
-                        read["own"] = _own(
-                            models[donor], models[recipient], traces, decisions.choice, n_prompts
-                        )
-                    for reading, (asked, of) in read.items():
-                        if len(asked):
-                            found[number, reading, direction] = _map(
-                                models, dict.fromkeys(models, asked), of, {direction: (donor, recipient)}, points,
-                                roles, batch_size, False, kinds=("donor",),
-                            )  # fmt: skip
-                bar.update()
+    for number, change in enumerate(tqdm(changes, desc="noise pairs", unit="map", disable=not progress)):
+        direction = directions[number % len(directions)]
+        donor, recipient = DIRECTIONS[direction]
+        traces = decisions.in_traces if recipient == "in" else decisions.rl_traces
+        with changed_weights(models[donor].model, _noisy(models[recipient].model, change)):
+            read: dict[str, tuple[Sequence[Prompt], Metric]] = {"same": (prompts, metric)}
+            read["own"] = _own(models[donor], models[recipient], traces, decisions.choice, n_prompts)
+            for reading, (asked, of) in read.items():
+                if len(asked):
+                    found[number, reading, direction] = _map(
+                        models, dict.fromkeys(models, asked), of, {direction: (donor, recipient)}, points, roles,
+                        batch_size, False, kinds=("donor",),
+                    )  # fmt: skip
     return _together(found, n_pairs, list(directions))
 
 
-def floor_of(noise: xr.Dataset, cells: xr.DataArray) -> Float[np.ndarray, "direction component role"]:
+def floor_of(noise: xr.Dataset, cells: xr.DataArray) -> Float[np.ndarray, "component role"]:
     """The floor of every cell: the largest |mean effect| of its point at its role, over noise pairs and readings.
 
     Args:
         noise: what `noise_cells` returns.
-        cells: with coordinates direction, component (and its point) and role.
+        cells: with coordinates component (and its point) and role.
 
     Returns:
         NaN where no noise pair has a cell of that kind.
     """
     reached = np.abs(noise["noise_effect"]).max(["noise_pair", "reading"])
-    reached = reached.reindex({name: cells[name].to_numpy() for name in ("direction", "component", "role")})
-    largest = reached.to_numpy().copy()
+    reached = reached.reindex({name: cells[name].to_numpy() for name in ("component", "role")})
+    largest = reached.transpose("component", "role").to_numpy().copy()
     points = cells["point"].to_numpy()
     for point in np.unique(points):
         own = points == point
-        largest[:, own] = np.fmax.reduce(largest[:, own], axis=1, keepdims=True)
+        largest[own] = np.fmax.reduce(largest[own], axis=0, keepdims=True)
     return largest
 
 
@@ -132,25 +129,25 @@ def _own(now, before, traces, choice: str, n_prompts: int) -> tuple[Sequence[Pro
 
 
 def _together(
-    found: dict[tuple[int, str, str], xr.Dataset], n_pairs: int, directions: list[str]
+    found: Mapping[tuple[int, str, str], xr.Dataset], n_pairs: int, directions: Sequence[str]
 ) -> xr.Dataset:
     like = next(iter(found.values()))["effect"]
-    shape = (n_pairs, len(READINGS), len(directions), like.sizes["component"], like.sizes["role"])
+    shape = (n_pairs, len(READINGS), like.sizes["component"], like.sizes["role"])
     means, n = np.full(shape, np.nan), np.zeros(shape, int)
     components = like["component"].to_numpy()
-    for (number, reading, direction), one in found.items():
+    for (number, reading, _), one in found.items():
         effect = one["effect"].isel(direction=0).reindex(component=components).to_numpy()
-        at = (number, READINGS.index(reading), directions.index(direction))
-        there = ~np.isnan(effect)
+        at, there = (number, READINGS.index(reading)), ~np.isnan(effect)
         n[at] = there.sum(-1)
         means[at] = np.where(there, effect, 0).sum(-1) / np.where(n[at] > 0, n[at], np.nan)
-    dims = ("noise_pair", "reading", "direction", "component", "role")
+    dims = ("noise_pair", "reading", "component", "role")
+    taken = [directions[number % len(directions)] for number in range(n_pairs)]
     return xr.Dataset(
         {"noise_effect": (dims, means, {"units": like.attrs.get("units", "")}), "noise_n": (dims, n)},
         coords={
             "noise_pair": np.arange(n_pairs),
+            "noise_direction": ("noise_pair", taken),
             "reading": list(READINGS),
-            "direction": directions,
             "component": components,
             "role": like["role"].to_numpy(),
         },

@@ -104,15 +104,15 @@ def summarise(
         _add(out, name, CELLS, ratio, "1", hidden)
     floor = None
     if noise is not None:
-        noise = noise.reindex({name: out[name].to_numpy() for name in CELLS})
+        noise = noise.reindex({name: out[name].to_numpy() for name in CELLS[1:]})
         out = out.merge(noise, combine_attrs="override")
-        floor = floor_of(noise, out["effect_mean"])
+        floor = np.broadcast_to(floor_of(noise, out["effect_mean"]), effect.shape[:-1])
         out["floor"] = (CELLS, floor, {"units": units})
     above, margin = beyond_control(turned, as_large, floor, **settings)
     out["beyond"] = (CELLS, above & (not refused))
     out["margin"] = (CELLS, margin, {"units": units})
     out["n"] = (CELLS, (~np.isnan(effect)).sum(-1))
-    out["control_other_n"] = (CELLS, (~np.isnan(control)).sum(-1))
+    out["control_other_n"] = (CELLS, (~np.isnan(other)).sum(-1))
     if nulls:
         out = out.assign_coords(null=list(nulls))
         for suffix, end in (("", "value"), ("_low", "low"), ("_high", "high")):

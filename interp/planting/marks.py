@@ -74,7 +74,7 @@ def marks(
         early = any(point in BEFORE_THE_DECODER for point in points)
         roles = ["all", "image"] if early else ["all"]
         running = {"batch_size": batch_size, "progress": False, "seed": plant.seed}
-        effects = component_map(pair, decisions, points=points, roles=roles, **running)
+        effects = component_map(pair, decisions, points=points, roles=roles, further=(), **running)
         noise = noise_cells(pair, decisions, points=points, roles=roles, **running)
     summary = summarise(effects, noise=noise, seed=plant.seed)
     effect = summary["effect"].to_numpy()

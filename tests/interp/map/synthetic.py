@@ -91,7 +91,7 @@ def synthetic_map(layers=9, heads=4, vision=3, examples=48, seed=0, size=3.0):
 def synthetic_noise(effects, pairs=4, size=0.06, seed=1):
     """Noise pairs of such a map: every cell's mean is drawn; attention at the question reaches 1 nat once."""
     rng = np.random.default_rng(seed)
-    dims = ("noise_pair", "reading", "direction", "component", "role")
+    dims = ("noise_pair", "reading", "component", "role")
     shape = (pairs, 2, *(effects.sizes[name] for name in dims[2:]))
     means = rng.normal(0, size / 3, shape).clip(-size, size)
     means[

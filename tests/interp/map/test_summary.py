@@ -48,7 +48,7 @@ def test_the_excess_compares_magnitudes_in_both_directions(summary):
     """Random directions do as much with the other sign: signed, the excess would be twice the effect."""
     at = {"component": "blocks.1.attn", "role": "question"}
     for direction in ("rl_to_in", "in_to_rl"):
-        one = summary.sel(at, direction=direction)
+        one = summary.sel(at | {"direction": direction})
         assert one["recovery_low"] > 0.2 and one["random_recovery_low"] > 0.2
         assert abs(float(one["excess"])) < 0.05 and one["excess_low"] < 0 < one["excess_high"]
         effect, random = one["effect"].to_numpy(), one["control_random"].to_numpy()
@@ -66,13 +66,12 @@ def test_a_cell_must_lie_above_all_cells_of_its_kind_in_noise_pairs():
     found = summarise(effects, noise=noise, resamples=200)
     floor = found["floor"].sel(role="question")
     attention = found["component"].where(found["point"] == "attn_out", drop=True)
-    assert (floor.sel(direction="rl_to_in", component=attention) == 1.0).all()  # one cell of one noise pair
+    assert (floor.sel(component=attention) == 1.0).all()  # one cell of one noise pair
     heads = found["component"].where(found["point"] == "head", drop=True)
     own = np.abs(noise["noise_effect"].sel(role="question", component=heads))
     expected = own.max(["noise_pair", "reading", "component"])
     for direction in ("rl_to_in", "in_to_rl"):
-        got = floor.sel(direction=direction, component=heads)
-        np.testing.assert_allclose(got, float(expected.sel(direction=direction)))
+        np.testing.assert_allclose(floor.sel(direction=direction, component=heads), float(expected))
     at = {"direction": "rl_to_in", "component": "blocks.6.attn.head.1", "role": "decision"}
     one = found.sel(at)
     assert one["beyond"]
