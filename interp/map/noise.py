@@ -58,7 +58,7 @@ def noise_cells(
 
     Args:
         pair, decisions, directions, points, roles, batch_size: as given to `interp.map.component_map.component_map`.
-        n_pairs: noise pairs, each in one direction; those of `interp.decision.null_pair_denominator` with the same seed.
+        n_pairs: noise pairs, each in one direction; with this seed those of `interp.decision.null_pair_denominator`.
         n_prompts: of each reading, evenly spread over the decisions.
         seed: of the first noise pair.
 

@@ -1,7 +1,7 @@
 """Planted truth: pairs whose changed components are known, and how well each localizing method finds them."""
 
 from interp.planting.kinds import DRAWN, KINDS, MOST, NULLS, TRAINED, VISIBILITY, Draws
-from interp.planting.marks import mark_table, marks
+from interp.planting.marking import mark_table, marks
 from interp.planting.methods import INTEGRATED, METHODS, Method, Subject, chosen, relative_norm
 from interp.planting.plants import (
     CHANGES,

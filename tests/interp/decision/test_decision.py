@@ -13,8 +13,13 @@ import torch
 from experiments import embedded
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
-from interp.decision import find_decisions, null_pair_denominator, recovery_refused, two_by_two
-from interp.decision import changed_weights
+from interp.decision import (
+    changed_weights,
+    find_decisions,
+    null_pair_denominator,
+    recovery_refused,
+    two_by_two,
+)
 from interp.metrics import KLToReference, TraceLogLikelihood, evaluate
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair, weights_sha256
