@@ -14,7 +14,19 @@ from experiments.retraining import plants
 from experiments.retraining.triple import require_triple
 from hooks import HookedVLM
 from interp.pair.pair import Pair
-from interp.planting import MOST, TRAINED, VISIBILITY, Draws, Method, Plant, effect_of_plant, marks, trial
+from interp.planting import (
+    MOST,
+    TRAINED,
+    VISIBILITY,
+    WIRED,
+    Draws,
+    Method,
+    Plant,
+    effect_of_plant,
+    marks,
+    trial,
+    wired,
+)
 from interp.questions.examples import Example
 
 OTHER_PROMPTS = 50 * MOST
@@ -106,7 +118,10 @@ class PlantedPairs:
         return effect_of_plant(self.pair.in_, donor, plant, examples, **self.running)
 
     def _donor(self, kind: str, i: int, plant: Plant) -> HookedVLM:
-        """RL, or IN with the plant trained into it."""
+        """RL, or IN with the plant trained or put together in it."""
+        if kind in WIRED:
+            prompts = [self.pair.builder.build(one) for one in self.prompts(plant.seed + OTHER_PROMPTS)]
+            return wired(self.pair.in_, self.pair.rl, kind, plant.components, prompts, plant.seed)
         if kind not in TRAINED:
             return self.pair.rl
         folder, in_folder = self.folder / f"{kind}-{i}-model", require_triple(self.in_path)

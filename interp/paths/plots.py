@@ -29,7 +29,7 @@ def plot_path_map(table: pd.DataFrame) -> Figure:
 
     Receivers stand by layer and by q, k, v of heads or MLP, the logits on top; senders by layer, head or MLP, the
     embedding below. Recovery where the table has it, else the effect. Pale and struck through: the interval includes
-    0. Dot: not told apart from the donor on another example.
+    0. Dot: not told apart from the donor's change on another example.
 
     Args:
         table: of `interp.paths.pair.path_table`.
@@ -92,7 +92,7 @@ def plot_path_graph(table: pd.DataFrame, k: int = 12) -> Figure:
         axes.set_title(f"{DIRECTIONS.get(direction, direction)} (n = {n})", fontsize=9)
         _draw_graph(axes, one, columns, key, norm)
     _draw_bar(figure, grid, norm, key)
-    dashed = "not told apart from the donor on another example"
+    dashed = "not told apart from the donor's change on another example"
     handles = [
         Line2D([], [], color="0.3", linestyle="--", label=dashed),
         Line2D([], [], linestyle="none", label="5.h1: head 1 of layer 5, its queries where an arrow ends"),
@@ -195,7 +195,7 @@ def _legend() -> list[Any]:
         Patch(facecolor=_MISSING, label="no such path"),
         Line2D(
             [], [], color="black", marker=".", linestyle="none",
-            label="not told apart from the donor on another example",
+            label="not told apart from the donor's change on another example",
         ),
     ]  # fmt: skip
 

@@ -18,6 +18,7 @@ from interp.planting.plants import (
     truth,
 )
 from interp.planting.trial import claims_possible, effect_of_plant, trial
+from interp.planting.wired import WIRED, wired
 
 __all__ = [
     "CHANGES",
@@ -32,6 +33,7 @@ __all__ = [
     "NULLS",
     "TRAINED",
     "VISIBILITY",
+    "WIRED",
     "WITH_EXPERTS",
     "Draws",
     "Method",
@@ -50,4 +52,5 @@ __all__ = [
     "told_apart",
     "trial",
     "truth",
+    "wired",
 ]
