@@ -48,7 +48,7 @@ benchmarks: $(INSTALLED)  ## against plain hooks, TransformerLens and nnsight; t
 	$(BIN)/python -m tests.benchmarks.run --out out/benchmarks
 
 planted-marks: $(INSTALLED)  ## is the map's mark right? 30 planted and 24 null pairs; out/planted-marks, kept pair by pair
-	OMP_NUM_THREADS=1 $(BIN)/frankenlens planted --marks --kinds rl identical bf16 noise --pairs 30 --nulls 8 --seed 1 \
+	OMP_NUM_THREADS=1 $(BIN)/frankenlens planted --marks --kinds rl identical bf16 noise --pairs 30 --nulls 8 --n 24 --seed 1 \
 	    --methods compare --out out/planted-marks
 
 notebooks: $(INSTALLED)
