@@ -1,4 +1,4 @@
-"""Donors put together by hand do what they are said to, by plain logits: nothing alone, the same without one, or none."""
+"""Donors put together by hand do what they are said to, by plain logits."""
 
 from dataclasses import replace
 
