@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -87,7 +88,7 @@ def check(config: ClaimsConfig) -> None:
     twice = [pair for pair, count in Counter(config.pairs).items() if count > 1]
     if twice:
         raise FrankenlensError(f"--pairs names {' '.join(twice[0])} twice.")
-    if not config.claims.is_file():
+    if not os.path.isfile(config.claims):
         raise FrankenlensError(
             f"There is no file of claims {config.claims}; give one: frankenlens test CLAIMS."
         )

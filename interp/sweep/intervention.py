@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.errors import nearest, shown
 from hooks.points import HookPoint
 from hooks.weights import d_mlp, site_at
 from interp.prompts import PromptBatch
 from interp.prompts.pairing import PatchBatch, borrowed, partners
+from interp.prompts.roles import ROLES
 from interp.sweep.activations import INDEXED, of_index
 from interp.sweep.edits import Edit, New, Span
 from interp.sweep.places import LEADING, Where, cut_patches, where_label, where_mask
 
 KINDS = ("replace", "add", "scale", "zero", "mean", "resample", "skip", "knockout")
+PLACES = (*ROLES, "decision", "all")
+"""Words for tokens."""
+LARGEST = 1e38
+"""Of a number that takes an activation's place: float32 holds no more."""
+_WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 Means = Mapping[tuple[str, Where], Float[Tensor, "..."]]
 """Hook and place to the mean activation."""
 Activations = Callable[[str, int | None], Float[Tensor, "..."]]
@@ -80,6 +88,7 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
     Raises:
         FrankenlensError: see the message.
     """
+    _require_types(intervention)
     (name,) = vlm.names(intervention.hook)
 
     def refuse(why: str) -> None:
@@ -91,7 +100,7 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
     point, kind = vlm.hook_points[name], intervention.kind
 
     if kind not in KINDS:
-        refuse(f"kind {kind!r} is none of {', '.join(KINDS)}")
+        refuse(f"kind {shown(kind)} is none of {', '.join(KINDS)}. {nearest(kind, KINDS)}".strip())
     if kind == "replace" and intervention.value is None and not has_donor:
         refuse("replace needs a value, or a donor (donor= or donor_prompts=)")
     if kind in ("add", "scale") and intervention.value is None:
@@ -108,7 +117,7 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
         refuse("knockout acts on attn.hook_attn_scores; to lose the edge's mass instead, scale hook_pattern")
     if kind == "resample" and point.axes[-1] == "key" and not has_tokens(point):
         refuse("resample needs an activation of patches; give donor_prompts= and replace instead")
-    _refuse_values_of_tokens(intervention, point, refuse)
+    _refuse_values_of_tokens(intervention, point, _widths(point, vlm), refuse)
     if kind == "mean" and point.axes[-1] == "key":
         refuse("mean needs an activation; scores and patterns of prompts of different lengths have none")
     source = intervention.source or "all"
@@ -129,8 +138,53 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
         )
 
 
+def _require_types(one: Intervention) -> None:
+    """Refuse what is of another type than an intervention's parts are.
+
+    Raises:
+        FrankenlensError: names the part, and what it may be.
+    """
+    if not isinstance(one, Intervention):
+        raise FrankenlensError(
+            f"{shown(one)} is no intervention; give Intervention(hook, kind, ...), or a list of them"
+        )
+
+    def is_place(value: Any) -> bool:
+        if isinstance(value, str):
+            return value in PLACES
+        return callable(value) or (
+            isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+        )
+
+    places = f"{', '.join(PLACES)}, the number of a token, or a function of the batch"
+    whole = isinstance(one.index, int) and not isinstance(one.index, bool)
+    for name, sound, wanted in (
+        ("hook", isinstance(one.hook, str), "the name of a hook point"),
+        ("kind", isinstance(one.kind, str), f"one of {', '.join(KINDS)}"),
+        ("where", is_place(one.where), places),
+        ("index", one.index is None or whole, "the number of a head, neuron or expert"),
+        ("value", one.value is None or _is_value(one.value), "a finite number, or a tensor of such"),
+        ("source", one.source is None or is_place(one.source), places),
+        ("label", one.label is None or isinstance(one.label, str), "a text"),
+    ):
+        if not sound:
+            given = getattr(one, name)
+            hint = nearest(given, PLACES) if name in ("where", "source") else ""
+            raise FrankenlensError(
+                f"an intervention has {name}={shown(given)}; give {wanted}. {hint}".strip()
+            )
+
+
+def _is_value(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return (value.is_floating_point() or value.dtype in _WHOLE) and bool(value.isfinite().all())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < LARGEST  # no NaN either
+
+
 def _refuse_values_of_tokens(
-    intervention: Intervention, point: HookPoint, refuse: Callable[[str], None]
+    intervention: Intervention, point: HookPoint, widths: Mapping[str, int], refuse: Callable[[str], None]
 ) -> None:
     """A segment of tokens is computed, not all of them: a value must be the same for every token and row."""
     if not isinstance(intervention.value, Tensor) or not has_tokens(point):
@@ -141,11 +195,21 @@ def _refuse_values_of_tokens(
     if len(shape) != len(axes):
         refuse(f"value has {intervention.value.ndim} axes, the activation {len(axes)} ({' '.join(axes)})")
     for axis, size in zip(axes, shape, strict=True):
+        if axis not in LEADING and axis != "query" and size not in (1, widths.get(axis, size)):
+            refuse(f"value has size {size} along {axis}, the activation {widths[axis]}")
         if axis in ("batch", "pos", "query", "key") and size != 1:
             refuse(
                 f"value has size {size} along {axis}; give one value for all of them, and one intervention for each "
                 "place that gets another"
             )
+
+
+def _widths(point: HookPoint, vlm: HookedVLM) -> dict[str, int]:
+    """Sizes of a point's axes that no prompt changes, as far as they are known."""
+    found = {axis: index_size(point, vlm) for axis in INDEXED if axis in point.axes}
+    if point.tower == "" and "d_model" in point.axes:
+        found["d_model"] = vlm.d_model
+    return {axis: size for axis, size in found.items() if size}
 
 
 def index_size(point: HookPoint, vlm: HookedVLM) -> int:

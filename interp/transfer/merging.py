@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooks.errors import FrankenlensError, nearest
+from hooks.errors import FrankenlensError, nearest, shown
 from hooks.extras import require_installed
 from hooks.stored.names import Names
 from interp.comparison import Checkpoint, align
@@ -78,9 +78,16 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("weights", "density", "t", "scale", "seed"):
+            given = getattr(self, name)
+            several = given if isinstance(given, tuple | list) and name in ("weights", "density") else [given]
+            if given is not None and not all(_is_number(one) for one in several):
+                raise FrankenlensError(f"{name}={shown(given)} of a recipe: give finite numbers")
         if self.method not in METHODS:
             hint = nearest(self.method, METHODS)
-            raise FrankenlensError(f"no recipe {self.method!r}; choose {', '.join(METHODS)}. {hint}".strip())
+            raise FrankenlensError(
+                f"no recipe {shown(self.method)}; choose {', '.join(METHODS)}. {hint}".strip()
+            )
         sparse, dare = self.method in ON_BASE[1:], self.method.startswith("dare")
         slerp = self.method == "slerp"
         for name, given, wanted in (
@@ -178,6 +185,10 @@ class Recipe:
         if given is None:
             return []
         return list(given) if isinstance(given, tuple) else [given] * n_models
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 @dataclass(frozen=True)
