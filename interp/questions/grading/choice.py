@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from interp.questions.grading.grade import Grade
+from interp.questions.grading.grade import Grade, always_told
 from interp.questions.grading.normal import plain
 from interp.questions.grading.number import unread_script
 from interp.questions.grading.options import named_options, numbers_of
-from interp.questions.grading.statement import statement_of
+from interp.questions.grading.statement import short_statement_of
 from interp.questions.grading.words import bare
 
 _LABEL = re.compile(r"\s*(?:\((?P<a>[A-Za-z])\)|(?P<b>[A-Za-z])\s*[.):,])\s*(?=\S)")
 
 
+@always_told
 def judge_choice(answer: str, reference: str, options: Sequence[str]) -> Grade:
     """Whether the answer names the option that is right, by letter (A is the first), by text or by value.
 
@@ -32,7 +33,7 @@ def judge_choice(answer: str, reference: str, options: Sequence[str]) -> Grade:
     wanted = _of_reference(reference, texts)
     if isinstance(wanted, str):
         return Grade(None, why=wanted)
-    statement = statement_of(answer)
+    statement = short_statement_of(answer)
     read = statement.text
     named = named_options(read, texts)
     if len(named.chosen) > 1:

@@ -8,9 +8,9 @@ import threading
 from hooks.errors import FrankenlensError
 from hooks.extras import require_installed
 from interp.questions.grading.equality import MATHEMATICS, equal, holds_words
-from interp.questions.grading.grade import Grade
+from interp.questions.grading.grade import Grade, always_told
 from interp.questions.grading.normal import normal, plain
-from interp.questions.grading.statement import LONGEST, statement_of
+from interp.questions.grading.statement import LONGEST, short_statement_of
 from interp.questions.grading.symbols import Unparsed
 from interp.questions.grading.units import unit_of
 
@@ -24,6 +24,7 @@ _NOTHING = re.compile(
 )
 
 
+@always_told
 def judge_math(answer: str, reference: str, timeout: int = TIMEOUT) -> Grade:
     r"""Whether answer and reference are equal as mathematics; both may be LaTeX, with or without `$`.
 
@@ -43,7 +44,7 @@ def judge_math(answer: str, reference: str, timeout: int = TIMEOUT) -> Grade:
     wanted = _cleaned(reference)
     if not re.search(r"\w|\\[a-zA-Z]+|\\?[{\[(]", wanted):
         return Grade(None, why=f"the reference {reference!r} cannot be read as mathematics")
-    statement = statement_of(answer)
+    statement = short_statement_of(answer)
     read = _mathematics_in(statement.text)
     if not read.strip():
         why = "an answer was taken back and none given" if statement.retracted else "no answer"

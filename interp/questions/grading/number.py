@@ -8,10 +8,10 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-from interp.questions.grading.grade import Grade
+from interp.questions.grading.grade import Grade, always_told
 from interp.questions.grading.normal import plain, tidy
 from interp.questions.grading.quantity import Mention, Number, mentions
-from interp.questions.grading.statement import LONGEST, Statement, last_sentence, statement_of
+from interp.questions.grading.statement import LONGEST, Statement, last_sentence, short_statement_of
 
 __all__ = ["NONE", "Reading", "compared", "judge_number", "read_number", "same"]
 
@@ -40,6 +40,7 @@ class Reading:
         return (*([self.number] if self.number else []), *self.perhaps)
 
 
+@always_told
 def judge_number(
     answer: str, reference: str, *, tolerance: float | int = 0, decimals: int | None = None
 ) -> Grade:
@@ -70,7 +71,7 @@ def judge_number(
         return Grade(
             None, why=f"the reference {reference!r} cannot be read as a number: {wanted.why or 'ambiguous'}"
         )
-    statement = statement_of(answer)
+    statement = short_statement_of(answer)
     allowed = Fraction(str(tolerance)) + (0 if decimals is None else Fraction(1, 2 * 10**decimals))
     if plain(statement.text) == plain(reference) and not statement.exclaimed:
         return Grade(True, statement.text)
@@ -126,17 +127,23 @@ def same(found: Number, wanted: Number, allowed: Fraction = Fraction(0)) -> bool
     if found.form == "%" and not wanted.form and _close(value * 100, target, allowed):
         return None
     irrational = isinstance(value, float) != isinstance(target, float)
-    return None if irrational and math.isclose(value, target, rel_tol=1e-12) else False
+    try:
+        return None if irrational and math.isclose(value, target, rel_tol=1e-12) else False
+    except OverflowError:
+        return False
 
 
 def _close(value: Fraction | float, target: Fraction | float, allowed: Fraction) -> bool:
     if isinstance(value, Fraction) and isinstance(target, Fraction):
         return abs(value - target) <= allowed
     both = isinstance(value, float) and isinstance(target, float)
-    return (
-        abs(float(value) - float(target))
-        <= float(allowed) * (allowed > 0) + 1e-12 * abs(float(target)) * both
-    )
+    try:
+        return (
+            abs(float(value) - float(target))
+            <= float(allowed) * (allowed > 0) + 1e-12 * abs(float(target)) * both
+        )
+    except OverflowError:  # a number of more than 300 digits is no float, and near to none
+        return False
 
 
 def _same_ratio(found: Number, wanted: Number) -> bool:

@@ -156,10 +156,10 @@ def _denials(said: str, options: Sequence[str], texts: Sequence[str]) -> tuple[s
     denied: set[int] = set()
     for pattern in _NEGATED:
         compiled = re.compile(rf"{pattern.pattern.replace('{what}', several)}(?![A-Za-z0-9])", re.I)
-        for item in (
-            m[0] for match in compiled.finditer(said) for m in re.finditer(what, match["what"], re.I)
-        ):
-            denied |= numbers_of([item], options) | {i for i, t in enumerate(texts) if t == bare(item)}
+        items = [m[0] for match in compiled.finditer(said) for m in re.finditer(what, match["what"], re.I)]
+        for item in dict.fromkeys(items):
+            named = bare(item)
+            denied |= numbers_of([item], options) | {i for i, t in enumerate(texts) if t == named}
         said = compiled.sub(" ", said)
     return denied, said
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from hooks.errors import FrankenlensError, nearest
 from interp.questions.examples import Example
+from interp.questions.grading.settings import NUMBERS
 from interp.questions.readers.draw import Draw, take
 from interp.questions.readers.pictures import PIXELS, Access, image_of
 from interp.questions.readers.report import ReadReport, RowError, counted, shown
-from interp.questions.readers.rows import NUMBERS, gradable, text_if_any, text_of, without_markers
+from interp.questions.readers.rows import gradable, text_if_any, text_of, without_markers
 from interp.questions.readers.tables import Row, rows_of
 
 META = ("grader", "choices", *NUMBERS, "description")
