@@ -96,9 +96,8 @@ def test_a_repeated_id_is_refused_with_both_rows(folder):
     rows = [row(id="x"), row(id="x"), row(id=3), row(), row(id="x"), row(id="6"), row(id=None)]
     examples, report = read_jsonl(write(folder, rows))
     assert [e.id for e in examples] == ["x", "3", "4", "6", "7"]
-    assert {failure.row: failure.reason for failure in report.failures} == {
-        n: "the id 'x' is that of row 1, too; give each row an id of its own" for n in (2, 5)
-    }
+    why = "the id 'x' is that of row 1, too; give each row an id of its own"
+    assert {failure.row: failure.reason for failure in report.failures} == {2: why, 5: why}
     examples, report = read_jsonl(write(folder, [row(), row(id="1")]))
     assert [e.id for e in examples] == ["1#1", "1"] and not report.failures
 

@@ -1,0 +1,248 @@
+"""Answers of a model that collapsed: graded, or left with the reason, in time that grows no faster than they do."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from hooks.errors import FrankenlensError
+from interp.questions import Example
+from interp.questions.grading import Grade, judge, judge_math, judge_number, judge_text
+from interp.questions.grading.magnitude import too_large
+
+UNITS = (
+    "! - # * _ ` ~ . , ; : = < > | / \\ ^ ( [ { $ 1 0 9 A x é 一 ² ½ √".split()
+    + [
+        " ",
+        "\n",
+        "\t",
+        "\n#",
+        "\n- ",
+        "1 ",
+        "1\n",
+        "- ",
+        "1-",
+        "1.",
+        "1,",
+        "1 ,",
+        "1:2",
+        "1/2 ",
+        "1,000,",
+        "1 000 ",
+    ]
+    + [
+        "\\boxed{",
+        "\\boxed{1}",
+        "\\frac{",
+        "\\frac",
+        "\\text{",
+        "\\sqrt{",
+        "\\left(",
+        "\\,",
+        "\\(",
+        "$1",
+        "9^",
+        "9^{",
+    ]
+    + [
+        "<answer>",
+        "<ans>",
+        "</answer>",
+        "####",
+        "<think>",
+        "</think>",
+        "<b>",
+        "<sup>",
+        "<|begin_of_box|>",
+        "< ",
+    ]
+    + [
+        "the answer is ",
+        "answer: ",
+        "answer\n",
+        "I choose ",
+        "wait ",
+        "no wait, ",
+        "A is correct. ",
+        "so is ",
+    ]
+    + [
+        "not A ",
+        "A, ",
+        "A or ",
+        "option ",
+        "one ",
+        "one and ",
+        "twenty-",
+        "二十",
+        "百分之",
+        "half a ",
+        "1 point 1 ",
+    ]
+    + [
+        "1 m ",
+        "m/s ",
+        "1%",
+        "1!",
+        "1 to 2 ",
+        "more than ",
+        "not more than ",
+        "pi",
+        "sqrt(",
+        "x1: 1 ",
+        "[1,2,3,4],",
+    ]
+    + [
+        "Dr. ",
+        "a. ",
+        "a.b.",
+        '"a',
+        "red ",
+        "red, ",
+        "because ",
+        "\nexplanation:\n",
+        "there is no ",
+        "answer to ",
+    ]
+)
+LENGTH = 64_000
+GRADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "text": ("red", {}),
+    "choice": ("red", {"choices": ("red", "blue", "12 cm", "not red")}),
+    "number": ("12", {}),
+    "box": ("1,2,30,40", {}),
+    "math": ("x^2+1", {}),
+}
+FEW = UNITS[:: max(1, len(UNITS) * len(GRADERS) // int(os.environ.get("FUZZ", "60")))]
+
+
+def seconds(grader: str, answer: str) -> float:
+    reference, meta = GRADERS[grader]
+    before = time.process_time()
+    found = judge(answer, Example("1", (), "q", reference, meta={"grader": grader, **meta}))
+    assert found.right is not None or found.why
+    assert len(found.why) < 9000
+    return time.process_time() - before
+
+
+def bomb(unit: str, length: int) -> str:
+    return (unit * (length // len(unit) + 1))[:length]
+
+
+@pytest.mark.parametrize("grader", GRADERS)
+@pytest.mark.parametrize("length", [900, 3900, LENGTH])
+def test_bombs_take_no_second(grader: str, length: int) -> None:
+    seconds(grader, "warm")  # what is imported and compiled once
+    assert len(UNITS) >= 100
+    for unit in FEW:
+        for answer in (bomb(unit, length), f"1{bomb(unit, length)}1"):
+            assert seconds(grader, answer) < 1, (unit, length)
+
+
+def test_time_grows_no_faster_than_length() -> None:
+    for unit in ("!", "1 ", "\\boxed{", "<answer>", "the answer is ", "not A "):
+        short, long = (min(seconds("choice", bomb(unit, n)) for _ in range(2)) for n in (LENGTH, 16 * LENGTH))
+        assert long < 0.5 + 32 * short, unit
+
+
+def test_a_long_answer_is_graded_by_what_its_end_states() -> None:
+    prose = "I see a cat on a mat , and two dogs . " * 5000
+    assert judge_number(f"{prose}The answer is 12.", "12").right is True
+    assert judge_number(f"{prose}The answer is 13.", "12").right is False
+    found = judge_number(prose, "2")
+    assert found.right is None and "the last 4,000 do not say what it is" in found.why
+    assert judge_text(f"<think>{prose}</think> red", "red").right is True
+    assert (
+        judge_text(f"<think>{prose} the answer is red", "red").right is False
+    )  # reasoning that was never closed
+    assert judge_text("!" * LENGTH + "\nThe answer is red.", "red").right is True
+    found = judge_number("The answer is " + "1 or " * 300, "1")
+    assert found.right is None and "characters is not read" in found.why
+
+
+TOWERS = (
+    "9^{9^{9^9}}",
+    "9^{9^{9^{9^{9}}}}",
+    "((9^{999})^{999})^{999}",
+    "9^9^9^9",
+    "2^{100000000}",
+    "100000!",
+    "((3!)!)!!",
+    "(10^9)!",
+    "x^{9^{9^9}}",
+    "10^{-10^{10}}",
+    "e^{9^{9^9}x}",
+    "\\binom{1000000000}{500000000}",
+    "1" * 5000,
+    "9^{9 \\cdot 9^9}",
+)
+WORKED_OUT = (
+    "2^{10}",
+    "e^{x^2}",
+    "(x+1)^3(x+2)^5",
+    "\\frac{12!}{3!4!5!}",
+    "x^{100}",
+    "2^{2^{3}}",
+    "10^{-3}",
+    "n!",
+)
+
+
+def test_what_no_computer_works_out_is_told_from_the_text() -> None:
+    assert [text for text in TOWERS if not too_large(text)] == []
+    assert [text for text in WORKED_OUT if too_large(text)] == []
+
+
+@pytest.mark.parametrize("text", TOWERS)
+def test_towers_are_ungraded_at_once(text: str) -> None:
+    judge_math("x", "x")
+    before = time.process_time()
+    for found in (
+        judge_math(text, "x^2 + 1"),
+        judge_math(f"\\boxed{{{text}}}", "12"),
+        judge_number(text, "12"),
+    ):
+        assert not found.right
+    assert time.process_time() - before < 1.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("decimals", 30_000_000),
+        ("decimals", -1),
+        ("decimals", 1.5),
+        ("tolerance", "1e999999999"),
+        ("tolerance", 1e999),
+        ("tolerance", 10**5000),
+        ("tolerance", float("nan")),
+        ("iou", 2),
+        ("iou", True),
+    ],
+)
+def test_settings_that_are_no_numbers_of_a_grader_are_refused_at_once(name: str, value: Any) -> None:
+    grader = "box" if name == "iou" else "number"
+    example = Example(
+        "1", (), "q", "1,2,3,4" if name == "iou" else "12", meta={"grader": grader, name: value}
+    )
+    before = time.process_time()
+    with pytest.raises(FrankenlensError, match=f"'{name}' must be"):
+        judge("12", example)
+    assert time.process_time() - before < 1
+
+
+def test_what_fails_inside_is_ungraded_and_what_is_no_text_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> Sequence[Any]:
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr("interp.questions.grading.number.mentions", fails)
+    found = judge_number("twelve", "12.5")
+    assert found == Grade(None, why="it cannot be worked out: RecursionError: too deep")
+    for answer in (3, None, b"3"):
+        with pytest.raises(FrankenlensError, match="texts are graded"):
+            judge_number(answer, "3")  # type: ignore[arg-type]
+    assert judge_number("1" * 399, "2").right is False or judge_number("1" * 399, "2").right is None
