@@ -109,7 +109,9 @@ Config = TypeVar("Config")
 def from_command_line(settings: type[Config], args: Sequence[str], prog: str) -> Config:
     """What a command line says, and no more: an option that is not on it is not given to the settings either."""
     if not issubclass(settings, Options):
-        return tyro.cli(settings, prog=prog, args=list(args))
+        own = tyro.cli(settings, prog=prog, args=list(args))
+        require_names(own)
+        return own
     defaults = settings().options
     found = tyro.cli(settings, prog=prog, args=list(args), default=settings(**defaults))
     named = {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
@@ -133,13 +135,13 @@ def require_known(name: str, given: Iterable[str], choices: Iterable[str]) -> No
             )
 
 
-def require_names(config: Options) -> None:
+def require_names(config: Any) -> None:
     """Refuse what can be no file, folder or repository: names that no file system takes.
 
     Raises:
         FrankenlensError: quotes the first.
     """
-    for name, value in config.options.items():
+    for name, value in asdict(config).items():
         if not isinstance(value, Path) and (name not in _PATHS or not isinstance(value, str)):
             continue
         text = str(value)

@@ -39,6 +39,12 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__} that cannot be written out"
 
 
+def shown_path(path: Any) -> str:
+    """A path as a message names it: as it is, unless nobody could read it."""
+    text = str(path)
+    return text if len(text) <= 300 and "\0" not in text else shown(text)
+
+
 def one_line(error: BaseException, longest: int = 300) -> str:
     """What another library's error says, in one line; its name where it says nothing."""
     text = " ".join(str(error)[: 4 * longest].split()) or type(error).__name__

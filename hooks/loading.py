@@ -69,7 +69,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=trust_remote_code, **hub)
         auto = auto_class(config)
-        if is_folder:
+        if is_folder and not trust_remote_code:
             _require_modest(path_or_id, auto, config, stored)
         loaded: Any = auto.from_pretrained(
             path_or_id,
@@ -113,11 +113,11 @@ def _require_sound(folder: Path, variant: str | None) -> dict[str, Entry]:
 
 def _require_sound_repository(name: str, hub: Mapping[str, Any]) -> None:
     """Refuse a repository by its small files, before its weights are there."""
+    files = ("config.json", "adapter_config.json", "model.safetensors.index.json")
     try:
-        found = {
-            file: cached_file(name, file, **hub, **_QUIET)
-            for file in ("config.json", "adapter_config.json", "model.safetensors.index.json")
-        }
+        if cached_file(name, files[0], **hub, **_QUIET) is None:
+            return
+        found = {file: cached_file(name, file, **hub, **_QUIET) for file in files}
     except (OSError, ValueError, TypeError):
         return  # no such repository, or no network: transformers says so in its own words
     if found["adapter_config.json"]:

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -341,7 +341,7 @@ class HookedVLM(Traceable):
                     "the names filter selects no hook point; `vlm.hook_points` lists them."
                 )
             return selected
-        if not isinstance(wanted, (str, Sequence, Set)) or isinstance(wanted, bytes):
+        if not isinstance(wanted, Iterable) or isinstance(wanted, bytes):
             raise FrankenlensError(
                 f"{shown(wanted)} names no hook points; give a name, a list of names, or a function of a name."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
@@ -87,7 +88,7 @@ def of_sizes(sizes: Sequence[int], names: Sequence[str] = NAMES, name: str | Non
         >>> print(fl.of_sizes([2, 7], ["reads", "writes"]))
         2/7: reads 0-1, writes 2-8
     """
-    whole = all(isinstance(size, int) and 1 <= size <= LONGEST for size in sizes)
+    whole = all(isinstance(size, Integral) and 1 <= size <= LONGEST for size in sizes)
     if len(sizes) != len(names) or not sizes or not whole:
         raise FrankenlensError(
             f"{shown(list(sizes))} and {shown(list(names))}: give one size of at least 1 per region"

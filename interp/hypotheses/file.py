@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from hooks.errors import FrankenlensError, nearest, one_line, shown
+from hooks.errors import FrankenlensError, nearest, one_line, shown, shown_path
 from interp.hypotheses.claim import LARGEST, Claim, ClaimError, Family
 from interp.hypotheses.held_out import examples_of
 
@@ -59,7 +59,7 @@ def read_claims(path: Path | str) -> Family:
         raise FrankenlensError(f"{path} is nested too deeply to be read") from None
     except (OSError, ValueError) as error:
         raise FrankenlensError(
-            f"{shown(str(path))} cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"
+            f"{shown_path(path)} cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"
         ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

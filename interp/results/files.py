@@ -19,7 +19,7 @@ from typing import Any
 
 import xarray as xr
 
-from hooks.errors import FrankenlensError, one_line
+from hooks.errors import FrankenlensError, one_line, shown_path
 
 _VERSIONS = ("frankenlens", "torch", "transformers", "numpy", "scipy", "xarray")
 
@@ -97,7 +97,9 @@ def load_dataset(path: Path | str) -> xr.Dataset:
     """
     path = Path(path)
     if not os.path.isfile(path):
-        raise FrankenlensError(f"There is no file {path}; `frankenlens map --out DIR` writes DIR/map.nc.")
+        raise FrankenlensError(
+            f"There is no file {shown_path(path)}; `frankenlens map --out DIR` writes DIR/map.nc."
+        )
     try:
         dataset = xr.load_dataset(path, engine="h5netcdf")
     except MemoryError:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from hashlib import sha256
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -316,8 +317,8 @@ def parse_bytes(size: int | str | None) -> int | None:
     """
     if size is None:
         return None
-    if isinstance(size, int) and not isinstance(size, bool) and 0 < size < 2**63:
-        return size
+    if isinstance(size, Integral) and not isinstance(size, bool) and 0 < size < 2**63:  # type: ignore[operator]
+        return int(size)
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     found = 0
     if match is not None:

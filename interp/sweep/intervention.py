@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
         refuse("knockout acts on attn.hook_attn_scores; to lose the edge's mass instead, scale hook_pattern")
     if kind == "resample" and point.axes[-1] == "key" and not has_tokens(point):
         refuse("resample needs an activation of patches; give donor_prompts= and replace instead")
-    _refuse_values_of_tokens(intervention, point, _widths(point, vlm), refuse)
+    _refuse_values_of_tokens(intervention, point, refuse)
     if kind == "mean" and point.axes[-1] == "key":
         refuse("mean needs an activation; scores and patterns of prompts of different lengths have none")
     source = intervention.source or "all"
@@ -152,18 +153,15 @@ def _require_types(one: Intervention) -> None:
     def is_place(value: Any) -> bool:
         if isinstance(value, str):
             return value in PLACES
-        return callable(value) or (
-            isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
-        )
+        return callable(value) or (_is_whole(value) and abs(value) < 2**31)
 
     places = f"{', '.join(PLACES)}, the number of a token, or a function of the batch"
-    whole = isinstance(one.index, int) and not isinstance(one.index, bool)
     for name, sound, wanted in (
         ("hook", isinstance(one.hook, str), "the name of a hook point"),
         ("kind", isinstance(one.kind, str), f"one of {', '.join(KINDS)}"),
         ("where", is_place(one.where), places),
-        ("index", one.index is None or whole, "the number of a head, neuron or expert"),
-        ("value", one.value is None or _is_value(one.value), "a finite number, or a tensor of such"),
+        ("index", one.index is None or _is_whole(one.index), "the number of a head, neuron or expert"),
+        ("value", one.value is None or _is_value(one.value), "a number, or a tensor of numbers"),
         ("source", one.source is None or is_place(one.source), places),
         ("label", one.label is None or isinstance(one.label, str), "a text"),
     ):
@@ -175,16 +173,20 @@ def _require_types(one: Intervention) -> None:
             )
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _is_value(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return (value.is_floating_point() or value.dtype in _WHOLE) and bool(value.isfinite().all())
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return abs(value) < LARGEST  # no NaN either
+        return (value.is_floating_point() or value.dtype in _WHOLE) and not bool(value.isnan().any())
+    if _is_whole(value):
+        return abs(value) < LARGEST
+    return isinstance(value, Real) and not isinstance(value, bool) and float(value) == float(value)
 
 
 def _refuse_values_of_tokens(
-    intervention: Intervention, point: HookPoint, widths: Mapping[str, int], refuse: Callable[[str], None]
+    intervention: Intervention, point: HookPoint, refuse: Callable[[str], None]
 ) -> None:
     """A segment of tokens is computed, not all of them: a value must be the same for every token and row."""
     if not isinstance(intervention.value, Tensor) or not has_tokens(point):
@@ -195,21 +197,11 @@ def _refuse_values_of_tokens(
     if len(shape) != len(axes):
         refuse(f"value has {intervention.value.ndim} axes, the activation {len(axes)} ({' '.join(axes)})")
     for axis, size in zip(axes, shape, strict=True):
-        if axis not in LEADING and axis != "query" and size not in (1, widths.get(axis, size)):
-            refuse(f"value has size {size} along {axis}, the activation {widths[axis]}")
         if axis in ("batch", "pos", "query", "key") and size != 1:
             refuse(
                 f"value has size {size} along {axis}; give one value for all of them, and one intervention for each "
                 "place that gets another"
             )
-
-
-def _widths(point: HookPoint, vlm: HookedVLM) -> dict[str, int]:
-    """Sizes of a point's axes that no prompt changes, as far as they are known."""
-    found = {axis: index_size(point, vlm) for axis in INDEXED if axis in point.axes}
-    if point.tower == "" and "d_model" in point.axes:
-        found["d_model"] = vlm.d_model
-    return {axis: size for axis, size in found.items() if size}
 
 
 def index_size(point: HookPoint, vlm: HookedVLM) -> int:
@@ -349,4 +341,15 @@ def _segment(source: Tensor, point: HookPoint, activation: Tensor, span: Span) -
 
 
 def _as(value: Tensor | float | None, activation: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=activation.dtype, device=activation.device)
+    """A value in the shape of an activation.
+
+    Raises:
+        FrankenlensError: it does not fit.
+    """
+    own = torch.as_tensor(value, dtype=activation.dtype, device=activation.device)
+    try:
+        return own.expand_as(activation)
+    except RuntimeError as error:
+        raise FrankenlensError(
+            f"value has the shape {tuple(own.shape)}, and the activation {tuple(activation.shape)}; give one that fits"
+        ) from error

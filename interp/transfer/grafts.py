@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -58,17 +59,16 @@ class Graft:
     def __post_init__(self) -> None:
         if not isinstance(self.addresses, (tuple, list)) or not self.addresses:
             raise FrankenlensError("a graft needs a tuple of addresses, such as ('blocks.0-9', 'projector')")
-        for address in self.addresses:
-            Address.parse(address)
+        object.__setattr__(self, "addresses", tuple(str(Address.parse(one)) for one in self.addresses))
         if self.form not in FORMS:
             raise FrankenlensError(
                 f"there is no form {shown(self.form)} of a graft; choose {', '.join(FORMS)}"
             )
         c = self.coefficient
-        if isinstance(c, bool) or not isinstance(c, (int, float)) or not abs(c) < LARGEST:
+        if isinstance(c, bool) or not isinstance(c, Real) or not abs(c) < LARGEST:  # type: ignore[operator]
             raise FrankenlensError(f"coefficient={shown(c)} of a graft: give a finite number")
         for name, value in (("rank", self.rank), ("seed", self.seed)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
                 raise FrankenlensError(f"{name}={shown(value)} of a graft: give a whole number")
         if self.seed is None or not 0 <= self.seed < 2**62:
             raise FrankenlensError(f"seed={shown(self.seed)} of a graft: give a whole number from 0 on")

@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,7 +189,7 @@ class Recipe:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) < 1e30
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ numbers = st.one_of(
     st.floats(),
     st.sampled_from([10**20, 10**4999, -(10**310), 1e308, 2**63, True, False]),
 )
-_PLAIN = "blocks. attn mlp head kv_head neuron expert vision hook_resid_pre hook_z unembed 0 3 -1 0-2 99999999999999 . - _"
+_PLAIN = "blocks. attn mlp head kv_head neuron expert vision hook_resid_pre hook_z unembed 0 3 -1 0-2 9999999999 . - _"
 _SIGNS = "9^ ^{ } \\boxed{ \\frac{ answer: is not A B 1,000 1:2 ! <think> </think> <answer> | = + @ ' \" \\ / .. é 一 ½"
 words = st.sampled_from([*_PLAIN.split(), *_SIGNS.split(), "\0", "\n", "\t", " "])
 texts = st.one_of(

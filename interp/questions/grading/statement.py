@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 
 from interp.questions.grading.grade import Unread
-from interp.questions.grading.normal import tidy
+from interp.questions.grading.normal import tidy, without_runs
 
 READ = 4000
 """Characters of a text that a statement is looked for in, at its end."""
@@ -19,8 +19,6 @@ LONGEST = 1000
 """Characters of an answer that numbers, options, boxes and mathematics are read of."""
 DEEPEST = 6
 """Statements within statements that are followed."""
-_RUN = 8
-"""Spaces, lines and signs of one kind behind one another that mean no more than so many."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,6 @@ _TAGGED = re.compile(r"<\s*(answer|ans|final_answer|final)\s*>(.*?)<\s*/\s*\1\s*
 _BOX_TOKENS = re.compile(r"<\|begin_of_box\|>(?P<answer>.*?)<\|end_of_box\|>", re.DOTALL)
 _ANSWER_TAG = re.compile(r"<\s*/?\s*answer\s*>", re.I)
 _OPEN_TAG = re.compile(r"<\s*(?:answer|ans|final_answer)\s*>(?P<answer>.+)\Z", re.DOTALL | re.I)
-_REPEATED = re.compile(r"([^\w()\[\]{}\\])\1{8,}")
 _HASHES = re.compile(r"####\s*(?P<answer>[^\n]+)")
 _JOINED = re.compile(r"[\s$,;.()\\]*(?:and|or|和|或|及)?[\s$,;()\\]*")
 
@@ -144,7 +141,7 @@ def statement_of(text: str) -> Statement:
     Raises:
         Unread: it is longer than is read, and its end states nothing; or too many statements lie within one another.
     """
-    whole = _behind_the_chain(_without_runs(text)).strip()
+    whole = _behind_the_chain(without_runs(text)).strip()
     found = _in_text(tidy(whole[-READ:]).strip())
     if len(whole) > READ and not found.stated:
         raise Unread(f"the answer has {len(whole):,} characters, and the last {READ:,} do not say what it is")
@@ -161,11 +158,6 @@ def short_statement_of(text: str) -> Statement:
     if len(found.text) > LONGEST:
         raise Unread(f"an answer of {len(found.text):,} characters is not read (at most {LONGEST:,})")
     return found
-
-
-def _without_runs(text: str) -> str:
-    """A text in which no blank and no sign, but those that open and close, is repeated more than `_RUN` times."""
-    return _REPEATED.sub(lambda m: m[0][:_RUN], text)
 
 
 def _in_text(text: str, depth: int = 0) -> Statement:

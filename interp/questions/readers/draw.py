@@ -10,6 +10,8 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from hooks.errors import FrankenlensError
+from hooks.extras import MissingPackage
 from interp.questions.examples import Example, fingerprint
 from interp.questions.readers.report import Failure, RowError
 
@@ -110,7 +112,9 @@ def take(
             continue
         try:
             example = read(n, row)
-        except RowError as error:
+        except MissingPackage:  # no fault of the row
+            raise
+        except (RowError, FrankenlensError) as error:
             failures.append(Failure(n, str(error)))
             continue
         if example in draw.seen:

@@ -35,6 +35,11 @@ FORMATS = (
     "TGA",
     "SGI",
     "QOI",
+    "ICNS",
+    "DIB",
+    "DDS",
+    "PCX",
+    "PSD",
 )
 """Formats of files that are opened: of pixels. PostScript and its like are programs, which Pillow has others run."""
 PIXELS = 100_000_000

@@ -14,100 +14,18 @@ from interp.questions import Example
 from interp.questions.grading import Grade, judge, judge_math, judge_number, judge_text
 from interp.questions.grading.magnitude import too_large
 
+_SIGNS = r"! - # * _ ` ~ . , ; : = < > | / \ ^ ( [ { $ 1 0 9 A x é 一 ² ½ √ 1- 1. 1, 1:2 1,000,"
+_LATEX = r"\boxed{ \boxed{1} \frac{ \frac"
+_MARKS = r"\text{ \sqrt{ \left( \, \( $1 9^ 9^{ <answer> <ans> </answer> #### <think> </think> <b> <sup>"
+_WORDS = "<|begin_of_box|> twenty- 二十 百分之 m/s 1% 1! pi sqrt( [1,2,3,4], a.b."
+_SPACED = """1 |- |1 ,|1/2 |1 000 |< |the answer is |answer: |I choose |wait |no wait, |A is correct. |so is |not A
+|A, |A or |option |one |one and |half a |1 point 1 |1 m |1 to 2 |more than |not more than |x1: 1 |Dr. |a. |red |red,
+|because |there is no |answer to """
+_LINES = (" ", "\n", "\t", "\n#", "\n- ", "1\n", "answer\n", "\nexplanation:\n", '"a')
 UNITS = (
-    "! - # * _ ` ~ . , ; : = < > | / \\ ^ ( [ { $ 1 0 9 A x é 一 ² ½ √".split()
-    + [
-        " ",
-        "\n",
-        "\t",
-        "\n#",
-        "\n- ",
-        "1 ",
-        "1\n",
-        "- ",
-        "1-",
-        "1.",
-        "1,",
-        "1 ,",
-        "1:2",
-        "1/2 ",
-        "1,000,",
-        "1 000 ",
-    ]
-    + [
-        "\\boxed{",
-        "\\boxed{1}",
-        "\\frac{",
-        "\\frac",
-        "\\text{",
-        "\\sqrt{",
-        "\\left(",
-        "\\,",
-        "\\(",
-        "$1",
-        "9^",
-        "9^{",
-    ]
-    + [
-        "<answer>",
-        "<ans>",
-        "</answer>",
-        "####",
-        "<think>",
-        "</think>",
-        "<b>",
-        "<sup>",
-        "<|begin_of_box|>",
-        "< ",
-    ]
-    + [
-        "the answer is ",
-        "answer: ",
-        "answer\n",
-        "I choose ",
-        "wait ",
-        "no wait, ",
-        "A is correct. ",
-        "so is ",
-    ]
-    + [
-        "not A ",
-        "A, ",
-        "A or ",
-        "option ",
-        "one ",
-        "one and ",
-        "twenty-",
-        "二十",
-        "百分之",
-        "half a ",
-        "1 point 1 ",
-    ]
-    + [
-        "1 m ",
-        "m/s ",
-        "1%",
-        "1!",
-        "1 to 2 ",
-        "more than ",
-        "not more than ",
-        "pi",
-        "sqrt(",
-        "x1: 1 ",
-        "[1,2,3,4],",
-    ]
-    + [
-        "Dr. ",
-        "a. ",
-        "a.b.",
-        '"a',
-        "red ",
-        "red, ",
-        "because ",
-        "\nexplanation:\n",
-        "there is no ",
-        "answer to ",
-    ]
+    *f"{_SIGNS} {_LATEX} {_MARKS} {_WORDS}".split(),
+    *(f"{unit.strip()} " for unit in _SPACED.split("|")),
+    *_LINES,
 )
 LENGTH = 64_000
 GRADERS: dict[str, tuple[str, dict[str, Any]]] = {
