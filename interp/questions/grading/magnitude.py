@@ -38,7 +38,7 @@ def too_large(text: str) -> str:
             return "a power of a power" if "^" in exponent else "a power with a large exponent"
         if text[: caret.start()].rstrip()[-1:] in (")", "}", "]"):
             over_brackets *= max(size, 1.0)
-    if over_brackets > EXPONENT * 100:
+    if over_brackets > EXPONENT * 10:
         return "a power of a power"
     if re.search(r"!\s*[)}\]]*\s*!", text):
         return "a factorial of a factorial"
