@@ -21,7 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 from tqdm.auto import tqdm
 
 from experiments.contract import admitted
-from experiments.settings import ModelSettings, require_sound
+from experiments.settings import ModelSettings, require_sound, require_there
 from hooks.errors import FrankenlensError
 from interp.results.files import provenance, publishing
 from interp.results.page import Section, save_sections
@@ -86,6 +86,7 @@ class Command(Generic[Settings, Models, Question]):
         """
         require_sound(config)
         self.check(config)
+        require_there(config)
         _require_writable(config.out)
         asked = self.load(config)
 
@@ -210,4 +211,6 @@ def _publish(sections: Sequence[Section], config: ModelSettings, models: Mapping
     for section in sections:
         several_lines = "\n" in section.finding
         print(f"{section.title}:", section.finding, sep="\n" if several_lines else " ")
+        if section.details:
+            print(section.details)
     print(f"{config.out}: {', '.join(written)}")

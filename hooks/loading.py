@@ -30,6 +30,7 @@ from hooks.stored.files import (
     weight_files,
 )
 from hooks.stored.settings import require_sound_settings
+from hooks.whereabouts import not_found, require_checkpoint
 
 LARGER = 16
 """How many numbers for a byte in its files a model may have; packed in two bits, it has four."""
@@ -60,6 +61,7 @@ def load_model(
     if device_map is not None:
         require_installed("device_map", "accelerate")
     hub = {name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in kwargs}
+    require_checkpoint(path_or_id)
     is_folder, stored = os.path.isdir(path_or_id), {}
     if is_folder:
         stored = _require_sound(Path(path_or_id) / hub.get("subfolder", ""), kwargs.get("variant"))
@@ -85,6 +87,8 @@ def load_model(
     except Exception as error:  # a configuration can make transformers raise anything
         if needs_own_code(error):
             raise FrankenlensError(own_code_message(str(path_or_id))) from error
+        if message := not_found(path_or_id, error, hub):
+            raise FrankenlensError(message) from error
         first = one_line(error)
         kind = "image-text-to-text" if auto is AutoModelForImageTextToText else "causal language"
         raise FrankenlensError(f"{path_or_id}: not loaded as a model of the kind {kind}: {first}") from error

@@ -85,12 +85,7 @@ def measure(pair: Pair, asked: Questions, config: PathsConfig) -> Iterator[Secti
     decisions = every.having(config.where)
     left_out = {**every.excluded, f"no {config.where} token before the decision": len(every) - len(decisions)}
     left_out = {reason: n for reason, n in left_out.items() if n}
-    if not len(decisions):
-        reasons = "; ".join(f"{n}: {reason}" for reason, n in {**asked.left_out, **left_out}.items() if n)
-        raise FrankenlensError(
-            f"None of {len(asked.examples)} prompts qualifies ({reasons}). Give more (--n), another --decision or "
-            "--where."
-        )
+    decisions.require_some({**asked.left_out, **left_out})
     senders, chosen = _senders(pair, decisions, config)
     effects = pair_paths(
         pair,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from safetensors import safe_open
 
 from hooks.errors import FrankenlensError, one_line, shown
 from hooks.stored.settings import settings_of
+from hooks.whereabouts import require_folder
 
 DTYPES = {
     "F64": torch.float64,
@@ -62,11 +62,11 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         FrankenlensError: no such folder, an adapter, no configuration, no safetensors, an index that names anything
             but safetensors inside the folder, a missing shard, or two sets of weights.
     """
-    if not os.path.isdir(folder):
-        raise FrankenlensError(
-            f"{folder} is no folder; give a local checkpoint folder with config.json in it (a repository is "
-            "downloaded by `hf download OWNER/NAME --local-dir FOLDER`)."
-        )
+    require_folder(
+        folder,
+        "a local checkpoint folder with config.json in it (a repository is downloaded by `hf download OWNER/NAME "
+        "--local-dir FOLDER`)",
+    )
     if (folder / "adapter_config.json").is_file():
         raise FrankenlensError(
             f"{folder} is a PEFT adapter, not a checkpoint: where models are run, it is given as RL beside its IN "

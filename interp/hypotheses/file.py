@@ -17,7 +17,6 @@ claims:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 import yaml
 
 from hooks.errors import FrankenlensError, nearest, one_line, shown, shown_path
+from hooks.whereabouts import require_file
 from interp.hypotheses.claim import LARGEST, Claim, ClaimError, Family
 from interp.hypotheses.held_out import examples_of
 
@@ -45,9 +45,8 @@ def read_claims(path: Path | str) -> Family:
             outside (0, 1), ...; says in which line.
     """
     path = Path(path)
+    require_file(path, "a YAML file of claims: frankenlens test CLAIMS")
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise FrankenlensError(f"{path} is no file; give a file of claims")
         text = path.read_text(encoding="utf-8")
         if len(text) > LONGEST:
             raise FrankenlensError(f"{path} has {len(text):,} characters; give claims in at most {LONGEST:,}")

@@ -1,14 +1,18 @@
 """Results on disk and on one page: provenance, tables, figures, datasets, all or none."""
 
 from interp.results.files import load_dataset, provenance, publishing, save_dataset
-from interp.results.page import Account, Section, save_sections
+from interp.results.page import Account, Section, save_sections, told
+from interp.results.picture import Picture, nothing
 
 __all__ = [
     "Account",
+    "Picture",
     "Section",
     "load_dataset",
+    "nothing",
     "provenance",
     "publishing",
     "save_dataset",
     "save_sections",
+    "told",
 ]

@@ -19,7 +19,8 @@ from typing import Any
 
 import xarray as xr
 
-from hooks.errors import FrankenlensError, one_line, shown_path
+from hooks.errors import FrankenlensError, one_line
+from hooks.whereabouts import require_file
 
 _VERSIONS = ("frankenlens", "torch", "transformers", "numpy", "scipy", "xarray")
 
@@ -96,10 +97,7 @@ def load_dataset(path: Path | str) -> xr.Dataset:
         FrankenlensError: there is no such file, or it is not a result.
     """
     path = Path(path)
-    if not os.path.isfile(path):
-        raise FrankenlensError(
-            f"There is no file {shown_path(path)}; `frankenlens map --out DIR` writes DIR/map.nc."
-        )
+    require_file(path, "map.nc of a result: `frankenlens map --out DIR` writes DIR/map.nc")
     try:
         dataset = xr.load_dataset(path, engine="h5netcdf")
     except MemoryError:
