@@ -17,6 +17,7 @@ claims:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,6 +32,8 @@ from interp.hypotheses.held_out import examples_of
 
 LONGEST = 500_000
 """Characters of a file of claims: some thousand claims."""
+DEEPEST = 100
+"""Brackets within one another; the time that YAML takes grows with their square."""
 _OF_CLAIM = tuple(f.name for f in fields(Claim) if f.name not in ("alpha", "where"))
 _NUMBERS = ("at_least", "at_most", "expected", "alpha")
 _NAMES = ("component", "more_than")  # one or several
@@ -50,12 +53,13 @@ def read_claims(path: Path | str) -> Family:
         text = path.read_text(encoding="utf-8")
         if len(text) > LONGEST:
             raise FrankenlensError(f"{path} has {len(text):,} characters; give claims in at most {LONGEST:,}")
+        _require_flat(text, path)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         _require_written_out(root, path)
     except FrankenlensError:
         raise
     except RecursionError:
-        raise FrankenlensError(f"{path} is nested too deeply to be read") from None
+        raise _too_deep(path) from None
     except (OSError, ValueError) as error:
         raise FrankenlensError(
             f"{shown_path(path)} cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"
@@ -82,6 +86,18 @@ def read_claims(path: Path | str) -> Family:
     except ClaimError as error:
         line = head[error.field].line if error.field in head else claims_at.line
         raise FrankenlensError(f"{path}:{line}: {error}") from None
+
+
+def _require_flat(text: str, path: Path) -> None:
+    depth = 0
+    for bracket in re.finditer(r"[\[\]{}]", text):
+        depth = depth + 1 if bracket[0] in "[{" else max(0, depth - 1)
+        if depth > DEEPEST:
+            raise _too_deep(path)
+
+
+def _too_deep(path: Path) -> FrankenlensError:
+    return FrankenlensError(f"{path} is nested too deeply to be read")
 
 
 @dataclass(frozen=True)

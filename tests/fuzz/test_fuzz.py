@@ -6,6 +6,7 @@ A few inputs of each kind in the default suite; `make fuzz` tries 2,000 (and FUZ
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from interp.sweep import Intervention
 from interp.sweep.engine import parse_bytes
 from interp.sweep.intervention import KINDS, validate
 from interp.transfer import Graft, Recipe
+from tests import typechecker
 from tests.families import tiny
 from tests.fuzz.inputs import answered, anything, fuzzed, numbers, texts, words
 
@@ -43,6 +45,13 @@ FIELDS = (
     "decimals",
     "iou",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_users_run_it() -> Iterator[None]:
+    """Input of wrong types gets to the project's own code."""
+    with typechecker.unchecked("tests.fuzz"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +235,7 @@ def test_claims(data: st.DataObject) -> None:
         "found_on",
     )
     chosen = data.draw(st.lists(st.sampled_from(names), unique=True, max_size=5))
-    values = {name: data.draw(anything) for name in chosen} | (
+    values: dict[str, Any] = {name: data.draw(anything) for name in chosen} | (
         {"at_least": 0.2} if data.draw(st.booleans()) else {}
     )
     name, component = (
