@@ -334,7 +334,7 @@ class HookedVLM(Traceable):
         """
         if wanted is None:
             return list(self.hook_points)
-        if callable(wanted):
+        if callable(wanted) and not isinstance(wanted, type):
             selected = [name for name in self.hook_points if wanted(name)]
             if not selected:
                 raise FrankenlensError(

@@ -31,6 +31,9 @@ def inert(value: Any) -> Any:
         >>> inert("=HYPERLINK(1)"), inert("-0.25 [-0.5, 0.1]"), inert("-2+3+cmd|' /C calc'!A0"), inert(-1)
         ("'=HYPERLINK(1)", '-0.25 [-0.5, 0.1]', "'-2+3+cmd|' /C calc'!A0", -1)
     """
-    if not isinstance(value, str) or not _BEGINS.match(value) or _NUMBERS.fullmatch(value):
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"\r\n?", "\n", value)  # a bare carriage return is not quoted, and begins a row
+    if not _BEGINS.match(value) or _NUMBERS.fullmatch(value):
         return value
     return f"'{value}"

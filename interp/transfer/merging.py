@@ -202,7 +202,7 @@ class Recipe:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) < 1e30
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e30  # type: ignore[operator]
 
 
 @dataclass(frozen=True)

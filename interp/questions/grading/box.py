@@ -6,7 +6,7 @@ import re
 
 from interp.questions.grading.grade import Grade, always_told
 from interp.questions.grading.normal import normal
-from interp.questions.grading.statement import short_statement_of
+from interp.questions.grading.statement import statement_of
 
 Box = tuple[float | int, float | int, float | int, float | int]
 
@@ -40,7 +40,7 @@ def judge_box(answer: str, reference: str, threshold: float = 0.5) -> Grade:
         return Grade(
             None, why=f"the reference {reference!r} is not one box x1,y1,x2,y2 with x1 < x2 and y1 < y2"
         )
-    read = short_statement_of(answer).text
+    read = statement_of(answer).text
     found = boxes_in(read)
     if not found:
         longest = max(map(len, _runs(read)), default=0)

@@ -9,7 +9,7 @@ from interp.questions.grading.grade import Grade, always_told
 from interp.questions.grading.normal import plain
 from interp.questions.grading.number import unread_script
 from interp.questions.grading.options import named_options, numbers_of
-from interp.questions.grading.statement import short_statement_of
+from interp.questions.grading.statement import statement_of
 from interp.questions.grading.words import bare
 
 _LABEL = re.compile(r"\s*(?:\((?P<a>[A-Za-z])\)|(?P<b>[A-Za-z])\s*[.):,])\s*(?=\S)")
@@ -33,7 +33,7 @@ def judge_choice(answer: str, reference: str, options: Sequence[str]) -> Grade:
     wanted = _of_reference(reference, texts)
     if isinstance(wanted, str):
         return Grade(None, why=wanted)
-    statement = short_statement_of(answer)
+    statement = statement_of(answer)
     read = statement.text
     named = named_options(read, texts)
     if len(named.chosen) > 1:

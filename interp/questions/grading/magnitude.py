@@ -14,7 +14,7 @@ DIGITS = 300
 """Of a number that is worked with."""
 EXPONENT = 10_000
 """Of a number; and the product of all that stand over brackets, one of which may lie within the next."""
-FACTORIAL = 1000
+FACTORIAL = 5000
 _BIG = re.compile(rf"\d{{{DIGITS + 1},}}")
 _CLOSES = {"{": "}", "(": ")", "[": "]"}
 _NUMERIC_POWER = re.compile(r"[\d)\]}]\s*\}?\s*\^")

@@ -10,10 +10,11 @@ from hooks.extras import require_installed
 from interp.questions.grading.equality import MATHEMATICS, equal, holds_words
 from interp.questions.grading.grade import Grade, always_told
 from interp.questions.grading.normal import normal, plain
-from interp.questions.grading.statement import LONGEST, short_statement_of
+from interp.questions.grading.statement import statement_of
 from interp.questions.grading.symbols import Unparsed
 from interp.questions.grading.units import unit_of
 
+LONGEST = 1000  # characters of mathematics
 DEEPEST = 200  # brackets and signs, each of which may lie within the others
 TIMEOUT = 5  # seconds, whole ones: math-verify's alarm counts no others
 
@@ -44,7 +45,7 @@ def judge_math(answer: str, reference: str, timeout: int = TIMEOUT) -> Grade:
     wanted = _cleaned(reference)
     if not re.search(r"\w|\\[a-zA-Z]+|\\?[{\[(]", wanted):
         return Grade(None, why=f"the reference {reference!r} cannot be read as mathematics")
-    statement = short_statement_of(answer)
+    statement = statement_of(answer)
     read = _mathematics_in(statement.text)
     if not read.strip():
         why = "an answer was taken back and none given" if statement.retracted else "no answer"

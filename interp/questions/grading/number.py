@@ -8,10 +8,10 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-from interp.questions.grading.grade import Grade, always_told
+from interp.questions.grading.grade import Grade, Unread, always_told
 from interp.questions.grading.normal import plain, tidy
 from interp.questions.grading.quantity import Mention, Number, mentions
-from interp.questions.grading.statement import LONGEST, Statement, last_sentence, short_statement_of
+from interp.questions.grading.statement import READ, Statement, last_sentence, statement_of
 
 __all__ = ["NONE", "Reading", "compared", "judge_number", "read_number", "same"]
 
@@ -71,7 +71,7 @@ def judge_number(
         return Grade(
             None, why=f"the reference {reference!r} cannot be read as a number: {wanted.why or 'ambiguous'}"
         )
-    statement = short_statement_of(answer)
+    statement = statement_of(answer)
     allowed = Fraction(str(tolerance)) + (0 if decimals is None else Fraction(1, 2 * 10**decimals))
     if plain(statement.text) == plain(reference) and not statement.exclaimed:
         return Grade(True, statement.text)
@@ -168,12 +168,16 @@ def read_number(text: str) -> Reading:
         >>> read_number("She had 9. So 9 * 2 = $18 every day.").number.value, read_number("3 or 4").why
         (Fraction(18, 1), 'several numbers: 3, 4')
     """
-    if len(text) > LONGEST:
+    if len(text) > READ:
         return Reading(why=f"an answer of {len(text)} characters is no number")
     text = tidy(text)
-    several = None
+    several, many = None, None
     for scope in _scopes(text):
-        found = [mention for mention in mentions(scope) if not mention.negated]
+        try:
+            found = [mention for mention in mentions(scope) if not mention.negated]
+        except Unread as error:  # too many: a part of it may hold one
+            many = many or error
+            continue
         found = [
             one for place, one in enumerate(found) if not any(_equal(one, other) for other in found[:place])
         ]
@@ -181,6 +185,8 @@ def read_number(text: str) -> Reading:
             one = found[0]
             return Reading(one.sure, one.perhaps, one.why)
         several = several or found
+    if many:
+        raise many
     if several:
         return Reading(why=f"several numbers: {', '.join(one.text for one in several)}")
     if denied := tuple(one.sure for one in mentions(text) if one.negated and one.sure):

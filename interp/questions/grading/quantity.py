@@ -64,7 +64,7 @@ class Mention:
 
 
 _ATOM = (
-    rf"(?:(?:(?:sqrt|cbrt)?\(|(?<![\d)])[-+]\s?)*(?:{LITERAL}|pi\b)"
+    rf"(?:(?:(?:sqrt|cbrt)?\(|(?<![\d)])[-+]\s?){{0,12}}(?:{LITERAL}|pi\b)"
     r"(?:\)|!(?!=)|\s?\^\s?[-+]?\(?[-+]?\d+(?:\s*/\s*\d+)?\)?)*)"
 )
 _CHUNK = re.compile(

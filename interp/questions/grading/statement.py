@@ -14,9 +14,11 @@ from interp.questions.grading.grade import Unread
 from interp.questions.grading.normal import tidy, without_runs
 
 READ = 4000
-"""Characters of a text that a statement is looked for in, at its end."""
-LONGEST = 1000
-"""Characters of an answer that numbers, options, boxes and mathematics are read of."""
+"""Characters that are read at once: the end of a text, or an earlier part of one whose end states nothing."""
+OVERLAP = 1000
+"""Characters that two parts share, so that what begins in the one is whole in it."""
+EARLIER = 12
+"""Earlier parts with a mark or a word of an answer that are read."""
 DEEPEST = 6
 """Statements within statements that are followed."""
 
@@ -67,7 +69,7 @@ _SAID = (
         re.I,
     ),
     re.compile(
-        r"(?:^|\n)\W{0,20}(?:the |my )?(?:final |correct )?answer\W{0,20}\n\s{0,20}(?=(?P<answer>[^\n]+))",
+        r"(?:^|\n)\W{0,20}(?:the |my )?(?:final |correct )?(?<!/)answer\W{0,20}\n\s{0,20}(?=(?P<answer>[^\n]+))",
         re.I,
     ),
     re.compile(
@@ -131,33 +133,68 @@ def extract(text: str) -> tuple[str, bool]:
     try:
         found = statement_of(text)
     except Unread:
-        return text[-LONGEST:].strip(), False
+        return text[-READ:].strip(), False
     return found.text, found.stated
 
 
 def statement_of(text: str) -> Statement:
     """The last statement of an answer in a text, and how it stands.
 
+    The end of a long text is read; where it states nothing, the parts before it are, from the last to the first.
+
     Raises:
-        Unread: it is longer than is read, and its end states nothing; or too many statements lie within one another.
+        Unread: what an earlier part states is longer than is read, or may be taken back behind it; or too many
+            statements lie within one another.
     """
     whole = _behind_the_chain(without_runs(text)).strip()
-    found = _in_text(tidy(whole[-READ:]).strip())
-    if len(whole) > READ and not found.stated:
-        raise Unread(f"the answer has {len(whole):,} characters, and the last {READ:,} do not say what it is")
-    return found
+    found = _in_text(tidy(_end_of(whole)).strip())
+    return found if found.stated else _earlier(whole) or found
 
 
-def short_statement_of(text: str) -> Statement:
-    """`statement_of`, where a long answer is none.
+def _end_of(text: str) -> str:
+    """A long text answers at its end; no word is cut."""
+    start = _start(text, len(text) - READ)
+    if start > 0 and not text[start - 1].isspace():
+        _, _, behind = text[start:].partition(" ")
+        return behind or text[start:]
+    return text[start:]
+
+
+def _start(text: str, place: int) -> int:
+    """Where to begin, at a place or before it, so that no statement is cut."""
+    opening = None if place <= 0 else _STATES.search(text, max(0, place - OVERLAP), place)
+    return max(0, place) if opening is None else opening.start()
+
+
+_STATES = re.compile(
+    r"\\(?:boxed|fbox)|<\s*(?:final_?)?ans|####|_of_box|(?<![/\w])answers?\b|答案|答え|正解|回答|정답|답",
+    re.I,
+)
+
+
+def _earlier(whole: str) -> Statement | None:
+    """The last statement before the end of a text.
 
     Raises:
-        Unread: as `statement_of`; or what it states has more than `LONGEST` characters.
+        Unread: it does not end where what is read of it ends, or may be taken back behind that.
     """
-    found = statement_of(text)
-    if len(found.text) > LONGEST:
-        raise Unread(f"an answer of {len(found.text):,} characters is not read (at most {LONGEST:,})")
-    return found
+    tried = 0
+    for end in range(len(whole) - READ + OVERLAP, OVERLAP, OVERLAP - READ):
+        part = whole[_start(whole, end - READ) : end]
+        if not _STATES.search(part):
+            continue
+        tried += 1
+        if tried > EARLIER:
+            return None
+        tidied = tidy(part).strip()
+        found = _in_text(tidied)
+        if not found.stated:
+            continue
+        if tidied.endswith(found.text) or _TAKEN_BACK.search(whole, end):
+            behind = len(whole) - end
+            raise Unread(f"{behind:,} characters and more stand behind the answer, and may change it")
+        return found
+    return None
 
 
 def _in_text(text: str, depth: int = 0) -> Statement:

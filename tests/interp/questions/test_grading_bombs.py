@@ -67,19 +67,48 @@ def test_time_grows_no_faster_than_length() -> None:
         assert long < 0.5 + 32 * short, unit
 
 
-def test_a_long_answer_is_graded_by_what_its_end_states() -> None:
-    prose = "I see a cat on a mat , and two dogs . " * 5000
-    assert judge_number(f"{prose}The answer is 12.", "12").right is True
-    assert judge_number(f"{prose}The answer is 13.", "12").right is False
-    found = judge_number(prose, "2")
-    assert found.right is None and "the last 4,000 do not say what it is" in found.why
-    assert judge_text(f"<think>{prose}</think> red", "red").right is True
-    assert (
-        judge_text(f"<think>{prose} the answer is red", "red").right is False
-    )  # reasoning that was never closed
+PROSE = "I see a cat on a mat, and two dogs; 3 + 4 = 7, and half of it is 3.5.\n" * 700  # 50,000 characters
+
+
+@pytest.mark.parametrize(
+    "answer", ["The answer is 12.", r"\boxed{12}", "<answer>12</answer>", "#### 12", "So x = 12."]
+)
+@pytest.mark.parametrize("grader", ["number", "math", "choice", "text"])
+def test_a_long_trace_is_graded_by_its_end(grader: str, answer: str) -> None:
+    if answer == "So x = 12." and grader in ("math", "text", "choice"):
+        pytest.skip("it does not say that this is the answer")
+    for reference, right in (("12", True), ("13", False)):
+        example = Example("1", (), "q", reference, meta={"grader": grader, "choices": ("12", "13", "7")})
+        for text in (
+            f"{PROSE}{answer}",
+            f"<think>{PROSE}</think>\n{answer}",
+            f"{PROSE}</think>{PROSE}{answer}",
+        ):
+            assert judge(text, example).right is right, judge(text, example)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["The answer is 12.", r"\boxed{12}", "<answer>\n12\n</answer>", "<answer> 12 </answer>", "#### 12"],
+)
+def test_an_answer_that_much_is_said_behind_is_found(answer: str) -> None:
+    for lines in (10, 60, 100, 500):
+        behind = "The picture shows a cat on a mat, and a dog beside it.\n" * lines
+        for place in range(0, 4000, 333):  # wherever the parts that are read begin and end
+            text = f"{PROSE}{answer}\n{behind}{'.' * 7 + 'x' * place}"
+            assert judge_number(text, "12").right is True, (lines, place)
+            assert judge_number(text, "1").right is False
+    taken_back = judge_number(f"{PROSE}{answer}\n{behind}Wait, that is wrong.\n{behind}", "12")
+    assert taken_back.right is None
+
+
+def test_what_a_long_text_does_not_say_is_no_answer() -> None:
+    assert judge_number(PROSE, "7").right is None
+    assert judge_text(f"<think>{PROSE}</think> red", "red").right is True
+    never_closed = judge_text(f"<think>{PROSE} the answer is red", "red")
+    assert never_closed.right is False
     assert judge_text("!" * LENGTH + "\nThe answer is red.", "red").right is True
-    found = judge_number("The answer is " + "1 or " * 300, "1")
-    assert found.right is None and "characters is not read" in found.why
+    assert judge_number("The answer is " + "1 or " * 300, "1").right is None
 
 
 TOWERS = (

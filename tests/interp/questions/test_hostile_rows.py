@@ -35,13 +35,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def read(folder: Path, images: list[Any], **how: Any) -> dict[int, str]:
+def read(folder: Path, named: list[Any], **how: Any) -> dict[int, str]:
     rows = [
-        {"id": f"r{i}", "image": image, "question": "what ?", "answer": "a"} for i, image in enumerate(images)
+        {"id": f"r{i}", "image": image, "question": "what ?", "answer": "a"} for i, image in enumerate(named)
     ]
     (folder / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     examples, report = read_jsonl(folder / "d.jsonl", **how)
-    assert len(examples) + len(report.failures) == len(images)
+    assert len(examples) + len(report.failures) == len(named)
     return {failure.row: failure.reason for failure in report.failures}
 
 

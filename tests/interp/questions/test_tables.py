@@ -123,7 +123,7 @@ def test_a_bad_row_costs_itself_alone(tmp_path):
         '{"question": "?", "answer": "1", "id": {"n": 1}}': "'id' must hold text, found {'n': 1}",
         '{"question": "?", "answer": "1", "id": "\\udce9"}': "the byte 0xe9",
         '{"question": "?", "answer": "1", "grader": ["number"]}': "no grader ['number']",
-        '{"question": "?", "answer": "1", "grader": "number", "tolerance": NaN}': "at least 0, found nan",
+        '{"question": "?", "answer": "1", "grader": "number", "tolerance": NaN}': "at least 0 and at most 1e+30, found nan",
         '{"question": "?", "answer": "1", "grader": "number", "tolerance": 1e999}': "at least 0, found inf",
         '{"question": "?", "answer": "1", "grader": "choice", "choices": ["1", "\\ud800"]}': "half of a surrogate",
         '{"question": "?", "answer": {"a": "' + "b" * 533_440 + '"}}': "must hold text, found {'a': 'bbb",

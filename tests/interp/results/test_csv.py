@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,7 +17,7 @@ FORMULAS = [
     "-2+3+cmd|' /C calc'!A0",
     "@SUM(1)",
     "\t=1+1",
-    "\r=1",
+    "\n=1",
     " =1+1",
     "＝1+1",
     "-A1",
@@ -34,7 +35,15 @@ def test_all_else_is_as_it_was(text: object) -> None:
     assert inert(text) == text
 
 
-def test_a_table_holds_no_formula(tmp_path) -> None:
+@pytest.mark.parametrize("text", ["a\r=1+1", "a\r\n=1+1"])
+def test_no_row_begins_within_a_cell(text: str, tmp_path: Path) -> None:
+    write_csv(pd.DataFrame({"text": [text], "other": [1]}), tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [["text", "other"], ["a\n=1+1", "1"]]
+    assert inert("\r=1") == "'\n=1"
+
+
+def test_a_table_holds_no_formula(tmp_path: Path) -> None:
     table = pd.DataFrame({"text": FORMULAS, "=number": [-1.5] * len(FORMULAS), "other": [None, *PLAIN[1:]]})
     write_csv(table, tmp_path / "t.csv")
     with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
