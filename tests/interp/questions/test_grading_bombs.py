@@ -63,8 +63,8 @@ def test_bombs_take_no_second(grader: str, length: int) -> None:
 
 def test_time_grows_no_faster_than_length() -> None:
     for unit in ("!", "1 ", "\\boxed{", "<answer>", "the answer is ", "not A "):
-        short, long = (min(seconds("choice", bomb(unit, n)) for _ in range(2)) for n in (LENGTH, 16 * LENGTH))
-        assert long < 0.5 + 32 * short, unit
+        short, long = (min(seconds("choice", bomb(unit, n)) for _ in range(2)) for n in (LENGTH, 8 * LENGTH))
+        assert long < 0.5 + 16 * short, unit
 
 
 PROSE = "I see a cat on a mat, and two dogs; 3 + 4 = 7, and half of it is 3.5.\n" * 700  # 50,000 characters
@@ -75,8 +75,6 @@ PROSE = "I see a cat on a mat, and two dogs; 3 + 4 = 7, and half of it is 3.5.\n
 )
 @pytest.mark.parametrize("grader", ["number", "math", "choice", "text"])
 def test_a_long_trace_is_graded_by_its_end(grader: str, answer: str) -> None:
-    if answer == "So x = 12." and grader in ("math", "text", "choice"):
-        pytest.skip("it does not say that this is the answer")
     for reference, right in (("12", True), ("13", False)):
         example = Example("1", (), "q", reference, meta={"grader": grader, "choices": ("12", "13", "7")})
         for text in (
