@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
+from hooks.swapped import like, swapped
 from interp.decision.result import DecisionSet
 from interp.decision.traces import next_tokens, trace_logits
 from interp.metrics import LogitDifference, evaluate
@@ -75,21 +76,20 @@ def _last_logits(
     here = {name: tensor.to(prefix.model.device) for name, tensor in inputs.items()}
     positions = position_ids(prefix.model, here)
     images = {name: tensor for name, tensor in here.items() if name not in NEEDS_PIXELS_ONCE}
-    cache = prefix.model(
-        input_ids=here["input_ids"][:, :-1],
-        attention_mask=here["attention_mask"][:, :-1],
-        position_ids=positions[..., :-1],
-        use_cache=True,
-        logits_to_keep=1,
+    before = {
+        "input_ids": here["input_ids"][:, :-1],
+        "attention_mask": here["attention_mask"][:, :-1],
+        "position_ids": positions[..., :-1],
         **images,
-    ).past_key_values
+    }
+    cache = prefix(before, use_cache=True, logits_to_keep=1).past_key_values
     last = {
         "input_ids": here["input_ids"][:, -1:],
         "attention_mask": here["attention_mask"],
         "position_ids": positions[..., -1:],
     }
     last = {name: tensor.to(weights.model.device) for name, tensor in last.items()}
-    return weights.model(**last, past_key_values=cache, use_cache=True).logits[:, -1]
+    return weights(last, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
 def position_ids(model: Any, inputs: Mapping[str, Tensor]) -> Int[Tensor, "*axes batch pos"]:
@@ -225,16 +225,14 @@ def recovery_refused(decisions: DecisionSet, nulls: Mapping[str, Interval], **se
 @contextmanager
 def changed_weights(model: nn.Module, change: Change) -> Iterator[None]:
     """Every parameter replaced by `change(name, parameter)` inside the context, and put back bit for bit after it."""
-    kept: dict[str, Tensor] = {}
-    try:
+
+    def values() -> Iterator[tuple[Tensor, Tensor]]:
         for name, parameter in model.named_parameters():
-            kept[name] = parameter.detach().clone()
-            parameter.data.copy_(change(name, parameter.detach()))
+            own = parameter.detach()
+            yield parameter, like(change(name, own.clone()).to(own))
+
+    with swapped(model, values, "changed weights"):
         yield
-    finally:
-        for name, parameter in model.named_parameters():
-            if name in kept:
-                parameter.data.copy_(kept[name])
 
 
 def _both(pair: Pair) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -83,10 +83,11 @@ def through_end(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
 def plain_greedy(model: PreTrainedModel, end_ids: Sequence[int], pad_id: int) -> Iterator[None]:
     """Put aside a checkpoint's generation settings (temperature, repetition penalty, ...), which bend the arg max."""
     own = model.generation_config
-    model.generation_config = GenerationConfig(
+    plain = GenerationConfig(
         do_sample=False, num_beams=1, eos_token_id=list(end_ids) or None, pad_token_id=pad_id
     )
     try:
+        model.generation_config = plain
         yield
     finally:
         model.generation_config = own

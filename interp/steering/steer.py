@@ -117,8 +117,10 @@ class _Adding(Intervention):
     @contextmanager
     def writing(self) -> Iterator[None]:
         self._writes = True
-        yield
-        self._writes = False
+        try:
+            yield
+        finally:
+            self._writes = False
 
     def _hook(self, spec: int, one: Steering):
         def add(activation: Tensor, hook: HookContext) -> Tensor | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM, WeightSlice, weight_slices
+from hooks.swapped import like, swapped
 from hooks.weights import buffer_slices, saved_buffers, wholes
 
 FORMS = ("delta", "low_rank", "random")
@@ -142,11 +143,14 @@ def _overlap(a: WeightSlice, b: WeightSlice) -> bool:
 def grafted(recipient: HookedVLM, donor: HookedVLM, grafts: Graft | Sequence[Graft]) -> Iterator[HookedVLM]:
     """The recipient with grafts inside the context; its own weights, bit for bit, after it.
 
-    No third model is made: parameters that are taken whole are the donor's own tensors while the context is open (do
-    not train them), and of the others only what is overwritten is kept aside.
+    No third model is made: a parameter that is taken whole has the donor's memory until somebody writes to either (copy
+    on write), where PyTorch can; of the others a copy is made. Whatever is written to them inside, by a graft within
+    this one too, reaches neither the donor nor what comes after. Grafts nest, and are left in the reverse order.
 
     Raises:
-        FrankenlensError: as `slices_of`; parameters of different shape; weights that are not in memory (offloaded).
+        FrankenlensError: as `slices_of`; parameters of different shape; weights that are not in memory (offloaded);
+            another thread or task uses the recipient. After the weights were put back: grafts that are left in another
+            order, or in another thread, than they were entered.
 
     Example:
         >>> inputs = pair.builder.build(fl.tasks.sample("sum", 1, seed=0, split="map")[0]).inputs
@@ -159,20 +163,31 @@ def grafted(recipient: HookedVLM, donor: HookedVLM, grafts: Graft | Sequence[Gra
     """
     wanted = [grafts] if isinstance(grafts, Graft) else list(grafts)
     work = require_graftable(recipient, donor, wanted)
+    with swapped(recipient.model, lambda: _values(recipient, donor, work), "a graft"):
+        yield recipient
+
+
+@torch.no_grad()
+def _values(
+    recipient: HookedVLM, donor: HookedVLM, work: Sequence[tuple[Graft, list[WeightSlice]]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every tensor that is written, once, and what it is to hold."""
     own, theirs = _tensors(recipient), _tensors(donor)
-    with ExitStack() as stack, torch.no_grad():
-        for one, pieces in work:
-            for piece in pieces:
-                target, source = own[piece.parameter], theirs[piece.parameter]
-                if one.is_copy and piece.dim is None and _same_place(target, source):
-                    stack.callback(setattr, target, "data", target.data)
-                    target.data = source.data
-                    continue
-                part = piece.of(target)
-                stack.callback(_put_back, part, part.detach().clone())
-                part.copy_(new_weights(part, piece.of(source), one, _label(piece)))
-        with torch.enable_grad():
-            yield recipient
+    by_tensor: dict[int, list[tuple[Graft, WeightSlice]]] = {}
+    for one, pieces in work:
+        for piece in pieces:
+            by_tensor.setdefault(id(own[piece.parameter]), []).append((one, piece))
+    for some in by_tensor.values():
+        (first, piece), target = some[0], own[some[0][1].parameter]
+        source = theirs[piece.parameter]
+        if first.is_copy and piece.dim is None and _same_place(target, source):
+            yield target, like(source)
+            continue
+        new = target.detach().clone()
+        for one, piece in some:
+            part = piece.of(new)
+            part.copy_(new_weights(piece.of(target.detach()), piece.of(source), one, _label(piece)))
+        yield target, new
 
 
 def new_weights(
@@ -211,11 +226,6 @@ def save_grafted(
 
 def _label(piece: WeightSlice) -> str:
     return piece.parameter if piece.dim is None else f"{piece.parameter} {piece.start}"
-
-
-def _put_back(part: Tensor, kept: Tensor) -> None:
-    with torch.no_grad():
-        part.copy_(kept)
 
 
 def _same_place(a: Tensor, b: Tensor) -> bool:

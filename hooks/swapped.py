@@ -1,0 +1,100 @@
+"""Weights put into a model for a while. Its own are set aside, never written to, and are there again afterwards."""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from hooks.errors import FrankenlensError
+from hooks.exclusive import Hold, exclusive_of, require_same_thread
+from hooks.uninterrupted import Uninterrupted
+
+
+@dataclass(eq=False)
+class _Swap:
+    """What stood in a model's tensors before."""
+
+    hold: Hold
+    own: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def put_back(self) -> None:
+        for target, data in reversed(self.own):
+            target.data = data
+
+
+_OPEN: weakref.WeakKeyDictionary[nn.Module, list[_Swap]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def swapped(
+    model: nn.Module, values: Callable[[], Iterable[tuple[Tensor, Tensor]]], what: str
+) -> Iterator[None]:
+    """Other numbers in a model's parameters and buffers, inside the context; its own tensors, bit for bit, after it.
+
+    Whatever is written to the model inside is gone afterwards, where it was written to a tensor that was swapped.
+    Contexts nest, and are left in the reverse order.
+
+    Args:
+        model: the model.
+        values: a parameter or buffer of the model, and what is to be in it, which nobody else writes to (`like` makes
+            such a tensor); drawn one by one, each put in before the next.
+        what: "a graft", say, for the message of a refusal.
+
+    Raises:
+        FrankenlensError: another task or thread uses the model (`hooks.exclusive`). After all was put back: the context
+            is left in another order, or in another thread, than it was entered.
+    """
+    swap, uses = _Swap(Hold(what)), exclusive_of(model)
+    try:
+        uses.take(swap.hold)
+        with Uninterrupted():
+            _OPEN.setdefault(model, []).append(swap)
+        for target, value in values():
+            with Uninterrupted():
+                swap.own.append((target, target.data))
+                target.data = value
+        yield
+    finally:
+        inner: list[_Swap] = []
+        try:
+            _close(model, swap, inner)
+        except KeyboardInterrupt:
+            _close(model, swap, inner)
+            raise
+        require_same_thread(swap.hold)
+        if inner or swap.hold.broken:
+            which = "before one that was begun inside of it" if inner else "after the one around it"
+            raise FrankenlensError(
+                f"{what} was closed {which}; the model has its own weights again. Leave contexts in the reverse "
+                "order, as nested `with` blocks do."
+            )
+
+
+def _close(model: nn.Module, swap: _Swap, inner: list[_Swap]) -> None:
+    """Put back what a swap replaced, and what was put in after it; once more changes nothing."""
+    uses = exclusive_of(model)
+    uses.until_on_top(swap.hold)
+    with Uninterrupted():
+        stack = _OPEN.get(model, [])
+        if swap in stack:
+            at = stack.index(swap)
+            inner += stack[at + 1 :]
+            for one in reversed(stack[at:]):
+                one.put_back()
+            for one in inner:
+                one.hold.broken = True
+            del stack[at:]
+        uses.drop(swap.hold)
+
+
+def like(source: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """A copy whose memory is the source's own until one of the two is written to (copy on write)."""
+    data = source.detach()
+    try:
+        return torch._lazy_clone(data)  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):  # memory that PyTorch did not allocate: mapped from a file, shared
+        return data.clone()
