@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from hooks.errors import FrankenlensError, nearest
+from interp.results.whole import disk_full, is_full
 
 # command -> module with its `COMMAND`, what it asks; imported only when asked for
 COMMANDS = {
@@ -29,11 +30,14 @@ COMMANDS = {
 }
 
 
+INTERRUPTED = "frankenlens: interrupted; what is finished is kept, and the same command goes on there"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Returns:
-        0, or 2 after a mistake of the user's, told in one line on standard error.
+        0; 2 after a mistake of the user's or on a full disk, 130 after Ctrl-C, told in one line on standard error.
     """
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if name in ("-h", "--help"):
@@ -47,8 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FrankenlensError as error:
         print(f"frankenlens: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if not is_full(error):
+            raise
+        print(f"frankenlens: {disk_full('what is being written')}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("frankenlens: interrupted; nothing unfinished was left in --out as a result", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
     return 0
 

@@ -17,7 +17,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from experiments.contract import askable, require_readable
-from experiments.frame import Command
+from experiments.frame import Command, kept
 from experiments.options import Only, default, require_known
 from experiments.settings import NoImages, QuestionSettings, load_examples, load_triple
 from hooks import HookedVLM
@@ -48,6 +48,7 @@ from interp.questions.readers import FUNCTIONS as PAPER_FUNCTIONS
 from interp.questions.tasks import TASKS, sample
 from interp.regions import Partition, parse_partition
 from interp.results.page import Account, Section
+from interp.results.store import Store
 
 PAPER_N = 100  # pairs a function
 
@@ -183,14 +184,15 @@ def measure(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> Iterato
     tables: dict[str, pd.DataFrame] = {}
     figures: dict[str, Figure] = {}
     found: list[xr.Dataset] = []
+    keep = kept(pair, asked.examples, config)
     if swaps:
-        results = _swapped(vlm, builder, asked, swaps, config)
+        results = _swapped(vlm, builder, asked, swaps, config, keep)
         among = "all" if config.paper else "differing"
         tables["localize_swap"] = swap_table(results, swaps, among, config.seed)
         figures["localize_swap"] = plot_swaps(tables["localize_swap"], partition)
         found.append(results["counterfactual"])
     if config.parts:
-        found.append(_ablated(vlm, builder, asked, config))
+        found.append(_ablated(vlm, builder, asked, config, keep))
         tables["localize_ablation"] = accuracy(found[-1], seed=config.seed)
         figures |= _ablation_figures(tables["localize_ablation"], partition)
     sentences = swap_findings(tables.get("localize_swap"), partition)
@@ -212,22 +214,25 @@ def _swapped(
     asked: FunctionPairs,
     swaps: dict[str, list[Swap]],
     config: LocalizeConfig,
+    keep: Store,
 ) -> dict[str, xr.Dataset]:
     """Kind of pairs to what all swaps do to them."""
     every = list(dict.fromkeys(swap for some in swaps.values() for swap in some))
+    settings: dict[str, Any] = {"resize": config.resize, **config.running}
     return {
-        kind: vision_swap(vlm, builder, pairs, every, resize=config.resize, **config.running)
+        kind: vision_swap(vlm, builder, pairs, every, keep=keep.under(f"swap-{kind}"), **settings)
         for kind, pairs in {"counterfactual": asked.pairs, **asked.controls}.items()
     }
 
 
 def _ablated(
-    vlm: HookedVLM, builder: PromptBuilder, asked: FunctionPairs, config: LocalizeConfig
+    vlm: HookedVLM, builder: PromptBuilder, asked: FunctionPairs, config: LocalizeConfig, keep: Store
 ) -> xr.Dataset:
     every = dict.fromkeys(one for kind in config.kinds for one in layers_of(vlm, config.parts, kind))
     chosen = [one for one in every if one.kind != "skip" or "skip" in config.kinds]
     prompts = [builder.build(example) for example in asked.questions]
-    return ablate(vlm, prompts, chosen, seed=config.seed, **config.running)
+    own = keep.under("ablate")
+    return ablate(vlm, prompts, chosen, seed=config.seed, keep=own, **config.running)
 
 
 def _builder(pair: Pair, config: LocalizeConfig, asked: FunctionPairs) -> PromptBuilder:

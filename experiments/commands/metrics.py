@@ -14,7 +14,7 @@ from typing import Literal
 import pandas as pd
 import xarray as xr
 
-from experiments.frame import Command
+from experiments.frame import Command, kept
 from experiments.options import Only, default, require_known
 from experiments.settings import Questions, QuestionSettings, load_examples, load_questions, load_triple
 from hooks.errors import FrankenlensError
@@ -108,12 +108,17 @@ def measure(pair: Pair, asked: Questions, config: MetricsConfig) -> Iterator[Sec
     order = [name for name in ("base", "in", "rl") if name in pair.models]
     left_out: Counter[str] = Counter()
     examples = asked.examples
+    keep = kept(pair, examples, config)
     if config.describe == "model":
-        examples = described_by_model(pair.in_, pair.builder, examples, **config.running)
+        told = keep.under("described")
+        examples = described_by_model(pair.in_, pair.builder, examples, keep=told, **config.running)
     found: list[xr.Dataset] = []
-    for names, some in _groups(examples, config, left_out):
+    for number, (names, some) in enumerate(_groups(examples, config, left_out)):
         ready = questions(pair.builder, some, template=template, metrics=names)
-        answers = [ask(pair.models[name], ready, **config.running) for name in order]
+        answers = [
+            ask(pair.models[name], ready, keep=keep.under(f"{number}-{name}"), **config.running)
+            for name in order
+        ]
         found.append(xr.concat(answers, pd.Index(order, name="model")))
         left_out.update(_missing(found[-1]))
     table = _shares(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -29,6 +28,7 @@ from interp.pair.pair import Pair, weights_sha256
 from interp.prompts import Prompt, PromptBuilder
 from interp.questions.examples import Example
 from interp.questions.grading import judge, reference_fault
+from interp.results.whole import read_record, write_record
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ class OwnRecipe:
             "questions": [p.example.id for p in self.prompts],
             "max_new_tokens": self.max_new_tokens,
         }
-        record = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else None
+        record = read_record(kept)
         if record is None or record["about"] != about:
             written = greedy(vlm, self.prompts, self.max_new_tokens, self.batch_size, progress=True)
             answers = [self._read(ids, p) for ids, p in zip(written, self.prompts, strict=True)]
@@ -119,7 +119,7 @@ class OwnRecipe:
             unreadable = float(np.mean([answer is None for answer in answers]))
             record = {"about": about, "right": right, "answers": answers, "unreadable": unreadable}
             record["why"] = [g.why for g in grades]
-            write_json(record, kept)
+            write_record(kept, record)
         if own:
             vlm.close()
         return Outcome(np.array(record["right"], dtype=float), record["unreadable"])

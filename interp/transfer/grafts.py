@@ -20,6 +20,7 @@ from torch import Tensor
 from hooks import FrankenlensError, HookedVLM, WeightSlice, weight_slices
 from hooks.swapped import like, swapped
 from hooks.weights import buffer_slices, saved_buffers, wholes
+from interp.results.files import is_occupied, publishing
 
 FORMS = ("delta", "low_rank", "random")
 _EXACT = 2048  # up to this many rows or columns, the low-rank form is an exact SVD
@@ -210,18 +211,18 @@ def new_weights(
 def save_grafted(
     recipient: HookedVLM, donor: HookedVLM, grafts: Graft | Sequence[Graft], folder: Path | str
 ) -> None:
-    """Write the grafted model, with the recipient's processor, as an ordinary checkpoint.
+    """Write the grafted model, with the recipient's processor, as an ordinary checkpoint: all of it, or nothing.
 
     Raises:
-        FrankenlensError: as `grafted`; the folder exists and is not empty.
+        FrankenlensError: as `grafted`; the folder is not empty, another run writes to it, or the disk is full.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
+    if is_occupied(folder):
         raise FrankenlensError(f"{folder} is not empty; choose another folder for the merged checkpoint")
-    with grafted(recipient, donor, grafts):
-        recipient.model.save_pretrained(folder)
+    with publishing(folder) as staging, grafted(recipient, donor, grafts):
+        recipient.model.save_pretrained(staging)
         if recipient.processor is not None:
-            recipient.processor.save_pretrained(folder)
+            recipient.processor.save_pretrained(staging)
 
 
 def _label(piece: WeightSlice) -> str:

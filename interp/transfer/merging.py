@@ -35,7 +35,7 @@ from hooks.errors import FrankenlensError, nearest
 from hooks.extras import require_installed
 from hooks.stored.names import Names
 from interp.comparison import Checkpoint, align
-from interp.results.files import publishing
+from interp.results.files import is_occupied, publishing
 
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 ON_BASE = METHODS[2:]  # add updates to a base
@@ -226,7 +226,7 @@ def merge(
     require_installed(_FEATURE, "mergekit")
     from mergekit.io.tensor_writer import TensorWriter
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_occupied(out):
         raise FrankenlensError(f"{out} is not empty; choose another folder for the merged checkpoint")
     opened = [Checkpoint(folder) for folder in ([] if base is None else [base]) + list(models)]
     names = align(*opened)

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ from interp.pair.pair import weights_sha256
 from interp.prompts import Prompt, PromptBuilder
 from interp.questions.examples import Example
 from interp.questions.grading import Ungraded, grade
-from interp.results.files import publishing
+from interp.results.lock import locked
+from interp.results.store import Store, fingerprint
 from interp.transfer.grafts import grafted, require_graftable
 from interp.transfer.variants import Variant
 
@@ -130,18 +131,24 @@ def transfer(
 
     Raises:
         FrankenlensError: before anything runs: no metrics, names that are not unique, an address that names nothing,
-            models that do not align, or grafts that overlap.
+            models that do not align, or grafts that overlap. Of `keep`: it holds something else, another run writes to
+            it, it cannot be written to, or the disk is full.
     """
     _require_sound(recipient, donor, variants, metrics, others or {})
     models = {**(others or {}), "IN": recipient, "RL": donor}
     rows: list[list[Outcomes]] = []
-    with tqdm(total=len(models) + len(variants), desc="transfer", disable=not progress, delay=1) as bar:
+    size = len(models) + len(variants)
+    with (
+        nullcontext() if keep is None else locked(keep),
+        tqdm(total=size, desc="transfer", disable=not progress, delay=1) as bar,
+    ):
+        store = None if keep is None else Store(keep, {"metrics": "by name"})
         for name, vlm in models.items():
-            rows.append(_measured(name, vlm, metrics, rows[:1], keep))
+            rows.append(_measured(name, vlm, metrics, rows[:1], store))
             bar.update()
         for variant in variants:
             with grafted(recipient, donor, variant.grafts) as vlm:
-                rows.append(_measured(variant.name, vlm, metrics, rows[:1], keep))
+                rows.append(_measured(variant.name, vlm, metrics, rows[:1], store))
             bar.update()
     names = [*models, *(variant.name for variant in variants)]
     found = _counted(_dataset(names, list(metrics), rows))
@@ -182,7 +189,7 @@ def _measured(
     vlm: HookedVLM,
     metrics: Mapping[str, Metric],
     before: Sequence[Sequence[Outcomes]],
-    keep: Path | None,
+    keep: Store | None,
 ) -> list[Outcomes]:
     found = [metric(vlm) for metric in metrics.values()] if keep is None else _kept(keep, vlm, metrics)
     expected = before[0] if before else found
@@ -194,19 +201,15 @@ def _measured(
     return found
 
 
-def _kept(keep: Path, vlm: HookedVLM, metrics: Mapping[str, Metric]) -> list[Outcomes]:
-    """Read what was measured of these very weights, or measure and write it."""
-    file = keep / f"{weights_sha256(vlm.model)}.json"
-    old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    new = {name: metric(vlm) for name, metric in metrics.items() if name not in old}
-    if new:
-        with publishing(keep) as staging:
-            text = json.dumps({**old, **{name: asdict(own) for name, own in new.items()}})
-            (staging / file.name).write_text(text, encoding="utf-8")
-    return [
-        new[name] if name in new else Outcomes(*(tuple(column) for column in old[name].values()))
-        for name in metrics
-    ]
+def _kept(keep: Store, vlm: HookedVLM, metrics: Mapping[str, Metric]) -> list[Outcomes]:
+    """Read what was measured of these very weights, or measure and keep it."""
+    weights = weights_sha256(vlm.model)
+
+    def measured(name: str) -> Outcomes:
+        found = keep.part(f"{weights}-{fingerprint(name)[:8]}", lambda: astuple(metrics[name](vlm)), name)
+        return Outcomes(*(tuple(column) for column in found))
+
+    return [measured(name) for name in metrics]
 
 
 def _dataset(names: Sequence[str], metrics: Sequence[str], rows: Sequence[Sequence[Outcomes]]) -> xr.Dataset:
