@@ -26,7 +26,7 @@ from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 from interp.questions.examples import Example, fingerprint
 from interp.results.files import provenance, publishing, settle
-from interp.results.lock import locked, make_folder
+from interp.results.lock import is_locked, locked, make_folder
 from interp.results.page import Section, save_sections
 from interp.results.store import Store
 from interp.results.store import fingerprint as digest
@@ -171,8 +171,10 @@ OF_PLACE = ("out", "in_", "rl", "base", "data", "images", "template", "map")
 """Settings that say where something is: the parts depend on what is there."""
 
 
-def kept(pair: Pair, examples: Iterable[Example], config: PairSettings, **also: Any) -> Store:
+def kept(pair: Pair, examples: Iterable[Example], config: PairSettings, **also: Any) -> Store | None:
     """The store for what is finished of a command before the whole is; the same command goes on there.
+
+    None where nobody holds the lock of `config.out`: what is measured from Python is not kept by itself.
 
     Args:
         pair: the models.
@@ -180,6 +182,8 @@ def kept(pair: Pair, examples: Iterable[Example], config: PairSettings, **also: 
         config: the settings.
         also: what the numbers depend on besides.
     """
+    if not is_locked(config.out):
+        return None
     about = {
         "command": type(config).__name__,
         "models": pair.provenance(),

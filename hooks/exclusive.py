@@ -31,7 +31,28 @@ class Hold:
     broken: bool = False
 
 
-_INSIDE: ContextVar[Hold | None] = ContextVar("frankenlens_inside", default=None)
+class _Inside:
+    """The innermost use in this context; a thread that `asyncio.to_thread` begins has that of its task.
+
+    It stays in its process: nnsight sends this along with a block that runs elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._hold: ContextVar[Hold | None] = ContextVar("frankenlens_inside", default=None)
+
+    def get(self) -> Hold | None:
+        """It, or None."""
+        return self._hold.get()
+
+    def set(self, hold: Hold | None) -> None:
+        """From now on, in this context."""
+        self._hold.set(hold)
+
+    def __reduce__(self) -> tuple:
+        return _Inside, ()
+
+
+_INSIDE = _Inside()
 
 
 def _task() -> Any:

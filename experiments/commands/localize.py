@@ -48,7 +48,7 @@ from interp.questions.readers import FUNCTIONS as PAPER_FUNCTIONS
 from interp.questions.tasks import TASKS, sample
 from interp.regions import Partition, parse_partition
 from interp.results.page import Account, Section
-from interp.results.store import Store
+from interp.results.store import Store, under
 
 PAPER_N = 100  # pairs a function
 
@@ -214,24 +214,24 @@ def _swapped(
     asked: FunctionPairs,
     swaps: dict[str, list[Swap]],
     config: LocalizeConfig,
-    keep: Store,
+    keep: Store | None,
 ) -> dict[str, xr.Dataset]:
     """Kind of pairs to what all swaps do to them."""
     every = list(dict.fromkeys(swap for some in swaps.values() for swap in some))
     settings: dict[str, Any] = {"resize": config.resize, **config.running}
     return {
-        kind: vision_swap(vlm, builder, pairs, every, keep=keep.under(f"swap-{kind}"), **settings)
+        kind: vision_swap(vlm, builder, pairs, every, keep=under(keep, f"swap-{kind}"), **settings)
         for kind, pairs in {"counterfactual": asked.pairs, **asked.controls}.items()
     }
 
 
 def _ablated(
-    vlm: HookedVLM, builder: PromptBuilder, asked: FunctionPairs, config: LocalizeConfig, keep: Store
+    vlm: HookedVLM, builder: PromptBuilder, asked: FunctionPairs, config: LocalizeConfig, keep: Store | None
 ) -> xr.Dataset:
     every = dict.fromkeys(one for kind in config.kinds for one in layers_of(vlm, config.parts, kind))
     chosen = [one for one in every if one.kind != "skip" or "skip" in config.kinds]
     prompts = [builder.build(example) for example in asked.questions]
-    own = keep.under("ablate")
+    own = under(keep, "ablate")
     return ablate(vlm, prompts, chosen, seed=config.seed, keep=own, **config.running)
 
 

@@ -37,7 +37,7 @@ from interp.questions.examples import Example, with_looked_at
 from interp.questions.readers import Seen
 from interp.results.files import load_dataset
 from interp.results.page import Account, Section
-from interp.results.store import Store
+from interp.results.store import Store, under
 from interp.statistics import interval_text
 from interp.steering import pair_directions, steer_both
 from interp.steering.plots import plot_dose
@@ -135,18 +135,18 @@ def measure(pair: Pair, asked: Questions, config: LockstepConfig) -> Iterator[Se
         "seed": config.seed,
         "when": config.when,
     }
-    found = confirm(pair, chosen.fresh, chosen.sets, keep=keep.under("confirm"), **settings)
+    found = confirm(pair, chosen.fresh, chosen.sets, keep=under(keep, "confirm"), **settings)
     table = confirmation(found, config.correction, seed=config.seed)
     shown = str(table["function"].iloc[-1])
     tables = {"lockstep": table}
     figures = {"lockstep": plot_confirmation(table, shown), "lockstep_traces": plot_followed(table, shown)}
     findings = [_finding(table, shown)]
     if config.steer is not None:
-        own = keep.under("directions")
+        own = under(keep, "directions")
         directions = pair_directions(pair, chosen.used, config.steer, config.when, keep=own, **config.running)
         settings["correction"] = config.correction
         steered, doses = steer_both(
-            pair, chosen.fresh, directions, config.coefficients, keep=keep.under("steer"), **settings
+            pair, chosen.fresh, directions, config.coefficients, keep=under(keep, "steer"), **settings
         )
         tables["steering"], figures["steering"] = doses, plot_dose(doses, shown)
         findings.append(_steering_finding(doses, shown))
@@ -178,7 +178,7 @@ def _digest(config: LockstepConfig) -> str:
     return "" if config.map is None else sha256(config.map.read_bytes()).hexdigest()
 
 
-def _chosen(pair: Pair, examples: Sequence[Example], config: LockstepConfig, keep: Store) -> _Chosen:
+def _chosen(pair: Pair, examples: Sequence[Example], config: LockstepConfig, keep: Store | None) -> _Chosen:
     if config.components:
         sets = {"components": config.components}
         return _Chosen(sets, [], examples, f"components given: {', '.join(config.components)}", {})
@@ -187,7 +187,7 @@ def _chosen(pair: Pair, examples: Sequence[Example], config: LockstepConfig, kee
         summary, how = load_dataset(config.map), f"strongest of {config.map.name}"
     else:
         used, fresh = examples[::2], examples[1::2]
-        summary, n = _small_map(pair, used, config, keep.under("chosen"))
+        summary, n = _small_map(pair, used, config, under(keep, "chosen"))
         how = f"strongest of a map on the decisive tokens of {n} of {len(used)} other questions"
         left_out = {"used to choose the components": len(used)}
     direction = "rl_to_in" if "rl_to_in" in summary["direction"].to_numpy() else "in_to_rl"
@@ -199,7 +199,7 @@ def _chosen(pair: Pair, examples: Sequence[Example], config: LockstepConfig, kee
 
 
 def _small_map(
-    pair: Pair, used: Sequence[Example], config: LockstepConfig, keep: Store
+    pair: Pair, used: Sequence[Example], config: LockstepConfig, keep: Store | None
 ) -> tuple[xr.Dataset, int]:
     """Of the strongest points, at all tokens together, and of how many questions."""
     decisions = find_decisions(pair, used, "decisive", progress=True, keep=keep, **config.running)

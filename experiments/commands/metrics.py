@@ -36,6 +36,7 @@ from interp.pair.pair import Pair
 from interp.questions.examples import Example, with_looked_at
 from interp.questions.tasks.description import describe_scene
 from interp.results.page import Account, Section
+from interp.results.store import under
 from interp.statistics import adjust, interval_text
 
 SYNTHETIC = "{description} , {question}"
@@ -110,13 +111,13 @@ def measure(pair: Pair, asked: Questions, config: MetricsConfig) -> Iterator[Sec
     examples = asked.examples
     keep = kept(pair, examples, config)
     if config.describe == "model":
-        told = keep.under("described")
+        told = under(keep, "described")
         examples = described_by_model(pair.in_, pair.builder, examples, keep=told, **config.running)
     found: list[xr.Dataset] = []
     for number, (names, some) in enumerate(_groups(examples, config, left_out)):
         ready = questions(pair.builder, some, template=template, metrics=names)
         answers = [
-            ask(pair.models[name], ready, keep=keep.under(f"{number}-{name}"), **config.running)
+            ask(pair.models[name], ready, keep=under(keep, f"{number}-{name}"), **config.running)
             for name in order
         ]
         found.append(xr.concat(answers, pd.Index(order, name="model")))

@@ -47,6 +47,12 @@ def locked(folder: Path | str) -> Iterator[None]:
         remove_empty(made)
 
 
+def is_locked(folder: Path | str) -> bool:
+    """Whether this thread has the folder."""
+    with _NEW:
+        return _HELD.get(Path(folder).resolve(), (0, 0))[0] == threading.get_ident()
+
+
 def make_folder(folder: Path) -> list[Path]:
     """Make a folder and those above it; those that were not there, the outermost first.
 
