@@ -22,9 +22,13 @@ PATIENCE = 60.0
 
 @dataclass(eq=False)
 class Hold:
-    """One use of a model: what for, in which thread and task, and the use inside which it began."""
+    """One use of a model: what for, in which thread and task, and the use inside which it began.
+
+    Where it keeps something on the model for what runs inside, rather than run it itself, nobody waits for it for ever.
+    """
 
     what: str
+    runs: bool = False
     thread: threading.Thread = field(default_factory=threading.current_thread)
     task: Any = field(default_factory=lambda: _task())
     within: "Hold | None" = field(default_factory=lambda: _INSIDE.get())
@@ -108,8 +112,14 @@ class Exclusive:
                 self._holds.remove(hold)
                 if _INSIDE.get() is hold:
                     _INSIDE.set(hold.within)
-            self._used = time.monotonic()
-            self._changed.notify_all()
+                self._used = time.monotonic()
+                self._changed.notify_all()
+
+    def drop_dead(self) -> None:
+        """End the uses of threads that have ended themselves."""
+        for hold in list(self._holds):
+            if not hold.thread.is_alive():
+                self.drop(hold)
 
     def until_on_top(self, hold: Hold) -> None:
         """Wait until nothing runs inside a use, for another thread that ends it."""
@@ -124,7 +134,7 @@ class Exclusive:
             why = f"the thread {top.thread.name!r} has ended without closing it: close it, or vlm.close()"
         elif self._begun_inside(hold):
             why = "this thread was begun inside of it, and it may wait for this thread: run the model there"
-        elif time.monotonic() - self._used > PATIENCE:
+        elif not top.runs and time.monotonic() - self._used > PATIENCE:
             why = f"the thread {top.thread.name!r} has kept it for {PATIENCE:.0f} s without running the model"
         else:
             return
@@ -148,7 +158,7 @@ class _OfModels:
 
     def renew(self) -> None:
         """In a process that was forked, whatever other threads held is held by nobody."""
-        self._new = threading.Lock()
+        self._new = threading.RLock()  # a generator that is dropped meanwhile may end a use
         for one in list(self._of.values()):
             one.renew()
 
@@ -182,7 +192,7 @@ def exclusively(model: nn.Module, what: str) -> Iterator[None]:
     Raises:
         FrankenlensError: as `Exclusive.take`.
     """
-    uses, hold = exclusive_of(model), Hold(what)
+    uses, hold = exclusive_of(model), Hold(what, runs=True)
     try:
         uses.take(hold)
         yield

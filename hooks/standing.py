@@ -9,6 +9,7 @@ from torch import nn
 from hooks.engine import Hook, attached
 from hooks.exclusive import Hold, exclusive_of, exclusively, require_same_thread
 from hooks.positions import Clock
+from hooks.swapped import abandon
 from hooks.uninterrupted import Uninterrupted
 
 
@@ -70,7 +71,8 @@ class Standing:
             uses.drop(hold)
 
     def clear(self) -> None:
-        """Take every hook away."""
+        """Take every hook away, and the weights that a thread put in which has ended."""
+        abandon(self._model)
         with self.exclusive("closing"), Uninterrupted():
             self._layers = []
             self._installed.close()

@@ -91,6 +91,14 @@ def _close(model: nn.Module, swap: _Swap, inner: list[_Swap]) -> None:
         uses.drop(swap.hold)
 
 
+def abandon(model: nn.Module) -> None:
+    """Put back what threads put in that have ended, and whatever was put in after it; end all that they held."""
+    dead = [swap for swap in _OPEN.get(model, []) if not swap.hold.thread.is_alive()]
+    if dead:
+        _close(model, dead[0], [])
+    exclusive_of(model).drop_dead()
+
+
 def like(source: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """A copy whose memory is the source's own until one of the two is written to (copy on write)."""
     data = source.detach()

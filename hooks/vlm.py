@@ -313,7 +313,8 @@ class HookedVLM(Traceable):
         with self.attached(layer):
             self._standing.clock.begin(None if ids is None else ids.shape[1])
             model: Any = self.model
-            output = model.generate(**self._to_device(inputs), **kwargs)
+            with self.exclusive("a generation"):
+                output = model.generate(**self._to_device(inputs), **kwargs)
         _require_fired(layer)
         return output
 

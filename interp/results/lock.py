@@ -19,7 +19,7 @@ except ImportError:  # Windows
 
 LOCK = ".lock"
 _HELD: dict[Path, tuple[int, int]] = {}  # of this process: folder -> thread, how often
-_NEW = threading.Lock()
+_NEW = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_HELD.clear)
 

@@ -217,4 +217,6 @@ def _read(value: Any) -> Any:
     own = value[_ARRAY]
     if "text" in own:
         return np.array(own["text"], dtype=str).reshape(own["shape"])
-    return np.frombuffer(base64.b64decode(own["bytes"]), own["dtype"]).reshape(own["shape"]).copy()
+    data = base64.b64decode(own["bytes"])
+    whole = np.frombuffer(data, own["dtype"]) if data else np.empty(0, own["dtype"])
+    return whole.reshape(own["shape"]).copy()

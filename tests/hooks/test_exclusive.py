@@ -129,6 +129,16 @@ def test_a_thread_that_would_wait_for_ever_is_refused(given, vlm, monkeypatch) -
         context.__exit__(None, None, None)
     vlm(inputs)
     assert state(given.model) == before
+    other = HookedVLM(given.model, given.processor, check=False)
+    kept = [other.hooks([(POINT, flip)]), swapped(given.model, lambda: _zeros(given.model), "a graft")]
+    assert _in_thread(lambda: [one.__enter__() for one in kept]) == ""
+    other.close()
+    vlm(inputs)
+    assert state(given.model) == before
+
+
+def _zeros(model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    yield from ((weight, torch.zeros_like(weight)) for weight in list(model.parameters())[:3])
 
 
 def _in_thread(run: Callable[[], Any]) -> str:
@@ -170,10 +180,10 @@ def test_a_shallow_copy_shares_the_hooks_and_a_deep_one_has_none(given, vlm) -> 
 @torch.no_grad()
 def test_weights_come_back_in_any_order_and_other_orders_are_refused(given, vlm) -> None:
     model, inputs = given.model, given.inputs()
-    before, weights = state(model), list(model.parameters())[:3]
+    before = state(model)
 
     def zero() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        yield from ((weight, torch.zeros_like(weight)) for weight in weights)
+        return _zeros(model)
 
     outer, inner = (swapped(model, zero, what) for what in ("the outer", "the inner"))
     outer.__enter__()
@@ -300,11 +310,8 @@ def test_sixty_interruptions_leave_both_models_as_they_were() -> None:
 def test_a_fork_under_hooks_and_grafts_leaves_the_parent_alone(given, vlm) -> None:
     before, inputs = state(given.model), given.inputs()
 
-    def zero() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        weight = next(given.model.parameters())
-        yield weight, torch.zeros_like(weight)
-
-    with torch.no_grad(), vlm.hooks([(POINT, flip)]), swapped(given.model, zero, "a graft"):
+    swap = swapped(given.model, lambda: _zeros(given.model), "a graft")
+    with torch.no_grad(), vlm.hooks([(POINT, flip)]), swap:
         inside = vlm(inputs).logits
         child = os.fork()
         if child == 0:
