@@ -27,7 +27,7 @@ BATCHES: dict[str, Any] = {"batch_size": 4, "max_new_tokens": 40}
 PLANTED = {"kinds": ("rl", "identical"), "methods": ("compare",), "pairs": 2, "nulls": 1, "noise_pairs": 3}
 NOTHING: Any = {"scales": (), "ranks": (), "controls": ()}
 COMMANDS: dict[str, tuple[Command[Any, Any, Any], dict[str, Any]]] = {
-    "map": (map.COMMAND, {"n": 16, "points": ("mlp_out",), "decision": "first", **BATCHES}),
+    "map": (map.COMMAND, {"n": 8, "points": ("mlp_out",), "decision": "first", **BATCHES}),
     "transfer": (transfer.COMMAND, {"n": 4, "variants": ("orders",), **NOTHING, **BATCHES}),
     "planted": (planted.COMMAND, {"n": 6, **PLANTED, **BATCHES}),
     "suite": (suite.COMMAND, {"n": 4, "parts": ("metrics", "attention", "transfer"), **BATCHES}),
