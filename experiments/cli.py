@@ -8,7 +8,6 @@ from importlib import import_module
 from importlib.metadata import version
 
 from hooks.errors import FrankenlensError, nearest
-from interp.results.whole import disk_full, is_full
 
 # command -> module with its `COMMAND`, what it asks; imported only when asked for
 COMMANDS = {
@@ -52,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"frankenlens: {error}", file=sys.stderr)
         return 2
     except Exception as error:
+        from interp.results.whole import disk_full, is_full
+
         if not is_full(error):
             raise
         print(f"frankenlens: {disk_full('what is being written')}", file=sys.stderr)

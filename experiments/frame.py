@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -29,7 +30,6 @@ from interp.results.files import provenance, publishing, settle
 from interp.results.lock import is_locked, locked, make_folder
 from interp.results.page import Section, save_sections
 from interp.results.store import Store
-from interp.results.store import fingerprint as digest
 from interp.results.whole import write_whole
 
 Item = TypeVar("Item")
@@ -190,11 +190,17 @@ def kept(pair: Pair, examples: Iterable[Example], config: PairSettings, **also: 
         "settings": {name: value for name, value in config.options.items() if name not in OF_PLACE},
         "prompts": [pair.builder.template, pair.builder.system],
         "questions": [
-            (example.id, example.task, fingerprint(example), digest(example.meta)) for example in examples
+            (example.id, example.task, fingerprint(example), _of_meta(example)) for example in examples
         ],
         **also,
     }
     return Store(finished(config.out, **about), {"version": version("frankenlens"), **about})
+
+
+def _of_meta(example: Example) -> str:
+    """What else is known of an example: a description may stand in its prompt."""
+    text = json.dumps(example.meta, sort_keys=True, default=str)
+    return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()
 
 
 def require_begun_alike(file: Path, settings: Mapping[str, Any]) -> None:

@@ -102,7 +102,9 @@ def attention_shift(
         of = fingerprint([list(one.ids) for one in some], target, source)
         for m, (reader, (vlm, change)) in enumerate(readers.items()):
 
-            def read(vlm: HookedVLM = vlm, change: Change | None = change, some: Any = some) -> np.ndarray:
+            def read(
+                vlm: HookedVLM = vlm, change: Change | None = change, some: Sequence[Prompt] = some
+            ) -> np.ndarray:
                 with _as_changed(vlm, change):
                     return attention_mass(vlm, some, target, source, batch_size, progress)
 

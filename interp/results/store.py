@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from jaxtyping import Shaped
@@ -97,7 +98,7 @@ class Store:
         return sha256((self.key + fingerprint).encode()).hexdigest()
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{self._prefix}{name}.part"
+        return self.folder / f"{quote(self._prefix + name, safe=' ,+')}.part"
 
     def _write_about(self) -> None:
         text = {"about": json.loads(self._text), "sha256": self.key}
