@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import frankenlens
 SMALL = ["map", "--n", "8", "--points", "mlp_out", "--max-new-tokens", "24", "--batch-size", "4"]
 AT_IMPORT = """
 import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
@@ -26,7 +28,8 @@ sys.meta_path.insert(0, Finder())
 sys.exit(frankenlens.main())
 """
 LATER = """
-import sys, frankenlens
+import signal, sys, frankenlens
+signal.signal(signal.SIGINT, signal.default_int_handler)
 print("begun", flush=True)
 sys.exit(frankenlens.main())
 """
@@ -69,7 +72,14 @@ def test_interrupted_at_many_moments(tmp_path: Path) -> None:
     assert cut_short >= 10
 
 
-def test_an_interruption_in_a_finalizer_is_not_lost(monkeypatch, capsys) -> None:
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, own)
+
+
+def test_an_interruption_in_a_finalizer_is_not_lost(ctrl_c, monkeypatch, capsys) -> None:
     class Late:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGINT)
@@ -90,7 +100,7 @@ def test_an_interruption_in_a_finalizer_is_not_lost(monkeypatch, capsys) -> None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_what_an_import_makes_of_an_interruption_is_an_interruption(monkeypatch, capsys) -> None:
+def test_what_an_import_makes_of_an_interruption_is_an_interruption(ctrl_c, monkeypatch, capsys) -> None:
     def import_module(name: str) -> None:
         try:
             signal.raise_signal(signal.SIGINT)

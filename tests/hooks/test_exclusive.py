@@ -135,6 +135,10 @@ def test_a_thread_that_would_wait_for_ever_is_refused(given, vlm, monkeypatch) -
     other.close()
     vlm(inputs)
     assert state(given.model) == before
+    for one in reversed(kept):
+        with pytest.raises(FrankenlensError, match="closed in another"):
+            one.__exit__(None, None, None)
+    assert state(given.model) == before
 
 
 def _zeros(model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -224,6 +228,7 @@ class _Interrupt:
 def _interrupted_after(seconds: float) -> Iterator[None]:
     """Ctrl-C from outside, at whatever moment that is."""
 
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     own = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -231,6 +236,7 @@ def _interrupted_after(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, own)
+        signal.signal(signal.SIGINT, ctrl_c)
 
 
 def _uses(
