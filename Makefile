@@ -51,7 +51,7 @@ benchmarks: $(INSTALLED)  ## against plain hooks, TransformerLens and nnsight; t
 	$(BIN)/python -m tests.benchmarks.run --out out/benchmarks
 
 notebooks: $(INSTALLED)
-	$(BIN)/python -m pytest tests/test_notebooks.py
+	$(BIN)/python -m pytest tests/test_notebooks.py -m ""
 
 figures: demo  ## the picture of the README
 	mkdir -p notebooks/figures && cp out/demo/map.png notebooks/figures/map.png

@@ -103,8 +103,9 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
     from interp.sweep import Intervention, head_map, residual_map, sweep
     from interp.transfer import (
         Graft, MergeReport, Recipe, Variant, addressed, answers, as_table_2, controls, doses, factors, grafted,
-        merge, orders, parts, random_update, save_grafted, transfer, transfer_table,
+        measured_graft, merge, orders, parts, save_grafted, transfer, transfer_table,
     )
+    from interp.updates import Realized, as_large, random_update
     # isort: on
     # fmt: on
 
@@ -165,7 +166,8 @@ _NAMES = {  # module -> its names here; one that is no attribute is a module
     "interp.steering.plots": "plot_dose",
     "interp.sweep": "Intervention head_map residual_map sweep",
     "interp.transfer": "Graft MergeReport Recipe Variant addressed answers as_table_2 controls doses factors grafted "
-    "merge orders parts random_update save_grafted transfer transfer_table",
+    "measured_graft merge orders parts save_grafted transfer transfer_table",
+    "interp.updates": "Realized as_large random_update",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 _OWN = ("hooks", "interp", "experiments")

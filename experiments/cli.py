@@ -12,7 +12,10 @@ from hooks.errors import FrankenlensError, nearest
 # command -> module with its `COMMAND`, what it asks; imported only when asked for
 COMMANDS = {
     "map": ("experiments.commands.map", "which components carry what RL changed in a pair"),
-    "suite": ("experiments.commands.suite", "all analyses of a pair on one page"),
+    "suite": (
+        "experiments.commands.suite",
+        "metrics, localize, attention, compare and transfer, on one page",
+    ),
     "metrics": ("experiments.commands.metrics", "what answers owe to image, description, reasoning"),
     "transfer": ("experiments.commands.transfer", "which of RL's weights bring its gains to IN"),
     "train-triple": ("experiments.triple.train", "make the embedded Base, IN and RL again"),

@@ -22,7 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 from tqdm.auto import tqdm
 
 from experiments.contract import admitted
-from experiments.settings import ModelSettings, PairSettings, require_sound
+from experiments.settings import ModelSettings, PairSettings, require_sound, require_there
 from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 from interp.questions.examples import Example, fingerprint
@@ -92,6 +92,7 @@ class Command(Generic[Settings, Models, Question]):
         """
         require_sound(config)
         self.check(config)
+        require_there(config)
         _require_writable(config.out)
         asked = self.load(config)
 
@@ -188,7 +189,7 @@ def kept(pair: Pair, examples: Iterable[Example], config: PairSettings, **also: 
         "command": type(config).__name__,
         "models": pair.provenance(),
         "settings": {name: value for name, value in config.options.items() if name not in OF_PLACE},
-        "prompts": [pair.builder.template, pair.builder.system],
+        "prompts": [pair.builder.template, pair.builder.system, pair.builder.instruction],
         "questions": [
             (example.id, example.task, fingerprint(example), _of_meta(example)) for example in examples
         ],
@@ -265,4 +266,6 @@ def _publish(sections: Sequence[Section], config: ModelSettings, models: Mapping
     for section in sections:
         several_lines = "\n" in section.finding
         print(f"{section.title}:", section.finding, sep="\n" if several_lines else " ")
+        if section.details:
+            print(section.details)
     print(f"{config.out}: {', '.join(written)}")

@@ -60,6 +60,11 @@ def default(ours: Any, *, paper: Any = None, only: Only | None = None) -> Any:
     return field(default=None, metadata={_SPEC: _Default(ours, paper, only)})
 
 
+def either(name: str, *papers: Any) -> Callable[[Any], Any]:
+    """For `default`: any of several values that a paper has; the first where none of them was given."""
+    return lambda config: getattr(config, name) if getattr(config, name) in papers else papers[0]
+
+
 def a_task(n: int, tasks: Sequence[str]) -> Callable[[Any], int]:
     """For `default`: n questions of every synthetic task, or of one's own data."""
     return lambda config: n * len(tasks) if config.data is None else n
@@ -162,6 +167,7 @@ def _as_given(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return as_option(name) if value else as_option(f"no_{name}")
     text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = text.strip().replace("\n", "\\n")  # a refusal is one line
     return f"{as_option(name)} {text}" if text else f"no {as_option(name)}"
 
 

@@ -13,6 +13,7 @@ import tyro
 from experiments import embedded
 from experiments.options import Options, as_option, require_agreement
 from hooks.errors import FrankenlensError
+from hooks.whereabouts import absent, require_checkpoint, require_file, require_folder
 from interp.pair.pair import Pair
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
@@ -27,11 +28,26 @@ from interp.questions.readers import (
     read_mathvista,
 )
 from interp.questions.readers.draw import Split
+from interp.questions.readers.hub import Unreachable
+from interp.questions.readers.tables import KINDS
 from interp.questions.tasks import REASONING, sample
 
 MATHVISTA = ("general-vqa", "math-targeted-vqa")
+PUBLIC = ("mathvista", *(f"mathvista:{one}" for one in MATHVISTA), "math-500", "gsm8k")
 NONE = ("none",)  # no delimiters
+COPIES = ("mathvista", "math-500", "gsm8k")
 LISTED = 20  # rows that could not be read, named one by one
+_FILES = {
+    "template": "a file of a Jinja chat template",
+    "map": "map.nc, which `frankenlens map --out DIR` writes to DIR",
+}
+_FOLDERS = dict.fromkeys(("images", "train_images"), "the folder that the rows' image paths start from")
+_ROWS = {
+    "data": ("file", f"{KINDS}, or {', '.join(PUBLIC)}"),
+    "train": ("file", f"{KINDS}, or {', '.join(PUBLIC)}"),
+    "functions_data": ("folder", "the folder of the paper's vision-function set"),
+}
+"""Options that name what is read, and what to give to each."""
 Correction = Literal["holm", "bh"]
 CORRECTIONS = {"holm": "Holm", "bh": "Benjamini-Hochberg"}
 
@@ -71,6 +87,7 @@ class PairSettings(ModelSettings):
         dtype: as in transformers; auto keeps the checkpoint's own.
         template: file of a Jinja chat template, instead of the processor's own; those of IN and RL may then differ.
         system: system message of every prompt.
+        instruction: text that stands before every question, in the same turn.
         accept: differences of the models that are taken as they are, by the names that the refusal gives them.
     """
 
@@ -83,6 +100,7 @@ class PairSettings(ModelSettings):
     dtype: str = "auto"
     template: Path | None = None
     system: str | None = None
+    instruction: str = ""
     accept: tuple[str, ...] = ()
 
     @property
@@ -114,6 +132,9 @@ class DataSettings:
         split: half of the data, explore or confirm: what is found on the one is confirmed on the other, whatever n and
             seed.
         n: prompts to look at; rows of data are drawn by --seed.
+        copies: folder with local copies of the public data sets, for a machine without a network: mathvista, math-500,
+            gsm8k, each a parquet, JSON or Arrow file of that name, or a folder that `save_to_disk` wrote; by default
+            they come from the hub or its cache.
     """
 
     data: Path | None = None
@@ -122,6 +143,7 @@ class DataSettings:
     encoding: str | None = None
     split: Split = "all"
     n: int = 160
+    copies: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -159,19 +181,33 @@ def require_sound(config: ModelSettings) -> None:
     """
     if (config.in_ is None) != (config.rl is None):
         raise FrankenlensError("--in and --rl go together: give both, or neither for the pair that ships.")
+    for name in ("in_", "rl", "base"):
+        if (given := getattr(config, name)) is not None:
+            require_checkpoint(given, as_option(name))
     _require_data(config)
     for name in ("n", "batch_size", "max_new_tokens"):
         given = getattr(config, name, None)
         if given is not None and given < 1:
             raise FrankenlensError(f"{as_option(name)} is {given}; give at least 1.")
-    template = getattr(config, "template", None)
-    if template is not None and not template.is_file():
-        raise FrankenlensError(
-            f"--template {template}: there is no such file; give a file of a Jinja chat template."
-        )
     if isinstance(config, PairSettings):
         _require_format(config)
     require_agreement(config)
+
+
+def require_there(config: ModelSettings) -> None:
+    """Refuse files and folders that are not there, whichever option names them.
+
+    Raises:
+        FrankenlensError: "no such file" or "no such folder", with the option, what is there, and what to give.
+    """
+    given = {name: path for name in (*_FILES, *_FOLDERS, *_ROWS) if (path := getattr(config, name, None))}
+    for name, path in given.items():
+        if name in _FILES:
+            require_file(path, _FILES[name], as_option(name))
+        elif name in _FOLDERS:
+            require_folder(path, _FOLDERS[name], as_option(name))
+        elif not path.exists() and not is_public(str(path)):
+            raise FrankenlensError(absent(path, *_ROWS[name], as_option(name)))
 
 
 def _require_format(config: PairSettings) -> None:
@@ -203,6 +239,13 @@ def _require_data(config: ModelSettings) -> None:
         raise FrankenlensError(
             "--split is of data: give --data; synthetic questions are drawn anew by --seed."
         )
+    copies = getattr(config, "copies", None)
+    if copies is not None and not (getattr(config, "paper", False) or is_public(str(data))):
+        raise FrankenlensError(
+            "--copies holds public data sets: name one as --data (mathvista, math-500, gsm8k), or leave --copies out."
+        )
+    if copies is not None and not copies.is_dir():
+        raise FrankenlensError(f"--copies {copies} is no folder; give one that holds {', '.join(COPIES)}.")
     Fields.parse(getattr(config, "fields", ()))
 
 
@@ -228,6 +271,7 @@ def _opened(config: PairSettings, base: str | None) -> Pair:
     in_, rl, _ = checkpoints(config)
     loading: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
     prompts = {"template": _template(config), "system": config.system, "accept": config.accept}
+    prompts["instruction"] = config.instruction
     return Pair.from_pretrained(in_, rl, base, trace_format=config.trace_format, **prompts, **loading)
 
 
@@ -236,7 +280,11 @@ def _template(config: PairSettings) -> str | None:
 
 
 def load_examples(
-    config: DataSettings, seed: int, tasks: Sequence[str] = REASONING, seen: Seen | None = None
+    config: DataSettings,
+    seed: int,
+    tasks: Sequence[str] = REASONING,
+    seen: Seen | None = None,
+    legacy: bool = False,
 ) -> tuple[list[Example], dict[str, int]]:
     """At most `n` examples, and reason -> number of those that were left out.
 
@@ -247,6 +295,7 @@ def load_examples(
         seed: of the draw.
         tasks: that are synthetic.
         seen: examples that are left out, in whose place other rows of data are drawn.
+        legacy: draw rows of data as 2602.12395 does (`interp.questions.readers.draw.Draw`).
 
     Raises:
         FrankenlensError: no row can be read, a public data set cannot be loaded, or all were looked at before.
@@ -260,7 +309,7 @@ def load_examples(
         dropped = {seen.reason: len(every) - len(examples)} if len(examples) < len(every) else {}
         _require_unseen(examples, dropped, seen)
         return examples, dropped
-    examples, report = _read(str(config.data), config, Draw(config.n, seed, config.split, seen))
+    examples, report = _read(str(config.data), config, Draw(config.n, seed, config.split, seen, legacy))
     if report.failures or report.renamed or report.notes:
         print(report, file=sys.stderr)
     dropped = {f"row {failure.row}: {failure.reason}": 1 for failure in report.failures[:LISTED]}
@@ -300,7 +349,24 @@ def _read(name: str, config: DataSettings, draw: Draw) -> tuple[list[Example], R
     if which == "mathvista":
         if category not in ("", *MATHVISTA):
             raise FrankenlensError(f"--data {name}: MathVista has {', '.join(MATHVISTA)}, no {category!r}.")
-        return read_mathvista(category=category or None, draw=draw)
+        return read_mathvista(**_copy(which, config), category=category or None, draw=draw)
     if name in ("math-500", "gsm8k"):
-        return {"math-500": read_math500, "gsm8k": read_gsm8k}[name](draw=draw)
+        return {"math-500": read_math500, "gsm8k": read_gsm8k}[name](**_copy(name, config), draw=draw)
     return read_jsonl(name, config.images, Fields.parse(config.fields), encoding=config.encoding, draw=draw)
+
+
+def _copy(name: str, config: DataSettings) -> dict[str, Any]:
+    """Where the local copy of a public data set is, if copies were given.
+
+    Raises:
+        Unreachable: copies were given, and this is not among them.
+    """
+    if config.copies is None:
+        return {}
+    kinds = ("", ".parquet", ".json", ".jsonl", ".arrow")
+    found = next((path for kind in kinds if (path := config.copies / f"{name}{kind}").exists()), None)
+    if found is None:
+        raise Unreachable(
+            f"--copies {config.copies} holds no {name}: put {name}.parquet there, or what save_to_disk wrote as {name}."
+        )
+    return {"source": found}

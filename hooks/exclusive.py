@@ -122,9 +122,14 @@ class Exclusive:
                 self.drop(hold)
 
     def until_on_top(self, hold: Hold) -> None:
-        """Wait until nothing runs inside a use, for another thread that ends it."""
+        """Wait until no other thread runs inside a use, for the thread that ends it."""
+        own = threading.current_thread()
         with self._changed:
-            while hold in self._holds and self._holds[-1] is not hold and self._holds[-1].thread.is_alive():
+            while (
+                hold in self._holds
+                and self._holds[-1].thread is not own
+                and self._holds[-1].thread.is_alive()
+            ):
                 if not self._changed.wait(0.2) and time.monotonic() - self._used > PATIENCE:
                     return
 

@@ -18,6 +18,7 @@ from hooks.errors import FrankenlensError
 from hooks.extras import require_installed
 from hooks.processors import needs_own_code, own_code_message
 from hooks.stored.files import SHOWN, entries, require_one_precision, require_shape, weight_files
+from hooks.whereabouts import not_found, require_checkpoint
 
 
 def load_model(
@@ -38,6 +39,7 @@ def load_model(
     if device_map is not None:
         require_installed("device_map", "accelerate")
     hub = {name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in kwargs}
+    require_checkpoint(path_or_id)
     if Path(path_or_id).is_dir():
         _require_sound(Path(path_or_id) / hub.get("subfolder", ""), kwargs.get("variant"))
     auto: Any = AutoModelForImageTextToText
@@ -57,6 +59,8 @@ def load_model(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if needs_own_code(error):
             raise FrankenlensError(own_code_message(str(path_or_id))) from error
+        if message := not_found(path_or_id, error, hub):
+            raise FrankenlensError(message) from error
         first = str(error).strip().splitlines()[0]
         kind = "image-text-to-text" if auto is AutoModelForImageTextToText else "causal language"
         raise FrankenlensError(f"{path_or_id}: not loaded as a model of the kind {kind}: {first}") from error

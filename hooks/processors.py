@@ -26,6 +26,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
 
 from hooks.errors import FrankenlensError
+from hooks.whereabouts import not_found, require_checkpoint
 
 _VIDEO = "video_processor"
 _DECLARING_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -50,11 +51,12 @@ def load_processor(
         kwargs: further arguments of `from_pretrained` (`revision`, `subfolder`, `token`, ...).
 
     Raises:
-        FrankenlensError: if the checkpoint has no processor of its own, or the processor cannot be built; the
+        FrankenlensError: no such checkpoint, or it has no processor of its own, or the processor cannot be built; the
             message says what is missing and what to do.
     """
     hub = {"local_files_only": local_files_only, **kwargs}
     name = str(path_or_id)
+    require_checkpoint(path_or_id)
     try:
         declared = None if is_torchvision_available() else _declared_class(name, trust_remote_code, hub)
         if declared is not None and _VIDEO in declared.get_attributes():
@@ -64,6 +66,8 @@ def load_processor(
     except (OSError, ImportError, TypeError, ValueError) as error:
         if needs_own_code(error):
             raise FrankenlensError(own_code_message(name)) from error
+        if message := not_found(name, error, hub):
+            raise FrankenlensError(message) from error
         raise FrankenlensError(
             f"cannot load the processor of {name!r}: {_first_line(error)}\n"
             "Put the processor's files (processor_config.json or preprocessor_config.json, tokenizer files, "

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from jaxtyping import Shaped
@@ -100,9 +101,37 @@ def abandon(model: nn.Module) -> None:
 
 
 def like(source: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """A copy whose memory is the source's own until one of the two is written to (copy on write)."""
+    """A copy whose memory is the source's own until one of the two is written to (copy on write), where PyTorch can.
+
+    A whole donor grafted into a recipient of 7B parameters would else be a third model in memory, since nobody may
+    write to the donor and the recipient's own weights are set aside. PyTorch has no public call for it: its storages
+    do it, and the one way in from Python is private. It is tried on a small tensor first, once a device; where it is
+    gone or does not do this any more, the copy is an ordinary one, which differs in nothing but memory.
+    """
     data = source.detach()
-    try:
-        return torch._lazy_clone(data)  # type: ignore[attr-defined]
-    except (AttributeError, RuntimeError):  # memory that PyTorch did not allocate: mapped from a file, shared
+    if not _copies_on_write(data.device):
         return data.clone()
+    try:
+        return _lazy(data)
+    except RuntimeError:  # memory that PyTorch did not allocate: mapped from a file, shared between processes
+        return data.clone()
+
+
+@cache
+def _copies_on_write(device: torch.device) -> bool:
+    """Whether of two such copies, one for writing to either side, neither reaches the other."""
+    try:
+        for writes_to_source in (True, False):
+            source = torch.zeros(4, device=device)
+            made = _lazy(source)
+            written, other = (source, made) if writes_to_source else (made, source)
+            written[1:].add_(1)
+            if other.tolist() != [0.0] * 4 or written.tolist() != [0.0, 1.0, 1.0, 1.0]:
+                return False
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _lazy(data: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    return torch._lazy_clone(data)  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """The second body of an address: which slices of which parameters belong to a component."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,14 +40,37 @@ def weight_slices(model: nn.Module, anatomy: Anatomy, address: Address | str) ->
     `rest` is what no other address names, nothing where it names buffers alone.
 
     Raises:
-        FrankenlensError: the model has no such layer, head or part.
+        FrankenlensError: the model has no such layer, head or part, or its weights are packed, so that a head, a neuron
+            or an expert has no rows of its own.
     """
     address = Address.parse(address)
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     found = _named(model, anatomy, address, parameters)
     if not found and not buffer_slices(model, anatomy, address):
         raise FrankenlensError(f"{address} names no weights of {type(model).__name__}.")
+    if address.unit:
+        require_unpacked(model, found, str(address))
     return found
+
+
+def require_unpacked(model: nn.Module, slices: Sequence[WeightSlice], what: str) -> None:
+    """Refuse weights whose numbers are not those that the model computes with: quantized ones, whose scales lie apart.
+
+    Raises:
+        FrankenlensError: one of them is packed.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for piece in slices:
+        value = own.get(piece.parameter)
+        if value is None:
+            continue
+        plain = type(value) in (Tensor, nn.Parameter) and type(value.data) in (Tensor, nn.Parameter)
+        if not plain or not value.is_floating_point() or value.element_size() == 1:
+            kind = type(value.data if type(value) is nn.Parameter else value).__name__
+            raise FrankenlensError(
+                f"{what} names {piece.parameter}, which is packed ({kind}, {value.dtype}): its numbers mean nothing "
+                "without their scales. Load the model without quantization."
+            )
 
 
 def buffer_slices(model: nn.Module, anatomy: Anatomy, address: Address | str) -> list[WeightSlice]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from interp.prompts import Prompt, PromptBatch, collate
+from interp.statistics import distributions
 
 Rows = Sequence[int] | Int[Tensor, " n"]
 
@@ -183,7 +184,7 @@ class AnswerLogProbability:
 
 @dataclass(frozen=True, eq=False)
 class KLToReference:
-    """KL(reference || model) of the next token's distribution.
+    """KL(reference || model) of the next token's distribution, worked out in float64; never below 0.
 
     Attributes:
         reference: log-probabilities, one row per prompt.
@@ -203,7 +204,7 @@ class KLToReference:
         position: Int[Tensor, " batch"] | None = None,
     ) -> KLToReference:
         """The reference is the distribution of these logits."""
-        return cls(_at(logits, batch, position).detach().float().log_softmax(dim=-1), position)
+        return cls(distributions.log_probabilities(_at(logits, batch, position).detach()), position)
 
     @property
     def n_rows(self) -> int:
@@ -214,10 +215,10 @@ class KLToReference:
         self, logits: Float[Tensor, "batch pos vocab"], batch: PromptBatch
     ) -> Float[Tensor, " batch"]:
         _require_rows(self.name, len(self.reference), batch)
-        model = _at(logits, batch, self.position).float().log_softmax(dim=-1)
-        return torch.nn.functional.kl_div(
-            model, self.reference.to(model), reduction="none", log_target=True
-        ).sum(dim=-1)
+        model, reference = map(
+            distributions.log_probabilities, (_at(logits, batch, self.position), self.reference)
+        )
+        return distributions.kl(reference.to(model), model).to(logits.device, torch.float32)
 
     def reads(self, batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
         """The positions whose next token the metric looks at."""

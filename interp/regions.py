@@ -1,4 +1,7 @@
-"""Partitions of the decoder into named regions of neighbouring layers: Early, Mid, Late, or any other."""
+"""Neighbouring layers: partitions of the decoder into named regions (Early, Mid, Late, or any other), and runs.
+
+Runs (`singles`, `suffixes`, `windows`, `around`) are for whatever is done in one after another: knockouts, swaps.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import numpy as np
 from hooks.errors import FrankenlensError
 
 NAMES = ("Early", "Mid", "Late")
+Span = tuple[int, int]
+"""First and last layer, inclusive."""
 
 
 @dataclass(frozen=True)
@@ -140,3 +145,39 @@ def parse_partition(text: str, n_layers: int) -> Partition:
     partition = of_sizes(sizes, names)
     partition.require(n_layers)
     return partition
+
+
+def singles(n_layers: int) -> list[Span]:
+    """Each layer alone."""
+    return [(layer, layer) for layer in range(n_layers)]
+
+
+def suffixes(n_layers: int) -> list[Span]:
+    """For each layer k, every layer from k on."""
+    return [(layer, n_layers - 1) for layer in range(n_layers)]
+
+
+def windows(n_layers: int, width: int) -> list[Span]:
+    """Every run of `width` neighbouring layers.
+
+    Raises:
+        FrankenlensError: there are not so many layers.
+    """
+    _require_width(width, n_layers)
+    return [(layer, layer + width - 1) for layer in range(n_layers - width + 1)]
+
+
+def around(n_layers: int, width: int) -> list[Span]:
+    """For each layer, the `width` layers around it; fewer at either end (2304.14767, 2411.18620: width 9).
+
+    Raises:
+        FrankenlensError: there are not so many layers.
+    """
+    _require_width(width, n_layers)
+    before, after = (width - 1) // 2, width // 2
+    return [(max(0, layer - before), min(n_layers - 1, layer + after)) for layer in range(n_layers)]
+
+
+def _require_width(width: int, n_layers: int) -> None:
+    if not 1 <= width <= n_layers:
+        raise FrankenlensError(f"windows of {width} layers: the tower has {n_layers}; give 1 to {n_layers}")

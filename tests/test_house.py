@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hooks", "interp", "experiments")
-GROUND = ("questions", "prompts", "statistics", "results", "regions")
+GROUND = ("questions", "prompts", "statistics", "results", "regions", "updates")
 MIDDLE = ("pair", "metrics", "sweep", "decision")
 EVIDENCE = ("hypotheses", "planting")
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from experiments.cli import COMMANDS
+from experiments.cli import COMMANDS, main
+from experiments.commands import suite
 from experiments.options import from_command_line
 from interp.questions.examples import with_looked_at
 from interp.questions.tasks import sample
@@ -65,6 +66,23 @@ def test_commands_and_their_options_are_there(words: list[str]) -> None:
     """Read as the command line reads them, up to the checkpoints, which are the reader's own."""
     settings = import_module(COMMANDS[words[1]][0]).COMMAND.settings
     assert type(from_command_line(settings, words[2:], " ".join(words[:2]))) is settings
+
+
+def test_what_the_suite_runs_is_the_same_here_in_its_help_and_in_the_command(capsys) -> None:
+    """In the README's sentence and table, in the list of commands, and in the suite's own help."""
+    parts = list(suite.PARTS)
+    told = f"{', '.join(parts[:-1])} and {parts[-1]}"
+    section = README.read_text(encoding="utf-8").split("## The whole suite")[1].split("\n## ")[0]
+    sentence = " ".join(section.split("All of them")[0].split())
+    assert sentence.startswith(f"`frankenlens suite` runs `{'`, `'.join(parts[:-1])}` and `{parts[-1]}`,")
+    rows = re.findall(r"^\| `(\w+)`( \(not in `suite`\))? \|", section, re.MULTILINE)
+    assert [name for name, outside in rows if not outside] == parts
+    outside = [name for name, without in rows if without]
+    assert outside and not set(outside) & set(parts) and all(f"`{name}`" in sentence for name in outside)
+    assert COMMANDS["suite"][1].startswith(told)
+    with pytest.raises(SystemExit):
+        main(["suite", "--help"])
+    assert f"It runs {told};" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_the_claims_are_collected_in_a_clone(tmp_path: Path) -> None:

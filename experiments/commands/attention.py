@@ -119,8 +119,8 @@ def measure(pair: Pair, asked: Questions, config: AttentionConfig) -> Iterator[S
         _account(config, found, partition),
         {"attention": layers, "attention_heads": heads},
         {
-            "attention": plot_shift(layers, partition, config.measure),
-            "attention_heads": plot_head_shift(heads),
+            "attention": plot_shift(layers, partition, config.measure, config.keys),
+            "attention_heads": plot_head_shift(heads, config.keys),
         },
         with_looked_at(found, asked.examples),
     )

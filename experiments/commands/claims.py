@@ -19,6 +19,7 @@ from experiments.contract import admitted
 from experiments.frame import Command
 from experiments.settings import Questions, QuestionSettings, load_pair, load_questions
 from hooks.errors import FrankenlensError
+from hooks.whereabouts import require_checkpoint, require_file
 from interp.hypotheses import Family, Outcome, plot_claims, put_to_test, read_claims, verdict_table
 from interp.pair.pair import Pair
 from interp.questions.examples import with_looked_at
@@ -87,10 +88,9 @@ def check(config: ClaimsConfig) -> None:
     twice = [pair for pair, count in Counter(config.pairs).items() if count > 1]
     if twice:
         raise FrankenlensError(f"--pairs names {' '.join(twice[0])} twice.")
-    if not config.claims.is_file():
-        raise FrankenlensError(
-            f"There is no file of claims {config.claims}; give one: frankenlens test CLAIMS."
-        )
+    for path in dict.fromkeys(path for pair in config.pairs for path in pair):
+        require_checkpoint(path, "--pairs")
+    require_file(config.claims, "a YAML file of claims: frankenlens test CLAIMS")
 
 
 def load(config: ClaimsConfig) -> Claimed:

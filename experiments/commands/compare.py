@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
 from experiments.frame import Command, Opened
+from experiments.options import default, either
 from experiments.settings import ModelSettings, checkpoints
 from hooks.errors import FrankenlensError
 from interp.comparison import (
@@ -22,19 +23,30 @@ from interp.comparison import (
     compare,
     energy_finding,
     every_address,
+    headline,
     layers,
     regions,
+    relative_finding,
     spectra,
     spectra_finding,
     trends,
     with_regions,
 )
 from interp.comparison.addresses import owned
+from interp.comparison.aggregate import types_of
 from interp.comparison.plots import STAGES, plot_directions, plot_energy, plot_spectra
 from interp.comparison.workers import in_threads
 from interp.regions import Partition, parse_partition
 from interp.results.page import Account, Section
+from interp.updates import type_name
 
+NORM = {"update": "fro_norm", "relative": "mean_relative_norm", "released": "released_relative_norm"}
+_DRAWN = {
+    "update": "Frobenius norm of a group's update, the root of the sum of squares over its tensors",
+    "relative": "mean over a layer's matrices of the Frobenius norm of the update relative to W_IN's",
+    "released": "mean of relative Frobenius norms over what the released code of 2602.12395 counts: all that is named "
+    "weight and not norm, the projector's ln_q among it",
+}
 _NOT_IN_CSV = ["log_spectrum", "log_spectrum_random"]
 
 
@@ -49,12 +61,18 @@ class CompareConfig(ModelSettings):
         subspace: dimensions of W's principal subspace; 0 leaves subspaces out, which for 7B take longest.
         regions: further addresses with a row in compare_addresses.csv, e.g. blocks.9-18.mlp; every layer, attention,
             MLP and head has one anyway.
-        paper: draw the mean of the matrices' norms, as the paper's released code does, not the norm of the update.
+        energy: what the figure of energy shows: update (norm of a layer's update: the root of the sum of squares),
+            relative (mean of its matrices' norms, each relative to W_IN's: the size of the paper's Fig. 5), released
+            (the same over what the paper's released code counts, the projector's norm among it).
+        paper: the paper's definition: its partition and its energy, relative (or, where that is asked for, released).
         out: folder for the tables (compare.csv, one row per tensor and stage; compare_layers.csv, compare_regions.csv,
             compare_addresses.csv, compare_spectra.csv), the figures and report.html.
     """
 
-    partition: str = "paper"
+    partition: str = default("paper", paper="paper")
+    energy: Literal["update", "relative", "released"] = default(
+        "update", paper=either("energy", "relative", "released")
+    )
     spectra: bool = True
     subspace: int = 16
     regions: tuple[str, ...] = ()
@@ -116,37 +134,40 @@ def measure(models: Opened, asked: Files, config: CompareConfig) -> Iterator[Sec
         "compare_layers": by_layer,
         "compare_addresses": by_address(table, *given, addresses=list(addresses)),
     }
-    norm = "mean_norm" if config.paper else "fro_norm"
+    norm = NORM[config.energy]
     figures = {
         "compare_energy": plot_energy(by_layer, partition, norm),
         "compare_directions": plot_directions(by_layer, partition),
     }
     stages = [stage for stage in STAGES if stage in set(table["stage"])]
+    first = [headline(table, by_region, stage) for stage in reversed(stages)]
     findings = [energy_finding(by_region, stage) for stage in stages]
+    if config.energy != "update":
+        findings += [relative_finding(by_region, stage, norm) for stage in stages]
     if config.spectra:
         long = spectra(table)
         found = trends(with_regions(long, partition), ["region"], seed=config.seed)
         tables |= {"compare_trends": found, "compare_spectra": long}
         figures["compare_spectra"] = plot_spectra(long, partition, config.seed)
-        findings += [spectra_finding(found, stage, partition) for stage in stages]
-    account = _account(config, opened, table, partition)
-    title = "What training changed in the weights"
-    yield Section("compare", title, " ".join(findings), account, tables, figures)
+        told = [spectra_finding(found, stage, partition) for stage in stages]
+        first, findings = [*first, told[-1]], [*findings, *told[:-1]]
+    title, said = "What training changed in the weights", " ".join(first)
+    of_all = account(config, opened, table, partition)
+    yield Section("compare", title, said, of_all, tables, figures, details=" ".join(findings))
 
 
 def _partition(checkpoint: Checkpoint, config: CompareConfig) -> Partition:
     return parse_partition(config.partition, len(checkpoint.anatomy.text.blocks))
 
 
-def _account(
+def account(
     config: CompareConfig, opened: Mapping[str, Checkpoint], table: pd.DataFrame, partition: Partition
 ) -> Account:
-    norm = (
-        "mean Frobenius norm of a layer's matrices, as in the released code of 2602.12395"
-        if config.paper
-        else "Frobenius norm of a group's update, the root of the sum of squares over its tensors"
-    )
-    parts = [f"{norm}; relative to W_IN's in both stages"]
+    paper = "the paper: " if config.paper else ""
+    parts = [f"{paper}{_DRAWN[config.energy]}; relative to W_IN's in both stages"]
+    parts += [f"unchanged: values that are the same in {types_of(table)}"]
+    if mixed := _mixed(opened):
+        parts.append(mixed)
     parts += ["log(σ_i / σ_1) of each matrix's update"] if config.spectra else []
     outside = f"principal subspaces of W before the stage, {config.subspace} dimensions a side"
     tensors = table["param_name"].nunique()
@@ -158,6 +179,15 @@ def _account(
         left_out=_left_out(opened, table),
         counts={"tensors": tensors},
     )
+
+
+def _mixed(opened: Mapping[str, Checkpoint]) -> str:
+    """What types the stages are stored in, where these differ: then rounding from one to the other is in the update."""
+    types = {name: sorted({type_name(t.dtype) for t in one.tensors.values()}) for name, one in opened.items()}
+    if len(set(map(tuple, types.values()))) == 1:
+        return ""
+    told = ", ".join(f"{name.upper()} {' and '.join(some)}" for name, some in types.items())
+    return f"stored in different types ({told}), so that rounding from one to the other is in the update"
 
 
 def _left_out(opened: Mapping[str, Checkpoint], table: pd.DataFrame) -> dict[str, int]:

@@ -16,14 +16,19 @@ import pandas as pd
 from experiments.contract import require_readable
 from experiments.frame import Command, require_begun_alike
 from experiments.options import Only, as_option, default
+from experiments.papers import PaperSettings, described, paper_questions, refuse_own_data
 from experiments.retraining.arms import plan_arms
-from experiments.retraining.own import own_recipe
+from experiments.retraining.own import own_recipe, usable
 from experiments.retraining.plan import Plan
 from experiments.retraining.recipe import Outcome, Recipe, read_trl
+from experiments.retraining.table_3 import PaperRecipe
 from experiments.retraining.triple import TripleRecipe, require_triple
-from experiments.settings import DataSettings, QuestionSettings, checkpoints, load_pair
+from experiments.settings import DataSettings, checkpoints, load_pair
+from experiments.triple.grpo_settings import require_followed
 from experiments.triple.rl import RL
 from hooks import FrankenlensError
+from interp.fine_grained import METRICS, PAPER_N
+from interp.fine_grained.paper import TOKENS
 from interp.freezing import n_frozen
 from interp.freezing.losses import UNFROZEN, losses, plot_losses, task_table
 from interp.pair.pair import Pair
@@ -37,7 +42,7 @@ _OF_OWN = Only("--train; the scenes of the embedded triple have a length of thei
 
 
 @dataclass(frozen=True)
-class FreezeConfig(QuestionSettings):
+class FreezeConfig(PaperSettings):
     """Settings of the freezing experiment; the defaults repeat the RL that made the embedded RL.
 
     A killed run goes on where it was when it is started again. `accelerate launch` and DeepSpeed work as they do with
@@ -59,8 +64,11 @@ class FreezeConfig(QuestionSettings):
         max_new_tokens: longest generated text, of one's own questions.
         train: JSONL to train on (or a name as for --data), with --data to measure on.
         train_images: folder of its images; by default its own.
-        trl: YAML or JSON file of further arguments of TRL's GRPOConfig, e.g. deepspeed, bf16, use_vllm.
-        paper: the paper's definition: its partition, 2000 steps of 4 rollouts, n = 100 a task.
+        trl: YAML or JSON file of further arguments of TRL's GRPOConfig, e.g. bf16, temperature; with --train also
+            deepspeed, use_vllm and others that the loss of the embedded triple does not follow, which it refuses.
+        paper: Table 3 of the paper: its partition, 2000 steps of 4 rollouts; M_vis, M_v2r and M_rea on its data
+            (MathVista, MATH-500; downloaded, or of --copies), its sample of 100 each and its prompts, with accuracy
+            beside them. What it trained on is not published with it: give --train.
         out: folder for the table, the figure, report.html, and every run in `arms`.
     """
 
@@ -75,18 +83,17 @@ class FreezeConfig(QuestionSettings):
     lr: float | None = None
     save_every: int = _RL.save_every
     seeds: int = 1
-    n: int = default(500, paper=100)
-    max_new_tokens: int = default(128, only=_OF_OWN)
+    n: int = default(500, paper=PAPER_N)
+    max_new_tokens: int = default(128, paper=TOKENS, only=_OF_OWN)
     train: Path | None = None
     train_images: Path | None = default(None, only=Only("--train", lambda config: config.train))  # noqa: RUF009
     trl: Path | None = None
-    paper: bool = False
     out: Path = Path("out/freeze")
 
     @property
     def training(self) -> RL:
         """The settings of the RL stage."""
-        lr = self.lr if self.lr is not None else _RL.lr if self.data is None else OWN_LR
+        lr = self.lr if self.lr is not None else _RL.lr if self.train is None else OWN_LR
         return RL(self.steps, self.prompts, self.samples, lr, save_every=self.save_every)
 
 
@@ -102,7 +109,13 @@ def check(config: FreezeConfig) -> None:
     for name in ("random", "reruns"):
         if getattr(config, name) < 0:
             raise FrankenlensError(f"--{name} is {getattr(config, name)}; give 0 or more.")
-    if (config.data is None) != (config.train is None):
+    refuse_own_data(config)
+    if config.paper and config.train is None:
+        raise FrankenlensError(
+            "--paper trains on the paper's RL data, which is not published with it, and nothing stands in for it: give "
+            "--train, questions to train on."
+        )
+    if not config.paper and (config.data is None) != (config.train is None):
         raise FrankenlensError(
             "--train (questions to train on) and --data (others, to measure on) go together: give both, or neither for "
             "the recipe of the embedded triple."
@@ -111,9 +124,10 @@ def check(config: FreezeConfig) -> None:
         raise FrankenlensError(
             "--train and --data are the same file: measure on questions that were not trained on."
         )
-    if config.data is None and config.in_ is not None:
+    if config.data is None and config.train is None and config.in_ is not None:
         require_triple(config.in_)
-    sharding = [name for name in ("deepspeed", "fsdp") if read_trl(config.trl).get(name)]
+    given = read_trl(config.trl)
+    sharding = [name for name in ("deepspeed", "fsdp") if given.get(name)]
     units = [
         text for text in config.also if any(f".{unit}." in text for unit in ("head", "kv_head", "neuron"))
     ]
@@ -122,6 +136,8 @@ def check(config: FreezeConfig) -> None:
             f"--trl asks for {sharding[0]}, which may shard parameters, and --also for {units[0]}: single heads and "
             "neurons can be frozen only in whole parameters. Freeze layers, .attn or .mlp, or train data-parallel."
         )
+    if config.data is None:
+        require_followed(given)
 
 
 def load(config: FreezeConfig) -> Plan:
@@ -153,7 +169,9 @@ def planned(pair: Pair, config: FreezeConfig) -> Plan:
     sizes = {arm.name: n_frozen(pair.in_, arm.addresses) for arm in arms}
     trl, in_path = read_trl(config.trl), checkpoints(config)[0]
     recipe: Recipe
-    if config.data is None:
+    if config.paper:
+        recipe = _papers(pair, in_path, config, trl)
+    elif config.data is None:
         recipe = TripleRecipe(require_triple(in_path), config.training, config.n, trl)
     else:
         train_on = DataSettings(config.train, config.train_images, config.fields, config.encoding)
@@ -161,6 +179,26 @@ def planned(pair: Pair, config: FreezeConfig) -> Plan:
         require_readable(pair, pair.builder, [prompt.example for prompt in recipe.prompts], config)
     _require_same_settings(config, pair, trl)
     return Plan(partition, arms, recipe, sizes, config.out)
+
+
+def _papers(pair: Pair, in_path: str, config: FreezeConfig, trl: dict[str, Any]) -> PaperRecipe:
+    """Trained on the user's questions, measured on the paper's, of which IN describes what has to be described."""
+    train_on, left_out = usable(pair, DataSettings(config.train, config.train_images), "training")
+    questions = paper_questions(config, config.seed, METRICS)
+    running: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+    examples = described(pair, questions.examples, **running)
+    require_readable(pair, pair.builder, examples, config)
+    every = [prompt.example for prompt in train_on]
+    with_image = [example for example in every if example.images] or every
+    left_out = {**left_out, **questions.left_out}
+    if len(with_image) < len(every):
+        left_out["training questions without an image"] = len(every) - len(with_image)
+    if not with_image:
+        raise FrankenlensError(f"no question is left to train on: {left_out}")
+    asked = {name: [one for one in examples if one.task == name] for name in METRICS}
+    measured = {name: some for name, some in asked.items() if some}
+    own = (config.max_new_tokens, config.batch_size, config.dtype, config.device_map, left_out)
+    return PaperRecipe(in_path, config.training, trl, pair.builder, with_image, (), *own, measured)
 
 
 def measure(pair: Pair, plan: Plan, config: FreezeConfig) -> Iterator[Section]:

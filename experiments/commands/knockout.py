@@ -138,8 +138,11 @@ def measure(pair: Pair, asked: Questions, config: KnockoutConfig) -> Iterator[Se
     )
     if not prompts:
         reasons = "; ".join(f"{n}: {reason}" for reason, n in left_out.items())
+        others = ", or --no-right-only" if config.right_only else ""
         raise FrankenlensError(
-            f"None of {len(asked.examples)} traces of {config.traces.upper()} can be used ({reasons})."
+            f"None of {len(asked.examples)} traces of {config.traces.upper()} can be used ({reasons}). Give more "
+            f"questions (--n), the other model's traces (--traces){others}, or what the models write (--reasoning, "
+            "--answer, --max-new-tokens)."
         )
     chosen = _chosen(asked, config)
     if unseen := len(config.routes) - len(chosen):
@@ -233,7 +236,7 @@ def _finding(tables: Mapping[str, pd.DataFrame]) -> str:
             f"{name} {int((some['p_corrected'] < 0.05).sum())} (largest {some['difference'].abs().max():.2g})"
             for name, some in nulls.groupby("null")
         ]
-        said.append(f"Models that learnt nothing differ in: {', '.join(counts)}.")
+        said[-1] = f"{said[-1].removesuffix('.')}; models that learnt nothing differ in: {', '.join(counts)}."
     return " ".join(said)
 
 

@@ -36,7 +36,7 @@ from interp.pair.pair import Pair
 from interp.questions.examples import Example, with_looked_at
 from interp.questions.readers import Seen
 from interp.results.files import load_dataset
-from interp.results.page import Account, Section
+from interp.results.page import Account, Section, told
 from interp.results.store import Store, under
 from interp.statistics import interval_text
 from interp.steering import pair_directions, steer_both
@@ -140,7 +140,7 @@ def measure(pair: Pair, asked: Questions, config: LockstepConfig) -> Iterator[Se
     shown = str(table["function"].iloc[-1])
     tables = {"lockstep": table}
     figures = {"lockstep": plot_confirmation(table, shown), "lockstep_traces": plot_followed(table, shown)}
-    findings = [_finding(table, shown)]
+    findings = _finding(table, shown)
     if config.steer is not None:
         own = under(keep, "directions")
         directions = pair_directions(pair, chosen.used, config.steer, config.when, keep=own, **config.running)
@@ -149,16 +149,18 @@ def measure(pair: Pair, asked: Questions, config: LockstepConfig) -> Iterator[Se
             pair, chosen.fresh, directions, config.coefficients, keep=under(keep, "steer"), **settings
         )
         tables["steering"], figures["steering"] = doses, plot_dose(doses, shown)
-        findings.append(_steering_finding(doses, shown))
+        findings += _steering_finding(doses, shown)
         found = found.merge(steered, join="outer", compat="no_conflicts")
+    said = told(findings)
     yield Section(
         "lockstep",
         "Components moved while both models generate",
-        " ".join(findings),
+        said[0],
         _account(config, chosen, found, len(asked.examples)),
         tables,
         figures,
         with_looked_at(found, asked.examples, config.map and load_dataset(config.map)),
+        details=said[1],
     )
 
 
@@ -207,7 +209,8 @@ def _small_map(
         reasons = "; ".join(f"{n}: {reason}" for reason, n in decisions.excluded.items())
         raise FrankenlensError(
             f"no component can be chosen: none of {len(used)} questions has a decisive token ({reasons}). Give more "
-            "questions (--n), or the components themselves (--components)."
+            f"than --n {config.n}, or the components themselves (--components), such as a map of the decision first or "
+            "soft finds (`frankenlens map --decision soft`, then --map)."
         )
     effects = component_map(pair, decisions, ["rl_to_in"], _POINTS, ["all"], config.batch_size, keep=keep)
     return summarise(effects, seed=config.seed), len(decisions)
@@ -217,9 +220,10 @@ def _sampling(config: LockstepConfig) -> Sampling:
     return Sampling(config.temperature, config.top_p, config.seed)
 
 
-def _finding(table: pd.DataFrame, shown: str) -> str:
-    """The largest set, both ways, against the recipient and against chance."""
+def _finding(table: pd.DataFrame, shown: str) -> list[str]:
+    """Every set, the largest first, both ways, against the recipient and against chance."""
     own = table.loc[(table["function"] == shown) & (table["draw"] < 0)]
+    own = own.sort_values("size", ascending=False, kind="stable")
     sentences = []
     for _, row in own.iterrows():
         text = (
@@ -227,14 +231,14 @@ def _finding(table: pd.DataFrame, shown: str) -> str:
             f"accuracy (n = {row['n']}; McNemar p = {row['p']:.2g}, corrected {row['p_corrected']:.2g})"
         )
         if row["above"] == row["above"]:
-            told = row["p_above_corrected"] < 0.05
-            verdict = "told apart from" if told else "not told apart from"
+            sure = row["p_above_corrected"] < 0.05
+            verdict = "told apart from" if sure else "not told apart from"
             text += f", {_points(row, 'above')} beyond random components, {verdict} them"
         sentences.append(f"{text}.")
-    return " ".join(sentences)
+    return sentences
 
 
-def _steering_finding(doses: pd.DataFrame, shown: str) -> str:
+def _steering_finding(doses: pd.DataFrame, shown: str) -> list[str]:
     own = doses.loc[(doses["function"] == shown) & (doses["draw"] < 0)]
     sentences = []
     for model, some in own.groupby("model"):
@@ -244,7 +248,7 @@ def _steering_finding(doses: pd.DataFrame, shown: str) -> str:
             f"{_points(best, 'change')} points (n = {best['n']}, p corrected {best['p_corrected']:.2g}; the largest of "
             f"{len(some)} doses), {_points(best, 'above')} beyond random directions."
         )
-    return " ".join(sentences)
+    return sentences
 
 
 def _points(row: pd.Series, name: str) -> str:

@@ -17,7 +17,6 @@ from experiments.settings import Questions, QuestionSettings, load_pair, load_qu
 from hooks.errors import FrankenlensError
 from interp.decision import (
     Choice,
-    DecisionSet,
     find_decisions,
     null_pair_denominator,
     recovery_refused,
@@ -60,8 +59,7 @@ def measure(pair: Pair, asked: Questions, config: MapConfig) -> Iterator[Section
     """
     keep, running = kept(pair, asked.examples, config), config.running
     decisions = find_decisions(pair, asked.examples, config.decision, progress=True, keep=keep, **running)
-    if not len(decisions):
-        raise FrankenlensError(_none_qualifies(decisions))
+    decisions.require_some()
     directions = list(DIRECTIONS) if config.direction == "both" else [config.direction]
     effects = component_map(
         pair, decisions, directions, config.points, batch_size=config.batch_size, keep=keep
@@ -73,17 +71,6 @@ def measure(pair: Pair, asked: Questions, config: MapConfig) -> Iterator[Section
         summary["two_by_two"] = two_by_two(pair, decisions, config.batch_size)
     summary.attrs["decisions"] = json.dumps(decisions.summary())
     yield map_section(summary, seed=config.seed)
-
-
-def _none_qualifies(decisions: DecisionSet) -> str:
-    found = decisions.summary()
-    reasons = [f"{n}: {reason}" for reason, n in found["excluded"].items()]
-    for model, faults in found["unparsed"].items():
-        reasons += [f"{n} of {model.upper()}'s traces do not parse: {fault}" for fault, n in faults.items()]
-    return (
-        f"None of {found['n_prompts']} prompts qualifies for the decision {found['choice']!r} ({'; '.join(reasons)}). "
-        "Give more prompts (--n), another --decision, or the delimiters that the pair writes (--reasoning, --answer)."
-    )
 
 
 COMMAND = Command(MapConfig, check, load_questions, load_pair, measure)

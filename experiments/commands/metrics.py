@@ -16,11 +16,11 @@ import xarray as xr
 
 from experiments.frame import Command, kept
 from experiments.options import Only, default, require_known
-from experiments.settings import Questions, QuestionSettings, load_examples, load_questions, load_triple
+from experiments.papers import ASKED, PaperSettings, described, paper_questions, refuse_own_data
+from experiments.settings import Questions, load_questions, load_triple
 from hooks.errors import FrankenlensError
 from interp.fine_grained import (
     METRICS,
-    PAPER,
     PAPER_N,
     TEMPLATE,
     ask,
@@ -31,6 +31,7 @@ from interp.fine_grained import (
     plot_metrics,
     questions,
 )
+from interp.fine_grained.paper import DESCRIBED
 from interp.fine_grained.questions import APART
 from interp.pair.pair import Pair
 from interp.questions.examples import Example, with_looked_at
@@ -45,7 +46,7 @@ _OF_V2R = Only("v2r among --metrics", lambda config: "v2r" in config.metrics)
 
 
 @dataclass(frozen=True)
-class MetricsConfig(QuestionSettings):
+class MetricsConfig(PaperSettings):
     """Settings of the fine-grained metrics; the defaults run on the triple that ships with the package.
 
     Attributes:
@@ -54,15 +55,15 @@ class MetricsConfig(QuestionSettings):
         described: how a problem and its description are put together, with {description} and {question}.
         describe: data (the rows' descriptions; without them v2r is left out) or model (IN describes each image).
         paper: the paper's data (MathVista general-vqa for vis, MathVista math-targeted-vqa for v2r, MATH-500 for rea;
-            they are downloaded), n = 100 for each metric; images are described by IN, as nobody else is asked.
+            downloaded, or of --copies), its sample of 100 for each metric, its prompts, system message and longest
+            reply; images are described by IN, as nobody else is asked.
         out: folder for metrics.csv, metrics.png, metrics.nc and report.html.
     """
 
     n: int = default(100, paper=PAPER_N)
     metrics: tuple[str, ...] = METRICS
-    described: str | None = default(None, only=_OF_V2R)
+    described: str | None = default(None, paper=DESCRIBED, only=_OF_V2R)
     describe: Literal["data", "model"] = default("data", paper="model", only=_OF_V2R)
-    paper: bool = False
     out: Path = Path("out/metrics")
 
 
@@ -72,8 +73,7 @@ OF_IMAGES = ("vis", "v2r")
 
 def check(config: MetricsConfig) -> None:
     """Refuse metrics that there are not, and data beside the paper's."""
-    if config.paper and config.data is not None:
-        raise FrankenlensError("--paper has its own data; leave out --data, or --paper.")
+    refuse_own_data(config)
     require_known("metrics", config.metrics, METRICS)
     if not config.metrics:
         raise FrankenlensError(f"--metrics is empty; choose of {', '.join(METRICS)}.")
@@ -83,16 +83,11 @@ def load(config: MetricsConfig) -> Questions:
     """The questions; the synthetic ones with a description, and once more with it in place of the image.
 
     Raises:
+        Unreachable: the paper's data cannot be had.
         FrankenlensError: no row can be read.
     """
     if config.paper:
-        examples: list[Example] = []
-        dropped: Counter[str] = Counter()
-        for metric in config.metrics:
-            some, left = load_examples(replace(config, data=Path(PAPER[metric]), n=PAPER_N), config.seed)
-            examples += [replace(example, task=metric) for example in some]
-            dropped.update(left)
-        return Questions(examples, dropped)
+        return paper_questions(config, config.seed, config.metrics)
     asked = load_questions(config)
     if config.data is not None:
         return asked
@@ -110,9 +105,12 @@ def measure(pair: Pair, asked: Questions, config: MetricsConfig) -> Iterator[Sec
     left_out: Counter[str] = Counter()
     examples = asked.examples
     keep = kept(pair, examples, config)
-    if config.describe == "model":
-        told = under(keep, "described")
-        examples = described_by_model(pair.in_, pair.builder, examples, keep=told, **config.running)
+    told = under(keep, "described")
+    if config.paper:
+        examples = described(pair, examples, keep=told, **config.running)
+    elif config.describe == "model":
+        builder = pair.builder.with_instruction("")
+        examples = described_by_model(pair.in_, builder, examples, keep=told, **config.running)
     found: list[xr.Dataset] = []
     for number, (names, some) in enumerate(_groups(examples, config, left_out)):
         ready = questions(pair.builder, some, template=template, metrics=names)
@@ -125,15 +123,17 @@ def measure(pair: Pair, asked: Questions, config: MetricsConfig) -> Iterator[Sec
     table = _shares(found)
     change = pd.concat([change_table(one, config.seed) for one in found], ignore_index=True)
     change["p_corrected"] = adjust(change["p"].to_numpy(dtype=float))
+    said = finding(table, change)
     yield Section(
         "metrics",
         "What answers owe to image, description and reasoning",
-        finding(table, change),
+        said[0],
         _account(config, len(examples), left_out),
         {"metrics": table, "metrics_change": change},
         {"metrics": plot_metrics(table, order)},
         # the paper's metrics have questions of their own
         with_looked_at(found[0], examples) if len(found) == 1 else None,
+        details=said[1],
     )
 
 
@@ -182,20 +182,30 @@ def _shares(found: Sequence[xr.Dataset]) -> pd.DataFrame:
     return table.loc[:, ["model", *(name for name in table if name != "model")]]
 
 
-def finding(table: pd.DataFrame, changes: pd.DataFrame) -> str:
-    """Each metric of each model with its interval, beside its control."""
+_IN_WORDS = {
+    "vis": "Right with the image and wrong with a black one (M_vis)",
+    "v2r": "Right with the image, and with a description of it (M_v2r)",
+    "rea": "Right on text alone (M_rea)",
+}
+
+
+def finding(table: pd.DataFrame, changes: pd.DataFrame) -> tuple[str, str]:
+    """A sentence for each metric: IN and RL with intervals and controls, and their paired difference; Base apart."""
     whole = table.loc[table["task"] == "all"] if (table["task"] == "all").any() else table
-    sentences = []
+    sentences, others = [], []
     for change in changes.to_dict("records"):
         parts = []
         for row in whole.loc[whole["measure"] == change["measure"]].to_dict("records"):
             beside = "" if pd.isna(row["control"]) else f", control {row['control']:.2f}"
             text = interval_text(row["value"], row["low"], row["high"])
-            parts.append(f"{row['model'].upper()} {text}{beside}")
+            into = others if row["model"] == "base" else parts
+            into.append(
+                f"{'' if into is parts else change['measure'] + ' '}{row['model'].upper()} {text}{beside}"
+            )
         gain = interval_text(change["change"], change["low"], change["high"])
         test = f"RL − IN {gain}, n = {change['n']}, p = {change['p_corrected']:.2g} after correction"
-        sentences.append(f"{change['measure']}: {'; '.join(parts)}; {test}.")
-    return " ".join(sentences)
+        sentences.append(f"{_IN_WORDS[change['measure']]}: {'; '.join(parts)}; {test}.")
+    return " ".join(sentences), f"Before IN: {'; '.join(others)}." if others else ""
 
 
 def _account(config: MetricsConfig, n: int, left_out: Counter[str]) -> Account:
@@ -203,7 +213,7 @@ def _account(config: MetricsConfig, n: int, left_out: Counter[str]) -> Account:
     return Account(
         f"{'the paper: ' if config.paper else ''}vis = right with the image and wrong with a black one; v2r = right "
         "with the image and right with a black one and a description; rea = right without an image; greedy, Wilson's "
-        f"intervals (95 %); RL − IN paired, McNemar's exact test{'' if config.paper else words}",
+        f"intervals (95 %); RL − IN paired, McNemar's exact test{f'; {ASKED}' if config.paper else words}",
         f"{n} prompts, with an image or in words",
         "Holm over the metrics (RL − IN)",
         config.seed,

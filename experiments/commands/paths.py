@@ -65,8 +65,6 @@ def check(config: PathsConfig) -> None:
         raise FrankenlensError(f"--top is {config.top}; give at least 1.")
     if config.senders and config.map is not None:
         raise FrankenlensError("--senders names the senders and --map chooses them; give one of the two.")
-    if config.map is not None and not config.map.is_file():
-        raise FrankenlensError(f"--map {config.map} does not exist; `frankenlens map` writes one.")
     for name in config.senders:
         parse_sender(name)
     for name in config.receivers:
@@ -84,12 +82,7 @@ def measure(pair: Pair, asked: Questions, config: PathsConfig) -> Iterator[Secti
     decisions = every.having(config.where)
     left_out = {**every.excluded, f"no {config.where} token before the decision": len(every) - len(decisions)}
     left_out = {reason: n for reason, n in left_out.items() if n}
-    if not len(decisions):
-        reasons = "; ".join(f"{n}: {reason}" for reason, n in {**asked.left_out, **left_out}.items() if n)
-        raise FrankenlensError(
-            f"None of {len(asked.examples)} prompts qualifies ({reasons}). Give more (--n), another --decision or "
-            "--where."
-        )
+    decisions.require_some({**asked.left_out, **left_out})
     senders, chosen = _senders(pair, decisions, config)
     effects = pair_paths(
         pair,

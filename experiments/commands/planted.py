@@ -25,9 +25,9 @@ from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 from interp.planting import DRAWN, KINDS, METHODS, MOST, NULLS, TRAINED, Draws, chosen, on_grid
 from interp.planting.plots import plot_found
-from interp.planting.table import by_effect, by_pair, found_table, null_table
+from interp.planting.table import HELD, by_effect, by_pair, found_table, null_table
 from interp.questions.examples import Example, fingerprint
-from interp.results.page import Account, Section
+from interp.results.page import Account, Section, told
 from interp.results.store import Store
 from interp.statistics import interval_text
 
@@ -153,13 +153,15 @@ def measure(pair: Pair, asked: Questions, config: PlantedConfig) -> Iterator[Sec
 def _made(pair: Pair, asked: Questions, config: PlantedConfig) -> PlantedPairs:
     methods = chosen(config.methods)
     draws = Draws(pair.in_, pair.rl, config.changed, config.components, config.change, config.seed)
-    wording = {"template": pair.builder.template, "system": pair.builder.system}
+    own = pair.builder
+    wording = {"template": own.template, "system": own.system, "instruction": own.instruction}
     running: dict[str, Any] = {**config.running, "trace_format": pair.trace_format, **wording}
     about: dict[str, Any] = dict(
         models={name: one["weights_sha256"] for name, one in pair.provenance().items()},
         methods=config.methods,
         settings=[str(getattr(config, name)) for name in ("n", "changed", "seed", "dtype")],
         named=[config.components, config.change],
+        measured=HELD,
         text=[config.max_new_tokens, repr(pair.trace_format), *map(str, wording.values())],
         training=repr((plants.SUPERVISED, plants.REINFORCED)),
         questions=None if config.data is None else sorted(map(fingerprint, asked.examples)),
@@ -189,12 +191,12 @@ def section(
     figures = {"planted": plot_found(found, null, by_effect(scores, effects))}
     tables = {"planted": found, "planted_null": null, "planted_pairs": pairs, "plants": effects}
     account = _account(config, pairs, left_out)
-    return Section(
-        "planted", "Planted changes", finding(found, null), account, {**tables, "scores": scores}, figures
-    )
+    first, details = told(finding(found, null))
+    every = {**tables, "scores": scores}
+    return Section("planted", "Planted changes", first, account, every, figures, details=details)
 
 
-def finding(found: pd.DataFrame, null: pd.DataFrame) -> str:
+def finding(found: pd.DataFrame, null: pd.DataFrame) -> list[str]:
     """Every kind's methods by AUROC, what was invisible, and the claims on null pairs."""
     parts = []
     for kind in dict.fromkeys(found["kind"]):
@@ -216,7 +218,8 @@ def finding(found: pd.DataFrame, null: pd.DataFrame) -> str:
             f"{worst['n_pairs']}); by tests alone, without the refusal of recoveries, at most "
             f"{some['tested'].max():.0%}"
         )
-    return "; ".join(parts) + "."
+        parts = [*parts[:2], parts[-1], *parts[2:-1]]  # the control opens the page, too
+    return [f"{part[0].upper()}{part[1:]}." for part in parts]
 
 
 def _account(config: PlantedConfig, pairs: pd.DataFrame, left_out: Mapping[str, int]) -> Account:
@@ -228,6 +231,13 @@ def _account(config: PlantedConfig, pairs: pd.DataFrame, left_out: Mapping[str, 
         "intervals: bootstrap over pairs (95 %); claim: corrected p < 0.05 of a sign flip test over prompts and, for "
         "what moves something between the models, no refusal of recoveries"
     )
+    some = pairs.loc[pairs["n_changed"] > 0]
+    if len(some):
+        definition += (
+            f"; of the changes that were asked for, the weights hold {some['norm_ratio'].min():.2f} to "
+            f"{some['norm_ratio'].max():.2f} of the norm, at cosines of {some['cosine'].min():.2f} and more; of the "
+            f"noise, {some['noise_ratio'].min():.2f} to {some['noise_ratio'].max():.2f}"
+        )
     if not pairs["tested"].any():
         definition += f" (with {config.n} prompts a pair no p can be small enough, so nothing is tested)"
     counts = pairs.groupby("kind", sort=False)["pair"].nunique()

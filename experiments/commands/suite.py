@@ -1,4 +1,4 @@
-"""All analyses of a pair on one page: metrics, localization, attention, weights, transfer.
+"""The paper's analyses of a pair on one page: metrics, localize, attention, compare, transfer.
 
 `frankenlens suite` is the command; each part is a command of its own, and `freeze`, which trains, is none of them.
 """
@@ -17,6 +17,7 @@ from experiments.settings import ModelSettings, NoImages, PairSettings, load_tri
 from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 from interp.questions.readers.draw import Split
+from interp.questions.readers.hub import Unreachable
 from interp.results.page import Section
 
 Part = Literal["metrics", "localize", "attention", "compare", "transfer"]
@@ -28,7 +29,9 @@ PARTS: Mapping[str, Command[Any, Any, Any]] = {
     "transfer": transfer.COMMAND,
 }
 """In the order of the page."""
-OF_DATA = ("data", "images", "fields", "encoding", "split")
+OF_DATA = ("data", "images", "fields", "encoding", "split", "copies")
+PAPERS_OWN = frozenset({"seed", "answer", "max_new_tokens", "system", "instruction"})
+"""Of the models' settings, those that a paper may have in a part; a part gets them where they were given."""
 QUARTER = 4  # of --n: localize's pairs a function
 
 
@@ -41,28 +44,36 @@ def _one_of(*parts: Part) -> Only:
 class SuiteConfig(PairSettings):
     """Settings of the suite; each analysis has its own command for its own settings.
 
-    `frankenlens freeze`, which trains, is not a part of it.
+    It runs metrics, localize, attention, compare and transfer; `frankenlens freeze`, which trains, is not a part of it,
+    and neither are the other commands.
 
     Attributes:
         data: JSONL (or a JSON array, CSV, parquet) of questions with answers and images, for all but localize;
             synthetic questions where not given.
         images: folder that relative image paths start from; by default that of the data.
-        fields, encoding, split: as of `frankenlens map`.
+        fields, encoding, split, copies: as of `frankenlens map`.
         functions_data: folder of the paper's vision-function set, for localize.
         parts: of metrics, localize, attention, compare, transfer; on the page in this order. By default all for which
             there are images.
         n: questions of metrics, attention and transfer (shared out over synthetic tasks); of localize, pairs a
             function are a quarter of it. By default each analysis has its own.
         partition: of the decoder: paper, code, or sizes such as 8/12/8.
-        paper: the paper's definitions and n in every part.
+        paper: the paper's definitions, data and n in every part; a part whose data cannot be had is left out, and
+            named.
         out: folder for all tables, figures and datasets, and report.html.
     """
 
+    seed: int = default(0)
+    answer: tuple[str, ...] = default(("answer",))
+    max_new_tokens: int = default(128)
+    system: str | None = default(None)
+    instruction: str = default("")
     data: Path | None = default(None, only=_one_of("metrics", "attention", "transfer"))  # noqa: RUF009
     images: Path | None = None
     fields: tuple[str, ...] = ()
     encoding: str | None = None
     split: Split = "all"
+    copies: Path | None = None
     functions_data: Path | None = default(None, only=_one_of("localize"))  # noqa: RUF009
     parts: tuple[Part, ...] = default(tuple(PARTS))
     n: int | None = default(None, only=_one_of("metrics", "localize", "attention", "transfer"))
@@ -105,6 +116,12 @@ def load(config: SuiteConfig) -> Prepared:
             if "parts" in config.given:
                 raise
             left_out[f"{part}: no question has an image"] = 1
+        except Unreachable as error:
+            if "parts" in config.given:
+                raise
+            left_out[f"{part}: {error}"] = 1
+    if not prepared:
+        raise FrankenlensError(f"no part can be measured: {'; '.join(left_out)}")
     return Prepared(prepared, left_out)
 
 
@@ -148,7 +165,8 @@ Config = TypeVar("Config", bound=ModelSettings)
 def settings_of(config: SuiteConfig, part: str) -> Any:
     """A part's settings: its own defaults; models, data, n, partition and paper mode of the suite, where given."""
     kind: type[ModelSettings] = PARTS[part].settings
-    shared = {*PairSettings().options, *OF_DATA, "paper", *({"n", "partition"} & config.given)}
+    shared = {*PairSettings().options, *OF_DATA, "paper"} - PAPERS_OWN
+    shared |= {*PAPERS_OWN, "n", "partition"} & config.given
     values = {one.name: getattr(config, one.name) for one in fields(kind) if one.name in shared}
     if part == "localize":
         values |= {
@@ -157,6 +175,7 @@ def settings_of(config: SuiteConfig, part: str) -> Any:
             "fields": (),
             "encoding": None,
             "split": "all",
+            "copies": None,
         }
         values |= {"n": config.n // QUARTER} if config.n is not None else {}
     return kind(**values)

@@ -13,27 +13,30 @@ from typing import Literal
 import pandas as pd
 
 from experiments.frame import Command, finished
-from experiments.options import Only, a_task, default
+from experiments.options import Only, default
+from experiments.papers import ASKED, PaperSettings, described, paper_questions, refuse_own_data
 from experiments.settings import (
     CORRECTIONS,
     Correction,
     Questions,
-    QuestionSettings,
     load_examples,
     load_triple,
 )
 from hooks.address import Address
 from hooks.errors import FrankenlensError
+from interp.fine_grained import METRICS, PAPER_N, table_2_metrics
+from interp.fine_grained.paper import DESCRIBED
 from interp.pair.pair import Pair
 from interp.questions.examples import fingerprint, with_looked_at
 from interp.questions.tasks import PERCEPTION, REASONING
 from interp.regions import Partition, parse_partition
 from interp.results.forest import plot_transfer
-from interp.results.page import Account, Section
+from interp.results.page import Account, Section, told
 from interp.statistics import interval_text
 from interp.transfer import (
     POOLED,
     Graft,
+    Together,
     Variant,
     addressed,
     answers,
@@ -48,10 +51,18 @@ from interp.transfer import (
     transfer_table,
     unmeasured,
 )
+from interp.transfer.transfer import Metric
+from interp.updates import LEAST_COSINE, LEAST_SHARE, NORM_WITHIN
 
 GROUPS: Mapping[str, Sequence[str]] = {"perception": PERCEPTION, "reasoning": REASONING}
-PAPER_N = 100  # questions a task
 _TASKS = (*PERCEPTION, *REASONING)
+_MEASURED = {
+    False: "greedy answers",
+    True: (
+        "M_vis: right with the image and wrong with a black one, M_v2r: right with the image and right with a black "
+        "one and a description, M_rea: right on text alone, greedy; accuracy: right as the question is asked"
+    ),
+}
 _CONTROLS = {
     "random": "a random update as large beside every variant",
     "layers": "as many random layers beside the mixtures, which alone have this control",
@@ -59,7 +70,7 @@ _CONTROLS = {
 
 
 @dataclass(frozen=True)
-class TransferConfig(QuestionSettings):
+class TransferConfig(PaperSettings):
     """Settings of the transfer; the defaults run on the triple that ships with the package.
 
     Attributes:
@@ -74,14 +85,18 @@ class TransferConfig(QuestionSettings):
         controls: random (an update as large, of random direction, beside every variant), layers (as many layers, drawn
             at random, beside the mixtures), or none.
         draws: of each control.
+        rounded: measure, too, what weights in half precision do not hold (scaled and low-rank updates, mostly) and is
+            refused otherwise; --dtype float32 holds all of it.
         correction: of p values, over all variants of one metric and task.
-        paper: the paper's definition: its partition and mixtures, the rest from the first donor, n = 100 a task.
+        paper: Table 2 of the paper: M_vis, M_v2r and M_rea on its data (MathVista, MATH-500; downloaded, or of
+            --copies), its sample of 100 each, its prompts, system message and longest reply, its partition and
+            mixtures, the rest from the first donor; accuracy of the same questions stands beside them.
         n: questions, in equal shares over the synthetic tasks where no data is given.
         out: folder for transfer.csv, table_2.csv, transfer.png, transfer.nc and report.html. What each variant
             answered is kept in `finished`, and the same command goes on from there where it was killed.
     """
 
-    n: int = default(400, paper=a_task(PAPER_N, _TASKS))
+    n: int = default(400, paper=PAPER_N)
     partition: str = default("paper", paper="paper")
     rest: Literal["in", "early"] = default(
         "in", paper="early", only=Only("orders among --variants", lambda config: "orders" in config.variants)
@@ -94,13 +109,14 @@ class TransferConfig(QuestionSettings):
     ranks: tuple[int, ...] = default((4,), paper=())
     controls: tuple[Literal["random", "layers"], ...] = ("random", "layers")
     draws: int = default(1, only=Only("--controls", lambda config: config.controls))
+    rounded: bool = False
     correction: Correction = "holm"
-    paper: bool = False
     out: Path = Path("out/transfer")
 
 
 def check(config: TransferConfig) -> None:
-    """Refuse grafts that there are not, and none at all."""
+    """Refuse grafts that there are not, none at all, and data beside the paper's."""
+    refuse_own_data(config)
     for address in config.addresses:
         Address.parse(address)
     for rank in config.ranks:
@@ -115,8 +131,11 @@ def load(config: TransferConfig) -> Questions:
     """Questions of perception as well as of reasoning.
 
     Raises:
+        Unreachable: the paper's data cannot be had.
         FrankenlensError: no row can be read.
     """
+    if config.paper:
+        return paper_questions(config, config.seed, METRICS)
     return Questions(*load_examples(config, config.seed, _TASKS))
 
 
@@ -128,22 +147,35 @@ def measure(pair: Pair, asked: Questions, config: TransferConfig) -> Iterator[Se
     """
     partition = parse_partition(config.partition, pair.in_.n_layers)
     variants = chosen(pair, partition, config)
-    metrics = {"accuracy": answers(pair.builder, asked.examples, **config.running)}
+    metrics = _metrics(pair, asked, config)
     others = {} if pair.base is None else {"Base": pair.base}
     keep = _kept(pair, asked, config)
-    found = transfer(pair.in_, pair.rl, variants, metrics, others, keep=keep)
-    groups = GROUPS if config.data is None else {}  # a user's tasks are his own, whatever their names
+    found = transfer(pair.in_, pair.rl, variants, metrics, others, keep=keep, rounded=config.rounded)
+    own = config.data is not None or config.paper  # a user's tasks are his own, whatever their names
+    groups = {} if own else GROUPS
     table = transfer_table(found, groups, correction=config.correction, seed=config.seed)
     cells = shown_cells(table)
+    said = told(finding(table, cells))
     yield Section(
         "transfer",
         "Transfer",
-        finding(table, cells),
+        said[0],
         _account(config, partition, variants, table, len(asked.examples), unmeasured(found)),
         {"transfer": table, "table_2": as_table_2(table)},
-        {"transfer": plot_transfer(table, cells)},
+        {"transfer": plot_transfer(table.loc[~table["refused"]], cells)},
         with_looked_at(found, asked.examples),
+        details=said[1],
     )
+
+
+def _metrics(pair: Pair, asked: Questions, config: TransferConfig) -> Mapping[str, Metric | Together]:
+    """Accuracy; of the paper, what its Table 2 has, with accuracy beside it."""
+    if not config.paper:
+        return {"accuracy": answers(pair.builder, asked.examples, **config.running)}
+    examples = described(pair, asked.examples, **config.running)
+    own = {name: [example for example in examples if example.task == name] for name in METRICS}
+    measured = {name: some for name, some in own.items() if some}
+    return {"": table_2_metrics(pair.builder, measured, template=DESCRIBED, **config.running)}
 
 
 def chosen(pair: Pair, partition: Partition, config: TransferConfig) -> list[Variant]:
@@ -170,13 +202,14 @@ def _kept(pair: Pair, asked: Questions, config: TransferConfig) -> Path:
         config.out,
         models=pair.provenance(),
         settings={name: getattr(config, name) for name in names},
-        prompts=[pair.builder.template, pair.builder.system],
+        prompts=[pair.builder.template, pair.builder.system, pair.builder.instruction],
+        metrics="paper" if config.paper else "accuracy",
         questions=[(example.id, example.task, fingerprint(example)) for example in asked.examples],
     )
 
 
-def finding(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> str:
-    """RL's gain and the mixtures that carry it, in a sentence per panel."""
+def finding(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> list[str]:
+    """RL's gain and the mixtures that carry it, in a sentence per panel, and what is in the table alone."""
     sentences = []
     for metric, task in cells:
         own = table.loc[(table["metric"] == metric) & (table["task"] == task)]
@@ -184,18 +217,35 @@ def finding(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> str:
         gain = interval_text(*(100 * rl[name] for name in ("change", "change_low", "change_high")))
         where = task if metric == "accuracy" and task else f"{metric} {task}".strip()
         said = f"{where}: RL − IN = {gain} points (n = {rl['n']})"
-        grafts = own.loc[~own["kind"].isin(["model", "control"])]
-        told = grafts.loc[grafts["p_adjusted"] < 0.05].sort_values("change", ascending=False)
+        grafts = own.loc[~own["kind"].isin(["model", "control"]) & ~own["refused"]]
+        sure = grafts.loc[grafts["p_adjusted"] < 0.05].sort_values("change", ascending=False)
         names = [
             f"{row['variant']} {interval_text(*(100 * row[c] for c in ('change', 'change_low', 'change_high')))}"
-            for _, row in told.head(3).iterrows()
+            for _, row in sure.head(3).iterrows()
         ]
-        count = f"{len(told)} of {len(grafts)} variants differ from IN after correction"
+        count = f"{len(sure)} of {len(grafts)} variants differ from IN after correction"
+        beside = own.loc[own["kind"] == "control"]
+        apart = int(((beside["change_low"] > 0) | (beside["change_high"] < 0)).sum())
+        count += f" (of {len(beside)} controls {apart} have an interval without 0)" if len(beside) else ""
         sentences.append(f"{said}; {count}" + (f", most of all {'; '.join(names)}" if names else "") + ".")
     every = dict.fromkeys(zip(table["metric"], table["task"], strict=True))
     if left := [" ".join(cell).strip() for cell in every if cell not in cells]:
         sentences.append(f"In the table alone: {', '.join(left)}.")
-    return " ".join(sentences)
+    return [*sentences, *_refusals(table)]
+
+
+def _refusals(table: pd.DataFrame) -> list[str]:
+    """What the weights do not hold: a sentence on what was refused, one on what was measured all the same."""
+    once = table.drop_duplicates("variant")
+    sides = {"Refused, not run": once["refused"], "Run although it is not what it says": ~once["refused"]}
+    told = []
+    for what, side in sides.items():
+        names = [
+            f"{row['variant']}: {row['lacking']}"
+            for _, row in once.loc[side & (once["lacking"] != "")].iterrows()
+        ]
+        told += [f"{what}: {'; '.join(names)}"] if names else []
+    return told
 
 
 def _account(
@@ -209,16 +259,25 @@ def _account(
     rest = "IN's" if config.rest == "in" else "that of the first region's donor (the paper's confound)"
     definition = (
         f"{'the paper: ' if config.paper else ''}RL's weights in IN, decoder blocks spliced by region, "
-        f"the rest {rest}; greedy answers; change against IN paired (bootstrap, 95 %), exact McNemar; "
+        f"the rest {rest}; {_MEASURED[config.paper]}; change against IN paired (bootstrap, 95 %), exact McNemar; "
         "recovery (m − IN)/(RL − IN)"
+    )
+    definition += (
+        "; norm_ratio and cosine: of the update that the weights hold in their type to the one asked for, refused "
+        f"beyond {1 - NORM_WITHIN:g}-{1 + NORM_WITHIN:g} or below {LEAST_COSINE:g} (of random updates, the norm alone) "
+        f"in all, or in the tensors of more than {1 - LEAST_SHARE:.0%} of the entries"
     )
     if config.controls:
         definition += f"; controls: {', '.join(_CONTROLS[kind] for kind in dict.fromkeys(config.controls))}"
     together = table["task"].str.endswith(", mean") | (table["task"] == POOLED)
     tasks = table.loc[~together]
     sizes = sorted({int(n) for n in tasks["n"]})
+    if config.paper:
+        definition += f"; {ASKED}"
     n = f"{sizes[0]} questions a task" if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]} questions a task"
-    tested = sum(variant.kind != "control" for variant in variants)
+    refused = set(table.loc[table["refused"], "variant"])
+    tested = sum(variant.kind != "control" and variant.name not in refused for variant in variants)
+    left_out = {**left_out, **({"variants that the weights do not hold": len(refused)} if refused else {})}
     correction = f"{CORRECTIONS[config.correction]} over {tested} variants, for each metric and task"
     counts = {"examples": n_examples}
     return Account(definition, n, correction, config.seed, str(partition), left_out, counts)

@@ -163,12 +163,18 @@ class OwnRecipe:
         )
         if not self.trl.get("use_vllm"):
             arguments["generation_kwargs"] = {"suppress_tokens": list(self.builder.suppressed_ids) or None}
+        builder = self.builder
+        system = [] if builder.system is None else [{"role": "system", "content": builder.system}]
         rows: list[dict[str, Any]] = [
-            {"prompt": [{"role": "user", "content": e.question}], "row": at}
+            {
+                "prompt": [*system, {"role": "user", "content": builder.instruction + e.question}],
+                "row": at,
+            }
             | ({"images": list(e.images)} if e.images else {})
             for at, e in enumerate(self.train_on)
         ]
         processor: Any = load_processor(self.in_path)
+        processor.chat_template = builder.template  # that of the prompts that are measured
         # as TRL loads it; its multimodal tensors go wrong otherwise
         tokenizer_of(processor).padding_side = "left"
         return GRPOTrainer(
@@ -199,8 +205,8 @@ def own_recipe(
     Raises:
         FrankenlensError: a file cannot be read, or nothing in it can be used.
     """
-    train_on, left_out = _usable(pair, train, "training")
-    measured, refused = _usable(pair, measure, "test")
+    train_on, left_out = usable(pair, train, "training")
+    measured, refused = usable(pair, measure, "test")
     every = [prompt.example for prompt in train_on]
     # TRL trains on questions with images or on questions without: one without among the others is left out
     with_image = [example for example in every if example.images] or every
@@ -228,8 +234,14 @@ def own_recipe(
     )
 
 
-def _usable(pair: Pair, data: DataSettings, what: str) -> tuple[list[Prompt], dict[str, int]]:
-    """Prompts of the questions that can be asked and graded, and reason -> number of the others."""
+def usable(pair: Pair, data: DataSettings, what: str) -> tuple[list[Prompt], dict[str, int]]:
+    """Prompts of the questions that can be asked and graded, and reason -> number of the others.
+
+    Args:
+        pair: builds the prompts.
+        data: the questions; all of them are read, whatever its n.
+        what: they are for, in the reasons.
+    """
     examples, dropped = load_examples(replace(data, n=sys.maxsize), seed=0)
     left_out = {f"{what} {reason}": count for reason, count in dropped.items()}
     prompts = []

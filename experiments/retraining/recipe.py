@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from experiments.triple.rl import require_grpo
 from hooks import FrankenlensError, HookedVLM
 from hooks.errors import nearest
+from hooks.whereabouts import require_file
 from interp.freezing import Frozen, freeze
 
 MANAGED = {
@@ -122,6 +123,7 @@ def read_trl(path: Path | None) -> dict[str, Any]:
     require_grpo()
     if path is None:
         return {}
+    require_file(path, "a YAML or JSON file of GRPOConfig's arguments", "--trl")
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -140,7 +141,8 @@ def train(
         loss: called once per step.
         schedule: steps, batch size, learning rate.
         seed: (run, stage); each step adds its number.
-        checkpoint: safetensors file with weights, optimiser moments and the step; removed by no one.
+        checkpoint: safetensors file with weights, optimiser moments and the step; removed by no one. One that is cut
+            short is passed over with a line on standard error, and the stage starts afresh.
         label: shown on the progress bar.
         spent: fraction of a budget of time that is used up; 1 ends the stage before its steps are done.
 
@@ -187,7 +189,13 @@ def save_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.O
 
 
 def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restores what `save_checkpoint` wrote; returns the step."""
+    """Restores what `save_checkpoint` wrote; returns the step, 0 where the file is cut short."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        print(f"{path} is cut short ({error}); the stage starts afresh.", file=sys.stderr)
+        return 0
     with safe_open(path, framework="pt") as file, torch.no_grad():
         names = set(file.keys())
         for name, parameter in model.named_parameters():

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from hooks.errors import FrankenlensError
+from hooks.whereabouts import require_folder
 
 DTYPES = {
     "F64": torch.float64,
@@ -60,11 +61,11 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         FrankenlensError: no such folder, an adapter, no configuration, no safetensors, a missing shard, or two sets of
             weights.
     """
-    if not folder.is_dir():
-        raise FrankenlensError(
-            f"{folder} is no folder; give a local checkpoint folder with config.json in it (a repository is "
-            "downloaded by `hf download OWNER/NAME --local-dir FOLDER`)."
-        )
+    require_folder(
+        folder,
+        "a local checkpoint folder with config.json in it (a repository is downloaded by `hf download OWNER/NAME "
+        "--local-dir FOLDER`)",
+    )
     if (folder / "adapter_config.json").is_file():
         raise FrankenlensError(
             f"{folder} is a PEFT adapter, not a checkpoint: where models are run, it is given as RL beside its IN "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hooks.anatomy import Block
 from hooks.errors import FrankenlensError
 from hooks.opened import Opened
-from hooks.plain import own_parameter, plain_weight
+from hooks.plain import matrix, own_parameter, plain_weight
 from hooks.selfcheck import tolerance
 from hooks.weights import d_mlp
 
@@ -41,13 +41,10 @@ class Norm:
         own: Any = module
         probe = resid.flatten(0, -2)[-1:]
         expected = module.forward(probe)
-        eps, weight = (
-            getattr(own, "variance_epsilon", getattr(own, "eps", None)),
-            getattr(own, "weight", None),
-        )
+        eps = getattr(own, "variance_epsilon", getattr(own, "eps", None))
+        weight, bias = own_parameter(own, "weight"), own_parameter(own, "bias")
         if weight is not None and eps is not None:
             for gain in (weight.detach(), 1 + weight.detach()):  # Gemma's is 1 + weight
-                bias = getattr(own, "bias", None)
                 norm = cls(
                     gain, None if bias is None else bias.detach(), isinstance(own, nn.LayerNorm), float(eps)
                 )
@@ -90,7 +87,9 @@ class LensModel:
         self._final: Any = vlm.module(vlm.anatomy.final_norm)
         self._unembed: Any = vlm.module(vlm.anatomy.unembed)
         block = vlm.anatomy.text.blocks[0]
-        self._norm = Norm.of(self._final, torch.linspace(-1, 2, vlm.d_model).to(self._final.weight)[None])
+        self._norm = Norm.of(
+            self._final, torch.linspace(-1, 2, vlm.d_model).to(vlm.device, vlm.model.dtype)[None]
+        )
         kind = "LN" if self._norm.centred else "RMS"
         self.cfg = SimpleNamespace(
             model_name=type(vlm.model).__name__, n_layers=vlm.n_layers, n_heads=block.n_heads,
@@ -105,15 +104,19 @@ class LensModel:
             self._unembed,
         )
 
+    @property
+    def _rows(self) -> Float[Tensor, "d_vocab d_model"]:
+        return matrix(self._unembed, "TransformerLens's attribution")
+
     @cached_property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """The unembedding, as `fold_ln` and `center_unembed` have it."""
-        return self._columns(self._unembed.weight.detach()).T
+        return self._columns(self._rows).T
 
     @cached_property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         """Its bias, with the final norm's where that is folded in."""
-        weight, own = self._unembed.weight.detach(), self._unembed.bias
+        weight, own = self._rows, own_parameter(self._unembed, "bias")
         bias = (
             torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
             if own is None
@@ -126,8 +129,9 @@ class LensModel:
     def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
         """Rows of W_U's transpose for a token, its id, or ids of any shape."""
         ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
-        ids = torch.as_tensor(ids, device=self._unembed.weight.device)
-        return self._columns(self._unembed.weight.detach()[ids.squeeze() if ids.numel() == 1 else ids])
+        rows = self._rows
+        ids = torch.as_tensor(ids, device=rows.device)
+        return self._columns(rows[ids.squeeze() if ids.numel() == 1 else ids])
 
     def to_single_token(self, string: str) -> int:
         """The id of a string that is one token."""
@@ -150,7 +154,7 @@ class LensModel:
     def _columns(self, rows: Tensor) -> Tensor:
         """Rows of the unembedding's weight, processed."""
         if self.center_unembed:
-            rows = rows - self._unembed.weight.detach().mean(0)
+            rows = rows - self._rows.mean(0)
         return rows * self._norm.gain if self.fold_ln else rows
 
     def _cannot_run(self, *_: Any, **__: Any) -> NoReturn:

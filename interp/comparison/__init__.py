@@ -5,7 +5,7 @@ from interp.comparison.aggregate import aggregate, layers, regions, trends, with
 from interp.comparison.alignment import align
 from interp.comparison.checkpoint import Checkpoint
 from interp.comparison.controls import gaussian_spectrum
-from interp.comparison.findings import energy_finding, spectra_finding
+from interp.comparison.findings import energy_finding, headline, relative_finding, spectra_finding
 from interp.comparison.singular_values import Spectrum, spectrum
 from interp.comparison.subspace import Subspace, energy_outside, leading, principal_angles
 from interp.comparison.table import compare, spectra
@@ -22,10 +22,12 @@ __all__ = [
     "energy_outside",
     "every_address",
     "gaussian_spectrum",
+    "headline",
     "layers",
     "leading",
     "principal_angles",
     "regions",
+    "relative_finding",
     "spectra",
     "spectra_finding",
     "spectrum",

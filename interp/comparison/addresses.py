@@ -17,11 +17,12 @@ from hooks.errors import FrankenlensError
 from hooks.weights import WeightSlice, buffer_slices, n_units, part_paths, weight_slices, wholes
 from interp.comparison.aggregate import cosines
 from interp.comparison.checkpoint import PART, Checkpoint
+from interp.comparison.stored import counted_in
 from interp.comparison.table import Source, chance, opened
 from interp.comparison.workers import READERS, in_threads
 
 SUMS = ("squares", "reference", "unchanged")
-"""Per stage: squares of the update, squares of W_IN, entries with the same bfloat16 value before and after."""
+"""Per stage: squares of the update, squares of W_IN, entries that are the same before and after (`counted_in`)."""
 _Key = tuple[str, int]
 _PARTS = ("attn", "cross_attn", "mixer", "mlp")
 _UNITS = ("attn.head", "attn.kv_head", "cross_attn.head", "cross_attn.kv_head", "mlp.expert")
@@ -146,7 +147,8 @@ def _margins(
         here = slice(first, first + len(weights[0])) if dim == 0 else slice(None)
         deltas = [after - before for before, after in pairwise(weights)]
         for k, delta in enumerate(deltas):
-            same = weights[k].bfloat16() == weights[k + 1].bfloat16()
+            kind = counted_in(*(one.tensors[name].dtype for one in checkpoints[k : k + 2]))
+            same = weights[k].to(kind) == weights[k + 1].to(kind)
             for what, values in zip(SUMS, (delta.square(), weights[-2].square(), same), strict=True):
                 sums[what][k, here] += values.sum(1 - dim, dtype=torch.float64)
         products[here] += (deltas[0] * deltas[-1]).sum(1 - dim)
@@ -198,10 +200,10 @@ def _row(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _labels(address: str, checkpoint: Checkpoint) -> dict[str, Any]:
     parsed = Address.parse(address)
     labels: dict[str, Any] = {"address": address, "section": _section(parsed), "layer_index": None}
-    labels |= {"unified_index": 0 if parsed.kind == "projector" else None}
+    labels |= {"unified_index": -1 if parsed.kind == "projector" else None}
     if parsed.layers is not None and parsed.layers[0] == parsed.layers[1]:
         labels["layer_index"] = parsed.layer
-        before = {"text": 1, "vision": -len(checkpoint.anatomy.vision.blocks)}.get(parsed.tower)
+        before = {"text": 0, "vision": -len(checkpoint.anatomy.vision.blocks) - 1}.get(parsed.tower)
         labels["unified_index"] = None if before is None else parsed.layers[0] + before
     single = parsed.units is not None and parsed.units[0] == parsed.units[1]
     part = parsed.unit or parsed.sub or ("block" if parsed.layers is not None else parsed.kind)

@@ -2,7 +2,9 @@
 
 The norm of a group is the root of the sum of squares: of its update as one vector. The released code of 2602.12395
 averages the norms of matrices of different shapes and adds norms linearly; both are here by name (`mean_norm`,
-`sum_norm`), beside it (`fro_norm`).
+`sum_norm`), beside it (`fro_norm`). The size of its Fig. 5 is that of the mean of relative norms
+(`mean_relative_norm`); its code takes for a matrix whatever is named weight and not norm, and so counts the
+projector's `ln_q` among them (`released_relative_norm`).
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ from interp.comparison.table import chance
 from interp.regions import Partition
 from interp.statistics import bootstrap_mean
 
-NORMS = ("fro_norm", "mean_norm", "sum_norm")
-"""Root of the sum of squares; mean over matrices and linear sum over matrices, as in the paper's released code."""
+NORMS = ("fro_norm", "mean_norm", "sum_norm", "mean_relative_norm", "released_relative_norm")
+"""Root of the sum of squares; mean and linear sum over matrices; mean over matrices of each one's relative norm, which
+is what the paper's Fig. 5 shows; the same over what its released code counts."""
+RELATIVE = ("mean_relative_norm", "released_relative_norm")
+"""Those that are shares of W_IN's norm."""
 TRENDS = (10, 20, 30, 40)
 """Ranks whose log(σ_i / σ_1) the paper follows over the layers."""
 _MEANS = {
@@ -40,10 +45,11 @@ def aggregate(table: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     """One row per group and stage.
 
     Columns: n_tensors, n_matrices (two axes or more), n (entries); fro_norm and reference_norm, roots of the sums of
-    squares, and relative_norm, their ratio; rounding_norm; mean_norm and sum_norm (`NORMS`) and mean_relative_norm
-    (over matrices); mean_abs, max_abs, sparsity, sparsity_random and cosine of all entries together; means over
-    matrices of ranks, angles and energy outside, where there are any; energy_share, the group's share of the stage's
-    sum of squares, beside entries_share, which it would have if every entry had changed alike.
+    squares, and relative_norm, their ratio; rounding_norm; mean_norm and sum_norm (`NORMS`), mean_relative_norm
+    (over matrices) and released_relative_norm (over what the released code counts, where names are known); mean_abs,
+    max_abs, sparsity (in sparsity_type), sparsity_random and cosine of all entries together; means over matrices of
+    ranks, angles and energy outside, where there are any; energy_share, the group's share of the stage's sum of
+    squares, beside entries_share, which it would have if every entry had changed alike.
 
     Args:
         table: what `compare` returns.
@@ -160,11 +166,22 @@ def _sums(group: pd.DataFrame) -> dict[str, Any]:
         "max_abs": group["max_abs"].max(),
         "sparsity": (group["sparsity"] * group["n"]).sum() / n,
         "sparsity_random": (group["sparsity_random"] * group["n"]).sum() / n,
+        "sparsity_type": types_of(group),
         "scalar_product": group["scalar_product"].sum(min_count=1),
         "cosine": np.nan,
         "cosine_chance": chance(n),
     }
+    if {"param_name", "unified_index"} <= set(group):
+        names = group["param_name"]
+        counted = names.str.contains("weight") & ~names.str.lower().str.contains("norm")
+        counted &= group["unified_index"].notna()
+        found["released_relative_norm"] = group.loc[counted, "relative_norm"].mean()
     return found | {to: matrices[name].mean() for name, to in _MEANS.items() if name in matrices}
+
+
+def types_of(rows: pd.DataFrame) -> str:
+    """The types in which rows' values were counted as unchanged, e.g. `bfloat16`."""
+    return ", ".join(sorted({one for some in rows["sparsity_type"] for one in some.split(", ")}))
 
 
 def _root(norms: pd.Series) -> float:

@@ -36,26 +36,29 @@ def gaussian_spectrum(rows: int, columns: int, seed: int = 0) -> Spectrum:
 
 
 @torch.no_grad()
-def rounding(before: Checkpoint, name: str, norm: float, seed: int = 0) -> dict[str, float]:
-    """What bfloat16 does to a tensor, from a sample of its entries (131,072, or all).
+def rounding(
+    before: Checkpoint, name: str, norm: float, seed: int = 0, kind: torch.dtype = torch.bfloat16
+) -> dict[str, float]:
+    """What rounding does to a tensor, from a sample of its entries (131,072, or all).
 
     Args:
         before: the weights that were updated.
         name: the tensor.
         norm: of the update.
         seed: of the random update.
+        kind: the type in which values count as unchanged.
 
     Returns:
         rounding_norm: of the change that rounding to bfloat16 makes to weights evenly spread between two neighbours,
-        sqrt(Σ gap² / 12); sparsity_random: share of entries with the same bfloat16 value before and after a Gaussian
-        update of that norm.
+        sqrt(Σ gap² / 12); sparsity_random: share of entries with the same value, in that type, before and after a
+        Gaussian update of that norm.
     """
     weights = before.sample(name, RUNS, LENGTH).double()
     gaps = torch.where(weights == 0, 0, torch.exp2(torch.frexp(weights).exponent.double() - _DIGITS))
     generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
     n = before.tensors[name].entries
     noise = torch.randn(weights.shape, generator=generator, dtype=torch.float64) * (norm / n**0.5)
-    same = (weights + noise).bfloat16() == weights.bfloat16()
+    same = (weights + noise).to(kind) == weights.to(kind)
     return {
         "rounding_norm": float((n * gaps.square().mean() / 12).sqrt()),
         "sparsity_random": float(same.double().mean()),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hooks.errors import FrankenlensError
 from interp.comparison.checkpoint import Checkpoint
+from interp.comparison.stored import counted_in
 
 BLOCK = 1 << 16
 """Entries worked on at once: they stay in a core's cache, and their sums are exact to 1e-6 in float32."""
@@ -26,7 +27,7 @@ class Sums:
     Attributes:
         squares, absolutes, largest: of the update's entries.
         reference: squares of IN's weights.
-        unchanged: entries whose bfloat16 values are the same before and after.
+        unchanged: entries whose values are the same before and after, in the type of `counted_in`.
         n: entries.
     """
 
@@ -96,11 +97,15 @@ class _Desk:
         return size.sum(1).tolist(), size.amax(1).tolist()
 
     def changed(self, pieces: Sequence[Shaped[Tensor, " entry"]]) -> list[int]:
-        """How many bfloat16 values each update changes."""
-        if all(piece.dtype == torch.bfloat16 for piece in pieces):
+        """How many values each update changes, in the type of `counted_in`."""
+        types = {piece.dtype for piece in pieces}
+        if types in ({torch.bfloat16}, {torch.float16}):
             return list(map(round, torch.ne(self.deltas, 0, out=self._other).sum(1).tolist()))
-        narrow = [piece.bfloat16() for piece in pieces]
-        return [int((after != before).sum()) for before, after in pairwise(narrow)]
+        return [
+            int((after.to(kind) != before.to(kind)).sum())
+            for before, after in pairwise(pieces)
+            for kind in [counted_in(before.dtype, after.dtype)]
+        ]
 
 
 def _add(sums: list[Sums], pieces: Sequence[Shaped[Tensor, " entry"]], desk: _Desk) -> float:

@@ -21,7 +21,8 @@ class Place:
         section: one of `SECTIONS`; "norm" is the final norm, the norms of blocks belong to their blocks; "rest" is what
             no other part holds, and further towers (an encoder, a second vision tower).
         layer: decoder layer or vision block, from 0; None elsewhere.
-        unified: vision blocks -n..-1, projector 0, decoder layers from 1 (2602.12395); None elsewhere.
+        unified: one index along the network: decoder layers from 0, like everywhere here, the projector -1, the n
+            vision blocks -n-1..-2; None elsewhere. That of 2602.12395 is larger by 1.
         component: q, k, v, qkv, o, gate, up, down, the norms of a block in the order of its parts (ln1, ln2; behind a
             part: ln1_post), or the module's or the tensor's own name; biases end in `_bias`.
     """
@@ -52,7 +53,7 @@ def _in_block(anatomy: Anatomy, name: str, tower: str, layer: int, block: Block)
     subs = [sub for sub in _PARTS if any(_under(name, path) for path in part_paths(block, sub))]
     address += f".{subs[0]}" if subs else ""
     section = {"": "decoder", "vision.": "vision"}.get(tower, "rest")
-    unified = {"decoder": layer + 1, "vision": layer - len(anatomy.vision.blocks)}.get(section)
+    unified = {"decoder": layer, "vision": layer - len(anatomy.vision.blocks) - 1}.get(section)
     return Place(address, section, layer, unified, _component(name, block))
 
 
@@ -90,7 +91,7 @@ def _known(block: Block) -> dict[str, str]:
 def _outside(anatomy: Anatomy, name: str) -> Place:
     for path in (anatomy.projector_weights, *anatomy.deepstack.values()):
         if path and _under(name, path):
-            return Place("projector", "projector", None, 0, _inside(name, path, "projector"))
+            return Place("projector", "projector", None, -1, _inside(name, path, "projector"))
     for path, address, section in (
         (anatomy.embed, "embed", "embeddings"),
         (anatomy.final_norm, "ln_final", "norm"),

@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from interp.comparison.aggregate import NORMS, TRENDS, trends, with_regions
+from interp.comparison.aggregate import NORMS, RELATIVE, TRENDS, trends, types_of, with_regions
 from interp.regions import Partition
+from interp.results.palette import CONTROL, INK, MODELS, PALE, RANKS
+from interp.results.picture import Picture, nothing
 
 STAGES = {"in": "IN − Base", "rl": "RL − IN"}
-_COLOURS = {"in": "#1f77b4", "rl": "#d62728"}
+_COLOURS = {stage: MODELS[stage] for stage in STAGES}
+_NO_STAGE = "No tensor changed in any stage, so there is nothing to compare."
+_ENERGY = (
+    "Size of each layer's update ({norm}): IN − Base (blue) and RL − IN (red), each on a scale of its own; below "
+    "both, relative to W_IN, on one logarithmic scale.{control} Behind the gap: what is in no block. Shaded: the "
+    "regions of the decoder. Decoder layers count from 0; v0, v1, … are vision blocks."
+)
+_ROUNDING = " Dashes, dark: what rounding to bfloat16 alone would change."
+_SPECTRA = (
+    "How fast the singular values of an update fall, log(σ_i / σ_1): above, mean over the matrices of a region with "
+    "its 95 % interval, IN − Base (blue) and RL − IN (red), beside Gaussian matrices of the same shapes (dashed); "
+    "below, four ranks along the layers, mean over a layer's matrices. Decoder layers count from 0; v0, v1, … are "
+    "vision blocks."
+)
+_DIRECTIONS = (
+    "Along the layers, IN − Base (blue) and RL − IN (red): the share of bfloat16 values that did not change, the "
+    "cosine of the two updates, their ranks, and the energy outside the principal subspace of W. Pale bars: a random "
+    "update of the same norm and shapes. Shaded: the regions of the decoder. Decoder layers count from 0; v0, v1, … "
+    "are vision blocks."
+)
 _NORMS: dict[str, str] = dict(
     zip(
         NORMS,
-        ("norm of the layer's update", "mean norm of its matrices", "sum of its matrices' norms"),
+        (
+            "norm of the layer's update",
+            "mean norm of its matrices",
+            "sum of its matrices' norms",
+            "mean relative norm of its matrices",
+            "mean relative norm (released code)",
+        ),
         strict=True,
     )
 )
-_RANKS: dict[int, str] = dict(zip(TRENDS, ("#440154", "#31688e", "#35b779", "#d8b70a"), strict=True))
-_CHANCE: dict[str, Any] = dict(color="0.45", linestyle="--", linewidth=1)
+_RANKS: dict[int, str] = dict(zip(TRENDS, RANKS, strict=True))
+_CHANCE: dict[str, Any] = dict(color=CONTROL, linestyle="--", linewidth=1)
 
 
-def plot_energy(layers: pd.DataFrame, partition: Partition, norm: str = "fro_norm") -> Figure:
+def plot_energy(layers: pd.DataFrame, partition: Partition, norm: str = "fro_norm") -> Picture:
     """Size of each layer's update along the unified index, each stage on a scale of its own, and relative to W_IN.
 
     Args:
@@ -37,7 +63,12 @@ def plot_energy(layers: pd.DataFrame, partition: Partition, norm: str = "fro_nor
         norm: of `interp.comparison.aggregate.NORMS`.
     """
     stages = _stages(layers)
-    figure = Figure(figsize=(9, 2.6 * (len(stages) + 1)), layout="constrained")
+    if not stages:
+        return nothing(_NO_STAGE)
+    control = _ROUNDING if norm not in RELATIVE else ""
+    caption = _ENERGY.format(norm=_NORMS[norm], control=control)
+    figure = Picture(caption, figsize=(9, 2.6 * (len(stages) + 1)))
+    relative = norm if norm in RELATIVE else "relative_norm"
     axes = np.atleast_1d(figure.subplots(len(stages) + 1, 1, sharex=True))
     for axis, stage in zip(axes, stages, strict=False):
         some, at = _along(layers, stage)
@@ -46,15 +77,16 @@ def plot_energy(layers: pd.DataFrame, partition: Partition, norm: str = "fro_nor
             _control(axis, at, some["rounding_norm"], "rounding to bfloat16")
         axis.set_ylabel(_NORMS[norm])
         axis.set_title(f"{STAGES[stage]}, own scale", fontsize=10)
-        axis.set_ylim(0, 1.15 * some[norm].max() or 1)
+        axis.set_ylim(0, 1.15 * (some[norm].max() or 1))
     for stage in stages:
         some, at = _along(layers, stage)
-        _line(axes[-1], at, some["relative_norm"], stage)
-    _control(axes[-1], at, some["rounding_norm"] / some["reference_norm"], "rounding to bfloat16")
+        _line(axes[-1], at, some[relative], stage)
+    if norm not in RELATIVE:
+        _control(axes[-1], at, some["rounding_norm"] / some["reference_norm"], "rounding to bfloat16")
     axes[-1].set_yscale("log")
     low, high = axes[-1].get_ylim()
     axes[-1].set_ylim(low / 3, high * 2.5)
-    axes[-1].set_ylabel("norm / norm of $W_{IN}$")
+    axes[-1].set_ylabel(_NORMS[norm] if norm in RELATIVE else "norm / norm of $W_{IN}$")
     axes[-1].set_title("relative", fontsize=10)
     for axis in axes:
         _regions(axis, layers, partition)
@@ -64,7 +96,7 @@ def plot_energy(layers: pd.DataFrame, partition: Partition, norm: str = "fro_nor
     return figure
 
 
-def plot_spectra(long: pd.DataFrame, partition: Partition, seed: int = 0) -> Figure:
+def plot_spectra(long: pd.DataFrame, partition: Partition, seed: int = 0) -> Picture:
     """log(σ_i / σ_1): mean over the matrices of a region, with its interval; below, four ranks along the layers.
 
     A layer has too few matrices for an interval of its own.
@@ -74,11 +106,13 @@ def plot_spectra(long: pd.DataFrame, partition: Partition, seed: int = 0) -> Fig
         partition: of the decoder; vision and projector are beside its regions.
         seed: of the bootstrap.
     """
+    if long.empty:
+        return nothing("No update has a matrix whose singular values differ from 0.")
     ranks = sorted(map(int, long["rank"].unique()))
     found = trends(with_regions(long, partition), ["region"], ranks, seed)
     names = [name for name in (*partition.regions, "vision", "projector") if name in set(found["region"])]
     stages = _stages(long)
-    figure = Figure(figsize=(max(9, 2.2 * len(names)), 7), layout="constrained")
+    figure = Picture(_SPECTRA, figsize=(max(9, 2.2 * len(names)), 7))
     parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.1))
     above, below = parts
     axes = np.atleast_1d(above.subplots(1, len(names), sharey=True))
@@ -93,13 +127,14 @@ def plot_spectra(long: pd.DataFrame, partition: Partition, seed: int = 0) -> Fig
         _trend(axis, trends(inside[inside["stage"] == stage], ["unified_index"], TRENDS, seed))
         axis.set_title(f"{STAGES[stage]}: mean over a layer's matrices", fontsize=10)
         _regions(axis, inside, partition)
+        _ticks(axis, inside["unified_index"].dropna().astype(int).tolist(), 10)
         axis.set_xlabel(_along_label(inside))
     lower[0].set_ylabel("$\\log(\\sigma_i / \\sigma_1)$")
     lower[0].legend(fontsize=7, loc="lower left", ncols=2)
     return figure
 
 
-def plot_directions(layers: pd.DataFrame, partition: Partition) -> Figure:
+def plot_directions(layers: pd.DataFrame, partition: Partition) -> Picture:
     """Along the layers: sparsity, cosine of the two stages' updates, ranks and energy outside W's principal subspace.
 
     Bars: what a random update of the same norm and shapes would give.
@@ -108,10 +143,12 @@ def plot_directions(layers: pd.DataFrame, partition: Partition) -> Figure:
         layers: what `interp.comparison.layers` returns; what it does not hold is not drawn.
         partition: its regions are shaded.
     """
+    if not _stages(layers):
+        return nothing(_NO_STAGE)
     panels = ["sparsity", *(["cosine"] if layers["cosine"].notna().any() else [])]
     panels += [name for name in ("stable_rank", "effective_rank", "energy_outside") if name in layers]
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(11, 2.7 * rows + 0.4), layout="constrained")
+    figure = Picture(_DIRECTIONS, figsize=(11, 2.7 * rows + 0.4))
     axes = np.atleast_1d(figure.subplots(rows, 2, sharex=True)).flatten()
     for axis, name in zip(axes, panels, strict=False):
         _PANELS[name](axis, layers)
@@ -122,7 +159,7 @@ def plot_directions(layers: pd.DataFrame, partition: Partition) -> Figure:
     some, at = _along(layers, _stages(layers)[0])
     for axis in axes[: len(panels)]:
         _name_layers(axis, some, at, labelled=False)
-    random = Line2D([], [], color="0.5", linewidth=2, alpha=0.6, label="random update of that norm")
+    random = Line2D([], [], color=CONTROL, linewidth=2, alpha=0.6, label="random update of that norm")
     lines, _ = axes[0].get_legend_handles_labels()
     figure.legend(handles=[*lines, random], fontsize=8, loc="outside upper right", ncols=3)
     return figure
@@ -130,14 +167,14 @@ def plot_directions(layers: pd.DataFrame, partition: Partition) -> Figure:
 
 def _sparsity(axis: Axes, layers: pd.DataFrame) -> None:
     _both(axis, layers, "sparsity", "sparsity_random")
-    axis.set_title("unchanged bfloat16 values, share", fontsize=10)
+    axis.set_title(f"unchanged {types_of(layers)} values, share", fontsize=10)
 
 
 def _cosine(axis: Axes, layers: pd.DataFrame) -> None:
     some, at = _along(layers, "rl")
-    axis.plot(at, some["cosine"], "o", color="black", markersize=3.5)
+    axis.plot(at, some["cosine"], "o", color=INK, markersize=3.5)
     chance = some["cosine_chance"].to_numpy(float)
-    axis.vlines(at, -chance, chance, color="0.75", linewidth=4)
+    axis.vlines(at, -chance, chance, color=PALE, linewidth=4)
     axis.axhline(0, **_CHANCE)
     axis.set_title("cosine of the two updates; grey: 95 % of independent ones", fontsize=10)
 
@@ -221,18 +258,18 @@ def _line(axis: Axes, at: Sequence[int], values: pd.Series, stage: str) -> None:
 
 
 def _control(axis: Axes, at: Sequence[int], values: pd.Series, label: str) -> None:
-    axis.hlines(values, np.array(at) - 0.4, np.array(at) + 0.4, color="0.35", linewidth=1.5, label=label)
+    axis.hlines(values, np.array(at) - 0.4, np.array(at) + 0.4, color=INK, linewidth=1.5, label=label)
 
 
 def _regions(axis: Axes, table: pd.DataFrame, partition: Partition) -> None:
     """Shades every other region and names them all."""
-    spans = {name: (first + 0.5, last + 1.5) for name, (first, last) in partition.regions.items()}
+    spans = {name: (first - 0.5, last + 0.5) for name, (first, last) in partition.regions.items()}
     lowest = table["unified_index"].min()
-    spans |= {"vision": (lowest - 0.5, -0.5)} if lowest < 0 else {}
+    spans |= {"vision": (lowest - 0.5, -1.5)} if lowest < -1 else {}
     for i, (name, (left, right)) in enumerate(spans.items()):
-        axis.axvspan(left, right, color="0.5", alpha=0.07 if i % 2 else 0.16, linewidth=0, zorder=0)
+        axis.axvspan(left, right, color=CONTROL, alpha=0.07 if i % 2 else 0.16, linewidth=0, zorder=0)
         where: dict[str, Any] = dict(
-            transform=axis.get_xaxis_transform(), ha="center", va="top", fontsize=7, color="0.35"
+            transform=axis.get_xaxis_transform(), ha="center", va="top", fontsize=7, color=INK
         )
         axis.text((left + right) / 2, 0.98, name, **where)
 
@@ -246,17 +283,28 @@ def _name_layers(
     """A tick every few layers, and names where the unified index ends."""
     beyond = some["unified_index"].isna()
     inside = [i for i, outside in zip(at, beyond, strict=True) if not outside]
-    step = max(1, len(inside) // 14)
-    ticks = [i for i in inside if i % step == 0]
     names = {i: name for i, name, outside in zip(at, some["layer"], beyond, strict=True) if outside}
-    axis.set_xticks([*ticks, *names], [*map(str, ticks), *names.values()])
+    ticks = _ticks(axis, inside, 14, names)
     for text in axis.get_xticklabels()[len(ticks) :]:
         text.set(rotation=45, ha="right", fontsize=7)
     if labelled:
         axis.set_xlabel(_along_label(some))
 
 
+def _ticks(axis: Axes, places: Sequence[int], most: int, named: Mapping[int, str] | None = None) -> list[int]:
+    """Places with a tick: layers and vision blocks from 0 on, every few of them, and the projector."""
+    own = set(places)
+    step = -(-len(own) // most)
+    vision = sorted(place for place in own if place < -1)
+    labels = {place: f"v{i}" for i, place in enumerate(vision) if i % step == 0}
+    labels |= {-1: "p"} if -1 in own else {}
+    labels |= {place: str(place) for place in sorted(own) if place >= 0 and place % step == 0}
+    every = {**labels, **(named or {})}
+    axis.set_xticks(list(every), list(every.values()))
+    return list(labels)
+
+
 def _along_label(table: pd.DataFrame) -> str:
-    """What the unified index counts: vision and projector only where there are some."""
-    vision = table["unified_index"].min() < 1
-    return f"layer ({'vision < 0, projector 0, ' if vision else ''}decoder from 1)"
+    """What stands along the axis: vision and projector only where there are some."""
+    vision = table["unified_index"].min() < 0
+    return f"decoder layer (from 0{'; v: vision block, p: projector' if vision else ''})"

@@ -21,9 +21,10 @@ from interp.comparison.controls import gaussian_spectrum, rounding
 from interp.comparison.energy import Sums, energies
 from interp.comparison.names import Place, places
 from interp.comparison.singular_values import TOP, Spectrum, blockwise, is_small
-from interp.comparison.stored import Stored
+from interp.comparison.stored import Stored, counted_in
 from interp.comparison.subspace import energy_outside, leading, principal_angles
 from interp.comparison.workers import READERS, in_threads
+from interp.updates import type_name
 
 Source = Checkpoint | Path | str
 _ROWS = 1 << 20  # entries of a block
@@ -58,7 +59,8 @@ def compare(
     - rows, columns (a convolution as the matrix it applies to a patch; a vector has no columns), n (entries);
     - fro_norm, mean_abs, max_abs of the update; reference_norm = |W_IN|_F in both stages, as in the paper, and
       relative_norm = fro_norm / reference_norm; rounding_norm: what rounding to bfloat16 changes, as a control;
-    - sparsity: share of entries whose bfloat16 values are the same before and after; sparsity_random: the same for a
+    - sparsity: share of entries whose values are the same before and after in the type that they are stored in, or the
+      coarser of two (float32 and wider: in bfloat16), which sparsity_type names; sparsity_random: the same for a
       Gaussian update of the same norm (both controls: `interp.comparison.controls.rounding`);
     - scalar_product and cosine of the updates of the two stages, the same in both rows; cosine_chance: 95 % of
       independent directions have one between -it and +it (W_IN is in both updates, so its rounding alone makes the
@@ -149,7 +151,9 @@ def _energy_table(
     for k, stage in enumerate(stages):
         for i, name in enumerate(names):
             row = _row(name, where[name], checkpoints[0].tensors[name], stage, sums[i][0][k])
-            row |= rounding(checkpoints[k], name, row["fro_norm"], seed)
+            kind = counted_in(*(checkpoints[at].tensors[name].dtype for at in (k, k + 1)))
+            row |= rounding(checkpoints[k], name, row["fro_norm"], seed, kind)
+            row |= {"sparsity_type": type_name(kind)}
             row |= {"scalar_product": sums[i][1] if len(stages) == 2 else np.nan}
             rows.append(row | {"cosine": _cosine(*sums[i]), "cosine_chance": chance(row["n"])})
     whole = ("layer_index", "unified_index", "columns")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from interp.metrics import LogitDifference, evaluate
 from interp.pair.pair import Pair
 from interp.prompts import Prompt, collate
 from interp.statistics import Interval, bootstrap_mean
+from interp.statistics.distributions import log_probabilities, symmetric_kl
+from interp.updates import Realized, as_large, random_update, wide_type
 
 Change = Callable[[str, Tensor], Tensor]
 """A parameter's name and value to its new value."""
@@ -113,14 +117,19 @@ def null_pair_denominator(
 
     Two such pairs: `bf16`, RL and RL rounded to bfloat16 (nothing to learn from where RL is kept in it already, so left
     out there); `random`, IN and IN with an update of the same norm as RL's in every tensor, but in a random direction
-    (in half precision RL's own update with its entries shuffled: a Gaussian of that norm would mostly round away). Each
-    with the same metric at the same decisions, and (`, own decisions`)
-    at the decisions found for itself: a difference that is selected is never 0 on average, whatever made it. For
-    `decisive` those are the pair's own first divergences.
+    (`RandomUpdate`). Each with the same metric at the same decisions, and (`, own decisions`) at the decisions found
+    for itself: a difference that is selected is never 0 on average, whatever made it. For `decisive` those are the
+    pair's own first divergences.
 
     Arguments:
         seed: of the random directions.
         settings: as in `interp.statistics.bootstrap_mean`.
+
+    Returns:
+        Intervals; `random`'s say how much of RL's norm the weights hold (`Null`).
+
+    Raises:
+        FrankenlensError: the random update is not as large as RL's in the type of the weights.
     """
     changes = null_changes(pair, seed)
     traces = {"bf16": (decisions.rl_values, decisions.rl_traces)}
@@ -132,43 +141,80 @@ def null_pair_denominator(
         with changed_weights(vlm.model, change):
             after = evaluate(vlm, decisions.prompts, decisions.metric, batch_size)
             own_before = own(vlm, written, batch_size)
-        found[label] = bootstrap_mean(after - before, **settings)
-        found[f"{label}, own decisions"] = bootstrap_mean(own_before(), **settings)
+        held = change.held if isinstance(change, RandomUpdate) else None
+        for name, values in ((label, after - before), (f"{label}, own decisions", own_before())):
+            found[name] = Null.beside(bootstrap_mean(values, **settings), held)
     return found
 
 
 def null_changes(pair: Pair, seed: int = 0) -> dict[str, tuple[HookedVLM, Change]]:
     """By name, a model of the pair and a change of its weights (for `changed_weights`) from which nothing is learnt.
 
-    `bf16`: RL rounded to bfloat16 (not where it is kept in it already). `random`: IN with an update of the same norm as
-    RL's in every tensor, but in a random direction; in half precision RL's own update with its entries shuffled.
+    `bf16`: RL rounded to bfloat16 (not where it is kept in it already). `random`: IN with a random update as large as
+    RL's (`RandomUpdate`).
 
     Arguments:
-        seed: of the random directions; drawn anew each time the change is made to the first parameter.
+        seed: of the random directions.
     """
-    updates = {name: theirs.float() - ours.float() for name, ours, theirs in _both(pair)}
-    first = next(iter(updates))
-    generator = torch.Generator()
 
     def rounded(name: str, weight: Tensor) -> Tensor:
         return weight.to(torch.bfloat16).to(weight.dtype)
 
-    def shifted(name: str, weight: Tensor) -> Tensor:
-        if name == first:
-            generator.manual_seed(seed)
-        update = updates[name]
-        if weight.dtype == torch.float32:
-            noise = torch.randn(weight.shape, generator=generator).to(update)
-            update = noise * (update.norm() / noise.norm())
-        else:
-            order = torch.randperm(update.numel(), generator=generator).to(update.device)
-            update = update.flatten()[order].view_as(update)
-        return (weight.float() + update).to(weight.dtype)
-
-    changes: dict[str, tuple[HookedVLM, Change]] = {"bf16": (pair.rl, rounded), "random": (pair.in_, shifted)}
+    changes: dict[str, tuple[HookedVLM, Change]] = {
+        "bf16": (pair.rl, rounded),
+        "random": (pair.in_, RandomUpdate(pair, seed)),
+    }
     if pair.rl.model.dtype == torch.bfloat16:
         del changes["bf16"]
     return changes
+
+
+class RandomUpdate:
+    """A `Change` of IN: an update of the norm of RL's in every tensor, in a random direction.
+
+    In half precision it is RL's own update with its entries shuffled, brought to its norm where they round
+    (`interp.updates.as_large`).
+
+    Arguments:
+        pair: IN and RL.
+        seed: of the directions; they are drawn anew each time the change is made to the first parameter.
+
+    Attributes:
+        held: what the weights hold of the update, all tensors together.
+    """
+
+    def __init__(self, pair: Pair, seed: int) -> None:
+        self._theirs = dict(pair.rl.model.named_parameters())
+        self._first = next(name for name, _ in pair.in_.model.named_parameters())
+        self._seed, self._generator = seed, torch.Generator()
+        self.held = Realized()
+
+    def __call__(self, name: str, weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        if name == self._first:
+            self._generator.manual_seed(self._seed)
+            self.held = Realized()
+        wide = wide_type(weight)
+        delta = self._theirs[name].detach().to(weight.device, wide) - weight.to(wide)
+        update = random_update(delta, weight.dtype, self._generator)
+        new = as_large(weight, update, self._seed + zlib.crc32(name.encode()))
+        self.held += Realized.of(weight, new, update, directed=False)
+        return new
+
+
+@dataclass(frozen=True)
+class Null(Interval):
+    """The denominator of a pair that learnt nothing.
+
+    Attributes:
+        held: what weights hold of the random update; None where there is none.
+    """
+
+    held: Realized | None = None
+
+    @classmethod
+    def beside(cls, interval: Interval, held: Realized | None) -> Null:
+        """An interval, and the update that it is of."""
+        return cls(interval.value, interval.low, interval.high, interval.n, held)
 
 
 def _own_first(vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int) -> Callable[[], np.ndarray]:
@@ -191,11 +237,12 @@ def _own_first(vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int) -> Cal
 
 def _own_soft(vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int) -> Callable[[], np.ndarray]:
     """As `_own_first`, for the soft metric: its denominator is KL(p || q) + KL(q || p), summed over the trace."""
-    now = [logits.log_softmax(-1) for _, logits in trace_logits(vlm, traces, batch_size)]
+    now = [logits.clone() for _, logits in trace_logits(vlm, traces, batch_size)]
 
     def difference() -> np.ndarray:
-        before = (logits.log_softmax(-1) for _, logits in trace_logits(vlm, traces, batch_size))
-        return np.array([((p.exp() - q.exp()) * (p - q)).sum() for p, q in zip(now, before, strict=True)])
+        before = (logits for _, logits in trace_logits(vlm, traces, batch_size))
+        both = (map(log_probabilities, some) for some in zip(now, before, strict=True))
+        return np.array([float(symmetric_kl(p, q).sum()) for p, q in both])
 
     return difference
 
@@ -208,23 +255,32 @@ def recovery_refused(decisions: DecisionSet, nulls: Mapping[str, Interval], **se
     """
     own = decisions.denominator(**settings)
     if not np.isfinite([own.low, own.high]).all():
-        return f"the denominator has no interval: {int(own.n)} decisions"
+        found = f"{int(own.n)} of {decisions.n_prompts} prompts have the decision {decisions.choice!r}"
+        return f"the denominator has no interval ({found}); {decisions.ways_on}"
     if bool(own.includes(0.0)):
-        return f"the interval of the denominator, {_shown(own)}, includes 0"
+        found = f"{int(own.n)} of {decisions.n_prompts} prompts"
+        return f"the interval of the denominator, {_shown(own)} of {found}, includes 0; {decisions.ways_on}"
     for name, null in nulls.items():
         # too few examples for an interval: their mean is all there is to compare with
         end = null.value if np.isnan(null.high) else null.high
         if bool(own.low <= end):
+            held = null.held if isinstance(null, Null) else None
+            size = f", whose update has {held.norm_ratio:.2f} of the norm of RL's" if held else ""
             return (
                 f"the denominator, {_shown(own)}, is not above that of a pair that learnt nothing "
-                f"({name}), {_shown(null)}"
+                f"({name}), {_shown(null)}{size}"
             )
     return ""
 
 
 @contextmanager
 def changed_weights(model: nn.Module, change: Change) -> Iterator[None]:
-    """Every parameter replaced by `change(name, parameter)` inside the context, and put back bit for bit after it."""
+    """Every parameter replaced by `change(name, parameter)` inside the context, and put back bit for bit after it.
+
+    Raises:
+        FrankenlensError: a `RandomUpdate` that is not as large as it should be in the type of the weights; another task
+            or thread uses the model.
+    """
 
     def values() -> Iterator[tuple[Tensor, Tensor]]:
         for name, parameter in model.named_parameters():
@@ -232,13 +288,10 @@ def changed_weights(model: nn.Module, change: Change) -> Iterator[None]:
             yield parameter, like(change(name, own.clone()).to(own))
 
     with swapped(model, values, "changed weights"):
+        if isinstance(change, RandomUpdate):
+            dtype = next(model.parameters()).dtype
+            change.held.require("the random update beside RL's", dtype)
         yield
-
-
-def _both(pair: Pair) -> Iterator[tuple[str, Tensor, Tensor]]:
-    theirs = dict(pair.rl.model.named_parameters())
-    for name, ours in pair.in_.model.named_parameters():
-        yield name, ours.detach(), theirs[name].detach().to(ours.device)
 
 
 def _shown(interval: Interval) -> str:

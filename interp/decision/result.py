@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from hooks.errors import FrankenlensError
 from interp.metrics import Metric
 from interp.prompts import Prompt
 from interp.questions.examples import Example
@@ -110,6 +111,42 @@ class DecisionSet:
         `settings` as in `interp.statistics.bootstrap_mean`.
         """
         return bootstrap_mean(self.rl_values - self.in_values, **settings)
+
+    @property
+    def ways_on(self) -> str:
+        """What to try where too few prompts have the decision, in Python and on the command line."""
+        others = {
+            "decisive": f"first ({self.n_diverge} of {self.n_prompts} have one), or soft, which every prompt has",
+            "first": "soft, which every prompt has",
+        }
+        more = f"give more than {self.n_prompts} examples (--n)"
+        if self.choice not in others:
+            return more
+        return f"{more}, or another choice of decision (--decision): {others[self.choice]}"
+
+    def require_some(self, left_out: Mapping[str, int] | None = None) -> None:
+        """Refuse to go on where no prompt has the decision.
+
+        Args:
+            left_out: reason to number of prompts; by default why they are not among the decisions.
+
+        Raises:
+            FrankenlensError: how many prompts were left out for which reason, and what to try next.
+        """
+        if len(self):
+            return
+        why = self.excluded if left_out is None else left_out
+        reasons = [f"{n}: {reason}" for reason, n in why.items() if n]
+        unparsed = [
+            f"{n} of {model.upper()}'s traces do not parse: {fault}"
+            for model, faults in self.unparsed.items()
+            for fault, n in faults.items()
+        ]
+        delimiters = " Or the delimiters that the pair writes (--reasoning, --answer)." if unparsed else ""
+        raise FrankenlensError(
+            f"None of {self.n_prompts} prompts qualifies for the decision {self.choice!r} "
+            f"({'; '.join([*reasons, *unparsed])}). To go on, {self.ways_on}.{delimiters}"
+        )
 
     def token_pairs(self, n: int | None = 5) -> list[tuple[str, str, int]]:
         """The commonest pairs (RL's token, IN's token, number of decisions)."""

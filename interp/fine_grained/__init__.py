@@ -11,7 +11,7 @@ mean[f(i,p) = y and f(b,p) = y], what it would be if the description said nothin
 """
 
 from interp.fine_grained.descriptions import MODEL, REQUEST, described_by_model, in_words, with_descriptions
-from interp.fine_grained.measure import Judge, ask, fine_grained, metrics_of
+from interp.fine_grained.measure import Judge, ask, fine_grained, metrics_of, table_2_metrics
 from interp.fine_grained.plots import plot_metrics
 from interp.fine_grained.questions import METRICS, PAPER, PAPER_N, TEMPLATE, VARIANTS, Questions, questions
 from interp.fine_grained.table import change_table, fine_grained_table
@@ -35,5 +35,6 @@ __all__ = [
     "metrics_of",
     "plot_metrics",
     "questions",
+    "table_2_metrics",
     "with_descriptions",
 ]

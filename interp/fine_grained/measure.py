@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import xarray as xr
@@ -24,7 +24,7 @@ from interp.prompts import PromptBuilder
 from interp.questions.examples import Example
 from interp.questions.grading import Grade, judge
 from interp.results.store import Store, under
-from interp.transfer.transfer import Metric, Outcomes
+from interp.transfer.transfer import Metric, Outcomes, Together
 
 Judge = Callable[[str | None, Example], Grade]
 """How an answer (None: there is none) is graded."""
@@ -150,24 +150,66 @@ def metrics_of(
         asked = questions(builder, belonging, describe=describe, template=template, metrics=[name])
 
         def measure(vlm: HookedVLM) -> Outcomes:
-            found = ask(vlm, asked, **settings)
-            values = tuple(found["value"].sel(metric=name).to_numpy().tolist())
-            why = found["left_out"].sel(metric=name).to_numpy().tolist()
-            noted = (
-                found["note"]
-                .sel(variant=list(NEEDS[name]))
-                .transpose("example", "variant")
-                .to_numpy()
-                .tolist()
-            )
-            notes = (next((note for note in some if note), "") for some in noted)
-            reasons = tuple(reason or note for reason, note in zip(why, notes, strict=True))
-            ids, tasks = zip(*((example.id, example.task) for example in belonging), strict=True)
-            return Outcomes(ids, tasks, values, reasons)
+            return _outcomes(ask(vlm, asked, **settings), belonging, name)
 
         return measure
 
     return {f"M_{name}": metric(name) for name in metrics}
+
+
+def table_2_metrics(
+    builder: PromptBuilder,
+    examples: Mapping[str, Sequence[Example]],
+    *,
+    template: str = TEMPLATE,
+    judge: Judge = judge,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+) -> Together:
+    """M_vis, M_v2r and M_rea, each on questions of its own, and the accuracy of these as they are asked.
+
+    Args:
+        builder: makes the prompts, once for every model.
+        examples: metric to its questions.
+        template: as in `questions`.
+        judge, max_new_tokens, batch_size: as in `ask`.
+
+    Returns:
+        The metrics M_vis, M_v2r, M_rea, and "accuracy", whose tasks and ids begin with the metric's name.
+
+    Raises:
+        FrankenlensError: as `questions`.
+    """
+    asked = {
+        name: questions(builder, some, template=template, metrics=[name]) for name, some in examples.items()
+    }
+
+    def measure(vlm: HookedVLM) -> dict[str, Outcomes]:
+        found: dict[str, Outcomes] = {}
+        accuracy: list[tuple[str, str, float, str]] = []
+        for name, own in asked.items():
+            settings = {"judge": judge, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+            one = ask(vlm, own, progress=False, **settings)
+            found[f"M_{name}"] = _outcomes(one, own.examples, name)
+            whole = one.sel(variant=NEEDS[name][0])
+            why = np.where(whole["why"] != "", whole["why"], whole["note"]).tolist()
+            rows = zip(own.examples, whole["right"].to_numpy().tolist(), why, strict=True)
+            accuracy += [(f"M_{name}: {e.id}", f"M_{name}", right, reason) for e, right, reason in rows]
+        ids, tasks, right, why = zip(*accuracy, strict=True)
+        return {**found, "accuracy": Outcomes(ids, tasks, right, why)}
+
+    return Together((*(f"M_{name}" for name in asked), "accuracy"), measure)
+
+
+def _outcomes(found: xr.Dataset, examples: Sequence[Example], name: str) -> Outcomes:
+    """One metric per example, with the reason of a NaN or what is wrong with an answer."""
+    values = tuple(found["value"].sel(metric=name).to_numpy().tolist())
+    why = found["left_out"].sel(metric=name).to_numpy().tolist()
+    noted = found["note"].sel(variant=list(NEEDS[name])).transpose("example", "variant").to_numpy().tolist()
+    notes = (next((note for note in some if note), "") for some in noted)
+    reasons = tuple(reason or note for reason, note in zip(why, notes, strict=True))
+    ids, tasks = zip(*((example.id, example.task) for example in examples), strict=True)
+    return Outcomes(ids, tasks, values, reasons)
 
 
 def _dataset(

@@ -3,7 +3,8 @@
 A whole tensor gets no gradient: `requires_grad` is off, and trainers leave it out of the optimizer. A head, a kv
 head or a neuron shares its tensors with units that do train: its rows or columns of the gradient are set to 0 before
 anything reads them (clipping, accumulation, all-reduce), and after every optimizer step their values are put back bit
-for bit, which undoes weight decay and momentum. Source: the necessity experiment of 2602.12395 (whole layers only).
+for bit, which undoes weight decay and momentum. What writes outside a step, as schedule-free optimizers do, is undone
+or refused by name (`interp.freezing.guard`). Source: the necessity experiment of 2602.12395 (whole layers only).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from transformers import PreTrainedModel
 
 from hooks import Address, FrankenlensError, HookedVLM, weight_slices
 from hooks.unopened import unopened_anatomy
+from interp.freezing.fingerprint import Fingerprint
+from interp.freezing.guard import Guard
 from interp.freezing.refusals import (
     adapter_message,
     adapter_of,
@@ -36,14 +39,16 @@ from interp.freezing.refusals import (
     sharded,
     sharded_message,
 )
-from interp.freezing.rows import AXES, Rows, digest, rows_of, trained_part
+from interp.freezing.rows import AXES, Rows, rows_of, trained_part
 
 
 class Frozen:
     """Components of a model that keep every bit while the rest is trained; what `freeze` returns.
 
     It acts until `release` is called or its `with` block ends, whoever trains: no argument of the trainer, optimizer or
-    scheduler changes, and the optimizer may be made before or after.
+    scheduler changes, and the optimizer may be made before or after. What writes frozen weights outside a step is
+    undone before they are used or saved, or refused by name where a whole tensor was written (`FrankenlensError`, of
+    the forward, `state_dict` or the optimizer's call).
 
     Attributes:
         model: the user's model.
@@ -59,7 +64,7 @@ class Frozen:
         self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
         self._trainable = {name: p.requires_grad for name, p in self._parameters.items()}
         self._before = {
-            name: digest(trained_part(p, rows.get(name)))
+            name: Fingerprint.of(trained_part(p, rows.get(name)))
             for name, p in tqdm(self._parameters.items(), desc="fingerprints", unit="tensor", delay=1)
         }
         sizes = {name: self._size(name) for name in rows}
@@ -68,6 +73,7 @@ class Frozen:
         self.n_trained -= sum(size for name, size in sizes.items() if self._trainable[name])
         self._had_gradient: dict[tuple[str, bool], Bool[Tensor, ""]] = {}  # (name, of the frozen part)
         self._stepped = False
+        self._guard = Guard({name: self._parameters[name] for name in rows}, rows, self._before)
         self._handles: list[Any] = []
         try:
             self._attach()
@@ -82,6 +88,8 @@ class Frozen:
 
     def release(self) -> None:
         """Let the components be trained again: every hook is taken away and `requires_grad` is as it was."""
+        if self._handles:  # rows that were written since are themselves again
+            self._guard.keep([name for name, own in self._rows.items() if own is not None], "")
         while self._handles:
             self._handles.pop().remove()
         for name in self._rows:
@@ -99,6 +107,9 @@ class Frozen:
 
     def report(self, trained: nn.Module | None = None) -> pd.DataFrame:
         """What training changed, bit for bit, since `freeze`.
+
+        Of a model that was cast in between (`.to(torch.bfloat16)`, `.half()`, `.float()`) the weights are compared with
+        what the cast makes of those at `freeze`: a change below its precision cannot be seen then.
 
         Args:
             trained: where the trained weights are, if not in the model itself: sharded training leaves them in a
@@ -124,10 +135,10 @@ class Frozen:
             own, tensor = self._rows.get(name), now[name]
             part, size, frozen = "all", tensor.numel(), name in self._rows
             if own is not None:
-                same = digest(own.of(tensor)) == digest(own.kept.to(tensor))
+                same = own.are_cast_to(tensor)
                 rows.append((name, str(own), own.kept.numel(), True, same, self._gradient_seen(name, True)))
                 part, size, frozen = f"other {AXES[own.dim]}", size - own.kept.numel(), False
-            same = digest(trained_part(tensor, own)) == self._before[name]
+            same = self._before[name].fits(trained_part(tensor, own))
             rows.append((name, part, size, frozen, same, self._gradient_seen(name, frozen)))
         columns = ["tensor", "part", "weights", "frozen", "identical", "gradient"]
         return pd.DataFrame(rows, columns=columns)
@@ -149,6 +160,7 @@ class Frozen:
             parameter.requires_grad_(own is not None and self._trainable[name])
             if parameter.grad is not None:
                 parameter.grad = None if own is None else own.zeroed(parameter.grad)
+        self._handles += self._guard.attach(self.model)
         me = weakref.ref(self)  # the parameters' own hooks keep this object for as long as they live
 
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -172,6 +184,8 @@ class Frozen:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer) -> None:
         self._require_unwrapped()
+        if (swaps := self._guard.watch_swaps(optimizer)) is not None:
+            self._handles.append(swaps)
         held = _held_by(optimizer)
         for name, parameter in self._parameters.items():
             if id(parameter) not in held:
@@ -193,10 +207,7 @@ class Frozen:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer) -> None:
-        held = _held_by(optimizer)
-        for name, own in self._rows.items():
-            if own is not None and id(self._parameters[name]) in held:
-                own.put_back(self._parameters[name])
+        self._guard.keep_held_by(optimizer, f"{type(optimizer).__name__}.step()")
 
     def _require_unwrapped(self) -> None:
         """Refuses, before anything moves, a model that was wrapped or sharded after it was frozen."""

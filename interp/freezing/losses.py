@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from matplotlib.figure import Figure
 
 from hooks import FrankenlensError
+from interp.results.palette import CONTROL, MIXED, PALE, PARTS, of_model
+from interp.results.picture import Picture, nothing
 from interp.statistics import (
     Interval,
     adjust,
@@ -26,7 +27,8 @@ from interp.statistics import (
 Right = Float[np.ndarray, " question"]
 UNFROZEN = "unfrozen"
 IN = "IN"
-COLOURS = {"region": "#b2182b", "random": "#7f7f7f", "other": "#2166ac", "rerun": "#b8860b"}
+COLOURS = {"region": MIXED, "random": CONTROL, "other": PARTS["mlp"], "rerun": PALE}
+MARKS = {"region": "o", "random": "D", "other": "o", "rerun": "s"}
 MEANING = {
     "region": "region",
     "random": "random layers (control)",
@@ -111,6 +113,13 @@ def losses(
     return table.reindex(columns=front + [column for column in table if column not in front])
 
 
+_CAPTION = (
+    "Accuracy after RL with a component frozen, with its 95 % interval (Wilson's; of a mean over seeds: bootstrap); a "
+    "panel a group of questions. Lines with bands: IN, where RL began (blue, dashed), and RL with nothing frozen "
+    "(red). Grey: the controls, random layers frozen, and nothing frozen with another seed."
+)
+
+
 def task_table(runs: Sequence[Retrained], models: Mapping[str, Right], tasks: Sequence[str]) -> pd.DataFrame:
     """Accuracy of every model on every task.
 
@@ -133,21 +142,23 @@ def task_table(runs: Sequence[Retrained], models: Mapping[str, Right], tasks: Se
     return pd.DataFrame(rows)
 
 
-def plot_losses(table: pd.DataFrame) -> Figure:
+def plot_losses(table: pd.DataFrame) -> Picture:
     """Accuracy of every arm per group of questions, between lines at IN and at the unfrozen run.
 
     With several seeds, the rows of their mean.
     """
+    if table.empty or table["kind"].isin(["in", "unfrozen"]).all():
+        return nothing("Nothing was frozen in any run.")
     seed = "mean" if (table["rl_seed"] == "mean").any() else table["rl_seed"].iloc[0]
     table = table.loc[table["rl_seed"] == seed]
     groups = table["group"].drop_duplicates().tolist()
     arms = table.loc[~table["kind"].isin(["in", "unfrozen"]), "arm"].drop_duplicates().tolist()[::-1]
     height = 1.9 + 0.32 * len(arms)
-    figure = Figure(figsize=(1.6 + 3.4 * len(groups), height), layout="constrained")
+    figure = Picture(_CAPTION, figsize=(1.6 + 3.4 * len(groups), height))
     axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for ax, group in zip(axes, groups, strict=True):
         here = table[table["group"] == group].set_index("arm")
-        for name, colour, style in ((IN, "#1b7837", "--"), (UNFROZEN, "black", "-")):
+        for name, colour, style in ((IN, of_model("in"), "--"), (UNFROZEN, of_model("rl"), "-")):
             row = here.loc[name]
             ax.axvspan(100 * row["low"], 100 * row["high"], color=colour, alpha=0.1, lw=0)
             label = f"{'RL, nothing frozen' if name == UNFROZEN else name}, 95 %"
@@ -157,7 +168,8 @@ def plot_losses(table: pd.DataFrame) -> Figure:
             value = 100 * some["accuracy"]
             ends = np.stack([value - 100 * some["low"], 100 * some["high"] - value])
             y = [arms.index(name) for name in some.index]
-            ax.errorbar(value, y, xerr=ends, fmt="o", ms=4, lw=1.2, color=COLOURS[kind], label=MEANING[kind])
+            how = {"fmt": MARKS[kind], "color": COLOURS[kind], "label": MEANING[kind]}
+            ax.errorbar(value, y, xerr=ends, ms=4, lw=1.2, **how)
         ax.set(title=group, xlabel="accuracy, %", ylim=(-0.6, len(arms) - 0.4))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(arms)), arms)

@@ -52,6 +52,14 @@ def sharded_message(name: str, part: str) -> str:
     )
 
 
+def written_message(name: str, by: str) -> str:
+    return (
+        f"{name} is frozen, and {by} wrote it: so do optimizers that swap weights in .train() and .eval() "
+        "(schedule-free ones) and were stepped before the freezing, averaging, load_state_dict and merging. Make the "
+        "optimizer after freezing, so that it holds nothing of it; or release(), and freeze what is there now"
+    )
+
+
 def launched_sharded() -> bool:
     """What `accelerate launch` announces."""
     return any(os.environ.get(key, "").lower() == "true" for key in _ANNOUNCED)

@@ -1,14 +1,15 @@
-"""Rows or columns of a parameter that keep their values, and fingerprints of tensors."""
+"""Rows or columns of a parameter that keep their values."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
+
+from interp.freezing.fingerprint import casts, same_bits
 
 AXES = ("rows", "columns")
 
@@ -33,6 +34,16 @@ class Rows:
     def rest(self, parameter: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """A copy of the other rows."""
         return parameter.detach().index_select(self.dim, self.others.to(parameter.device))
+
+    def are_in(self, parameter: Shaped[Tensor, "..."]) -> bool:
+        """Whether a parameter has the kept values, in its own type."""
+        own = self.of(parameter)
+        return same_bits(own, self.kept.to(own))
+
+    def are_cast_to(self, parameter: Shaped[Tensor, "..."]) -> bool:
+        """Whether a parameter has what casts make of the kept values."""
+        own = self.of(parameter)
+        return any(same_bits(own, one) for one in casts(self.kept, own))
 
     def put_back(self, parameter: Shaped[Tensor, "..."]) -> None:
         """Write the kept values into the parameter."""
@@ -61,11 +72,6 @@ def rows_of(parameter: Shaped[Tensor, "..."], places: Sequence[tuple[int | None,
 
 def trained_part(parameter: Shaped[Tensor, "..."], own: Rows | None) -> Shaped[Tensor, "..."]:
     return parameter if own is None else own.rest(parameter)
-
-
-def digest(tensor: Shaped[Tensor, "..."]) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").digest()
 
 
 def _runs(index: Sequence[int]) -> list[tuple[int, int]]:

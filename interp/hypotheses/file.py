@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from hooks.errors import FrankenlensError, nearest
+from hooks.whereabouts import require_file
 from interp.hypotheses.claim import Claim, ClaimError, Family
 from interp.hypotheses.held_out import examples_of
 
@@ -42,6 +43,7 @@ def read_claims(path: Path | str) -> Family:
             outside (0, 1), ...; says in which line.
     """
     path = Path(path)
+    require_file(path, "a YAML file of claims: frankenlens test CLAIMS")
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:

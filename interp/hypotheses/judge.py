@@ -174,7 +174,7 @@ def _design(
 def _untestable(d: np.ndarray) -> str:
     n = int((~np.isnan(d)).sum())
     if n < MIN_TESTED:
-        return f"{n} examples have a value; a verdict takes {MIN_TESTED}"
+        return f"{n} examples have a value; a verdict takes {MIN_TESTED}: give more (--n)"
     return "every example has the same value" if np.isnan(one_sided(d)[0]) else ""
 
 

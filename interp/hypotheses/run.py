@@ -88,7 +88,8 @@ def put_to_test(
         decisions = find_decisions(pair, examples, family.decision, **settings, progress=progress)
         if not len(decisions):
             why = "; ".join(f"{n}: {reason}" for reason, n in decisions.excluded.items())
-            refused = {c.name: f"no prompt has the decision {family.decision!r} ({why})" for c in needing}
+            none = f"no prompt has the decision {family.decision!r} ({why}); {decisions.ways_on}"
+            refused = dict.fromkeys((claim.name for claim in needing), none)
             decisions = None
         elif any(claim.quantity == "recovery" for claim in needing):
             reason = recovery_refused(decisions, null_pair_denominator(pair, decisions, seed, batch_size))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.anatomy import Block
+from interp import regions
 from interp.knockout.places import Place, place_label, require_patches, require_place
-from interp.localization import swap
 
 TOWERS = ("text", "vision")
 MASSES = ("renormalized", "lost")
@@ -111,12 +111,12 @@ def layers_label(cut: Knockout) -> str:
 
 def singles(cut: Knockout, n_layers: int) -> list[Knockout]:
     """The cut in each layer alone."""
-    return [replace(cut, layers=(one.first, one.last)) for one in swap.singles(n_layers)]
+    return _in_runs(cut, regions.singles(n_layers))
 
 
 def suffixes(cut: Knockout, n_layers: int) -> list[Knockout]:
     """For each layer k, the cut in every layer from k on."""
-    return [replace(cut, layers=(one.first, one.last)) for one in swap.suffixes(n_layers)]
+    return _in_runs(cut, regions.suffixes(n_layers))
 
 
 def windows(cut: Knockout, n_layers: int, width: int) -> list[Knockout]:
@@ -129,8 +129,7 @@ def windows(cut: Knockout, n_layers: int, width: int) -> list[Knockout]:
         >>> [cut.name for cut in fl.knockout.windows(fl.Knockout("image", "decision"), 4, 3)]
         ['image -> decision @ 0-2', 'image -> decision @ 1-3']
     """
-    _require_width(width, n_layers)
-    return [replace(cut, layers=(one.first, one.last)) for one in swap.windows(n_layers, width)]
+    return _in_runs(cut, regions.windows(n_layers, width))
 
 
 def around(cut: Knockout, n_layers: int, width: int) -> list[Knockout]:
@@ -143,17 +142,11 @@ def around(cut: Knockout, n_layers: int, width: int) -> list[Knockout]:
         >>> [cut.layers for cut in fl.knockout.around(fl.Knockout("image", "decision"), 4, 3)]
         [(0, 1), (0, 2), (1, 3), (2, 3)]
     """
-    _require_width(width, n_layers)
-    before, after = (width - 1) // 2, width // 2
-    return [
-        replace(cut, layers=(max(0, layer - before), min(n_layers - 1, layer + after)))
-        for layer in range(n_layers)
-    ]
+    return _in_runs(cut, regions.around(n_layers, width))
 
 
-def _require_width(width: int, n_layers: int) -> None:
-    if not 1 <= width <= n_layers:
-        raise FrankenlensError(f"windows of {width} layers: the tower has {n_layers}; give 1 to {n_layers}")
+def _in_runs(cut: Knockout, runs: Sequence[regions.Span]) -> list[Knockout]:
+    return [replace(cut, layers=run) for run in runs]
 
 
 def blocks_of(vlm: HookedVLM, cut: Knockout) -> Sequence[Block]:

@@ -12,11 +12,12 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from interp.decision import Change, changed_weights
-from interp.lens.logit_lens import along, divergence, log_probabilities, require_top_k
+from interp.lens.logit_lens import along, log_probabilities, require_top_k
 from interp.lens.streams import Streams, read_streams, resolve_layers
 from interp.lens.tokens import Tokens, Where, tokens_of
 from interp.pair.pair import Pair
 from interp.prompts import Prompt
+from interp.statistics import distributions
 
 Nulls = Mapping[str, tuple[HookedVLM, Change]]
 
@@ -84,7 +85,10 @@ def _apart(before: Streams, after: Streams, layers: Sequence[int], top_k: int, p
         for at, layer in enumerate(layers):
             old, new = (log_probabilities(side, layer, some)[1] for side in (before, after))
             new = new.to(old.device)
-            kl[at, some], reverse[at, some] = divergence(new, old).cpu(), divergence(old, new).cpu()
+            kl[at, some], reverse[at, some] = (
+                distributions.kl(new, old).cpu(),
+                distributions.kl(old, new).cpu(),
+            )
             best = [side.topk(top_k, dim=-1).indices for side in (old, new)]
             both = (best[0][:, :, None] == best[1][:, None, :]).any(-1)
             overlap[at, some] = both.double().mean(-1).cpu()

@@ -24,6 +24,7 @@ from interp.lens.tokens import Where, tokens_of, words
 from interp.lens.tuned_lens import TunedLens
 from interp.pair.pair import Pair
 from interp.prompts import Prompt
+from interp.statistics import distributions
 
 MODELS = ("in", "rl")
 
@@ -121,8 +122,8 @@ def spell(
             best = logits.topk(top_k, dim=-1)
             ids[at, some], logit[at, some] = best.indices.cpu(), best.values.cpu()
             probability[at, some] = logp.gather(-1, best.indices).exp().cpu()
-            entropy[at, some] = -(logp.exp() * logp).nansum(-1).cpu()
-            kl[at, some] = divergence(final, logp).cpu()
+            entropy[at, some] = distributions.entropy(logp).cpu()
+            kl[at, some] = distributions.kl(final, logp).cpu()
             if targets is not None:
                 own = logp.gather(-1, targets[some].to(logp.device)[:, None])
                 target_logp[at, some] = own[:, 0].cpu()
@@ -149,16 +150,11 @@ def spell(
 def log_probabilities(
     streams: Streams, layer: int, some: slice, tuned: TunedLens | None = None
 ) -> tuple[Float[Tensor, "token vocab"], Float[Tensor, "token vocab"]]:
-    """Logits and log-probabilities (float32 or wider) of a layer at some tokens."""
+    """Logits (float32 or wider) and log-probabilities (float64) of a layer at some tokens."""
     stream = streams.values[layer][some]
     logits = streams.head(stream if tuned is None else tuned(layer, stream))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits, logits.log_softmax(-1)
-
-
-def divergence(p: Float[Tensor, "*n vocab"], q: Float[Tensor, "*n vocab"]) -> Float[Tensor, "*n"]:
-    """KL(p || q) in nats, of log-probabilities."""
-    return torch.nn.functional.kl_div(q, p.to(q.device), reduction="none", log_target=True).nansum(-1)
+    return logits, distributions.log_probabilities(logits)
 
 
 def _lens_of(tuned: TunedLens | Mapping[str, TunedLens] | None, name: str) -> TunedLens | None:

@@ -22,11 +22,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.whereabouts import require_file
 from interp.lens.streams import Streams, read_streams, resolve_layers
 from interp.lens.tokens import Tokens, Where, tokens_of
 from interp.pair.pair import weights_sha256
 from interp.prompts import Prompt
 from interp.results.whole import write_whole
+from interp.statistics import distributions
 
 _KIND = "frankenlens tuned lens 1"
 
@@ -103,6 +105,7 @@ class TunedLens:
         Raises:
             FrankenlensError: no such file, no tuned lens, a damaged one, or a lens of another model.
         """
+        require_file(path, "a lens that TunedLens.save wrote")
         try:
             with safe_open(str(path), framework="pt") as file:
                 about = file.metadata() or {}
@@ -209,13 +212,13 @@ def _gradients(
     """Gradients of KL(output || lens), summed over layers, into weight and bias alone; the mean over layers."""
     weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
     with torch.no_grad():
-        target = streams.head(streams.final[drawn]).float().log_softmax(-1)
+        target = distributions.log_probabilities(streams.head(streams.final[drawn]))
     total = 0.0
     for at, layer in enumerate(layers):
         with torch.enable_grad():
             own = weight.detach()[at].requires_grad_(), bias.detach()[at].requires_grad_()
-            spelt = streams.head(_mapped(streams.values[layer][drawn], *own)).float().log_softmax(-1)
-            loss = torch.nn.functional.kl_div(spelt, target, reduction="batchmean", log_target=True)
+            spelt = streams.head(_mapped(streams.values[layer][drawn], *own))
+            loss = distributions.kl(target, distributions.log_probabilities(spelt)).mean()
             weight.grad[at], bias.grad[at] = torch.autograd.grad(loss, own)
         total += loss.item()
     return total / len(layers)

@@ -2,6 +2,7 @@
 
 from interp.localization.ablation import KINDS, Ablation, ablate, layers_of
 from interp.localization.accuracy import accuracy
+from interp.localization.changes import RULES, with_changes
 from interp.localization.outcomes import AMONG, OUTCOMES, Grader, layer_contributions, outcome, outcome_shares
 from interp.localization.pairs import SYNTHETIC, FunctionPairs, folder_pairs, synthetic_pairs
 from interp.localization.swap import Swap, singles, suffixes, swap_hooks, vision_swap, windows
@@ -11,6 +12,7 @@ __all__ = [
     "AMONG",
     "KINDS",
     "OUTCOMES",
+    "RULES",
     "SYNTHETIC",
     "Ablation",
     "FunctionPairs",
@@ -31,4 +33,5 @@ __all__ = [
     "synthetic_pairs",
     "vision_swap",
     "windows",
+    "with_changes",
 ]

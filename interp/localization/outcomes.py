@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import xarray as xr
+from jaxtyping import Float
 
 from hooks.errors import FrankenlensError
 from interp.questions.examples import Example
@@ -77,8 +78,9 @@ def outcome_shares(found: xr.Dataset, among: str = "differing", confidence: floa
         confidence: of the intervals.
 
     Returns:
-        Columns swap, first, last, what, function ("all": together), outcome ("changed": source or broke, the paper's
-        change rate), value, low, high, n, left_out.
+        Columns swap, first, last, what, function ("all": together), outcome ("changed": source or broke, or what
+        `interp.localization.changes.with_changes` took for changed; the paper's change rate), value, low, high, n,
+        left_out.
 
     Raises:
         FrankenlensError: another `among`.
@@ -89,7 +91,8 @@ def outcome_shares(found: xr.Dataset, among: str = "differing", confidence: floa
             values = chosen["outcome"].isel(swap=k).to_numpy()
             there = values[~np.isnan(values)]
             labels = {label: int((there == i).sum()) for i, label in enumerate(OUTCOMES)}
-            for label, count in {**labels, "changed": len(there) - labels["unchanged"]}.items():
+            changed = int(np.nansum(_changed(chosen)[k]))
+            for label, count in {**labels, "changed": changed}.items():
                 share = wilson_interval(count, len(there), confidence=confidence)
                 rows.append(
                     {
@@ -129,15 +132,23 @@ def layer_contributions(found: xr.Dataset, among: str = "differing", **settings)
         )
     rows = []
     for name, chosen in by_function(_counted(found, among), "function"):
-        values = chosen["outcome"].transpose("swap", "example").to_numpy()
-        changed = np.where(np.isnan(values), np.nan, values != OUTCOMES.index("unchanged"))
+        changed = _changed(chosen)
         behind = np.concatenate([changed[1:], np.where(np.isnan(changed[-1:]), np.nan, 0.0)])
         difference = bootstrap_mean(changed - behind, **settings)
         for k, layer in enumerate(firsts.tolist()):
             ends = {end: float(getattr(difference, end)[k]) for end in ("value", "low", "high")}
             n = int(difference.n[k])
-            rows.append({"layer": layer, "function": name, **ends, "n": n, "left_out": values.shape[1] - n})
+            rows.append({"layer": layer, "function": name, **ends, "n": n, "left_out": changed.shape[1] - n})
     return pd.DataFrame(rows)
+
+
+def _changed(found: xr.Dataset) -> Float[np.ndarray, "swap example"]:
+    """1 where an answer changed, NaN where it does not count; by the rule that the dataset holds, if any."""
+    values = found["outcome"].transpose("swap", "example").to_numpy()
+    if "changed" in found:
+        rule = found["changed"].transpose("swap", "example").to_numpy()
+        return np.where(np.isnan(values), np.nan, rule)
+    return np.where(np.isnan(values), np.nan, values != OUTCOMES.index("unchanged"))
 
 
 def _counted(found: xr.Dataset, among: str) -> xr.Dataset:

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.engine import HookContext, HookFunction
+from interp import regions
 from interp.localization.outcomes import NOT_COUNTED, OUTCOMES, Grader, outcome, same_answer
 from interp.pair.generation import greedy_batch
 from interp.prompts import Prompt, PromptBatch, PromptBuilder, collate
@@ -72,7 +73,7 @@ class Swap:
 
 def singles(n_layers: int, what: str = "kv") -> list[Swap]:
     """One swap per layer."""
-    return [Swap(layer, layer, what) for layer in range(n_layers)]
+    return [Swap(*run, what) for run in regions.singles(n_layers)]
 
 
 def suffixes(n_layers: int, what: str = "kv") -> list[Swap]:
@@ -82,17 +83,20 @@ def suffixes(n_layers: int, what: str = "kv") -> list[Swap]:
         >>> [swap.name for swap in fl.localization.suffixes(3)]
         ['kv 0-2', 'kv 1-2', 'kv 2-2']
     """
-    return [Swap(layer, n_layers - 1, what) for layer in range(n_layers)]
+    return [Swap(*run, what) for run in regions.suffixes(n_layers)]
 
 
 def windows(n_layers: int, width: int, what: str = "kv") -> list[Swap]:
     """Every run of `width` neighbouring layers.
 
+    Raises:
+        FrankenlensError: there are not so many layers.
+
     Example:
         >>> [swap.name for swap in fl.localization.windows(4, 3)]
         ['kv 0-2', 'kv 1-3']
     """
-    return [Swap(layer, layer + width - 1, what) for layer in range(n_layers - width + 1)]
+    return [Swap(*run, what) for run in regions.windows(n_layers, width)]
 
 
 def vision_swap(

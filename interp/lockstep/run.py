@@ -176,7 +176,9 @@ def _plain(written: Written) -> dict[str, Any]:
 
 
 def _of_plain(prompt: Prompt, kept: dict[str, Any]) -> Written:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()
+    }
     return Written(prompt.with_tokens(values["tokens"]), **values)
 
 

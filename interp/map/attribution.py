@@ -93,6 +93,7 @@ def attribute(
     unknown = [d for d in directions if d not in DIRECTIONS]
     if unknown:
         raise FrankenlensError(f"{unknown[0]!r} is no direction; choose of {', '.join(DIRECTIONS)}.")
+    decisions.require_some()
     prompts = {"in": decisions.prompts, "rl": decisions.prompts}
     ways = {d: DIRECTIONS[d] for d in directions}
     models = {"in": pair.in_, "rl": pair.rl}
@@ -229,7 +230,7 @@ def _attribute(
 ) -> xr.Dataset:
     first = next(iter(prompts.values()))
     if not first:
-        raise FrankenlensError("no prompt qualifies for this decision, so there is nothing to attribute.")
+        raise FrankenlensError("no prompts are given, so there is nothing to attribute.")
     unknown = [point for point in points if point not in ATTRIBUTED]
     if unknown:
         raise FrankenlensError(f"{unknown[0]!r} cannot be attributed; choose of {', '.join(ATTRIBUTED)}.")

@@ -76,6 +76,7 @@ def component_map(
     for direction in directions:
         if direction not in DIRECTIONS:
             raise FrankenlensError(f"{direction!r} is no direction; choose of {', '.join(DIRECTIONS)}.")
+    decisions.require_some()
     prompts = {"in": decisions.prompts, "rl": decisions.prompts}
     models = {"in": pair.in_, "rl": pair.rl}
     ways = {d: DIRECTIONS[d] for d in directions}
@@ -148,9 +149,7 @@ def _map(
 ) -> xr.Dataset:
     first = next(iter(prompts.values()))
     if not first:
-        raise FrankenlensError(
-            "no prompt qualifies for this decision, so there is nothing to patch; see its counts."
-        )
+        raise FrankenlensError("no prompts are given, so there is nothing to patch.")
     roles = roles_of(first, roles)
     for vlm in models.values():
         vlm.require("positions", "a component map")

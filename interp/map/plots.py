@@ -19,6 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from interp.map.summary import headline, strongest
+from interp.results.palette import CONTROL, EFFECT, INK, MISSING, MIXED, PALE
+from interp.results.picture import LAYER, Picture, nothing
 from interp.statistics import interval_text
 
 DIRECTIONS = {
@@ -37,8 +39,18 @@ TITLES = {
     "vision": "vision",
 }
 _ROLES = ("image", "question", "template", "reasoning", "answer", "decision", "all")
-_MISSING = "#d9d9d9"
-_COLOURS = "RdBu_r"
+_MAP = (
+    "Recovery when the donor's activation of one component is put into the other model, at the tokens of one role: 1 "
+    "(deep purple) brings the donor's decision, 0 changes nothing, orange goes against it; the colours grow with the "
+    "square root. A line a direction; maps of layer by role, and of layer by head at the decision. Pale and struck "
+    "through: the {level} interval includes 0. Dot: not told apart from the donor on another example. Grey: no example "
+    "has such tokens. Layers, heads and vision blocks count from 0."
+)
+_STRONGEST = (
+    "The components with the strongest {what} of one direction, each at the tokens where it acts most, with its "
+    "interval (purple), and the control, the donor on another example (grey). They are the strongest of many, so "
+    "biased upward. Layers and heads count from 0."
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class _Panel:
     control: Bool[np.ndarray, "row column"]
 
 
-def plot_map(summary: xr.Dataset) -> Figure:
+def plot_map(summary: xr.Dataset) -> Picture:
     """Recovery of every component, one line of heat maps per direction.
 
     Layer by role for the residual stream, attention and MLP; layer by head at the decision; vision blocks and
@@ -76,7 +88,8 @@ def plot_map(summary: xr.Dataset) -> Figure:
     text = textwrap.wrap(denominator_text(summary), int(16 * sum(widths)))
     notes = 3 if sum(widths) > 6.5 else 1  # of the legend, side by side
     heights = [0.15 + 0.17 * len(text), *[height] * len(directions), 0.2 + 0.5 / notes]
-    figure = Figure(figsize=(sum(widths) + 1.2, sum(heights)), layout="constrained")
+    caption = _MAP.format(level=f"{100 * summary.attrs['confidence']:.0f} %")
+    figure = Picture(caption, figsize=(sum(widths) + 1.2, sum(heights)))
     head, *lines, legend = _stacked(figure, heights)
     head.text(0.01, 0.5, "\n".join(text), va="center", fontsize=9)
     norm = _scale(summary)
@@ -90,7 +103,7 @@ def plot_map(summary: xr.Dataset) -> Figure:
     return figure
 
 
-def plot_strongest(summary: xr.Dataset, direction: str, k: int = 10) -> Figure:
+def plot_strongest(summary: xr.Dataset, direction: str, k: int = 10) -> Picture:
     """The `k` strongest components (`interp.map.summary.strongest`) with intervals, beside the control.
 
     Where recovery is refused, the effects are shown instead, in the metric's units.
@@ -102,17 +115,20 @@ def plot_strongest(summary: xr.Dataset, direction: str, k: int = 10) -> Figure:
     """
     table = strongest(summary, direction, k)
     refused = bool(summary.attrs["refused"])
-    figure = Figure(figsize=(6.8, 1.0 + 0.32 * max(len(table), 1)), layout="constrained")
+    if table.empty:
+        return nothing("No component was patched on any example.")
+    caption = _STRONGEST.format(what="effects" if refused else "recoveries")
+    figure = Picture(caption, figsize=(6.8, 1.0 + 0.32 * len(table)))
     axes = figure.add_subplot()
     places = np.arange(float(len(table)))[::-1]
-    axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    axes.axvline(0, color=CONTROL, linewidth=0.8, zorder=0)
     if refused:
-        _draw_intervals(axes, table, "effect_mean", places, "#b2182b", "the donor on this example")
+        _draw_intervals(axes, table, "effect_mean", places, MIXED, "the donor on this example")
     else:
         _draw_intervals(
-            axes, table, "control_other_recovery", places - 0.2, "0.6", "the donor on another example"
+            axes, table, "control_other_recovery", places - 0.2, CONTROL, "the donor on another example"
         )
-        _draw_intervals(axes, table, "recovery", places + 0.12, "#b2182b", "the donor on this example")
+        _draw_intervals(axes, table, "recovery", places + 0.12, MIXED, "the donor on this example")
         figure.legend(loc="outside lower right", fontsize=7, frameon=False, ncols=2)
     labels = [
         f"{component}  ·  {role}" for component, role in zip(table["component"], table["role"], strict=True)
@@ -143,14 +159,8 @@ def _direction_title(summary: xr.Dataset, direction: str) -> str:
     return f"{DIRECTIONS.get(direction, direction)}   (n = {n})"
 
 
-def _refusal(summary: xr.Dataset) -> Figure:
-    figure = Figure(figsize=(9, 1.3), layout="constrained")
-    axes = figure.add_subplot()  # notebooks show no figure that is without axes
-    axes.set_axis_off()
-    text = f"No recovery is given: {summary.attrs['refused']}."
-    axes.text(0, 0.65, "\n".join(textwrap.wrap(text, 95)), fontsize=10, va="center", fontweight="bold")
-    axes.text(0, 0.1, "\n".join(textwrap.wrap(denominator_text(summary), 130)), fontsize=8, va="center")
-    return figure
+def _refusal(summary: xr.Dataset) -> Picture:
+    return nothing(f"No recovery is given: {summary.attrs['refused']}. {denominator_text(summary)}.")
 
 
 def _stacked(figure: Figure, heights: Sequence[float]) -> list[SubFigure]:
@@ -192,7 +202,7 @@ def _by_role(one: xr.Dataset, point: str) -> _Panel:
     roles += [str(role) for role in part["role"].to_numpy() if role not in roles]
     part = part.sel(role=roles).sortby("layer").transpose("component", "role", ...)
     layers = tuple(str(layer) for layer in part["layer"].to_numpy())
-    return _Panel(TITLES[point], "tokens", "layer", layers, tuple(roles), *_cells(part))
+    return _Panel(TITLES[point], "tokens", LAYER, layers, tuple(roles), *_cells(part))
 
 
 def _by_head(one: xr.Dataset, point: str) -> _Panel:
@@ -207,7 +217,7 @@ def _by_head(one: xr.Dataset, point: str) -> _Panel:
         grid[layer, head] = cells
     rows, columns = (tuple(str(i) for i in range(n)) for n in shape)
     across = "expert" if point == "expert" else "head"
-    return _Panel(f"{TITLES[point]}, {role}", across, "layer", rows, columns, *grids)
+    return _Panel(f"{TITLES[point]}, {role}", across, LAYER, rows, columns, *grids)
 
 
 def _vision(one: xr.Dataset) -> _Panel:
@@ -216,7 +226,7 @@ def _vision(one: xr.Dataset) -> _Panel:
     part = part.sel(role=kept or [str(part["role"].to_numpy()[0])]).transpose("component", "role", ...)
     rows = tuple(str(name).replace("vision.blocks.", "") for name in part["component"].to_numpy())
     columns = tuple(str(role) for role in part["role"].to_numpy())
-    return _Panel(TITLES["vision"], "tokens", "block", rows, columns, *_cells(part))
+    return _Panel(TITLES["vision"], "tokens", "block (from 0)", rows, columns, *_cells(part))
 
 
 def _cells(part: xr.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -239,7 +249,7 @@ def _scale(summary: xr.Dataset) -> Normalize:
 
 
 def _draw_bar(line: SubFigure, axes: list[Axes], norm: Normalize) -> None:
-    colours = ScalarMappable(norm, _COLOURS)
+    colours = ScalarMappable(norm, EFFECT)
     bar = line.colorbar(colours, ax=axes, extend="both", pad=0.01, aspect=28, shrink=0.9)
     bar.set_ticks([-1, -0.5, -0.2, -0.05, 0, 0.05, 0.2, 0.5, 1])
     bar.ax.minorticks_off()
@@ -248,8 +258,8 @@ def _draw_bar(line: SubFigure, axes: list[Axes], norm: Normalize) -> None:
 
 
 def _draw_panel(axes: Axes, panel: _Panel, norm: Normalize) -> None:
-    axes.set_facecolor(_MISSING)
-    colours = matplotlib.colormaps[_COLOURS](norm(np.nan_to_num(panel.recovery)))
+    axes.set_facecolor(MISSING)
+    colours = matplotlib.colormaps[EFFECT](norm(np.nan_to_num(panel.recovery)))
     pale = panel.unsure[..., None]
     colours = np.where(pale, 0.35 * colours + 0.65, colours)
     colours[..., 3] = ~np.isnan(panel.recovery)
@@ -258,12 +268,12 @@ def _draw_panel(axes: Axes, panel: _Panel, norm: Normalize) -> None:
         axes.plot(
             [column - 0.5, column + 0.5],
             [row - 0.5, row + 0.5],
-            color="0.75",
+            color=PALE,
             linewidth=0.4,
             solid_capstyle="butt",
         )
     rows, columns = np.nonzero(panel.control)
-    axes.plot(columns, rows, ".", color="black", markersize=3.5, linestyle="none")
+    axes.plot(columns, rows, ".", color=INK, markersize=3.5, linestyle="none")
     axes.set_title(panel.title, fontsize=8)
     step = -(-len(panel.rows) // 14)
     axes.set_yticks(range(0, len(panel.rows), step), panel.rows[::step], fontsize=7)
@@ -283,9 +293,9 @@ def _draw_legend(legend: SubFigure, summary: xr.Dataset, columns: int) -> None:
     matched = "not told apart from the donor on another example"
     legend.legend(
         handles=[
-            Patch(facecolor="#f7f7f7", edgecolor="0.75", hatch="//", label=f"{level} interval includes 0"),
-            Line2D([], [], color="black", marker=".", linestyle="none", label=matched),
-            Patch(facecolor=_MISSING, label="no example has such tokens"),
+            Patch(facecolor="#f7f7f7", edgecolor=PALE, hatch="//", label=f"{level} interval includes 0"),
+            Line2D([], [], color=INK, marker=".", linestyle="none", label=matched),
+            Patch(facecolor=MISSING, label="no example has such tokens"),
         ],
         loc="center left",
         ncols=columns,

@@ -16,6 +16,7 @@ from hooks import HookedVLM
 from hooks.errors import FrankenlensError, nearest
 from hooks.extras import require_installed
 from hooks.processors import load_processor, tokenizer_of
+from hooks.whereabouts import require_checkpoint
 from interp.pair.adapter import LOST, ROUNDING, is_adapter, merge_adapter, read_adapter
 from interp.pair.agreement import (
     Difference,
@@ -63,6 +64,7 @@ class Pair:
         template: str | None = None,
         system: str | None = None,
         accept: Sequence[str] = (),
+        instruction: str = "",
     ) -> None:
         self.in_, self.rl, self.base = in_, rl, base
         others = {name: other for name, other in self.models.items() if name != "in"}
@@ -75,7 +77,7 @@ class Pair:
         _require_known(accept, [one for found in self.differences.values() for one in found])
         processor = _processor(in_, "IN")
         trace_format = _with_ends(trace_format or TraceFormat(), self.models, tokenizer_of(processor))
-        self.builder = PromptBuilder(processor, trace_format, template, system, in_.n_logits)
+        self.builder = PromptBuilder(processor, trace_format, template, system, in_.n_logits, instruction)
 
     @classmethod
     def from_pretrained(
@@ -90,6 +92,7 @@ class Pair:
         template: str | None = None,
         system: str | None = None,
         accept: Sequence[str] = (),
+        instruction: str = "",
         **kwargs: Any,
     ) -> Pair:
         """Load the models; folders or repository ids, safetensors only.
@@ -98,7 +101,7 @@ class Pair:
             rl_path: a checkpoint, or the folder of a PEFT adapter, which is merged into a second copy of IN; the merged
                 model computes what the adapted one does, on the prompt that IN was opened with.
             dtype, device_map, kwargs: passed to `HookedVLM.from_pretrained` for every model.
-            trace_format, template, system, accept: see the class.
+            trace_format, template, system, accept, instruction: see the class.
 
         Raises:
             FrankenlensError: a model cannot be loaded, or they are no pair.
@@ -109,6 +112,8 @@ class Pair:
             >>> sorted(pair.models), pair.in_.n_layers
             (['in', 'rl'], 9)
         """
+        for one in (in_path, rl_path, *([] if base is None else [base])):
+            require_checkpoint(one)  # all of them before the first is loaded
         tensors = None
         if is_adapter(rl_path):
             require_installed("an RL checkpoint that is a PEFT adapter", "peft")
@@ -125,7 +130,7 @@ class Pair:
             rl = _opened(in_, rl_path, "RL", loading, not template, accept)
         opened_base = None if base is None else _opened(in_, base, "Base", loading, not template, accept)
         names = [one for one in accept if one not in {loss.name for loss in lost}]
-        pair = cls(in_, rl, opened_base, trace_format, template, system, names)
+        pair = cls(in_, rl, opened_base, trace_format, template, system, names, instruction)
         pair.differences["rl"] += lost
         return pair
 

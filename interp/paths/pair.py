@@ -54,8 +54,7 @@ def pair_paths(
         raise FrankenlensError(f"directions={list(directions)}; choose of {', '.join(DIRECTIONS)}.")
     if senders is None and receivers is None:
         raise FrankenlensError("every path of a model is too many: name senders, receivers or both.")
-    if not len(decisions):
-        raise FrankenlensError("no prompt qualifies for this decision, so there is nothing to patch.")
+    decisions.require_some()
     models, found = {"in": pair.in_, "rl": pair.rl}, []
     for direction in directions:
         donor, recipient = DIRECTIONS[direction]

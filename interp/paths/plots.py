@@ -17,14 +17,27 @@ from matplotlib.patches import FancyArrowPatch, Patch
 
 from hooks import FrankenlensError
 from interp.paths.path import Receiver, parse_sender
+from interp.results.palette import EFFECT, INK, MISSING, PALE
+from interp.results.picture import LAYER, Picture, nothing
 
 DIRECTIONS = {"rl_to_in": "RL → IN", "in_to_rl": "IN → RL", "donor_to_recipient": "donor → recipient"}
-_COLOURS = "RdBu_r"
-_MISSING = "#d9d9d9"
+_NO_PATH = "No path was measured."
+_MAP = (
+    "The direct effect of a sender on each receiver, with all else as it was, {value}; a line a direction, a panel a "
+    "{by}. Purple: towards the donor, orange: away from it; the colours grow with the square root. Pale and struck "
+    "through: the interval includes 0. Dot: not told apart from the donor on another example. Layers and heads count "
+    "from 0."
+)
+_GRAPH = (
+    "The strongest direct paths of each direction whose interval excludes 0, as arrows up the layers, {value}: purple "
+    "towards the donor, orange away from it, wider where stronger. Dashed: not told apart from the donor on another "
+    "example. Layers and heads count from 0."
+)
+_VALUES = {"recovery": "as a share of the whole difference (recovery)", "direct": "in the metric's units"}
 _WIDEST = 4.0  # points, of an arrow
 
 
-def plot_path_map(table: pd.DataFrame) -> Figure:
+def plot_path_map(table: pd.DataFrame) -> Picture:
     """Direct effects, one line of heat maps per direction: a panel for each sender, or for each receiver if fewer.
 
     Receivers stand by layer and by q, k, v of heads or MLP, the logits on top; senders by layer, head or MLP, the
@@ -34,6 +47,8 @@ def plot_path_map(table: pd.DataFrame) -> Figure:
     Args:
         table: of `interp.paths.pair.path_table`.
     """
+    if table.empty:
+        return nothing(_NO_PATH)
     by = "sender" if table["sender"].nunique() <= table["receiver"].nunique() else "receiver"
     key = _value(table)
     across = _receiver_place if by == "sender" else _sender_place
@@ -42,7 +57,7 @@ def plot_path_map(table: pd.DataFrame) -> Figure:
     directions = list(dict.fromkeys(table["direction"]))
     columns, rows = _axes_of([across(name) for name in dict.fromkeys(table[cells])])
     size = (1.6 + len(panels) * (0.9 + 0.21 * len(columns)), 0.9 + len(directions) * (0.9 + 0.22 * len(rows)))
-    figure = Figure(figsize=(max(size[0], 5.0), size[1]), layout="constrained")
+    figure = Picture(_MAP.format(value=_VALUES[key], by=by), figsize=(max(size[0], 5.0), size[1]))
     grid = figure.subplots(len(directions), len(panels), squeeze=False, sharex=True, sharey=True)
     norm = _scale(table[key].to_numpy())
     for line, direction in zip(grid, directions, strict=True):
@@ -55,7 +70,7 @@ def plot_path_map(table: pd.DataFrame) -> Figure:
             axes.set_title(f"{'from' if by == 'sender' else 'to'} {panel}", fontsize=8)
         n = int(table.loc[table["direction"] == direction, "n"].max())
         line[0].set_ylabel(
-            f"{DIRECTIONS.get(direction, direction)} (n = {n})\nlayer of the {cells}", fontsize=8
+            f"{DIRECTIONS.get(direction, direction)} (n = {n})\n{LAYER} of the {cells}", fontsize=8
         )
     _draw_bar(figure, grid, norm, key)
     columns = min(3, max(1, int(figure.get_figwidth() // 2.8)))
@@ -63,7 +78,7 @@ def plot_path_map(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_path_graph(table: pd.DataFrame, k: int = 12) -> Figure:
+def plot_path_graph(table: pd.DataFrame, k: int = 12) -> Picture:
     """The `k` strongest paths of each direction whose interval excludes 0, as arrows up the layers.
 
     Width and colour: recovery where the table has it, else the effect. Dashed: not told apart from the donor on
@@ -78,12 +93,16 @@ def plot_path_graph(table: pd.DataFrame, k: int = 12) -> Figure:
     """
     if k < 1:
         raise FrankenlensError(f"k is {k}; give at least 1.")
+    if table.empty:
+        return nothing(_NO_PATH)
     key = _value(table)
     directions = list(dict.fromkeys(table["direction"]))
-    figure = Figure(figsize=(0.6 + 4.6 * len(directions), 5.6), layout="constrained")
+    sure = table.loc[_sure(table, key)]
+    if sure.empty:
+        return nothing("No path's interval excludes 0, so none is drawn.")
+    figure = Picture(_GRAPH.format(value=_VALUES[key]), figsize=(0.6 + 4.6 * len(directions), 5.6))
     grid = figure.subplots(1, len(directions), squeeze=False)[0]
     columns, _ = _axes_of([_place(str(name)) for name in {*table["sender"], *table["receiver"]}])
-    sure = table.loc[_sure(table, key)]
     norm = _scale(sure[key].to_numpy())
     for axes, direction in zip(grid, directions, strict=True):
         one = sure.loc[sure["direction"] == direction]
@@ -94,9 +113,15 @@ def plot_path_graph(table: pd.DataFrame, k: int = 12) -> Figure:
     _draw_bar(figure, grid, norm, key)
     dashed = "not told apart from the donor on another example"
     handles = [
-        Line2D([], [], color="0.3", linestyle="--", label=dashed),
-        Line2D([], [], linestyle="none", label="5.h1: head 1 of layer 5, its queries where an arrow ends"),
-        Line2D([], [], linestyle="none", label="5.k0, 5.v0: keys, values of kv_head 0"),
+        Line2D([], [], color=INK, linestyle="--", label=dashed),
+        Line2D(
+            [],
+            [],
+            color=INK,
+            linestyle="none",
+            label="5.h1: head 1 of layer 5, its queries where an arrow ends",
+        ),
+        Line2D([], [], color=INK, linestyle="none", label="5.k0, 5.v0: keys, values of kv_head 0"),
     ]
     figure.legend(handles=handles, loc="outside upper center", fontsize=7, frameon=False, ncols=3)
     return figure
@@ -110,7 +135,7 @@ def _scale(values: np.ndarray) -> Normalize:
 
 
 def _draw_bar(figure: Figure, grid: np.ndarray, norm: Normalize, key: str) -> None:
-    bar = figure.colorbar(ScalarMappable(norm, _COLOURS), ax=grid, pad=0.01, aspect=30)
+    bar = figure.colorbar(ScalarMappable(norm, EFFECT), ax=grid, pad=0.01, aspect=30)
     largest = float(norm.vmax or 1.0)
     marks = [share * largest for share in (-1, -0.25, -0.05, 0, 0.05, 0.25, 1)]
     bar.set_ticks(marks, labels=[f"{mark:.2g}" for mark in marks])
@@ -157,7 +182,11 @@ def _axes_of(places: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
         {c for _, c in places}, key=lambda c: (kinds[c[0]], int("0" + c[1:] if c[1:].isdigit() else 0))
     )
     ends = {"embed": -1, "logits": 10**6}
-    return columns, sorted({r for r, _ in places}, key=lambda r: ends.get(r, int(r) if r.isdigit() else 0))
+    deepest = max((int(r) for r, _ in places if r.isdigit()), default=-1)
+    layers = {str(layer) for layer in range(deepest + 1)}  # from 0, whether there is a path or not
+    return columns, sorted(
+        {r for r, _ in places} | layers, key=lambda r: ends.get(r, int(r) if r.isdigit() else 0)
+    )
 
 
 def _draw(
@@ -169,9 +198,9 @@ def _draw(
     labels: tuple[list[str], list[str]],
 ) -> None:
     rows, columns = labels
-    axes.set_facecolor(_MISSING)
+    axes.set_facecolor(MISSING)
     colours = np.zeros((len(rows), len(columns), 4))
-    shades = matplotlib.colormaps[_COLOURS](norm(np.nan_to_num(some[key].to_numpy())))
+    shades = matplotlib.colormaps[EFFECT](norm(np.nan_to_num(some[key].to_numpy())))
     sure, beaten, known = _sure(some, key), _beaten(some, key), some[key].notna().to_numpy()
     for at, (row, column) in enumerate(places):
         if not known[at]:
@@ -179,9 +208,9 @@ def _draw(
         colours[row, column] = shades[at] if sure[at] else 0.35 * shades[at] + 0.65
         if not sure[at]:
             ends = [column - 0.5, column + 0.5], [row - 0.5, row + 0.5]
-            axes.plot(*ends, color="0.75", linewidth=0.4, solid_capstyle="butt")
+            axes.plot(*ends, color=PALE, linewidth=0.4, solid_capstyle="butt")
         elif not beaten[at]:
-            axes.plot(column, row, ".", color="black", markersize=3.5)
+            axes.plot(column, row, ".", color=INK, markersize=3.5)
     axes.imshow(colours, origin="lower", aspect="auto", interpolation="nearest")
     axes.set_xticks(range(len(columns)), columns, fontsize=7, rotation=90)
     step = -(-len(rows) // 16)
@@ -192,9 +221,9 @@ def _draw(
 def _legend() -> list[Any]:
     return [
         Patch(facecolor="#f7f7f7", edgecolor="0.75", hatch="//", label="interval includes 0"),
-        Patch(facecolor=_MISSING, label="no such path"),
+        Patch(facecolor=MISSING, label="no such path"),
         Line2D(
-            [], [], color="black", marker=".", linestyle="none",
+            [], [], color=INK, marker=".", linestyle="none",
             label="not told apart from the donor on another example",
         ),
     ]  # fmt: skip
@@ -214,7 +243,7 @@ def _draw_graph(axes: Axes, one: pd.DataFrame, columns: Sequence[str], key: str,
     beaten = _beaten(one, key)
     for at, row in enumerate(one.to_dict("records")):
         start, stop = nodes[_short(row["sender"])], nodes[_short(row["receiver"])]
-        shade = matplotlib.colormaps[_COLOURS](float(np.clip(norm(row[key]), 0, 1)))
+        shade = matplotlib.colormaps[EFFECT](float(np.clip(norm(row[key]), 0, 1)))
         strength = abs(row[key]) / float(norm.vmax or 1)
         arrow = FancyArrowPatch(
             start, stop, arrowstyle="-|>", mutation_scale=9, shrinkA=11, shrinkB=11, color=shade,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from hooks import Address, FrankenlensError, HookedVLM, weight_slices
 from hooks.weights import WeightSlice
 from interp.map.components import Component, components
-from interp.transfer.grafts import Graft, random_update, require_graftable
+from interp.transfer.grafts import Graft, require_graftable
+from interp.updates import Realized, as_large, random_update, wide_type
 
 CHANGES = ("donor", "random", "rotated")
 NOISES = ("none", "gaussian", "bf16")
@@ -32,7 +33,7 @@ class Plant:
     Attributes:
         components: addresses whose weights change; none makes a null pair.
         change: "donor": the donor's weights; "random": a Gaussian update with the norm of the donor's, slice by slice
-            (in half precision the donor's own update, shuffled: a Gaussian would mostly round away); "rotated":
+            (in half precision the donor's own update, shuffled, and brought to its norm where it rounds); "rotated":
             Gaussian noise of the size of the weights is added and the sum brought back to their norm.
         noise: what befalls every other weight: "none"; "gaussian": an update with the norm of what rounding to bfloat16
             changes, tensor by tensor; "bf16": that rounding.
@@ -69,9 +70,29 @@ class Plant:
         return inside and not self.holds(component)
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """A copy of IN with a plant.
+
+    Attributes:
+        vlm: the model.
+        held: what its weights hold of the change that was asked for, all components together.
+        noise: of the noise.
+    """
+
+    vlm: HookedVLM
+    held: Realized
+    noise: Realized
+
+
 def planted(in_: HookedVLM, donor: HookedVLM, plant: Plant) -> HookedVLM:
-    """A copy of IN with a plant; both models given stay as they are.
+    """A copy of IN with a plant, as `planted_and_measured` makes it."""
+    return planted_and_measured(in_, donor, plant).vlm
+
+
+@torch.no_grad()
+def planted_and_measured(in_: HookedVLM, donor: HookedVLM, plant: Plant) -> Planted:
+    """A copy of IN with a plant, and how much of it the weights hold; both models given stay as they are.
 
     Args:
         in_: what is copied, in memory once more.
@@ -81,7 +102,8 @@ def planted(in_: HookedVLM, donor: HookedVLM, plant: Plant) -> HookedVLM:
 
     Raises:
         FrankenlensError: an address names nothing in the model, or twice the same weights; the donor does not differ
-            there; weights are not in memory (offloaded); rounding would change nothing.
+            there; weights are not in memory (offloaded); rounding would change nothing; IN's type does not hold the
+            plant or the noise (`interp.updates`).
     """
     own, theirs = (dict(vlm.model.named_parameters()) for vlm in (in_, donor))
     offloaded = [name for some in (own, theirs) for name, p in some.items() if p.is_meta]
@@ -98,15 +120,24 @@ def planted(in_: HookedVLM, donor: HookedVLM, plant: Plant) -> HookedVLM:
         )
     model = copy.deepcopy(in_.model)
     new = dict(model.named_parameters())
+    held, noise = Realized(), Realized()
     for name, parameter in new.items():
-        parameter.copy_(_noisy(own[name], plant, name))
+        value, found = _noisy(own[name], plant, name)
+        noise += found
+        parameter.copy_(value)
     for piece in changed:
         part = piece.of(own[piece.parameter])
-        value = _changed(part, piece.of(theirs[piece.parameter]), plant, f"{piece.parameter} {piece.start}")
+        value, found = _changed(
+            part, piece.of(theirs[piece.parameter]), plant, f"{piece.parameter} {piece.start}"
+        )
+        held += found
         piece.of(new[piece.parameter]).copy_(value)
+    dtype = in_.model.dtype
+    held.require(f"the plant in {', '.join(plant.components)}", dtype)
+    noise.require("the noise beside the plant", dtype)
     for one in plant.decoys:
         _permute_neurons(model, in_, one, plant.seed)
-    return HookedVLM(model, in_.processor, check=False)
+    return Planted(HookedVLM(model, in_.processor, check=False), held, noise)
 
 
 def on_grid(weight: Float[Tensor, "..."]) -> bool:
@@ -164,14 +195,17 @@ def _require_a_difference(
         )
 
 
-def _noisy(weight: Float[Tensor, "*shape"], plant: Plant, name: str) -> Float[Tensor, "*shape"]:
+def _noisy(
+    weight: Float[Tensor, "*shape"], plant: Plant, name: str
+) -> tuple[Float[Tensor, "*shape"], Realized]:
     if plant.noise == "none":
-        return weight
+        return weight, Realized()
     if plant.noise == "bf16":
-        return weight.to(torch.bfloat16).to(weight.dtype)
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return weight.to(torch.bfloat16).to(weight.dtype), Realized()
+    wide = weight.to(wide_type(weight))
     noise = _gaussian(wide, _rounding_norm(wide), plant.seed, "noise " + name)
-    return (wide + noise).to(weight.dtype)
+    new = as_large(weight, noise, _seed(plant.seed, "noise " + name))
+    return new, Realized.of(weight, new, noise, directed=False)
 
 
 def _rounding_norm(weight: Float[Tensor, "..."]) -> Float[Tensor, ""]:
@@ -184,18 +218,25 @@ def _rounding_norm(weight: Float[Tensor, "..."]) -> Float[Tensor, ""]:
 
 def _changed(
     own: Float[Tensor, "*shape"], theirs: Float[Tensor, "*shape"], plant: Plant, name: str
-) -> Float[Tensor, "*shape"]:
+) -> tuple[Float[Tensor, "*shape"], Realized]:
+    """The weights with their change, and what they hold of it."""
+    wide = own.to(wide_type(own, theirs))
+    delta = theirs.to(wide) - wide
     if plant.change == "donor":
-        return theirs.to(own)
-    wide = own.to(torch.promote_types(own.dtype, torch.float32))
+        new = theirs.to(own)
+        return new, Realized.of(own, new, delta)
+    seed = _seed(plant.seed, name)
     if plant.change == "random":
-        delta = theirs.to(wide) - wide
-        return (wide + random_update(delta, own.dtype, _seed(plant.seed, name))).to(own.dtype)
+        update = random_update(delta, own.dtype, seed)
+        new = as_large(own, update, seed)
+        return new, Realized.of(own, new, update, directed=False)
     if not wide.any():
-        return own  # biases that were never trained have no direction to turn from
+        return own, Realized()  # biases that were never trained have no direction to turn from
     size = wide.std(correction=0) * wide.numel() ** 0.5
     moved = wide + _gaussian(wide, size, plant.seed, name)
-    return (moved * (wide.norm() / moved.norm())).to(own.dtype)
+    turned = moved * (wide.norm() / moved.norm())
+    new = turned.to(own.dtype)
+    return new, Realized.of(own, new, turned - wide)
 
 
 def _gaussian(

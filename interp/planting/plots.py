@@ -9,37 +9,53 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
-SHOWN = {
-    "patch RL → IN": ("#0072b2", "-"),
-    "patch z RL → IN": ("#56b4e9", "--"),
-    "attribution RL → IN": ("#e69f00", ":"),
-    "graft RL → IN": ("#009e73", "-"),
-    "compare": ("#666666", "--"),
-    "skip": ("#d55e00", "-"),
-    "knockout": ("#cc79a7", "-"),
-}
-"""Methods whose curves are drawn: one of each family, in colours that the colour-blind tell apart."""
+from interp.results.palette import CONTROL, EFFECT, INK, PALE, SERIES, SHARE
+from interp.results.picture import Picture, nothing
+
+SHOWN = dict(
+    zip(
+        (
+            "graft RL → IN",
+            "patch z RL → IN",
+            "attribution RL → IN",
+            "knockout",
+            "compare",
+            "skip",
+            "patch RL → IN",
+        ),
+        zip(SERIES, ("-", "--", ":", "-", "--", "-", "-"), strict=True),
+        strict=True,
+    )
+)
+"""Methods whose curves are drawn: one of each family, with its colour and line."""
+_CAPTION = (
+    "What each method finds in pairs whose change is known. Left: how often a changed component outranks an unchanged "
+    "one (AUROC; 0.5 is chance), by what was planted, n pairs in brackets. Middle: share of null pairs, where nothing "
+    "was learnt, on which the method claims something, by its tests alone and with recoveries refused. Right: single "
+    "changed components by the size of their effect, mean and standard error; grey: smaller than noise."
+)
 FEWEST = 5  # plants in a bin of the curve
 
 
-def plot_found(found: pd.DataFrame, null: pd.DataFrame, alone: pd.DataFrame) -> Figure:
+def plot_found(found: pd.DataFrame, null: pd.DataFrame, alone: pd.DataFrame) -> Picture:
     """AUROC by method and kind, claims on null pairs beside it, and AUROC of single plants by their effect.
 
     Args:
         found, null, alone: `interp.planting.table.found_table`, `null_table`, `by_effect`.
     """
+    if found.empty and null.empty:
+        return nothing("No method was tried on any pair.")
     methods = list(dict.fromkeys([*found["method"], *null["method"]]))
     kinds, nulls = list(dict.fromkeys(found["kind"])), list(dict.fromkeys(null["kind"]))
     wide = 2.2 + 0.62 * (len(kinds) + 2 * len(nulls))
-    figure = Figure(figsize=(wide + 4.4, max(3.6, 0.3 * len(methods) + 1.7)), layout="constrained")
+    figure = Picture(_CAPTION, figsize=(wide + 4.4, max(3.6, 0.3 * len(methods) + 1.7)))
     ratios = [max(1, len(kinds)), *[max(1, len(nulls))] * 2, 6]
     axes = figure.subplots(1, 4, width_ratios=ratios)
     reached = found.assign(auroc=found["auroc"].where(found["in_reach"] > 0))
-    _grid(axes[0], reached, methods, kinds, "auroc", "AUROC by what was planted", "RdBu")
-    _grid(axes[1], null, methods, nulls, "tested", "null pairs with\na claim, by tests alone", "Reds")
-    _grid(axes[2], null, methods, nulls, "claimed", "… and with the\nrefusal of recoveries", "Reds")
+    _grid(axes[0], reached, methods, kinds, "auroc", "AUROC by what was planted", EFFECT)
+    _grid(axes[1], null, methods, nulls, "tested", "null pairs with\na claim, by tests alone", SHARE)
+    _grid(axes[2], null, methods, nulls, "claimed", "… and with the\nrefusal of recoveries", SHARE)
     for one in axes[1:3]:
         one.set_yticklabels([])
     _curves(axes[3], alone)
@@ -56,7 +72,7 @@ def _grid(
     colours: str,
 ) -> None:
     if not columns:
-        axes.axis("off")
+        _say(axes, "no such pair")
         return
     axes.set_title(title, fontsize=9)
     cells = (
@@ -86,12 +102,18 @@ def _grid(
     axes.tick_params(length=0)
 
 
+def _say(axes: Axes, why: str) -> None:
+    """A panel with nothing to draw says so."""
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, why, ha="center", va="center", fontsize=8, wrap=True, transform=axes.transAxes)
+
+
 def _curves(axes: Axes, alone: pd.DataFrame) -> None:
     """Mean of each bin of effects, with its standard error; what a method cannot reach is left out."""
     axes.set_title("changed components within reach, by effect", fontsize=9)
     some = alone.loc[(alone["times_noise"] > 0) & alone["in_reach"].astype(bool)]
     if some.empty:
-        axes.axis("off")
+        _say(axes, "no changed component has an effect that a method reaches")
         return
     ends = np.log10(some["times_noise"].quantile([0.005, 0.995]).to_numpy())
     edges = np.arange(np.floor(2 * ends[0]), np.ceil(2 * ends[1]) + 1) / 2
@@ -111,9 +133,9 @@ def _curves(axes: Axes, alone: pd.DataFrame) -> None:
     axes.set_xlim(10 ** edges[0], 10 ** edges[-1])
     axes.set_ylim(0, 1.03)
     if edges[0] < 0:
-        axes.axvspan(10 ** edges[0], 1, color="0.92", zorder=0)
-        axes.text(0.02, 0.02, "invisible", transform=axes.transAxes, fontsize=7.5, color="0.35")
-    axes.axhline(0.5, color="0.5", lw=0.6)
+        axes.axvspan(10 ** edges[0], 1, color=PALE, alpha=0.35, zorder=0)
+        axes.text(0.02, 0.02, "invisible", transform=axes.transAxes, fontsize=7.5, color=INK)
+    axes.axhline(0.5, color=CONTROL, lw=0.6)
     axes.set_xlabel("effect / 95th percentile of noise pairs", fontsize=8)
     axes.set_ylabel("unchanged components outranked", fontsize=8)
     axes.tick_params(labelsize=8)

@@ -29,6 +29,8 @@ FOUND = (
     *("precision", "precision_low", "precision_high", "auroc_visible", "rank", "found_tested", "found"),
     "refused",
 )
+HELD = ("norm_ratio", "cosine", "noise_ratio")
+"""What the weights of a pair hold of its plant and its noise."""
 NULL = ("kind", "method", "n_pairs", "tested", "claimed", "claimed_low", "claimed_high")
 Scores = Float[np.ndarray, " component"]
 Truth = Bool[np.ndarray, " component"]
@@ -95,7 +97,7 @@ def by_pair(scores: pd.DataFrame, plants: pd.DataFrame) -> pd.DataFrame:
         the changed ones), n_changed, n_in_reach (of these, about which the method says something), n_visible, tested
         (whether the method has p values), claims (components with a corrected p below 0.05), claims_kept (0 where
         recoveries are refused; equal to claims for methods that move nothing), found_tested and found (visible changed
-        components among claims and claims_kept), refused.
+        components among claims and claims_kept), refused; norm_ratio, cosine and noise_ratio, as in `trial`.
     """
     unseen = set(map(tuple, plants.loc[invisible(plants), ["pair", "component"]].to_numpy()))
     rows = []
@@ -125,6 +127,7 @@ def by_pair(scores: pd.DataFrame, plants: pd.DataFrame) -> pd.DataFrame:
                 "found_tested": int((claimed & changed & ~hidden).sum()),
                 "found": int((kept & changed & ~hidden).sum()),
                 "refused": refused,
+                **{name: float(group[name].iloc[0]) for name in HELD},
             }
         )
     return pd.DataFrame(rows)

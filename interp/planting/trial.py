@@ -15,7 +15,7 @@ from interp.decision import DecisionSet, find_decisions, null_pair_denominator, 
 from interp.map.components import Component
 from interp.pair.pair import Pair
 from interp.planting.methods import Method, Subject
-from interp.planting.plants import Plant, planted, told_apart, truth
+from interp.planting.plants import Plant, Planted, planted_and_measured, told_apart, truth
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.statistics import MIN_EXAMPLES, adjust, sign_flips
@@ -36,6 +36,7 @@ def trial(
     trace_format: TraceFormat | None = None,
     template: str | None = None,
     system: str | None = None,
+    instruction: str = "",
 ) -> pd.DataFrame:
     """Every method on the pair of IN and a planted copy of it.
 
@@ -45,14 +46,15 @@ def trial(
         methods: by name.
         among: what the methods choose among; what a plant changed a part of is neither changed nor left alone, and is
             left out.
-        max_new_tokens, batch_size, trace_format, template, system: as everywhere.
+        max_new_tokens, batch_size, trace_format, template, system, instruction: as everywhere.
 
     Returns:
         One row per method and component: score, |mean effect| over the examples that have one (a relative norm for
         `compare`; NaN where the method cannot say); effect; p, of a sign flip test over examples, and p_corrected
         (Holm, over the components of this pair and method), NaN where so few examples could prove nothing
         (`claims_possible`); changed (the truth); n; refused: why no recovery of this pair is given, by the rule of
-        `interp.decision.recovery_refused`; denominator, nats.
+        `interp.decision.recovery_refused`; denominator, nats; norm_ratio and cosine of the plant that the weights hold
+        to the one asked for, noise_ratio of the noise.
 
     Raises:
         FrankenlensError: as `planted`; the plant lies outside the components; no prompt can be scored.
@@ -65,7 +67,7 @@ def trial(
             "heads, MLPs, layers, with `EVERYWHERE` vision blocks and the projector, or with `WITH_EXPERTS` experts"
         )
     among = known
-    with _planted_pair(in_, donor, plant, trace_format, template, system) as pair:
+    with _planted_pair(in_, donor, plant, trace_format, template, system, instruction) as (pair, made):
         settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": False}
         decisions = find_decisions(pair, examples, "soft", **settings)
         if not len(decisions):
@@ -78,7 +80,9 @@ def trial(
             table.insert(0, "method", name)
             table.insert(1, "component", [component.name for component in among])
             tables.append(table.assign(changed=changed, refused=refused if method.moves else ""))
-    return pd.concat(tables, ignore_index=True).assign(n=len(decisions), denominator=_size(decisions))
+    held = {"norm_ratio": made.held.norm_ratio, "cosine": made.held.cosine}
+    held["noise_ratio"] = made.noise.norm_ratio
+    return pd.concat(tables, ignore_index=True).assign(n=len(decisions), denominator=_size(decisions), **held)
 
 
 def effect_of_plant(
@@ -92,6 +96,7 @@ def effect_of_plant(
     trace_format: TraceFormat | None = None,
     template: str | None = None,
     system: str | None = None,
+    instruction: str = "",
 ) -> float:
     """How far a plant moves IN's output, whatever any method says of it.
 
@@ -100,7 +105,7 @@ def effect_of_plant(
         own greedy text (the soft metric's denominator).
     """
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": False}
-    with _planted_pair(in_, donor, plant, trace_format, template, system) as pair:
+    with _planted_pair(in_, donor, plant, trace_format, template, system, instruction) as (pair, _):
         effect = _size(find_decisions(pair, examples, "soft", **settings))
     if not np.isfinite(effect):
         raise FrankenlensError(
@@ -117,12 +122,13 @@ def _planted_pair(
     trace_format: TraceFormat | None,
     template: str | None,
     system: str | None,
-) -> Iterator[Pair]:
-    model = planted(in_, donor, plant)
+    instruction: str,
+) -> Iterator[tuple[Pair, Planted]]:
+    made = planted_and_measured(in_, donor, plant)
     try:
-        yield Pair(in_, model, None, trace_format, template, system)
+        yield Pair(in_, made.vlm, None, trace_format, template, system, instruction=instruction), made
     finally:
-        model.close()
+        made.vlm.close()
 
 
 def _size(found: DecisionSet) -> float:

@@ -29,6 +29,7 @@ class PromptBuilder:
         template: a Jinja chat template to use instead of the processor's own.
         system: a system message put before the question.
         n_logits: how many ids the model has logits for; it may be more than the tokenizer has words.
+        instruction: text put before every question, in the same turn; its tokens have the role `template`.
 
     Attributes:
         text_only: whether it has the tokenizer of a model that sees no images.
@@ -44,8 +45,10 @@ class PromptBuilder:
         template: str | None = None,
         system: str | None = None,
         n_logits: int = 0,
+        instruction: str = "",
     ) -> None:
         self.processor, self.system, self.n_logits = processor, system, n_logits
+        self.instruction = instruction
         self.tokenizer: Any = tokenizer_of(processor)
         if self.tokenizer is None:
             raise FrankenlensError(
@@ -63,6 +66,11 @@ class PromptBuilder:
         if (eos := self.tokenizer.eos_token) and eos not in trace_format.end_of_turn:
             trace_format = replace(trace_format, end_of_turn=(*trace_format.end_of_turn, eos))
         self.trace_format = trace_format
+
+    def with_instruction(self, instruction: str) -> PromptBuilder:
+        """The same builder with other text before every question."""
+        own = (self.trace_format, self.template, self.system, self.n_logits)
+        return PromptBuilder(self.processor, *own, instruction)
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
@@ -191,7 +199,7 @@ class PromptBuilder:
         def said(text: str, before: list[dict[str, Any]]) -> Any:
             return text if self.text_only else [*before, {"type": "text", "text": text}]
 
-        messages = [{"role": "user", "content": said(question, images)}]
+        messages = [{"role": "user", "content": said(self.instruction + question, images)}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": said(self.system, [])})
         return self.processor.apply_chat_template(  # type: ignore[return-value]

@@ -23,6 +23,7 @@ import xarray as xr
 from xarray.backends import H5NetCDFStore
 
 from hooks.errors import FrankenlensError
+from hooks.whereabouts import require_file
 from interp.results.lock import LOCK, locked
 from interp.results.whole import sealed, told, unsealed, write_whole
 
@@ -150,8 +151,7 @@ def load_dataset(path: Path | str) -> xr.Dataset:
     path = Path(path)
     if (path.parent / _READY).is_dir():
         settle(path.parent)
-    if not path.is_file():
-        raise FrankenlensError(f"There is no file {path}; `frankenlens map --out DIR` writes DIR/map.nc.")
+    require_file(path, "map.nc of a result: `frankenlens map --out DIR` writes DIR/map.nc")
     try:
         data = path.read_bytes()
     except OSError as error:

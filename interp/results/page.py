@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from matplotlib.figure import Figure
 
 from interp.results.files import save_dataset
 from interp.results.marks import Scale
+from interp.results.palette import MIXED
+from interp.results.picture import Picture, caption_of
 from interp.statistics import Interval, interval_text
 
 SHOWN = 40  # rows of a table on the page; the file has them all
@@ -62,9 +65,12 @@ class Account:
         return table.assign(**{name: value for name, value in own.items() if name not in table})
 
     def caption(self, figure: Figure) -> Figure:
-        """The figure with the account in small print below; the figure needs layout="constrained"."""
+        """The figure with its caption and the account in small print below; it needs layout="constrained"."""
         width = int(figure.get_size_inches()[0] * 21)
-        figure.supxlabel("\n".join(textwrap.wrap(self.text, width)), x=0.01, ha="left", fontsize=6)
+        told = caption_of(figure)
+        lines = [*textwrap.wrap(told, width), *textwrap.wrap(self.text, width)]
+        figure.set_figheight(figure.get_figheight() + 0.125 * (len(lines) + 1))
+        figure.supxlabel("\n".join(line.replace("$", r"\$") for line in lines), x=0.01, ha="left", fontsize=6)
         return figure
 
 
@@ -90,12 +96,15 @@ class Section:
     Attributes:
         name: its command, e.g. "compare".
         title: a heading.
-        finding: the outcome in a sentence or two, with intervals; its line breaks are kept.
+        finding: the outcome in two or three plain sentences, with n, interval and control; its line breaks are kept. It
+            opens the page.
         account: what it rests on.
-        tables, figures: by file name without suffix; figures carry no caption yet. Tables get the account as columns.
+        tables, figures: by file name without suffix. Tables get the account as columns; figures (`Picture`) are printed
+            with their caption and the account.
         dataset: values per example, if they are kept.
         cells: the dataset's values per cell, tidy, written beside it under its name, as they are.
         digests: what the page shows besides, between figures and tables.
+        details: further findings, in the same form; below the figures.
     """
 
     name: str
@@ -107,6 +116,12 @@ class Section:
     dataset: xr.Dataset | None = None
     cells: pd.DataFrame | None = None
     digests: Sequence[Digest] = ()
+    details: str = ""
+
+
+def told(sentences: Sequence[str], first: int = 3) -> tuple[str, str]:
+    """What opens the page and what stands below the figures: the first sentences, and the others."""
+    return " ".join(sentences[:first]), " ".join(sentences[first:])
 
 
 def save_sections(sections: Sequence[Section], folder: Path, made: Mapping[str, Any]) -> None:
@@ -135,11 +150,14 @@ def save_sections(sections: Sequence[Section], folder: Path, made: Mapping[str, 
 
 
 def _picture(section: Section, name: str, folder: Path) -> dict[str, Any]:
-    """The figure as a file, and as the page holds it."""
-    figure, file = section.account.caption(section.figures[name]), folder / f"{name}.png"
-    figure.savefig(file, dpi=150)
+    """The figure as a file, with caption and account, and as the page holds it, where these are text."""
+    figure, bare = section.figures[name], io.BytesIO()
+    figure.savefig(bare, dpi=150, format="png")
+    section.account.caption(figure).savefig(folder / f"{name}.png", dpi=150)
     width = round(110 * figure.get_figwidth())  # on the page, in CSS pixels
-    return {"width": width, "png": base64.b64encode(file.read_bytes()).decode()}
+    sentence = figure.sentence if isinstance(figure, Picture) else ""
+    png = "" if sentence else base64.b64encode(bare.getvalue()).decode()
+    return {"width": width, "png": png, "caption": caption_of(figure), "sentence": sentence}
 
 
 def _page(shown: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> str:
@@ -150,7 +168,11 @@ def _page(shown: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> str:
         (files("interp.results") / name).read_text(encoding="utf-8") for name in ("page.html.j2", "page.css")
     )
     names = [Path(model["name_or_path"]).name for model in made["checkpoints"].values()]
-    about = {"style": style, "title": " · ".join(dict.fromkeys(names)), "settings": _settings(made)}
+    about = {
+        "style": style.replace("@MIXED", MIXED),
+        "title": " · ".join(dict.fromkeys(names)),
+        "settings": _settings(made),
+    }
     return environment.from_string(template).render(shown=shown, made=made, **about)
 
 

@@ -47,7 +47,7 @@ class Interval:
         return np.asarray((self.low <= other.high) & (other.low <= self.high))
 
     def __getitem__(self, index) -> Interval:
-        return Interval(*(np.asarray(getattr(self, field.name)[index]) for field in fields(self)))
+        return Interval(*(np.asarray(getattr(self, field.name)[index]) for field in fields(Interval)))
 
 
 def interval_text(value: SupportsFloat, low: SupportsFloat, high: SupportsFloat) -> str:

@@ -1,9 +1,9 @@
 """Weights of some addresses from a donor: grafts, merges, and what they bring of RL's gains to IN (2602.12395)."""
 
-from interp.transfer.grafts import Graft, grafted, random_update, save_grafted
+from interp.transfer.grafts import Graft, grafted, measured_graft, save_grafted
 from interp.transfer.merging import MergeReport, Recipe, merge
 from interp.transfer.table import POOLED, as_table_2, shown_cells, transfer_table, unmeasured
-from interp.transfer.transfer import answers, transfer
+from interp.transfer.transfer import Together, answers, transfer
 from interp.transfer.variants import Variant, addressed, controls, doses, factors, orders, parts
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Graft",
     "MergeReport",
     "Recipe",
+    "Together",
     "Variant",
     "addressed",
     "answers",
@@ -19,10 +20,10 @@ __all__ = [
     "doses",
     "factors",
     "grafted",
+    "measured_graft",
     "merge",
     "orders",
     "parts",
-    "random_update",
     "save_grafted",
     "shown_cells",
     "transfer",

@@ -2,7 +2,8 @@
 
 With w the recipient's weights and d = donor - recipient, a graft writes w + c f(d) at its addresses: f is d itself
 (c = 1: the donor's weights bit for bit; 0 < c < 1: linear interpolation; other c: the update scaled), its best
-approximation of low rank, or a random update with the norm of either in every tensor (the control).
+approximation of low rank, or a random update with the norm of either in every tensor (the control). It is worked out in
+float32 and rounded once; what weights in half precision do not hold is measured, and refused (`interp.updates`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM, WeightSlice, weight_slices
 from hooks.swapped import like, swapped
-from hooks.weights import buffer_slices, saved_buffers, wholes
+from hooks.weights import buffer_slices, require_unpacked, saved_buffers, wholes
+from interp import updates
 from interp.results.files import is_occupied, publishing
+from interp.updates import Realized, as_large, random_update, wide_type
 
 FORMS = ("delta", "low_rank", "random")
 _EXACT = 2048  # up to this many rows or columns, the low-rank form is an exact SVD
@@ -124,7 +127,9 @@ def require_graftable(
     """
     work = slices_of(recipient, grafts)
     own, theirs = _tensors(recipient), _tensors(donor)
-    for _, pieces in work:
+    for graft, pieces in work:
+        for vlm in (recipient, donor):
+            require_unpacked(vlm.model, pieces, f"a graft of {graft.name}")
         for piece in pieces:
             _require_alike(piece.parameter, own, theirs)
     return work
@@ -141,17 +146,24 @@ def _overlap(a: WeightSlice, b: WeightSlice) -> bool:
 
 
 @contextmanager
-def grafted(recipient: HookedVLM, donor: HookedVLM, grafts: Graft | Sequence[Graft]) -> Iterator[HookedVLM]:
+def grafted(
+    recipient: HookedVLM, donor: HookedVLM, grafts: Graft | Sequence[Graft], *, rounded: bool = False
+) -> Iterator[HookedVLM]:
     """The recipient with grafts inside the context; its own weights, bit for bit, after it.
 
     No third model is made: a parameter that is taken whole has the donor's memory until somebody writes to either (copy
     on write), where PyTorch can; of the others a copy is made. Whatever is written to them inside, by a graft within
     this one too, reaches neither the donor nor what comes after. Grafts nest, and are left in the reverse order.
 
+    Args:
+        recipient, donor, grafts: whose weights go where.
+        rounded: take grafts too that the recipient's type does not hold; `measured_graft` says how far.
+
     Raises:
-        FrankenlensError: as `slices_of`; parameters of different shape; weights that are not in memory (offloaded);
-            another thread or task uses the recipient. After the weights were put back: grafts that are left in another
-            order, or in another thread, than they were entered.
+        FrankenlensError: as `slices_of`; parameters of different shape; weights that are not in memory (offloaded); in
+            half precision, what would be stored is not the update asked for (`interp.updates`); another thread or task
+            uses the recipient. After the weights were put back: grafts that are left in another order, or in another
+            thread, than they were entered.
 
     Example:
         >>> inputs = pair.builder.build(fl.tasks.sample("sum", 1, seed=0, split="map")[0]).inputs
@@ -163,16 +175,38 @@ def grafted(recipient: HookedVLM, donor: HookedVLM, grafts: Graft | Sequence[Gra
         True
     """
     wanted = [grafts] if isinstance(grafts, Graft) else list(grafts)
-    work = require_graftable(recipient, donor, wanted)
-    with swapped(recipient.model, lambda: _values(recipient, donor, work), "a graft"):
-        yield recipient
+    with measured_graft(recipient, donor, wanted) as (vlm, held):
+        if not rounded:
+            name = "; ".join(graft.name for graft in wanted)
+            held.require(f"graft {name}", vlm.model.dtype, "rounded=True")
+        yield vlm
+
+
+@contextmanager
+def measured_graft(
+    recipient: HookedVLM, donor: HookedVLM, grafts: Sequence[Graft]
+) -> Iterator[tuple[HookedVLM, Realized]]:
+    """As `grafted`, and what the weights hold of what was asked for, all tensors together; nothing is refused for it.
+
+    Weights that are copied within one type are exact, and not counted.
+
+    Raises:
+        FrankenlensError: as `require_graftable`; another thread or task uses the recipient, or the context is left as
+            no nested block is (`grafted`).
+    """
+    work, held = require_graftable(recipient, donor, grafts), [Realized()]
+    with swapped(recipient.model, lambda: _values(recipient, donor, work, held), "a graft"):
+        yield recipient, sum(held, Realized())
 
 
 @torch.no_grad()
 def _values(
-    recipient: HookedVLM, donor: HookedVLM, work: Sequence[tuple[Graft, list[WeightSlice]]]
+    recipient: HookedVLM,
+    donor: HookedVLM,
+    work: Sequence[tuple[Graft, list[WeightSlice]]],
+    held: list[Realized],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every tensor that is written, once, and what it is to hold."""
+    """Every tensor that is written, once, and what it is to hold; what that holds of each update goes to `held`."""
     own, theirs = _tensors(recipient), _tensors(donor)
     by_tensor: dict[int, list[tuple[Graft, WeightSlice]]] = {}
     for one, pieces in work:
@@ -181,37 +215,59 @@ def _values(
     for some in by_tensor.values():
         (first, piece), target = some[0], own[some[0][1].parameter]
         source = theirs[piece.parameter]
-        if first.is_copy and piece.dim is None and _same_place(target, source):
+        if len(some) == 1 and first.is_copy and piece.dim is None and _same_place(target, source):
             yield target, like(source)
             continue
         new = target.detach().clone()
         for one, piece in some:
-            part = piece.of(new)
-            part.copy_(new_weights(piece.of(target.detach()), piece.of(source), one, _label(piece)))
+            before = piece.of(target.detach())
+            after, found = new_weights(before, piece.of(theirs[piece.parameter]), one, _label(piece))
+            piece.of(new).copy_(after)
+            held.append(found)
         yield target, new
 
 
 def new_weights(
-    own: Float[Tensor, "..."], theirs: Float[Tensor, "..."], graft: Graft, name: str = ""
-) -> Float[Tensor, "..."]:
-    """w + c f(d) of one tensor, in the donor's precision; `name` makes random updates differ between tensors."""
-    if graft.is_copy:
-        return theirs
-    wide = torch.promote_types(own.dtype, torch.float32)
+    own: Float[Tensor, "*shape"], theirs: Float[Tensor, "*shape"], graft: Graft, name: str = ""
+) -> tuple[Float[Tensor, "*shape"], Realized]:
+    """w + c f(d) of one tensor, in its own type, and what that holds of c f(d).
+
+    Args:
+        own, theirs: the recipient's and the donor's weights.
+        graft: c and f.
+        name: makes random updates differ between tensors.
+    """
+    if graft.is_copy and theirs.dtype == own.dtype:
+        return theirs, Realized()
+    wide = wide_type(own, theirs)
     delta = theirs.to(own.device, wide) - own.to(wide)
+    if graft.is_copy:
+        new = theirs.to(own)
+        return new, Realized.of(own, new, delta)
     if graft.rank is not None and delta.ndim == 2:
         delta = _low_rank(delta, graft.rank)
     elif graft.rank is not None and delta.ndim == 3:
         delta = torch.stack([_low_rank(matrix, graft.rank) for matrix in delta])
+    seed = graft.seed + zlib.crc32(name.encode())
     if graft.form == "random":
-        delta = random_update(delta, own.dtype, graft.seed + zlib.crc32(name.encode()))
-    return (own.to(wide) + graft.coefficient * delta).to(own.dtype)
+        delta = random_update(delta, own.dtype, seed)
+    update = graft.coefficient * delta
+    random = graft.form == "random"
+    new = as_large(own, update, seed) if random else updates.rounded(own, update)
+    return new, Realized.of(own, new, update, directed=not random)
 
 
 def save_grafted(
-    recipient: HookedVLM, donor: HookedVLM, grafts: Graft | Sequence[Graft], folder: Path | str
+    recipient: HookedVLM,
+    donor: HookedVLM,
+    grafts: Graft | Sequence[Graft],
+    folder: Path | str,
+    *,
+    rounded: bool = False,
 ) -> None:
     """Write the grafted model, with the recipient's processor, as an ordinary checkpoint: all of it, or nothing.
+
+    `rounded` as in `grafted`.
 
     Raises:
         FrankenlensError: as `grafted`; the folder is not empty, another run writes to it, or the disk is full.
@@ -219,7 +275,7 @@ def save_grafted(
     folder = Path(folder)
     if is_occupied(folder):
         raise FrankenlensError(f"{folder} is not empty; choose another folder for the merged checkpoint")
-    with publishing(folder) as staging, grafted(recipient, donor, grafts):
+    with publishing(folder) as staging, grafted(recipient, donor, grafts, rounded=rounded):
         recipient.model.save_pretrained(staging)
         if recipient.processor is not None:
             recipient.processor.save_pretrained(staging)
@@ -250,16 +306,3 @@ def _low_rank(delta: Float[Tensor, "row column"], rank: int) -> Float[Tensor, "r
         return (u[:, :rank] * s[:rank]) @ v[:rank]
     u, s, v = torch.svd_lowrank(delta, q=min(rank + 16, *delta.shape), niter=8)
     return (u[:, :rank] * s[:rank]) @ v[:, :rank].T
-
-
-def random_update(delta: Float[Tensor, "*shape"], dtype: torch.dtype, seed: int) -> Float[Tensor, "*shape"]:
-    """A random update of the same norm.
-
-    In half precision the update's own entries, shuffled: a Gaussian of that norm would mostly round away.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    if dtype in (torch.float16, torch.bfloat16):
-        order = torch.randperm(delta.numel(), generator=generator).to(delta.device)
-        return delta.flatten()[order].view_as(delta)
-    noise = torch.randn(delta.shape, generator=generator).to(delta)
-    return noise * (delta.norm() / noise.norm())

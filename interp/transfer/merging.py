@@ -36,6 +36,7 @@ from hooks.extras import require_installed
 from hooks.stored.names import Names
 from interp.comparison import Checkpoint, align
 from interp.results.files import is_occupied, publishing
+from interp.updates import Realized
 
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 ON_BASE = METHODS[2:]  # add updates to a base
@@ -127,7 +128,9 @@ class Recipe:
         base: Float[Tensor, "..."] | None = None,
         name: str = "",
     ) -> Float[Tensor, "..."]:
-        """One merged tensor, computed by mergekit in float32 (float64 where a tensor is) and of the first's type.
+        """One merged tensor, computed by mergekit in float32 (float64 where a tensor is), rounded once.
+
+        Its type is that of the base, or of the first tensor.
 
         Args:
             tensors: one per model.
@@ -137,6 +140,16 @@ class Recipe:
         Raises:
             FrankenlensError: as `check`, or mergekit is not installed.
         """
+        merged = self.wide(tensors, base, name)
+        return merged.to((tensors[0] if base is None else base).dtype)
+
+    def wide(
+        self,
+        tensors: Sequence[Float[Tensor, "..."]],
+        base: Float[Tensor, "..."] | None = None,
+        name: str = "",
+    ) -> Float[Tensor, "..."]:
+        """As `of`, before it is rounded."""
         self.check(len(tensors), base is not None)
         require_installed(_FEATURE, "mergekit")
         from mergekit.merge_methods import merge_tensors
@@ -152,7 +165,7 @@ class Recipe:
                 base_index=None if self.method == "linear" else 0,
                 name=name,
                 dtype=wide,
-                out_dtype=given[0].dtype,
+                out_dtype=wide,
             )
 
     def parameters(self, n_models: int) -> dict[str, Any]:
@@ -188,11 +201,13 @@ class MergeReport:
         folder: the merged checkpoint.
         tensors: how many were merged.
         collinear: of slerp, the number that were interpolated linearly (|cosine| > 0.9995); 0 for other methods.
+        held: what the tensors hold, in their type, of what the recipe makes of the base (or of the first model).
     """
 
     folder: Path
     tensors: int
     collinear: int
+    held: Realized
 
 
 def merge(
@@ -202,6 +217,8 @@ def merge(
     base: Path | str | None = None,
     *,
     shard_bytes: int = 5_000_000_000,
+    dtype: str | None = None,
+    rounded: bool = False,
     progress: bool = True,
 ) -> MergeReport:
     """Merge checkpoint folders into one that transformers and `HookedVLM.from_pretrained` open; all of it or nothing.
@@ -215,23 +232,28 @@ def merge(
         out: a folder that does not exist or is empty.
         base: local folder, of the methods that add updates to one.
         shard_bytes: largest file.
+        dtype: "float32" to store the merge in it, whatever the models are stored in; by default in their own type.
+        rounded: write a merge, too, that the type does not hold.
         progress: a bar.
 
     Raises:
         FrankenlensError: before anything is written: the recipe does not fit, a folder is no safetensors checkpoint,
-            checkpoints do not align, `out` is not empty, or mergekit is not installed.
+            checkpoints do not align, `out` is not empty, or mergekit is not installed. Or, before anything is left
+            behind: the type of the tensors does not hold the update that the recipe makes (`interp.updates`).
     """
     out = Path(out)
     recipe.check(len(models), base is not None)
     require_installed(_FEATURE, "mergekit")
     from mergekit.io.tensor_writer import TensorWriter
 
+    if dtype not in (None, "float32"):
+        raise FrankenlensError(f'dtype={dtype!r}: give "float32", or nothing for the type of the models')
     if is_occupied(out):
         raise FrankenlensError(f"{out} is not empty; choose another folder for the merged checkpoint")
     opened = [Checkpoint(folder) for folder in ([] if base is None else [base]) + list(models)]
     names = align(*opened)
-    keys = _keys(opened[0])
-    collinear = 0
+    keys, types = _keys(opened[0]), set[torch.dtype]()
+    collinear, held = 0, Realized()
     with publishing(out) as staging:
         writer = TensorWriter(str(staging), max_shard_size=shard_bytes)
         for name in tqdm(names, desc=recipe.method, disable=not progress, delay=1):
@@ -239,18 +261,29 @@ def merge(
             if recipe.method == "slerp":
                 collinear += _collinear(*tensors)
             if base is None:
-                merged = recipe.of(tensors, name=name)
+                merged = recipe.wide(tensors, name=name)
             else:
-                merged = recipe.of(tensors[1:], tensors[0], name)
-            _save(writer, keys[name], merged)
+                merged = recipe.wide(tensors[1:], tensors[0], name)
+            before = tensors[0].to(merged)
+            stored = merged.to(tensors[0].dtype) if dtype is None else merged
+            held += Realized.of(before, stored, merged - before)
+            types.add(stored.dtype)
+            _save(writer, keys[name], stored)
+        coarse = min(types, key=lambda one: -torch.finfo(one).eps)
+        if not rounded:
+            held.require(
+                f"the merge ({recipe.method})", coarse, but='rounded=True; or merge with dtype="float32"'
+            )
         for name in opened[0].counters:
             _save(writer, keys[name], opened[0].read(name))
         writer.finalize()
         _copy_settings(opened[0].folder, staging)
+        if dtype is not None:
+            _set_dtype(staging / "config.json", dtype)
         about = {**asdict(recipe), "models": [Path(m).name for m in models], "mergekit": version("mergekit")}
         about["base"] = None if base is None else Path(base).name
         (staging / "merge.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    return MergeReport(out, len(names), collinear)
+    return MergeReport(out, len(names), collinear, held)
 
 
 def _collinear(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> bool:
@@ -284,6 +317,22 @@ def _save(writer: Any, parts: Sequence[_OnDisk], merged: Shaped[Tensor, "..."]) 
     pieces = merged.flatten().split([math.prod(shape) for *_, shape in parts])
     for (_, key, shape), piece in zip(parts, pieces, strict=True):
         writer.save_tensor(key, piece.reshape(shape).clone())
+
+
+def _set_dtype(file: Path, dtype: str) -> None:
+    """In a configuration and its parts, under the names that it has for it."""
+
+    def put(part: dict[str, Any]) -> None:
+        for name, value in part.items():
+            if name in ("dtype", "torch_dtype"):
+                part[name] = dtype
+            elif isinstance(value, dict):
+                put(value)
+
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.setdefault("dtype", dtype)
+    put(config)
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_settings(source: Path, target: Path) -> None:

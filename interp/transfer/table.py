@@ -21,6 +21,8 @@ from interp.statistics import (
 
 POOLED = "all questions"
 """The task of the rows in which all questions of a metric are taken together."""
+ACCURACY = "accuracy"
+"""The metric that every other one has beside it: the share of its own questions that are right as they are asked."""
 PANELS = 4  # of a figure
 
 
@@ -44,15 +46,20 @@ def transfer_table(
         settings: as in `bootstrap_ratio` (seed, resamples, confidence, method).
 
     Returns:
-        Columns: metric, task, variant, kind, control_of; accuracy, low, high (Wilson); change, change_low, change_high
-        (against IN, paired bootstrap); gained, lost, p (McNemar, exact), p_adjusted; recovery, recovery_low,
-        recovery_high, recovery_why; of a control: excess, excess_low, excess_high (its variant minus the control,
-        paired bootstrap); unread (share whose answer cannot be read), n, left_out.
+        Columns: metric, task, variant, kind, control_of; value, low, high (the metric, Wilson); accuracy (of the same
+        questions as they are asked, with their image where they have one; NaN where it was not measured); change,
+        change_low, change_high (against IN, paired bootstrap); gained, lost, p (McNemar, exact), p_adjusted; recovery,
+        recovery_low, recovery_high, recovery_why; of a control: excess, excess_low, excess_high (its variant minus the
+        control, paired bootstrap); unread (share whose answer cannot be read), n, left_out; norm_ratio, cosine and
+        held (of the update that the weights hold to the one asked for, and the share of entries in tensors that hold
+        their part; NaN for models), refused (whether the variant was not run) and lacking (what the weights lack).
     """
     tables = []
     for metric, task, places in _cells(found, groups or {}):
         rows = [_row(found, k, places, settings) for k in range(found.sizes["variant"])]
         table = pd.DataFrame(rows)
+        if metric != ACCURACY:
+            table["accuracy"] = _accuracies(found, metric, places)
         table.insert(0, "metric", metric)
         table.insert(1, "task", task)
         family = ~table["kind"].isin(["model", "control"])
@@ -63,17 +70,24 @@ def transfer_table(
 
 
 def as_table_2(table: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy in %, in the shape of the paper's Table 2: a row per metric and task, IN and RL around the mixtures."""
+    """Every metric in %, in the shape of the paper's Table 2: a row per metric and task, IN and RL around the mixtures.
+
+    Accuracy of the questions of a metric has rows of its own, named after the metric.
+    """
     chosen = table.loc[table["kind"].isin(["model", "order"])]
     names = [name for name in dict.fromkeys(chosen["variant"]) if name != "RL"] + ["RL"]
-    wide = chosen.pivot(index=["metric", "task"], columns="variant", values="accuracy")[names] * 100
+    wide = chosen.pivot(index=["metric", "task"], columns="variant", values="value")[names] * 100
     rows = list(dict.fromkeys(zip(chosen["metric"], chosen["task"], strict=True)))
     return wide.loc[rows].reset_index().rename_axis(columns=None)
 
 
 def shown_cells(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """The (metric, task) that a figure has room for: all questions, then means of groups, or the first tasks."""
-    cells = list(dict.fromkeys(zip(table["metric"], table["task"], strict=True)))
+    """The (metric, task) that a figure has room for: all questions, then means of groups, or the first tasks.
+
+    Where other metrics than accuracy are measured, these.
+    """
+    own = table.loc[table["metric"] != ACCURACY] if (table["metric"] != ACCURACY).any() else table
+    cells = list(dict.fromkeys(zip(own["metric"], own["task"], strict=True)))
     pooled = [cell for cell in cells if cell[1] == POOLED]
     groups = [cell for cell in cells if cell[1].endswith(", mean")]
     tasks = [cell for cell in cells if cell not in pooled + groups]
@@ -81,7 +95,8 @@ def shown_cells(table: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def unmeasured(found: xr.Dataset) -> dict[str, int]:
-    """Reason to number of examples for which some variant has no value; of what `interp.transfer.transfer` returns."""
+    """Reason to number of examples for which some variant that ran has no value; of what `transfer` returns."""
+    found = found.isel(variant=~found["refused"].to_numpy())
     missing, why = found["right"].isnull().to_numpy(), found["why"].to_numpy()
     rows, places = missing.nonzero()
     once = {(int(place), str(why[row, place])) for row, place in zip(rows, places, strict=True)}
@@ -104,6 +119,17 @@ def _cells(
             yield metric, POOLED, np.flatnonzero(own)
 
 
+def _accuracies(
+    found: xr.Dataset, metric: str, places: Int[np.ndarray, " place"]
+) -> Float[np.ndarray, " variant"]:
+    """Each variant's accuracy on the questions of another metric; NaN where it was not measured."""
+    of = found.isel(example=found["metric"].to_numpy() == ACCURACY)
+    ids = {f"{metric}: {one}" for one in found["id"].to_numpy()[places]}
+    right = of["right"].to_numpy()[:, [one in ids for one in of["id"].to_numpy()]]
+    there = ~np.isnan(right)
+    return np.where(there.any(1), np.nansum(right, 1) / np.maximum(there.sum(1), 1), np.nan)
+
+
 def _row(
     found: xr.Dataset, k: int, places: Int[np.ndarray, " place"], settings: Mapping
 ) -> dict[str, object]:
@@ -118,11 +144,12 @@ def _row(
     control_of = str(found["control_of"].to_numpy()[k])
     beside = right[names.index(control_of)] if control_of else np.full_like(own, np.nan)
     excess = bootstrap_difference(beside, own, **settings)
-    is_in = names[k] == "IN"
+    is_in, refused = names[k] == "IN", bool(found["refused"].to_numpy()[k])
     return {
         "variant": names[k],
         "kind": str(found["kind"].to_numpy()[k]),
         "control_of": control_of,
+        "value": float(share.value),
         "accuracy": float(share.value),
         "low": float(share.low),
         "high": float(share.high),
@@ -131,7 +158,7 @@ def _row(
         "change_high": float(change.high),
         "gained": test.gained,
         "lost": test.lost,
-        "p": np.nan if is_in else test.p,
+        "p": np.nan if is_in or refused else test.p,
         **_recovery(own, in_, rl, settings),
         "excess": float(excess.value),
         "excess_low": float(excess.low),
@@ -139,6 +166,11 @@ def _row(
         "unread": float(np.mean(why[~np.isnan(own)] != "")) if len(there) else np.nan,
         "n": len(there),
         "left_out": int(np.isnan(own).sum()),
+        "norm_ratio": float(found["norm_ratio"].to_numpy()[k]),
+        "cosine": float(found["cosine"].to_numpy()[k]),
+        "held": float(found["held"].to_numpy()[k]),
+        "refused": refused,
+        "lacking": str(found["lacking"].to_numpy()[k]),
     }
 
 
@@ -148,6 +180,8 @@ def _recovery(
     rl: Float[np.ndarray, " example"],
     settings: Mapping,
 ) -> Mapping[str, object]:
+    if np.isnan(own).all():
+        return dict.fromkeys(("recovery", "recovery_low", "recovery_high"), np.nan) | {"recovery_why": ""}
     gap = bootstrap_difference(rl, in_, **settings)
     if not (float(gap.low) > 0 or float(gap.high) < 0):
         reason = f"RL − IN = {interval_text(gap.value, gap.low, gap.high)} is not told from 0"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -24,8 +25,9 @@ from interp.questions.examples import Example
 from interp.questions.grading import Ungraded, grade
 from interp.results.lock import locked
 from interp.results.store import Store, fingerprint
-from interp.transfer.grafts import grafted, require_graftable
+from interp.transfer.grafts import measured_graft, require_graftable
 from interp.transfer.variants import Variant
+from interp.updates import Realized, way_out
 
 NO_ANSWER = "no answer can be read"
 
@@ -49,6 +51,23 @@ class Outcomes:
 
 Metric = Callable[[HookedVLM], Outcomes]
 """Runs a model and grades what it did."""
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several metrics of the same answers of a model.
+
+    Attributes:
+        names: of the metrics.
+        measure: runs a model; name to what it did.
+    """
+
+    names: tuple[str, ...]
+    measure: Callable[[HookedVLM], Mapping[str, Outcomes]]
+
+
+Metrics = Mapping[str, Metric | Together]
+"""By name; that of a `Together` does not matter."""
 
 
 def answers(
@@ -104,16 +123,20 @@ def transfer(
     recipient: HookedVLM,
     donor: HookedVLM,
     variants: Sequence[Variant],
-    metrics: Mapping[str, Metric],
+    metrics: Metrics,
     others: Mapping[str, HookedVLM] | None = None,
     *,
     keep: Path | None = None,
+    rounded: bool = False,
     progress: bool = True,
 ) -> xr.Dataset:
     """Every variant, in memory, on the same examples; and IN, RL and other models as they are.
 
     What IN and RL did decides which examples count, the same for all: one for which either has no value is left out.
     Where another model alone has none (its answer cannot be graded, say), it is not right; `why` keeps the reason.
+
+    In half precision the weights may not hold what a variant asks for. How far they do is measured for each, and one
+    that is not what it says is not run but refused, by name (`interp.updates`).
 
     Args:
         recipient: IN; its own weights, bit for bit, afterwards.
@@ -123,11 +146,15 @@ def transfer(
         others: further models by name, e.g. "Base", or merges of `interp.transfer.merging`.
         keep: folder for what each model did, named by the hash of its weights as grafted; the same call goes on where
             it was killed. One folder per set of metrics: what these depend on is not looked at.
+        rounded: run what would be refused, too.
         progress: a bar.
 
     Returns:
-        right [variant example] (NaN: left out) and why [variant example], with the coordinates kind and control_of
-        [variant], metric, task and id [example]. The first variants are the models: others, IN, RL.
+        right [variant example] (NaN: left out) and why [variant example], with the coordinates kind, control_of,
+        norm_ratio, cosine and held (of what the weights hold to what was asked for, and the share of the entries in
+        tensors that hold their own part: `interp.updates.Realized`; NaN for models), lacking (why that is not what the
+        variant says; "" where it is) and refused (whether it was not run for that) [variant], metric, task and id
+        [example]. The first variants are the models: others, IN, RL.
 
     Raises:
         FrankenlensError: before anything runs: no metrics, names that are not unique, an address that names nothing,
@@ -146,29 +173,48 @@ def transfer(
         for name, vlm in models.items():
             rows.append(_measured(name, vlm, metrics, rows[:1], store))
             bar.update()
+        held: list[Realized] = []
+        lacking = [""] * len(models)
         for variant in variants:
-            with grafted(recipient, donor, variant.grafts) as vlm:
-                rows.append(_measured(variant.name, vlm, metrics, rows[:1], store))
+            with measured_graft(recipient, donor, variant.grafts) as (vlm, realized):
+                held.append(realized)
+                why = realized.lacking(vlm.model.dtype)
+                lacking.append(f"{why}. {way_out('' if rounded else 'rounded=True')}" if why else "")
+                if why and not rounded:
+                    rows.append([_unknown(own, lacking[-1]) for own in rows[0]])
+                else:
+                    rows.append(_measured(variant.name, vlm, metrics, rows[:1], store))
             bar.update()
     names = [*models, *(variant.name for variant in variants)]
-    found = _counted(_dataset(names, list(metrics), rows))
-    return found.assign_coords(
+    found = _dataset(names, _names(metrics), rows).assign_coords(
         kind=("variant", ["model"] * len(models) + [variant.kind for variant in variants]),
         control_of=("variant", [""] * len(models) + [variant.control_of for variant in variants]),
+        norm_ratio=("variant", [np.nan] * len(models) + [one.norm_ratio for one in held]),
+        cosine=("variant", [np.nan] * len(models) + [one.cosine for one in held]),
+        held=("variant", [np.nan] * len(models) + [one.share for one in held]),
+        lacking=("variant", np.array(lacking, str)),
+        refused=("variant", [bool(why) and not rounded for why in lacking]),
     )
+    return _counted(found)
 
 
 def _counted(found: xr.Dataset) -> xr.Dataset:
-    """The examples that both models have a value for; no variant decides what is left out."""
+    """The examples that both models have a value for; no variant decides what is left out. Of refused ones, none."""
     known = found["right"].sel(variant=["IN", "RL"]).notnull().all("variant")
-    return found.assign(right=found["right"].fillna(0.0).where(known))
+    return found.assign(right=found["right"].fillna(0.0).where(known & ~found["refused"]))
+
+
+def _unknown(like: Outcomes, why: str) -> Outcomes:
+    """Of a variant that was not run."""
+    n = len(like.examples)
+    return Outcomes(like.examples, like.tasks, (float("nan"),) * n, (why,) * n)
 
 
 def _require_sound(
     recipient: HookedVLM,
     donor: HookedVLM,
     variants: Sequence[Variant],
-    metrics: Mapping[str, Metric],
+    metrics: Metrics,
     others: Mapping[str, HookedVLM],
 ) -> None:
     if not metrics:
@@ -187,13 +233,13 @@ def _require_sound(
 def _measured(
     name: str,
     vlm: HookedVLM,
-    metrics: Mapping[str, Metric],
+    metrics: Metrics,
     before: Sequence[Sequence[Outcomes]],
     keep: Store | None,
 ) -> list[Outcomes]:
-    found = [metric(vlm) for metric in metrics.values()] if keep is None else _kept(keep, vlm, metrics)
+    found = list(_run(vlm, metrics).values()) if keep is None else _kept(keep, vlm, metrics)
     expected = before[0] if before else found
-    for metric, own, other in zip(metrics, found, expected, strict=True):
+    for metric, own, other in zip(_names(metrics), found, expected, strict=True):
         if own.examples != other.examples:
             raise FrankenlensError(
                 f"metric {metric!r} returned other examples for {name} than for the first model"
@@ -201,15 +247,36 @@ def _measured(
     return found
 
 
-def _kept(keep: Store, vlm: HookedVLM, metrics: Mapping[str, Metric]) -> list[Outcomes]:
-    """Read what was measured of these very weights, or measure and keep it."""
+def _names(metrics: Metrics) -> list[str]:
+    """Every metric, those that are measured together among them."""
+    each = ((one.names if isinstance(one, Together) else (name,)) for name, one in metrics.items())
+    return [name for names in each for name in names]
+
+
+def _run(vlm: HookedVLM, metrics: Metrics) -> dict[str, Outcomes]:
+    """What a model does on each metric."""
+    found: dict[str, Outcomes] = {}
+    for name, one in metrics.items():
+        found |= one.measure(vlm) if isinstance(one, Together) else {name: one(vlm)}
+    return found
+
+
+def _kept(keep: Store, vlm: HookedVLM, metrics: Metrics) -> list[Outcomes]:
+    """Read what was measured of these very weights, or measure and keep it: a part for what is measured together."""
     weights = weights_sha256(vlm.model)
+    found: dict[str, Outcomes] = {}
+    for name, one in metrics.items():
+        alone = {name: one}
+        own = fingerprint(_names(alone))
+        part = keep.part(f"{weights}-{own[:8]}", lambda: _plain(_run(vlm, alone)), own)  # noqa: B023
+        found |= {
+            metric: Outcomes(*(tuple(column) for column in columns)) for metric, columns in part.items()
+        }
+    return [found[name] for name in _names(metrics)]
 
-    def measured(name: str) -> Outcomes:
-        found = keep.part(f"{weights}-{fingerprint(name)[:8]}", lambda: astuple(metrics[name](vlm)), name)
-        return Outcomes(*(tuple(column) for column in found))
 
-    return [measured(name) for name in metrics]
+def _plain(found: Mapping[str, Outcomes]) -> dict[str, Any]:
+    return {name: astuple(own) for name, own in found.items()}
 
 
 def _dataset(names: Sequence[str], metrics: Sequence[str], rows: Sequence[Sequence[Outcomes]]) -> xr.Dataset:

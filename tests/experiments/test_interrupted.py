@@ -37,8 +37,8 @@ sys.exit(frankenlens.main())
 
 def _started(code: str, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", code, *SMALL, "--out", str(out)]
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, cwd=Path(__file__).parents[2], **pipes)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, text=True, cwd=Path(__file__).parents[2], stdout=pipe, stderr=pipe)
 
 
 def _require_one_line(process: subprocess.Popen[str], out: Path) -> None:

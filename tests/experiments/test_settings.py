@@ -10,7 +10,7 @@ import pytest
 from experiments import embedded
 from experiments.commands.map import MapConfig
 from experiments.options import from_command_line
-from experiments.settings import load_pair, require_sound
+from experiments.settings import load_pair, require_there
 from hooks.errors import FrankenlensError
 from interp.questions.examples import Example
 
@@ -58,5 +58,5 @@ def test_a_template_a_system_message_and_what_is_accepted_reach_the_pair(rl: Pat
 
 
 def test_a_template_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(FrankenlensError, match="--template .*nowhere.jinja: there is no such file"):
-        require_sound(parsed("--template", str(tmp_path / "nowhere.jinja")))
+    with pytest.raises(FrankenlensError, match="no such file: .*nowhere.jinja .--template."):
+        require_there(parsed("--template", str(tmp_path / "nowhere.jinja")))

@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from interp.transfer import Graft, grafted
 from tests.families import tiny
 from tests.interp.sweep.test_sweep import duo
 
+FIRST = "model.language_model.layers.0"
 POINT = "blocks.1.hook_resid_post"
 PATTERN = "blocks.0.attn.hook_pattern"
 
@@ -58,7 +59,8 @@ def state(model: nn.Module) -> Any:
     configs = [
         (path, id(module.config)) for path, module in model.named_modules() if hasattr(module, "config")
     ]
-    flags = [(name, p.requires_grad, p.data_ptr(), p.grad is None) for name, p in model.named_parameters()]
+    address = torch._C._data_address  # type: ignore[attr-defined]  # data_ptr() would end the sharing of a graft
+    flags = [(name, p.requires_grad, address(p), p.grad is None) for name, p in model.named_parameters()]
     generation = id(getattr(model, "generation_config", None))
     return weights_sha256(model), hooks, configs, flags, generation, str(getattr(model, "config", ""))
 
@@ -255,7 +257,7 @@ def _uses(
             with torch.no_grad():
                 for weight in recipient.model.parameters():
                     weight[:0].add_(1)
-                recipient.module("model.language_model.layers.0").mlp.up_proj.weight.add_(1)
+                recipient.model.get_parameter(f"{FIRST}.mlp.up_proj.weight").add_(1)
             recipient.run_with_hooks(inputs, [(POINT, act)])
 
     def generates(act: Any) -> None:
@@ -267,7 +269,7 @@ def _uses(
             sweep(recipient, prompts, wanted, metric, donor=donor, batch_size=1, progress=False)
 
     def left_open(act: Any) -> None:
-        def generator() -> Iterator[None]:
+        def generator() -> Generator[None]:
             with grafted(recipient, donor, some), recipient.hooks([(POINT, act)]):
                 yield
 

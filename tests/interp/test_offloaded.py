@@ -95,6 +95,21 @@ def test_lenses(pair, away, decisions) -> None:
         _close(found, expected, name, float(np.abs(expected[name]).max()))
 
 
+def test_attributions_by_transformer_lens(pair, away, decisions) -> None:
+    inputs = decisions.prompts[0].inputs
+    found, expected = (own.in_.run_with_cache(inputs)[1].to_transformer_lens() for own in (away, pair))
+    for theirs, ours in (
+        (expected.stack_head_results(), found.stack_head_results()),
+        (expected.model.W_U, found.model.W_U),
+        (
+            expected.logit_attrs(expected.stack_head_results(), 5),
+            found.logit_attrs(found.stack_head_results(), 5),
+        ),
+    ):
+        largest = theirs.abs().max().item()
+        assert (ours - theirs).abs().max().item() <= 1e-5 * max(1.0, largest) < largest / 100
+
+
 def test_paths(pair, away, decisions) -> None:
     asked: Any = dict(
         senders=["blocks.2.attn.head.1", "blocks.3.mlp"], receivers=["blocks.5.mlp", "logits"], progress=False

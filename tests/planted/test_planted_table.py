@@ -63,7 +63,8 @@ def test_precision_is_that_of_random_ties(scored, seed) -> None:
 def _rows(pair: str, kind: str, scores, changed, p, refused="", method="m") -> pd.DataFrame:
     names = [f"c{i}" for i in range(len(scores))]
     table = pd.DataFrame({"component": names, "score": scores, "changed": changed, "p": p, "p_corrected": p})
-    return table.assign(pair=pair, kind=kind, method=method, refused=refused)
+    held = {"norm_ratio": 1.0, "cosine": 1.0, "noise_ratio": 1.0}
+    return table.assign(pair=pair, kind=kind, method=method, refused=refused, **held)
 
 
 @pytest.fixture

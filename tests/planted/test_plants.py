@@ -12,9 +12,20 @@ from experiments import embedded
 from hooks import FrankenlensError, HookedVLM, weight_slices
 from interp.comparison import by_address, compare
 from interp.pair.pair import weights_sha256
-from interp.planting import DECODER, EVERYWHERE, Plant, candidates, draw, planted, relative_norm, truth
+from interp.planting import (
+    DECODER,
+    EVERYWHERE,
+    Plant,
+    candidates,
+    draw,
+    planted,
+    planted_and_measured,
+    relative_norm,
+    truth,
+)
 from interp.prompts import PromptBuilder
 from interp.questions.tasks import sample
+from tests.half_pairs import HALVES, half_pair, widened
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +224,52 @@ def test_an_address_that_names_nothing_is_refused(models) -> None:
     in_, rl = models
     with pytest.raises(FrankenlensError, match=r"blocks 0-8"):
         planted(in_, rl, Plant(("blocks.40.mlp",)))
+
+
+def _norm(changes) -> float:
+    return sum(float(one.double().square().sum()) for one in changes) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@torch.no_grad()
+def test_plants_in_half_precision_are_as_large_as_they_say(dtype) -> None:
+    """RL changed one entry in eight by a unit in the last place; a random update of it has its norm, and is told so."""
+    in_, rl = half_pair(dtype)
+    components = ("blocks.1.mlp", "blocks.0.attn.head.1")
+    own, theirs = _weights(in_), _weights(rl)
+    for change in ("donor", "random", "rotated"):
+        made = planted_and_measured(in_, rl, Plant(components, change, noise="none", seed=2))
+        new, moved, asked, product = _weights(made.vlm), [], [], 0.0
+        for address in components:
+            for piece in weight_slices(in_.model, in_.anatomy, address):
+                before, after, donor = (
+                    piece.of(some[piece.parameter]).float() for some in (own, new, theirs)
+                )
+                moved.append(after - before)
+                asked.append(donor - before)
+                product += float((moved[-1].double() * asked[-1].double()).sum())
+        if change == "donor":
+            assert made.held.stored == pytest.approx(_norm(asked) ** 2, rel=1e-6)
+            assert (made.held.norm_ratio, made.held.cosine) == pytest.approx((1, 1))
+            assert product == pytest.approx(_norm(asked) ** 2)
+        else:
+            assert made.held.stored == pytest.approx(_norm(moved) ** 2, rel=1e-6)
+            assert made.held.norm_ratio == pytest.approx(1, abs=0.02)
+        if change == "random":
+            assert _norm(moved) == pytest.approx(_norm(asked), rel=0.02)
+    noisy = planted_and_measured(in_, rl, Plant(seed=1))
+    changes = [value.float() - own[name].float() for name, value in _weights(noisy.vlm).items()]
+    assert noisy.noise.norm_ratio == pytest.approx(1, abs=0.02)
+    assert noisy.noise.stored == pytest.approx(_norm(changes) ** 2, rel=1e-6)
+
+
+@torch.no_grad()
+def test_a_plant_that_ins_type_does_not_hold_is_refused() -> None:
+    pair = half_pair(torch.bfloat16)
+    donor = widened(pair)[1]
+    for own, parameter in zip(pair[0].model.parameters(), donor.model.parameters(), strict=True):
+        parameter.copy_(own + (parameter - own) / 4)
+    with pytest.raises(
+        FrankenlensError, match=r"the plant in blocks.1.mlp: weights in bfloat16 hold 0\.\d\d of its norm"
+    ):
+        planted(pair[0], donor, Plant(("blocks.1.mlp",), noise="none"))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import numpy as np
+from jaxtyping import Int
 
 from interp.questions.examples import Example, fingerprint
 from interp.questions.readers.report import Failure, RowError
@@ -48,18 +49,29 @@ class Draw:
         split: half of the rows, `explore` or `confirm`. A row's half follows from what it asks, whatever the order of
             the file, the seed and n.
         seen: what is passed over.
+        legacy: the n rows that NumPy's `RandomState(seed).choice` takes without replacement, as 2602.12395 does; a row
+            among them that cannot be read is not made up for by another.
     """
 
     n: int | None = None
     seed: int | None = None
     split: Split = "all"
     seen: Seen = field(default_factory=Seen)
+    legacy: bool = False
 
     def order(self, n_rows: int) -> list[int]:
         """Places of the rows, in the order in which they are tried."""
         if self.seed is None:
             return list(range(n_rows))
+        if self.legacy:
+            n = n_rows if self.n is None else min(self.n, n_rows)
+            every = np.arange(n_rows)
+            return every.tolist() if n == n_rows else _chosen(every, n, self.seed)
         return np.random.default_rng(self.seed).permutation(n_rows).tolist()
+
+
+def _chosen(every: Int[np.ndarray, " row"], n: int, seed: int) -> list[int]:
+    return sorted(np.random.RandomState(seed).choice(every, size=n, replace=False).tolist())
 
 
 @dataclass(frozen=True)
@@ -100,9 +112,12 @@ def take(
     found: dict[int, Example] = {}
     failures: list[Failure] = []
     passed: Counter[str] = Counter()
-    for tried, place in enumerate(draw.order(len(rows))):
+    order = draw.order(len(rows))
+    if len(order) < len(rows):
+        passed[f"not drawn (--n {draw.n})"] = len(rows) - len(order)
+    for tried, place in enumerate(order):
         if draw.n is not None and len(found) == draw.n:
-            passed[f"not drawn (--n {draw.n})"] = len(rows) - tried
+            passed[f"not drawn (--n {draw.n})"] += len(order) - tried
             break
         n, row = rows[place]
         if draw.split != "all" and half_of(asked(row)) != draw.split:

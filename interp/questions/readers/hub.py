@@ -19,6 +19,12 @@ from interp.questions.readers.report import ReadReport, RowError, counted
 from interp.questions.readers.rows import gradable, text_of
 
 Row = Mapping[str, Any]
+
+
+class Unreachable(FrankenlensError):
+    """A data set that is neither on this machine nor to be had from the hub."""
+
+
 IMAGE = "decoded_image"
 """MathVista's column of images."""
 _FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
@@ -197,8 +203,8 @@ def _load(source: str, split: str, config: str | None) -> Any:
         raise
     except Exception as error:  # the hub, the network, the file system and pyarrow each raise their own
         reason = str(error).strip().split("\n")[0]
-        raise FrankenlensError(
+        raise Unreachable(
             f"the data set {source!r} (split {split!r}) cannot be loaded: {type(error).__name__}: {reason}. Give a "
-            "local copy (a parquet or JSON file, or a folder that save_to_disk wrote), or load it once with a network, "
-            "after which it is in the cache."
+            "local copy (of a command: --copies, a folder of parquet or JSON files or of what save_to_disk wrote), or "
+            "load it once with a network, after which it is in the cache."
         ) from error

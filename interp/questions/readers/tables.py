@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hooks.errors import FrankenlensError
+from hooks.whereabouts import require_file
 from interp.questions.readers.report import Failure, shown
 
 Row = Mapping[str, Any]
@@ -63,8 +64,7 @@ def rows_of(path: Path, encoding: str | None = None) -> Numbered:
         )
         there = f": {', '.join(inside[:3])}{', …' if len(inside) > 3 else ''}" if inside else ""
         raise FrankenlensError(f"{path} is a folder; give a file of questions in it{there}")
-    if not path.is_file():
-        raise FrankenlensError(f"{path}: no such file; give {KINDS}")
+    require_file(path, KINDS)
     data = path.read_bytes()
     for magic, what in _PACKED.items():
         if data.startswith(magic):

@@ -47,7 +47,7 @@ class Bench:
         """The tiny model's prompt, and one with other words and another image."""
         inputs, pixels = dict(self.tiny.inputs), ARCHITECTURES[self.name].pixels
         if "input_ids" not in inputs:
-            return [Prompt.from_inputs(inputs, ("question",))]  # refused
+            return [Prompt.from_inputs(inputs, self._roles)]  # refused
         other = dict(inputs)
         generator = torch.Generator().manual_seed(1)
         ids = inputs["input_ids"].clone()
@@ -68,6 +68,8 @@ class Bench:
 
     @property
     def _roles(self) -> tuple[str, ...]:
+        if "input_ids" not in self.tiny.inputs:
+            return ("question",)
         ids = self.tiny.inputs["input_ids"][0].tolist()
         roles = ["template"] * BEFORE + ["question"] * (len(ids) - BEFORE)
         return tuple("image" if token == IMAGE else role for token, role in zip(ids, roles, strict=True))

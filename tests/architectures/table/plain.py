@@ -212,7 +212,8 @@ def read(vlm: HookedVLM, point: HookPoint, seen: Seen) -> Tensor | None:
         z = heads_of(given(seen, point.module, None), point.split)  # type: ignore[arg-type]
         out: Any = vlm.model.get_submodule(point.module)
         weight = out.weight.T if hasattr(out, "nf") else out.weight
-        return torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (z.shape[-2], -1)))
+        heads = torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (z.shape[-2], -1)))
+        return heads * coefficient(vlm.model, point.coefficient)
     else:
         out = seen.outs[point.module]
         value = first(out if point.key is None else getattr(out, point.key))

@@ -72,7 +72,7 @@ def test_several_pairs_give_one_table_marked_exploratory(out) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "There is no file of claims"),
+        ([], "none.yaml. The nearest folder that exists is"),
         (["--pairs", "a", "b", "--in", "a", "--rl", "b"], "leave --in and --rl out"),
         (["--pairs", "a", "b", "a", "b"], "names a b twice"),
     ],

@@ -56,8 +56,9 @@ def test_the_finding_has_n_intervals_and_controls() -> None:
     files = open_files(config)
     [section] = COMMAND.measure(files, files, config)
     assert "rounding to bfloat16 alone" in section.finding and "n = 21 matrices" in section.finding
+    assert "n = 152 tensors" in section.finding and "Mean relative norm" in section.details
     assert "[" in section.finding and "Gaussian" in section.finding
-    assert "as in the released code" in section.account.definition
+    assert "relative to W_IN's" in section.account.definition
     assert section.account.left_out == {"tied to another tensor, counted once": 1}
     assert "energy_outside" not in section.tables["compare"]
     assert json.dumps(dict(section.account.left_out))
@@ -71,7 +72,7 @@ def test_the_finding_has_n_intervals_and_controls() -> None:
         (["--partition", "halves"], "is no partition"),
         (["--subspace", "-1"], "--subspace is -1"),
         (["--in", "nowhere"], "go together"),
-        (["--in", "nowhere", "--rl", "nowhere"], "is no folder"),
+        (["--in", "nowhere", "--rl", "nowhere"], "no such folder: nowhere"),
     ],
 )
 def test_mistakes_are_told_in_one_line_and_nothing_is_written(tmp_path: Path, capsys, given, match) -> None:

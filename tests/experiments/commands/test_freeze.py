@@ -222,5 +222,10 @@ def test_arguments_of_trl(config: FreezeConfig, tmp_path: Path) -> None:
         with pytest.raises(FrankenlensError, match=message):
             check(replace(config, trl=file))
     file.write_text('{"deepspeed": "zero3.json", "bf16": true}')
-    check(replace(config, trl=file, also=("vision",)))
+    with pytest.raises(
+        FrankenlensError, match=r"deepspeed is 'zero3\.json', .*shared-prefix loss.*--train and --data"
+    ):
+        check(replace(config, trl=file, also=("vision",)))
+    own = {"data": tmp_path / "test.jsonl", "train": tmp_path / "train.jsonl"}
+    check(replace(config, trl=file, also=("vision",), **own))  # by TRL's own trainer
     assert read_trl(file) == {"deepspeed": "zero3.json", "bf16": True}

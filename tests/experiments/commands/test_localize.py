@@ -120,7 +120,7 @@ def folder(tmp_path):
 
 def test_the_papers_folders_and_its_definition(folder, tmp_path) -> None:
     config = LocalizeConfig(
-        data=folder, functions=("counting",), paper=True, max_new_tokens=24, model="rl", out=tmp_path / "out"
+        data=folder, functions=("counting",), paper=True, model="rl", out=tmp_path / "out"
     )
     [section] = COMMAND.run(config)
     table = section.tables["localize_swap"]
@@ -130,6 +130,7 @@ def test_the_papers_folders_and_its_definition(folder, tmp_path) -> None:
     assert set(section.tables["localize_ablation"]["ablation"]) == {f"skip blocks.{i}" for i in range(9)}
     assert any("does not exist" in reason for reason in section.account.left_out)
     assert "the paper: RL" in section.account.definition and "all pairs" in section.account.definition
+    assert "the paper's text" in section.account.definition
     # the model answers `<think> ... </think> answer 3`: the whole reply is graded, by its number
     assert section.dataset is not None
     assert all("answer" in text for text in section.dataset["clean"].to_numpy().ravel().tolist())

@@ -107,7 +107,7 @@ def test_mistakes_are_one_error_each(tmp_path, capsys):
         ({"top": (0,)}, "sizes of at least 1"),
         ({"temperature": -1.0}, "temperature is above 0"),
         ({"steer": "blocks.1.hook_resid_post", "coefficients": (0.0,)}, "other than 0"),
-        ({"map": tmp_path / "none.nc"}, "There is no file"),
+        ({"map": tmp_path / "none.nc"}, "no such file"),
         ({"top_p": 0.9}, "--top-p 0.9 needs a --temperature above 0"),
         ({"coefficients": (1.0,)}, "--coefficients 1.0 needs --steer"),
         ({"components": ("blocks.1",), "top": (2,)}, "--top 2 needs a map: no --components"),

@@ -105,7 +105,7 @@ MISTAKES = {
     ("--receivers", "blocks.5.attn.head.0"): "Add .q, .k or .v",
     ("--receivers", "blocks.5.attn.head.3.k"): "write blocks.5.attn.kv_head.1.k",
     ("--top", "0"): "--top is 0",
-    ("--map", "nowhere.nc"): "--map nowhere.nc does not exist",
+    ("--map", "nowhere.nc"): "no such file: nowhere.nc (--map)",
     ("--rl", "somewhere"): "go together",
 }
 

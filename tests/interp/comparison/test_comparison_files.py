@@ -13,12 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from experiments.commands.compare import CompareConfig, account
+from hooks import weight_slices
 from hooks.errors import FrankenlensError
 from hooks.loading import load_model
 from interp.comparison import Checkpoint, align, by_address, compare
 from interp.pair.pair import weights_sha256
+from interp.regions import thirds
 from tests.architectures import build
 from tests.families import EACH_KIND, redraw, tiny
+from tests.half_pairs import HALVES, half_pair
 
 QUICK: dict[str, Any] = {"spectra": False, "progress": False}
 
@@ -49,11 +53,11 @@ def test_every_family_is_read_whole_and_every_weight_has_a_place(family: str, tm
     table = compare(found, found, **QUICK)
     assert table["n"].sum() == sum(parameter.numel() for parameter in own.values())
     assert {"vision", "projector", "decoder", "embeddings", "norm"} <= set(table["section"])
-    assert set(table.loc[table["section"] == "projector", "unified_index"]) == {0}
+    assert set(table.loc[table["section"] == "projector", "unified_index"]) == {-1}
     blocks = table.loc[table["section"] == "decoder"]
-    assert sorted(blocks["unified_index"].unique()) == list(range(1, len(found.anatomy.text.blocks) + 1))
+    assert sorted(blocks["unified_index"].unique()) == list(range(len(found.anatomy.text.blocks)))
     vision = table.loc[table["section"] == "vision", "unified_index"].dropna()
-    assert sorted(vision.unique()) == list(range(-len(found.anatomy.vision.blocks), 0))
+    assert sorted(vision.unique()) == list(range(-len(found.anatomy.vision.blocks) - 1, -1))
     assert (table["fro_norm"] == 0).all() and (table["sparsity"] == 1).all() and table["cosine"].isna().all()
 
 
@@ -103,7 +107,7 @@ def test_half_precision_is_exact_to_float64(pair, tmp_path: Path, dtype: torch.d
         delta = (after[name].double() - before.double()).detach().numpy().reshape(len(before), -1)
         assert row["param_name"] == name
         np.testing.assert_allclose(row["fro_norm"], np.linalg.norm(delta), rtol=1e-5)
-        same = before.bfloat16() == after[name].bfloat16()
+        same = before == after[name]
         assert row["sparsity"] == pytest.approx(float(same.double().mean()), abs=1e-12)
         if before.ndim > 1:
             np.testing.assert_allclose(row["spectral_norm"], np.linalg.norm(delta, 2), rtol=1e-5)
@@ -115,6 +119,7 @@ def test_checkpoints_of_different_types_compare_in_the_wider(pair, tmp_path: Pat
     half = _save(copy.deepcopy(one).bfloat16(), tmp_path / "half")
     table = compare(half, in_, **QUICK)
     assert (table["sparsity"] == 1).all() and (table["fro_norm"] > 0).all()
+    assert (table["sparsity_type"] == "bfloat16").all()
     large = table[table["n"] > 1000]
     np.testing.assert_allclose(large["fro_norm"], large["rounding_norm"], rtol=0.1)
 
@@ -162,7 +167,7 @@ def _copy(source: Path, target: Path) -> Path:
 
 def test_damaged_folders_are_refused_with_the_reason(pair, tmp_path: Path) -> None:
     in_ = pair[0]
-    with pytest.raises(FrankenlensError, match="is no folder"):
+    with pytest.raises(FrankenlensError, match="no such folder"):
         Checkpoint(tmp_path / "nowhere")
     with pytest.raises(FrankenlensError, match=r"no config.json"):
         Checkpoint(tmp_path)
@@ -287,3 +292,35 @@ def test_counters_of_whole_numbers_are_carried_and_not_compared(tmp_path: Path) 
     assert all(name.endswith("num_batches_tracked") for name in found.counters) and found.counters
     assert not set(found.counters) & set(compare(found, found, **QUICK)["param_name"])
     assert found.weights_sha256() == weights_sha256(load_model(folder))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_sparsity_counts_in_the_type_that_weights_are_stored_in(dtype, tmp_path: Path) -> None:
+    """One unit in the last place of float16 is no change in bfloat16, all but always."""
+    models = [vlm.model for vlm in half_pair(dtype)]
+    folders = [_save(model, tmp_path / name) for model, name in zip(models, ("in", "rl"), strict=True)]
+    table = compare(*folders, **QUICK)
+    own, theirs = (dict(model.named_parameters()) for model in models)
+    for _, row in table.iterrows():
+        name = str(row["param_name"])
+        same = own[name] == theirs[name]
+        assert row["sparsity"] == pytest.approx(float(same.double().mean()), abs=1e-12)
+        assert row["sparsity_type"] == str(dtype).removeprefix("torch.")
+    total = (table["sparsity"] * table["n"]).sum() / table["n"].sum()
+    assert total == pytest.approx(0.88, abs=0.02)
+    part = by_address(table, *folders, addresses=["blocks.1.mlp.neuron.3"], progress=False).iloc[0]
+    pieces = weight_slices(models[0], half_pair(dtype)[0].anatomy, "blocks.1.mlp.neuron.3")
+    same = torch.cat([(p.of(own[p.parameter]) == p.of(theirs[p.parameter])).flatten() for p in pieces])
+    assert part["sparsity"] == pytest.approx(float(same.double().mean()), abs=1e-12)
+
+
+def test_stages_in_different_types_are_said(tmp_path: Path) -> None:
+    in_, rl = (vlm.model for vlm in half_pair(torch.float16))
+    folders = {"in": _save(in_, tmp_path / "in"), "rl": _save(rl.float(), tmp_path / "rl")}
+    table = compare(*folders.values(), **QUICK)
+    assert (table["sparsity_type"] == "float16").all()
+    opened = {name: Checkpoint(folder) for name, folder in folders.items()}
+    told = account(CompareConfig(), opened, table, thirds(3)).text
+    assert "stored in different types (IN float16, RL float32)" in told
+    told = account(CompareConfig(), dict.fromkeys(("in", "rl"), opened["in"]), table, thirds(3)).text
+    assert "different types" not in told and "the same in float16" in told

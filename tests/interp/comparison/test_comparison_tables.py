@@ -54,7 +54,13 @@ def _made_up(norms: list[float], groups: list[int]) -> pd.DataFrame:
     filled = dict(reference_norm=3.0, relative_norm=1.0, rounding_norm=0.1, mean_abs=0.1, max_abs=1.0)
     entries = np.tile(np.arange(1, len(frame) + 1), 2)
     return both.assign(
-        **filled, n=entries, sparsity=0.25, sparsity_random=0.2, columns=4, scalar_product=product
+        **filled,
+        n=entries,
+        sparsity=0.25,
+        sparsity_random=0.2,
+        columns=4,
+        scalar_product=product,
+        sparsity_type="bfloat16",
     )
 
 
@@ -122,7 +128,7 @@ def test_layers_and_regions_are_numpys_norms_of_their_parameters(table, weights)
 def test_the_unified_index_runs_from_vision_to_the_last_decoder_layer(table) -> None:
     some = layers(table)
     index = some.loc[some["stage"] == "rl"].set_index("layer")["unified_index"]
-    wanted = {"vision.blocks.0": -3, "vision.blocks.2": -1, "projector": 0, "blocks.0": 1, "blocks.8": 9}
+    wanted = {"vision.blocks.0": -4, "vision.blocks.2": -2, "projector": -1, "blocks.0": 0, "blocks.8": 8}
     assert {name: index[name] for name in wanted} == wanted
     assert index[["embed", "ln_final", "vision (rest)"]].isna().all()
 

@@ -14,10 +14,12 @@ from experiments import embedded
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from interp.decision import find_decisions, null_pair_denominator, recovery_refused, two_by_two
-from interp.decision.controls import changed_weights
+from interp.decision.controls import Null, RandomUpdate, changed_weights, null_changes
+from interp.map import attribute, component_map
 from interp.metrics import KLToReference, TraceLogLikelihood, evaluate
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair, weights_sha256
+from interp.paths.pair import pair_paths
 from interp.prompts import collate
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
@@ -25,6 +27,7 @@ from interp.questions.grading import Ungraded, grade
 from interp.questions.tasks import sample
 from interp.statistics import Interval
 from tests.families import EACH_KIND, tiny
+from tests.half_pairs import HALVES, half_pair
 
 BUDGET = 7
 SEEDS = {"idefics3": 5}  # with seed 3 it ends every turn at once, and so does its noisy copy
@@ -301,7 +304,17 @@ def test_a_pair_of_one_model_has_no_decision():
         assert found.summary()["denominator"]["value"] is None
         assert two_by_two(same, found).shape == (2, 2, 0)
         nulls = null_pair_denominator(same, found)
-        assert recovery_refused(found, nulls) == "the denominator has no interval: 0 decisions"
+        refused = recovery_refused(found, nulls)
+        assert refused.startswith(
+            f"the denominator has no interval (0 of 5 prompts have the decision {choice!r}); "
+        )
+        assert "give more than 5 examples (--n)" in refused and "soft, which every prompt has" in refused
+        for method in (component_map, attribute, lambda *a: pair_paths(*a, receivers=["logits"])):
+            with pytest.raises(
+                FrankenlensError,
+                match=rf"None of 5 prompts qualifies for .*{choice}.* \(--n\).*--decision.*soft",
+            ):
+                method(same, found)
 
 
 def test_a_recovery_needs_a_denominator_above_those_of_nothing():
@@ -315,7 +328,8 @@ def test_a_recovery_needs_a_denominator_above_those_of_nothing():
     assert "(random)" in recovery_refused(with_values, {"random": interval(1.0, 2.9)})
     assert "(random)" in recovery_refused(with_values, {"random": interval(5.0, 6.0)})
     centred = dataclasses.replace(found, in_values=np.zeros(9), rl_values=np.linspace(-1.0, 1.0, 9))
-    assert "includes 0" in recovery_refused(centred, {})
+    assert "of 9 of 2 prompts, includes 0; give more than 2 examples (--n)" in recovery_refused(centred, {})
+    assert "--decision" in recovery_refused(dataclasses.replace(centred, choice="first"), {})
 
 
 def test_changed_weights_are_put_back_even_after_an_error():
@@ -370,3 +384,54 @@ def test_an_answer_that_cannot_be_graded_is_left_out_and_counted() -> None:
         d.prompt.example.id for d in every.decisions if d.prompt.example.id != lost
     ]
     assert sum(some.excluded.values()) + len(some) == len(examples)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_random_pair_is_as_large_in_half_precision_too(dtype) -> None:
+    """Entries of RL's update, shuffled, round at larger weights: such a pair had 0.5 to 0.9 of RL's norm."""
+    in_, rl = half_pair(dtype)
+    pair = Pair(in_, rl, trace_format=FREE)
+    before = {name: p.detach().double() for name, p in in_.model.named_parameters()}
+    theirs = {name: p.detach().double() for name, p in rl.model.named_parameters()}
+    digest = weights_sha256(in_.model)
+    _, change = null_changes(pair, seed=4)["random"]
+    assert isinstance(change, RandomUpdate)
+    seen = []
+    for _ in range(2):
+        with changed_weights(in_.model, change):
+            seen.append({name: p.detach().double() for name, p in in_.model.named_parameters()})
+    assert weights_sha256(in_.model) == digest
+    assert all(torch.equal(seen[0][name], seen[1][name]) for name in before)
+    for name, value in before.items():
+        asked, moved = (float((some[name] - value).norm()) for some in (theirs, seen[0]))
+        if value.numel() > 500:
+            assert moved == pytest.approx(asked, rel=0.02), name
+    sizes = [
+        sum(float((s[n] - v).square().sum()) for n, v in before.items()) ** 0.5 for s in (theirs, seen[0])
+    ]
+    assert change.held.norm_ratio == pytest.approx(sizes[1] / sizes[0], rel=1e-6)
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
+
+
+def test_a_random_pair_that_is_too_small_is_refused_and_a_refusal_says_its_size(monkeypatch) -> None:
+    in_, rl = half_pair(torch.bfloat16)
+    pair = Pair(in_, rl, trace_format=FREE)
+    found = find_decisions(pair, examples("qwen2_5_vl"), "soft", **SETTINGS)
+    nulls = null_pair_denominator(pair, found)
+    assert list(nulls) == [
+        "random",
+        "random, own decisions",
+    ]  # nothing is to be learnt from rounding bfloat16 to it
+    null = nulls["random"]
+    assert isinstance(null, Null) and null.held is not None
+    assert null.held.norm_ratio == pytest.approx(1, abs=0.02)
+    assert float(nulls["random, own decisions"].value) >= 0
+    large = Null.beside(Interval(np.array(9.0), np.array(8.0), np.array(10.0), np.array(9)), null.held)
+    with_values = dataclasses.replace(found, in_values=np.zeros(9), rl_values=np.linspace(2.0, 3.0, 9))
+    told = recovery_refused(with_values, {"random": large})
+    assert f"whose update has {null.held.norm_ratio:.2f} of the norm of RL's" in told
+    monkeypatch.setattr("interp.decision.controls.as_large", lambda own, update, seed: own)
+    with pytest.raises(
+        FrankenlensError, match="the random update beside RL's: weights in bfloat16 hold 0.00"
+    ):
+        null_pair_denominator(pair, found)

@@ -90,6 +90,6 @@ def test_the_figure_has_every_arm_at_its_accuracy() -> None:
     figure.draw_without_rendering()
     left = figure.axes[0]
     assert [label.get_text() for label in left.get_yticklabels()] == ["rerun", "random 1", "Early"]
-    markers = [np.asarray(line.get_xydata()) for line in left.lines if line.get_marker() == "o"]
+    markers = [np.asarray(line.get_xydata()) for line in left.lines if line.get_marker() in ("o", "D", "s")]
     points = {float(x): float(y) for some in markers for x, y in some}
     assert points == pytest.approx({70.0: 0, 72.0: 1, 45.0: 2})

@@ -74,7 +74,7 @@ def test_a_file_is_a_family(tmp_path) -> None:
         ("correction: bh", "correction: bonferroni", 2, "choose of holm, bh, none"),
         ("name: Late over Early", "name: head 2", 4, "two claims are named 'head 2'"),
         ("  - name: head 2\n    component", "  - component", 5, "a claim needs name"),
-        ("[a, 7]", "none.nc", 3, "There is no file"),
+        ("[a, 7]", "none.nc", 3, "no such file"),
         ("[a, 7]", "{a: 7}", 3, "a result (map.nc) or a list of ids"),
         ("role: reasoning", "role: [", 7, "no YAML"),
         (GOOD, "claims: 3", 1, "claims must be a list"),
@@ -96,7 +96,7 @@ def test_a_mistake_is_one_error_with_its_line(tmp_path, old, new, line, words) -
 
 
 def test_no_file_and_an_empty_one(tmp_path) -> None:
-    with pytest.raises(FrankenlensError, match="cannot be read: No such file"):
+    with pytest.raises(FrankenlensError, match="no such file: "):
         read_claims(tmp_path / "none.yaml")
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(FrankenlensError, match="is empty"):

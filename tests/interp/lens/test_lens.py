@@ -9,6 +9,7 @@ import torch
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import rel_entr
 from transformers import (
     GemmaConfig,
     LlavaForConditionalGeneration,
@@ -357,3 +358,30 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(state[name], value) for name, value in made.model.state_dict().items())
     assert made.model.config.to_json_string() == config
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in made.model.modules())
+
+
+@torch.no_grad()
+def test_the_kl_of_models_close_to_one_another_is_scipys_and_never_negative() -> None:
+    """Where KL is 1e-9, float32 gives either sign."""
+    made = tiny("qwen2_5_vl")
+    near = deepcopy(made.model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in near.parameters():
+        parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=generator))
+    in_, rl = (HookedVLM(model, made.processor, check=False) for model in (made.model, near))
+    prompts = prompts_of(made)
+    found = compare_lenses(Pair(in_, rl), prompts, where="all", progress=False)
+    own = logit_lens(in_, prompts, where="all", progress=False)
+    assert float(found["kl"].min()) >= 0 and float(found["kl_reverse"].min()) >= 0
+    assert float(own["kl"].min()) >= 0 and float(own["entropy"].min()) >= 0
+    last = found.sel(comparison="rl").isel(layer=-1)
+    one, other = (
+        np.concatenate([model(**p.inputs).logits[0].double().log_softmax(-1).exp().numpy() for p in prompts])
+        for model in (made.model, near)
+    )
+    np.testing.assert_allclose(last["kl"], rel_entr(other, one).sum(-1), rtol=0.02, atol=1e-16)
+    naive = []
+    for p in prompts:
+        old, new = (model(**p.inputs).logits[0].log_softmax(-1) for model in (made.model, near))
+        naive.append((new.exp() * (new - old)).sum(-1))
+    assert float(torch.cat(naive).min()) < 0 < float(last["kl"].max())

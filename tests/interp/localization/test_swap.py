@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image
 
 from experiments import embedded
 from hooks import FrankenlensError, HookedVLM
+from interp import knockout, localization, regions
+from interp.knockout import Knockout
 from interp.localization import (
     OUTCOMES,
     Swap,
@@ -380,3 +383,23 @@ def test_a_batch_padded_on_the_right_is_refused(given) -> None:
     batch = collate([builder.build(target) for target, _ in pairs])
     with pytest.raises(FrankenlensError, match="left padding"):
         greedy_batch(vlm, batch)
+
+
+def test_runs_of_layers_are_the_same_for_swaps_and_knockouts() -> None:
+    cut = Knockout("image", "decision")
+    expected = {
+        "singles": [(0, 0), (1, 1), (2, 2), (3, 3)],
+        "suffixes": [(0, 3), (1, 3), (2, 3), (3, 3)],
+        "windows": [(0, 2), (1, 3)],
+    }
+    for name, spans in expected.items():
+        width = (3,) if name == "windows" else ()
+        assert getattr(regions, name)(4, *width) == spans
+        assert [one.layers for one in getattr(knockout, name)(cut, 4, *width)] == spans
+        assert [(one.first, one.last) for one in getattr(localization, name)(4, *width)] == spans
+    for made in (regions.windows, localization.windows, regions.around, partial(knockout.windows, cut)):
+        for width in (0, 5):
+            with pytest.raises(
+                FrankenlensError, match=f"windows of {width} layers: the tower has 4; give 1 to 4"
+            ):
+                made(4, width)

@@ -1,5 +1,6 @@
 import io
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib import image
@@ -7,6 +8,7 @@ from matplotlib.figure import Figure
 
 from interp.map.plots import denominator_text, plot_map, plot_strongest
 from interp.map.summary import summarise
+from interp.results.palette import EFFECT
 from tests.interp.map.synthetic import NULLS, REFUSED, synthetic_map
 
 
@@ -40,6 +42,14 @@ def _drawn(figure: Figure) -> np.ndarray:
     return image.imread(out)
 
 
+def _norm_of(figure, colours):
+    """Where on the scale of effects each colour stands, 0 to 1; pale cells next to what they are a tint of."""
+    scale = matplotlib.colormaps[EFFECT](np.linspace(0, 1, 512))
+    tinted = np.concatenate([scale, 0.35 * scale + 0.65])[:, :3]
+    nearest = np.abs(colours[..., None, :3] - tinted).sum(-1).argmin(-1)
+    return (nearest % 512) / 511
+
+
 def test_one_line_per_direction_and_one_panel_per_kind_of_component(summary):
     panels = _panels(plot_map(summary))
     for title in ("residual stream", "attention", "MLP", "heads, decision", "vision"):
@@ -54,11 +64,11 @@ def test_colours_say_the_sign_and_the_planted_cell_is_the_strongest(summary):
     mlp = _colours(_panels(plot_map(summary))["MLP"][0])
     roles = [label.get_text() for label in _panels(plot_map(summary))["MLP"][0].get_xticklabels()]
     at = roles.index("decision")
-    redness = mlp[..., 0] - mlp[..., 2]
-    assert np.unravel_index(redness[:, :at].argmax(), redness.shape) != (6, at)
-    assert redness[:, at].argmax() == 6
-    residual = _colours(_panels(plot_map(summary))["residual stream"][0])
-    assert residual[0, roles.index("image"), 2] > residual[0, roles.index("image"), 0]
+    strength = _norm_of(plot_map(summary), mlp)
+    assert np.unravel_index(strength[:, :at].argmax(), strength.shape) != (6, at)
+    assert strength[:, at].argmax() == 6
+    residual = _norm_of(plot_map(summary), _colours(_panels(plot_map(summary))["residual stream"][0]))
+    assert residual[0, roles.index("image")] < 0.5  # against the donor
 
 
 def test_cells_without_examples_are_see_through_to_the_grey(summary):

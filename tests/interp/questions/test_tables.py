@@ -190,7 +190,7 @@ def test_files_of_no_kind_of_ours(tmp_path):
         "scalar.json": "holds no JSON objects; row 1: a JSON int, not an object",
         "deep.json": "is one JSON array, and nested too deeply to be read; write one object a line",
         "image.jsonl": "holds no JSON objects; row 1: no JSON",
-        "nowhere.jsonl": "no such file; give JSON lines",
+        "nowhere.jsonl": "no such file: .*Give JSON lines",
     }.items():
         with pytest.raises(FrankenlensError, match=why):
             read_jsonl(tmp_path / name)

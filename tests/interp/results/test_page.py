@@ -1,5 +1,7 @@
 """One kind of page for every experiment: what is written, and what a reader sees of it."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ from matplotlib.figure import Figure
 from interp.results.files import load_dataset, provenance
 from interp.results.marks import Scale
 from interp.results.page import SHOWN, Account, Digest, Section, save_sections
+from interp.results.picture import Picture, nothing
 from interp.statistics import Interval
 from tests.interp.results.reading import Page
 
@@ -91,6 +94,33 @@ def test_the_finding_opens_the_page_and_everything_else_follows(written):
         assert words in text
     assert "in None" not in text  # what was not set is left out
     assert [load.split(",")[0] for load in page.loads] == ["data:image/png;base64"]
+
+
+def test_the_findings_are_the_first_section_before_any_figure(tmp_path):
+    """Also of several experiments: all findings, then all figures, each with its caption; details stand below."""
+    drawn = Picture("What is drawn here, in words.", figsize=(3, 2))
+    drawn.add_subplot().plot([0, 1])
+    parts = [
+        section("one", figures={"first": drawn}, details="More was found."),
+        section("two", figures={"second": nothing("Nothing was measured.")}),
+    ]
+    save_sections(parts, tmp_path, MADE)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert html.index('<section class="findings"') < html.index("Found one") < html.index("Found two")
+    assert html.index("Found two") < html.index("</section>") < html.index("<figure>")
+    assert html.index("<figure>") < html.index("What is drawn here, in words.</figcaption>")
+    assert html.index("</figcaption>") < html.index("More was found.")
+    assert "<p>Nothing was measured.</p>" in html and html.count("<img") == 1
+    assert (tmp_path / "second.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_file_of_a_figure_has_its_caption_and_the_account(tmp_path):
+    drawn: Any = Picture("What is drawn here.", figsize=(3, 2))
+    drawn.add_subplot().plot([0, 1])
+    save_sections([section(figures={"picture": drawn})], tmp_path, MADE)
+    assert drawn._supxlabel is not None
+    text = " ".join(drawn._supxlabel.get_text().split())
+    assert text.startswith("What is drawn here. what was measured; n: 5 questions")
 
 
 def test_intervals_are_drawn_on_one_scale_with_0_on_it(written):

@@ -50,7 +50,7 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
 
 
 def test_loading_what_is_no_result(tmp_path):
-    with pytest.raises(FrankenlensError, match="There is no file"):
+    with pytest.raises(FrankenlensError, match="no such file"):
         load_dataset(tmp_path / "map.nc")
     (tmp_path / "map.nc").write_text("nothing of the kind")
     with pytest.raises(FrankenlensError, match="not a NetCDF"):

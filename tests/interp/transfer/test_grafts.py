@@ -105,23 +105,23 @@ def test_forms_are_their_closed_forms() -> None:
     rng = np.random.default_rng(0)
     w, d = rng.normal(size=(12, 9)), rng.normal(size=(12, 9))
     own, theirs = torch.tensor(w, dtype=torch.float32), torch.tensor(w + d, dtype=torch.float32)
-    got = new_weights(own, theirs, Graft(("blocks.0",), 0.3))
+    got = new_weights(own, theirs, Graft(("blocks.0",), 0.3))[0]
     np.testing.assert_allclose(got, w + 0.3 * d, atol=1e-5)
     u, s, v = np.linalg.svd(d, full_matrices=False)
-    got = new_weights(own, theirs, Graft(("blocks.0",), form="low_rank", rank=2))
+    got = new_weights(own, theirs, Graft(("blocks.0",), form="low_rank", rank=2))[0]
     np.testing.assert_allclose(got, w + (u[:, :2] * s[:2]) @ v[:2], atol=1e-5)
-    update = new_weights(own, theirs, Graft(("blocks.0",), 2.0, "random", seed=1), "a") - own
+    update = new_weights(own, theirs, Graft(("blocks.0",), 2.0, "random", seed=1), "a")[0] - own
     assert float(update.norm()) == pytest.approx(2 * np.linalg.norm(d), rel=1e-5)
     cosine = float((update * torch.tensor(d)).sum()) / float(update.norm()) / np.linalg.norm(d)
     assert abs(cosine) < 0.35
-    again = new_weights(own, theirs, Graft(("blocks.0",), 2.0, "random", seed=1), "b") - own
+    again = new_weights(own, theirs, Graft(("blocks.0",), 2.0, "random", seed=1), "b")[0] - own
     assert not torch.allclose(update, again)
-    half = new_weights(own.bfloat16(), theirs.bfloat16(), Graft(("blocks.0",), form="random"), "a")
+    half = new_weights(own.bfloat16(), theirs.bfloat16(), Graft(("blocks.0",), form="random"), "a")[0]
     moved = (half.float() - own.bfloat16().float()).norm()
     expected = (theirs.bfloat16().float() - own.bfloat16().float()).norm()
     assert float(moved) == pytest.approx(float(expected), rel=0.02)
     assert torch.equal(
-        new_weights(own, own, Graft(("blocks.0",), form="random"), "a"), own
+        new_weights(own, own, Graft(("blocks.0",), form="random"), "a")[0], own
     )  # no update: none
 
 
@@ -130,7 +130,7 @@ def test_large_low_rank_finds_a_planted_rank() -> None:
     left, right = (torch.randn(2100, 3, generator=generator) for _ in range(2))
     planted = left @ right.T
     own = torch.zeros(2100, 2100)
-    got = new_weights(own, planted, Graft(("blocks.0",), form="low_rank", rank=3))
+    got, _ = new_weights(own, planted, Graft(("blocks.0",), form="low_rank", rank=3))
     assert (got - planted).norm() < 1e-4 * planted.norm()
 
 

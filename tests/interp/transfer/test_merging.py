@@ -22,6 +22,7 @@ from interp.questions.tasks import sample
 from interp.transfer.merging import METHODS, Recipe, merge
 from tests.architectures import build
 from tests.families import EACH_KIND, redraw, tiny
+from tests.half_pairs import HALVES, half_pair
 
 RNG = np.random.default_rng(0)
 BASE, ONE, TWO = (RNG.normal(size=(6, 5)) for _ in range(3))
@@ -349,3 +350,39 @@ def test_counters_come_from_the_first_checkpoint(tmp_path: Path) -> None:
     merge(Recipe("linear"), [tmp_path / "1", tmp_path / "2"], tmp_path / "out", progress=False)
     found = load_model(tmp_path / "out").state_dict()
     assert {int(v) for name, v in found.items() if name.endswith("num_batches_tracked")} == {10}
+
+
+def _saved(vlm, folder: Path) -> Path:
+    vlm.model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_merge_that_its_type_does_not_hold_is_refused_and_float32_holds_it(dtype, tmp_path: Path) -> None:
+    in_, rl = (_saved(vlm, tmp_path / name) for vlm, name in zip(half_pair(dtype), ("in", "rl"), strict=True))
+    half = Recipe("linear", weights=(0.5, 0.5))
+    with pytest.raises(
+        FrankenlensError, match=r'the merge \(linear\): weights in \w+ hold .* dtype="float32"'
+    ):
+        merge(half, [in_, rl], tmp_path / "refused", progress=False)
+    assert not list((tmp_path / "refused").rglob("*"))
+    report = merge(half, [in_, rl], tmp_path / "rounded", rounded=True, progress=False)
+    wide = merge(half, [in_, rl], tmp_path / "wide", dtype="float32", progress=False)
+    one, two, got, exact = (load_file(f / "model.safetensors") for f in (in_, rl, report.folder, wide.folder))
+    asked = torch.cat([(0.5 * (two[n].double() - one[n].double())).flatten() for n in one])
+    moved = torch.cat([(got[n].double() - one[n].double()).flatten() for n in one])
+    assert all(got[name].dtype == dtype and exact[name].dtype == torch.float32 for name in one)
+    assert report.held.norm_ratio == pytest.approx(float(moved.norm() / asked.norm()), rel=1e-5)
+    assert report.held.cosine == pytest.approx(float(torch.cosine_similarity(moved, asked, dim=0)), abs=1e-5)
+    assert abs(report.held.norm_ratio - 1) > 0.1
+    for name, value in exact.items():
+        torch.testing.assert_close(
+            value.double(), (one[name].double() + two[name].double()) / 2, rtol=1e-6, atol=1e-9
+        )
+    assert (wide.held.norm_ratio, wide.held.cosine) == pytest.approx((1, 1), abs=1e-4)
+    assert (
+        next(HookedVLM.from_pretrained(wide.folder, processor=None, check=False).model.parameters()).dtype
+        == torch.float32
+    )
+    with pytest.raises(FrankenlensError, match='give "float32"'):
+        merge(half, [in_, rl], tmp_path / "other", dtype="float16", progress=False)
