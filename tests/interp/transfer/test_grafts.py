@@ -167,9 +167,10 @@ def test_a_graft_has_the_donors_memory_until_somebody_writes(duo) -> None:
         assert address(own) == address(theirs) != mine
         assert weights_sha256(recipient.model) != before[0]
         assert address(own) == address(theirs)  # neither a forward pass nor the hash is a copy
-        with grafted(recipient, donor, Graft(("blocks.0",), coefficient=3.0)):
-            assert not torch.equal(recipient(inputs).logits, expected)
+        with grafted(recipient, donor, Graft(("blocks.0",))):
+            assert torch.equal(recipient(inputs).logits, expected)
             own.mul_(2)
+            assert not torch.equal(recipient(inputs).logits, expected) and torch.equal(theirs, original)
         assert torch.equal(recipient(inputs).logits, expected) and torch.equal(own, theirs)
         own.add_(1)
         assert torch.equal(theirs, original) and torch.equal(own, original + 1)
