@@ -42,12 +42,14 @@ def unlike_attention(vlm: Opened, inputs: Mapping[str, Any], precision: Precisio
             squares.setdefault(point.module, []).append(point)
     own = _given_out(vlm, inputs)
     absent: dict[str, str] = {}
-    if why_not(lambda: _WithScores(vlm, inputs, squares, own)):
+    runs: list[_WithScores] = []
+    if why_not(lambda: runs.append(_WithScores(vlm, inputs, squares, own))):
         for path in list(squares):
             alone = {path: squares[path]}
             if why := why_not(lambda alone=alone: _WithScores(vlm, inputs, alone, own)):
                 absent |= {point.name: why for point in squares.pop(path)}
-    run = _WithScores(vlm, inputs, squares, own)
+        runs.append(_WithScores(vlm, inputs, squares, own))
+    run = runs[-1]
     for path, points in squares.items():
         allowed = 4 * precision.eps * (1 + run.largest.get(path, 0.0))
         if error := _unlike(own.get(path, []), run.made.get(path, []), allowed):

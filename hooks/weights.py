@@ -144,12 +144,21 @@ def wholes(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
 
 
 def _rest(model: nn.Module, anatomy: Anatomy, parameters: list[str]) -> Iterator[str]:
-    """Weights outside of all that has an address of its own; of a weight under several names, the first."""
+    """Weights outside of all that has an address of its own; of a weight under several names, the first.
+
+    Buffers of a tower all of whose weights are another's too: that tower is no whole of its own (see `wholes`).
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
     named = [anatomy.vision.path, anatomy.projector_weights, *anatomy.deepstack.values()]
     named += [anatomy.embed, anatomy.final_norm, "" if _tied(model, anatomy) else anatomy.unembed]
-    named += [block.path for tower in anatomy.towers.values() for block in tower.blocks]
+    elsewhere: set[int] = set()
+    for tower in anatomy.towers.values():
+        blocks = [block.path for block in tower.blocks]
+        tensors = {id(value) for name, value in own.items() if any(_under(name, path) for path in blocks)}
+        if tensors - elsewhere or set(parameters) <= set(own):
+            named += blocks
+        elsewhere |= tensors
     paths = [path for path in named if path]
-    own = dict(model.named_parameters(remove_duplicate=False))
     inside = [name for name in own if any(_under(name, path) for path in paths)]
     seen = {id(own[name]) for name in inside}
     for name in parameters:

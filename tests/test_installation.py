@@ -125,7 +125,7 @@ def _merge_folders(out: Path) -> None:
 
 def _adapter(out: Path) -> None:
     (out / "adapter_config.json").touch()
-    Pair.from_pretrained(out / "there is no IN", out)
+    Pair.from_pretrained(embedded.path("in"), out)
 
 
 def _graded_row(out: Path) -> None:

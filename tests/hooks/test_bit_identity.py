@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hooks import HookedVLM
-from tests.families import FAMILIES, tiny
+from tests.families import EACH_KIND, tiny
 from tests.hooks.reference import tolerance
 
 
@@ -46,7 +46,7 @@ def saved(model: Any, folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("batch", "padding_side"), [(1, "right"), (2, "right"), (2, "left")])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_logits_with_nothing_attached_are_bit_identical(family, batch, padding_side):
     vlm = tiny(family)
     assert vlm.model.config._attn_implementation == "sdpa"
@@ -60,7 +60,7 @@ def test_logits_with_nothing_attached_are_bit_identical(family, batch, padding_s
     assert torch.equal(logits(vlm.model, inputs), bare)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_text_without_image(family):
     vlm = tiny(family)
     inputs = vlm.inputs(n_images=0)
@@ -73,7 +73,7 @@ def test_text_without_image(family):
     assert (output.logits - bare).abs().max() <= tolerance(bare)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_opening_running_and_closing_leaves_the_model_as_it_was(family, tmp_path):
     vlm = tiny(family)
     inputs = vlm.inputs(batch=2)
@@ -107,7 +107,7 @@ def test_opening_running_and_closing_leaves_the_model_as_it_was(family, tmp_path
     assert not vlm.model.training
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_attention_setting_is_the_users_while_the_model_is_open(family):
     """A custom name in the configuration would be seen by everyone who copies or saves it."""
     vlm = tiny(family)
@@ -116,7 +116,7 @@ def test_attention_setting_is_the_users_while_the_model_is_open(family):
     assert settings(vlm.model) == before
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_hooks_within_a_context_go_with_it(family):
     vlm = tiny(family)
     inputs = vlm.inputs()
@@ -137,7 +137,7 @@ def test_hooks_within_a_context_go_with_it(family):
 @pytest.mark.parametrize(
     "name", ("blocks.0.hook_resid_mid", "blocks.0.attn.hook_pattern", "blocks.0.attn.hook_rot_k")
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_hooks_act_however_the_model_is_called(family, name):
     """Trainers and evaluation harnesses hold the model, not its wrapper."""
     vlm = tiny(family)
@@ -151,7 +151,7 @@ def test_hooks_act_however_the_model_is_called(family, name):
         assert not torch.equal(vlm.model(**inputs).logits, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_bfloat16_logits_are_bit_identical_and_patterns_can_be_read(family):
     vlm = tiny(family)
     vlm.model.to(torch.bfloat16)
@@ -167,7 +167,7 @@ def test_bfloat16_logits_are_bit_identical_and_patterns_can_be_read(family):
     assert (output.logits - bare)[real].abs().max() <= 0.1 * bare.abs().max()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_two_models_open_at_once_do_not_meet(family):
     one, two = tiny(family, 0), tiny(family, 1)
     inputs = one.inputs()
@@ -198,7 +198,7 @@ def sdpa_calls(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("point", ("hook_pattern", "hook_attn_scores"))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_looking_at_a_pattern_takes_only_its_own_layer_off_sdpa(family, point, sdpa_calls):
     vlm = tiny(family)
     inputs = vlm.inputs(batch=2)
@@ -224,7 +224,7 @@ def test_looking_at_a_pattern_takes_only_its_own_layer_off_sdpa(family, point, s
     assert len(sdpa_calls) == all_layers
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_points_around_the_attention_leave_every_layer_on_sdpa(family, sdpa_calls):
     vlm = tiny(family)
     inputs = vlm.inputs(batch=2)
@@ -240,7 +240,7 @@ def test_points_around_the_attention_leave_every_layer_on_sdpa(family, sdpa_call
     assert torch.equal(output.logits, bare), "reading changed the logits"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_eager_model_can_be_opened(family):
     vlm = tiny(family)
     vlm.model.set_attn_implementation("eager")

@@ -7,10 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hooks import FrankenlensError, HookedVLM
-from tests.families import FAMILIES, tiny
+from tests.families import EACH_KIND, tiny
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_zeroing_every_point_changes_the_logits(family: str) -> None:
     given = tiny(family)
     vlm = HookedVLM(given.model, given.processor)
@@ -33,7 +33,7 @@ def test_the_bar_of_the_long_self_check_can_be_left_out(progress: bool, monkeypa
     assert drawn == [progress]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_opening_leaves_no_trace(family: str) -> None:
     given = tiny(family)
     given.model.train()
@@ -77,7 +77,7 @@ def test_self_check_catches_a_point_whose_value_is_changed(monkeypatch: pytest.M
         HookedVLM(given.model, given.processor)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_a_point_that_writes_something_else_is_absent_and_costs_no_other(
     family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hooks import HookedVLM
-from tests.families import FAMILIES, tiny
+from tests.families import EACH_KIND, tiny
 from tests.hooks.reference import (
     Block,
     mix,
@@ -66,7 +66,7 @@ def equations(model, family: str, inputs: dict[str, Tensor], seen: dict[str, Ten
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_equations_hold_after_every_write(family):
     bare, opened = tiny(family), tiny(family)
     vlm = HookedVLM(opened.model, opened.processor)

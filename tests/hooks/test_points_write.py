@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hooks import HookedVLM
-from tests.families import FAMILIES, TinyVLM, tiny
+from tests.families import EACH_KIND, TinyVLM, tiny
 from tests.hooks.interventions import intervention
 from tests.hooks.reference import of_one_block, reference, tolerance
 
@@ -35,7 +35,7 @@ class Case:
         return (a - b)[real].abs().max().item()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EACH_KIND)
 def case(request) -> Case:
     bare, opened = tiny(request.param), tiny(request.param)
     vlm = HookedVLM(opened.model, opened.processor)

@@ -8,7 +8,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.cache import ActivationCache
-from tests.families import FAMILIES, tiny
+from tests.families import EACH_KIND, tiny
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_an_adapter_put_in_after_opening_is_hooked_as_one_with_its_layer(opened,
     assert new["post", 1].shape[-1] == given.model.config.text_config.intermediate_size
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_what_a_reading_hook_sees_lies_on_the_path_to_the_logits(family: str) -> None:
     given = tiny(family)
     vlm = HookedVLM(given.model, given.processor)

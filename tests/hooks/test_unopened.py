@@ -18,7 +18,7 @@ from interp.comparison.addresses import owned
 from interp.comparison.names import places
 from interp.freezing import frozen_rows
 from tests.architectures import ARCHITECTURES, build
-from tests.families import FAMILIES, tiny
+from tests.families import EACH_KIND, tiny
 
 DEFAULT = ("gemma2", "qwen3_5_text", "gpt2", "jamba", "qwen3_vl_moe", "mllama")
 """Post-norms, mixers, Conv1D with positions of its own, experts, a packed vision tower, cross-attention."""
@@ -65,7 +65,7 @@ def test_a_model_of_70b_takes_no_memory() -> None:
     assert torch.equal(row[7, :-1], row[6, 1:]) and row[:100].unique(dim=0).shape[0] == 100
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_families_that_are_read_off_are_read_as_they_are_seen(family: str) -> None:
     made = tiny(family)
     config, names = made.model.config, [name for name, _ in made.model.named_parameters()]

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from hooks import FrankenlensError, HookedVLM, graft, weight_slices
-from hooks.weights import wholes
+from hooks.weights import buffer_slices, saved_buffers, wholes
 from tests import architectures
-from tests.families import FAMILIES, tiny
+from tests.families import EACH_KIND, tiny
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=EACH_KIND)
 def opened(request: pytest.FixtureRequest):
     given = tiny(request.param)
     inputs = given.inputs()
@@ -167,3 +167,6 @@ def test_wholes_name_every_tensor_once(name: str) -> None:
         for piece in weight_slices(model, anatomy, address)
     ]
     assert sorted(named) == sorted(id(weight) for weight in model.parameters())
+    rest = {*wholes(model, anatomy), "rest"}
+    held = [piece.parameter for address in rest for piece in buffer_slices(model, anatomy, address)]
+    assert sorted(held) == sorted(saved_buffers(model))

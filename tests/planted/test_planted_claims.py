@@ -154,7 +154,13 @@ def test_holm_keeps_the_family_wise_rate_of_claims_on_the_same_prompts(pool) -> 
 
 
 @pytest.mark.parametrize(
-    ("noise", "decision"), [("none", "first"), ("none", "soft"), ("bf16", "soft"), ("gaussian", "soft")]
+    ("noise", "decision"),
+    [
+        ("none", "first"),
+        ("none", "soft"),
+        pytest.param("bf16", "soft", marks=pytest.mark.slow),
+        ("gaussian", "soft"),
+    ],
 )
 def test_an_identical_pair_and_one_of_noise_support_none(pair, noise, decision) -> None:
     copy = planted(pair.in_, pair.rl, Plant(noise=noise))
@@ -193,7 +199,11 @@ PLANTS: dict[tuple[str, ...], list[tuple[dict, str, float]]] = {
 """What has RL's weights, and claims of it: the bound lies so many standard errors (of n = 60) off the truth."""
 
 
-@pytest.mark.parametrize("plant", PLANTS, ids=" ".join)
+@pytest.mark.parametrize(
+    "plant",
+    [plant if n == 0 else pytest.param(plant, marks=pytest.mark.slow) for n, plant in enumerate(PLANTS)],
+    ids=" ".join,
+)
 def test_predicted_power_on_a_plant_is_the_observed_one_within_ten_points(pair, plant) -> None:
     """The prediction of a single draw scatters; the middle one of 100 is what is held to the ten points."""
     wanted = {f"{claim} {at}": claim for claim, at, _ in PLANTS[plant]}

@@ -114,7 +114,7 @@ def test_prompts_limits_and_sample_are_the_papers() -> None:
         (["localize", "--change", "words"], "words"),
         (["localize", "--paper"], "nothing stands in for them: give --data"),
         (["freeze", "--paper"], "nothing stands in for it: give --train"),
-        (["localize", "--data", "gsm9k"], "does not exist"),
+        (["localize", "--data", "gsm9k"], "no such file or folder: gsm9k"),
         (["metrics", "--copies", "."], "--copies holds public data sets"),
     ],
 )

@@ -34,7 +34,7 @@ def config(tmp_path_factory) -> PlantedConfig:
         pairs=1,
         others=1,
         nulls=1,
-        noise_pairs=5,
+        noise_pairs=3,
         max_new_tokens=16,
         batch_size=16,
     )
@@ -53,10 +53,10 @@ def test_all_files_are_written(section, config) -> None:
     found = pd.read_csv(config.out / "planted.csv")
     assert found.groupby("kind")["n_pairs"].first().to_dict() == {"rl": 1, "decoys": 1, "named": 1}
     assert set(pd.read_csv(config.out / "planted_null.csv")["kind"]) == {"identical", "noise"}
-    assert "5 noise pairs" in found["definition"][0]
+    assert "3 noise pairs" in found["definition"][0]
     pairs = pd.read_csv(config.out / "planted_pairs.csv")
     plants = pd.read_csv(config.out / "plants.csv", keep_default_na=False)
-    assert len(plants) == 5 + 3 + 3 + 2  # noise pairs, and every changed component of every pair
+    assert len(plants) == 3 + 3 + 3 + 2  # noise pairs, and every changed component of every pair
     limit = plants.loc[plants["component"] == "", "effect"].quantile(0.95)
     seen = plants.loc[(plants["component"] != "") & (plants["effect"] > limit)].groupby("pair").size()
     for _, row in pairs.iterrows():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooks import ActivationCache, FrankenlensError, HookedVLM
 from tests.architectures import build
-from tests.families import FAMILIES, TinyVLM, tiny, tiny_tokenizer
+from tests.families import EACH_KIND, TinyVLM, tiny, tiny_tokenizer
 from tests.hooks.reference import tolerance
 
 pytest.importorskip("transformer_lens")
@@ -123,7 +123,7 @@ def test_compatibility_mode_is_fold_ln_and_center_unembed(llava, tmp_path):
     assert close(exported.model.W_U, folded.W_U)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_components_sum_to_the_stream_and_attributions_to_the_logit(family):
     bare = tiny(family)
     vlm, inputs = HookedVLM(bare.model, bare.processor), bare.inputs(batch=2)

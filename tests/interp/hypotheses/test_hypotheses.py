@@ -279,7 +279,10 @@ def test_too_few_examples_or_no_variation_give_no_verdict() -> None:
     claims = [_claim("few", quantity="effect"), _claim("same", quantity="effect")]
     found = _judged(claims, [(few, np.ones(60)), (np.full(60, 0.3), np.ones(60))])
     assert [v.verdict for v in found] == ["undecided", "undecided"]
-    assert found[0].reason == f"{MIN_TESTED - 1} examples have a value; a verdict takes {MIN_TESTED}"
+    assert (
+        found[0].reason
+        == f"{MIN_TESTED - 1} examples have a value; a verdict takes {MIN_TESTED}: give more (--n)"
+    )
     assert found[1].reason == "every example has the same value"
 
 

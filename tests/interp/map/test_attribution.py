@@ -138,6 +138,7 @@ def test_bad_arguments_are_named() -> None:
         attribute_within(vlm, prompts, prompts[:1], METRIC)
 
 
+@pytest.mark.slow
 def test_on_the_embedded_pair_the_strongest_are_among_those_attributed() -> None:
     pair = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
     decisions = find_decisions(pair, sample("sum", 48, seed=3, split="map"), "decisive", progress=False)

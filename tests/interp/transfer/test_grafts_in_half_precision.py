@@ -131,25 +131,25 @@ def test_a_transfer_refuses_rows_by_name_and_prints_what_each_holds(duo) -> None
         assert f"hold {rows.loc[name, 'norm_ratio']:.2f} of its norm" in rows.loc[name, "lacking"]
         assert (
             rows.loc[name, "n"] == 0
-            and np.isnan(rows.loc[name, ["accuracy", "change", "p", "recovery"]].astype(float)).all()
+            and np.isnan(rows.loc[name, ["value", "change", "p", "recovery"]].astype(float)).all()
         )
         assert np.isnan(found["right"].sel(variant=name)).all()
     for name in ("IN", "RL", "copy", "2 x update", "copy random update", "2 x update random update"):
         assert not rows.loc[name, "refused"] and rows.loc[name, "lacking"] == "" and rows.loc[name, "n"] == 8
     assert rows.loc["copy", ["norm_ratio", "cosine"]].tolist() == [1, 1]
     assert rows.loc["copy random update", "norm_ratio"] == pytest.approx(1, abs=0.02)
-    assert rows.loc["RL", "accuracy"] == rows.loc["copy", "accuracy"]
+    assert rows.loc["RL", "value"] == rows.loc["copy", "value"]
     family = rows.loc[["copy", "2 x update"]]
     assert (
         family["p_adjusted"].notna().all()
         and rows.loc["0.25 x update", "p_adjusted"] != rows.loc["copy", "p_adjusted"]
     )
     assert unmeasured(found) == {}
-    told = finding(table, [("m", "")])
+    told = " ".join(finding(table, [("m", "")]))
     assert "Refused, not run: 0.25 x update: weights in" in told and "--dtype float32" in told
     all_of_it = transfer(recipient, donor, own, {"m": _right}, rounded=True, progress=False)
     assert not all_of_it["refused"].any() and all_of_it["right"].notnull().all()
-    told = finding(transfer_table(all_of_it, resamples=50), [("m", "")])
+    told = " ".join(finding(transfer_table(all_of_it, resamples=50), [("m", "")]))
     assert "Refused" not in told and "Run although it is not what it says: 0.25 x update" in told
     assert float(all_of_it["norm_ratio"].sel(variant="0.25 x update")) == pytest.approx(
         float(rows.loc["0.25 x update", "norm_ratio"])

@@ -294,7 +294,7 @@ def test_refusals(tmp_path: Path) -> None:
         (Recipe("linear"), [in_, rl], base, "takes no base="),
         (Recipe("slerp", t=0.5), [in_], None, "slerp takes two"),
         (Recipe("linear", weights=(1.0,)), [in_, rl], None, "1 values for 2 models"),
-        (Recipe("linear"), [in_, tmp_path / "none"], None, "no folder"),
+        (Recipe("linear"), [in_, tmp_path / "none"], None, "no such folder"),
         (Recipe("linear", weights=(1.0, -1.0)), [in_, rl], None, "sum to 0"),
     ):
         with pytest.raises(FrankenlensError, match=why):

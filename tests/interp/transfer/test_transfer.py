@@ -190,7 +190,7 @@ def test_the_control_of_an_address_stands_beside_it_in_the_table(pair: Pair) -> 
     table = transfer_table(found, resamples=100).set_index("variant")
     row = table.loc["projector random update"]
     assert (row["kind"], row["control_of"]) == ("control", "projector")
-    assert (row["accuracy"], row["excess"]) == (0, 1) and np.isnan(row["p_adjusted"])
+    assert (row["value"], row["excess"]) == (0, 1) and np.isnan(row["p_adjusted"])
 
 
 def test_random_layers_are_no_mixture_and_no_set_twice() -> None:
