@@ -98,7 +98,7 @@ def pair():
     opened.close()
 
 
-@pytest.fixture(scope="module", params=[320, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) for n in (320, 2000)])
 def pool(pair, request) -> Pool:
     return _pool(pair, NULLS, _asked(request.param, 21), "first")
 

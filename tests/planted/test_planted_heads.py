@@ -37,7 +37,7 @@ def in_() -> HookedVLM:
     return HookedVLM.from_pretrained(embedded.path("in"))
 
 
-@pytest.mark.parametrize("n", [8, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [pytest.param(n, marks=pytest.mark.slow) for n in (8, 24)])
 def test_the_planted_head_is_among_the_top_three(in_: HookedVLM, n: int) -> None:
     """All but one of 24."""
     examples = [e for task in REASONING for e in sample(task, N_PROMPTS // len(REASONING), 0, "map")]

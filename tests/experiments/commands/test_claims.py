@@ -51,6 +51,7 @@ def out(tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_several_pairs_give_one_table_marked_exploratory(out) -> None:
     assert sorted(path.name for path in out.iterdir()) == FILES
     table = pd.read_csv(out / "claims.csv")

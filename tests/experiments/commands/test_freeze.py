@@ -135,6 +135,7 @@ def questions(tmp_path: Path) -> dict[str, Path]:
     return files
 
 
+@pytest.mark.slow
 def test_own_questions_by_trl_alone(questions: dict[str, Path], tmp_path: Path) -> None:
     trl = tmp_path / "trl.yaml"
     trl.write_text("gradient_checkpointing: false\nlr_scheduler_type: constant\nweight_decay: 0.1\n")

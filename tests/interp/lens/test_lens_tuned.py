@@ -39,6 +39,7 @@ def trained(pair) -> dict[str, TunedLens]:
     }
 
 
+@pytest.mark.slow
 def test_lower_kl_than_the_logit_lens_at_every_layer_but_the_last_on_held_out_prompts(pair, trained) -> None:
     """Another split and seed; each model; the mean over tokens, and at most prompts alone."""
     prompts = _read(pair, 8, 1, "test")

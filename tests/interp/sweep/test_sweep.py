@@ -24,7 +24,7 @@ from interp.sweep.engine import parse_bytes
 from interp.sweep.intervention import bind
 from interp.sweep.places import where_mask
 from interp.sweep.stored import StoredRun
-from tests.families import EACH_KIND, redraw, tiny
+from tests.families import EACH_KIND, FAMILIES, redraw, tiny
 
 QUESTIONS = ("how many red", "what shape in row 2 is there", "what color is the star")
 TRACES = (
@@ -223,7 +223,10 @@ def interventions_of(vlm: HookedVLM) -> list[Intervention]:
     return found
 
 
-@pytest.mark.parametrize("family", EACH_KIND)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=() if f in ("qwen3_vl", "llava") else pytest.mark.slow) for f in FAMILIES],
+)
 def test_every_kind_at_every_point_is_one_full_forward_each(family: str) -> None:
     pair = duo(family)
     wanted = interventions_of(pair.recipient)
