@@ -40,7 +40,7 @@ from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.questions.tasks import grade, sample
 from interp.statistics import bootstrap_difference, mcnemar
-from tests.families import EACH_KIND, FAMILIES, QWEN, redraw, tiny, tiny_processor
+from tests.families import FAMILIES, QWEN, redraw, tiny, tiny_processor
 from tests.hooks.interventions import intervention
 
 STEPS = 9
@@ -114,7 +114,10 @@ def _redraw(model: Any, seed: int) -> None:
         model.get_input_embeddings().weight.mul_(0.3)
 
 
-@pytest.fixture(scope="module", params=EACH_KIND)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(f, marks=() if f in ("qwen3_vl", "llava") else pytest.mark.slow) for f in FAMILIES],
+)
 def duo(request: pytest.FixtureRequest) -> Duo:
     return Duo(request.param)
 
