@@ -100,8 +100,19 @@ def _named(model: nn.Module, anatomy: Anatomy, address: Address, names: list[str
 
 @torch.no_grad()
 def graft(recipient: nn.Module, donor: nn.Module, slices: list[WeightSlice]) -> None:
-    """Copy the donor's slices into the recipient's parameters, in place."""
+    """Copy the donor's slices into the recipient's parameters, in place.
+
+    Raises:
+        FrankenlensError: the recipient's type does not hold the donor's numbers; nothing is written.
+    """
     target, source = (dict(m.named_parameters(remove_duplicate=False)) for m in (recipient, donor))
+    for piece in slices:
+        own, theirs = target[piece.parameter], piece.of(source[piece.parameter])
+        if own.dtype != theirs.dtype and not torch.equal(theirs.to(own.dtype).to(theirs.dtype), theirs):
+            raise FrankenlensError(
+                f"{piece.parameter} is {theirs.dtype} in the donor and {own.dtype} in the recipient, which does not "
+                "hold its numbers: open both in one type."
+            )
     for piece in slices:
         piece.of(target[piece.parameter]).copy_(piece.of(source[piece.parameter]))
 

@@ -170,3 +170,17 @@ def test_wholes_name_every_tensor_once(name: str) -> None:
     rest = {*wholes(model, anatomy), "rest"}
     held = [piece.parameter for address in rest for piece in buffer_slices(model, anatomy, address)]
     assert sorted(held) == sorted(saved_buffers(model))
+
+
+def test_a_graft_between_types_is_exact_or_refused() -> None:
+    given = architectures.build("llama")
+    model: Any = given.model
+    anatomy = HookedVLM(model, inputs=given.inputs, check=False).anatomy
+    half, slices = copy.deepcopy(model).to(torch.bfloat16), weight_slices(model, anatomy, "blocks.1.mlp")
+    before = {name: value.clone() for name, value in half.named_parameters()}
+    with pytest.raises(FrankenlensError, match=r"float32 in the donor and torch.bfloat16 in the recipient"):
+        graft(half, model, slices)
+    assert all(torch.equal(value, before[name]) for name, value in half.named_parameters())
+    graft(model, half, slices)  # float32 holds what bfloat16 does
+    own, theirs = (dict(m.named_parameters()) for m in (model, half))
+    assert all(torch.equal(own[s.parameter], theirs[s.parameter].float()) for s in slices)
