@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -101,28 +101,48 @@ class OwnRecipe:
 
     def measure(self, checkpoint: Path | HookedVLM, kept: Path) -> Outcome:
         """See `Recipe`."""
+        record = self.recorded(checkpoint, kept, [p.example.id for p in self.prompts], self._answers)
+        return Outcome(np.array(record["right"], dtype=float), record["unreadable"])
+
+    def recorded(
+        self,
+        checkpoint: Path | HookedVLM,
+        kept: Path,
+        questions: Any,
+        measured: Callable[[HookedVLM], dict[str, Any]],
+    ) -> dict[str, Any]:
+        """What was measured of a checkpoint, not again where `kept` has it of these weights, questions and limit.
+
+        Args:
+            checkpoint: a folder, or a model that is open and stays so.
+            kept: JSON file of the record.
+            questions: which they are, as JSON has it.
+            measured: makes the record.
+        """
         own = not isinstance(checkpoint, HookedVLM)
         vlm = checkpoint
         if not isinstance(vlm, HookedVLM):
             vlm = HookedVLM.from_pretrained(vlm, dtype=self.dtype, device_map=self.device_map, check=False)
         about = {
             "weights": weights_sha256(vlm.model),
-            "questions": [p.example.id for p in self.prompts],
+            "questions": questions,
             "max_new_tokens": self.max_new_tokens,
         }
         record = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else None
         if record is None or record["about"] != about:
-            written = greedy(vlm, self.prompts, self.max_new_tokens, self.batch_size, progress=True)
-            answers = [self._read(ids, p) for ids, p in zip(written, self.prompts, strict=True)]
-            grades = [judge(a, p.example) for a, p in zip(answers, self.prompts, strict=True)]
-            right = [None if g.right is None else float(g.right) for g in grades]
-            unreadable = float(np.mean([answer is None for answer in answers]))
-            record = {"about": about, "right": right, "answers": answers, "unreadable": unreadable}
-            record["why"] = [g.why for g in grades]
+            record = {"about": about, **measured(vlm)}
             write_json(record, kept)
         if own:
             vlm.close()
-        return Outcome(np.array(record["right"], dtype=float), record["unreadable"])
+        return record
+
+    def _answers(self, vlm: HookedVLM) -> dict[str, Any]:
+        written = greedy(vlm, self.prompts, self.max_new_tokens, self.batch_size, progress=True)
+        answers = [self._read(ids, p) for ids, p in zip(written, self.prompts, strict=True)]
+        grades = [judge(a, p.example) for a, p in zip(answers, self.prompts, strict=True)]
+        right = [None if g.right is None else float(g.right) for g in grades]
+        unreadable = float(np.mean([answer is None for answer in answers]))
+        return {"right": right, "answers": answers, "unreadable": unreadable, "why": [g.why for g in grades]}
 
     def _read(self, ids: Sequence[int], prompt: Prompt) -> str | None:
         trace_format = self.builder.trace_format

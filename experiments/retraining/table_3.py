@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from experiments.papers import ASKED
 from experiments.retraining.own import OwnRecipe
 from experiments.retraining.recipe import Outcome
-from experiments.triple.evaluate import write_json
 from hooks import HookedVLM
 from interp.fine_grained import table_2_metrics
 from interp.fine_grained.paper import DESCRIBED
-from interp.pair.pair import weights_sha256
 from interp.questions.examples import Example
 
 
@@ -53,31 +51,20 @@ class PaperRecipe(OwnRecipe):
 
     def measure(self, checkpoint: Path | HookedVLM, kept: Path) -> Outcome:
         """See `Recipe`."""
-        own = not isinstance(checkpoint, HookedVLM)
-        vlm = checkpoint
-        if not isinstance(vlm, HookedVLM):
-            vlm = HookedVLM.from_pretrained(vlm, dtype=self.dtype, device_map=self.device_map, check=False)
-        about = {
-            "weights": weights_sha256(vlm.model),
-            "questions": {name: [example.id for example in some] for name, some in self.asked.items()},
-            "max_new_tokens": self.max_new_tokens,
-        }
-        record = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else None
-        if record is None or record["about"] != about:
-            metrics = table_2_metrics(
-                self.builder,
-                self.asked,
-                template=DESCRIBED,
-                max_new_tokens=self.max_new_tokens,
-                batch_size=self.batch_size,
-            )
-            found = metrics.measure(vlm)
-            right = [None if np.isnan(one) else one for each in found.values() for one in each.right]
-            why = [reason for each in found.values() for reason in each.why]
-            record = {"about": about, "right": right, "why": why}
-            write_json(record, kept)
-        if own:
-            vlm.close()
-        right = np.array(record["right"], dtype=float)
-        unread = [reason.startswith(("no ", "cut off")) for reason in record["why"]]
-        return Outcome(right, float(np.mean(unread)))
+        questions = {name: [example.id for example in some] for name, some in self.asked.items()}
+        record = self.recorded(checkpoint, kept, questions, self._metrics)
+        right, why = np.array(record["right"], dtype=float), np.array(record["why"], dtype=object)
+        counted = ~np.isnan(right)  # what was left out was no reply
+        return Outcome(right, float(np.mean(why[counted] != "")) if counted.any() else np.nan)
+
+    def _metrics(self, vlm: HookedVLM) -> dict[str, Any]:
+        metrics = table_2_metrics(
+            self.builder,
+            self.asked,
+            template=DESCRIBED,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+        )
+        found = metrics.measure(vlm).values()
+        right = [None if np.isnan(one) else one for each in found for one in each.right]
+        return {"right": right, "why": [reason for each in found for reason in each.why]}

@@ -18,9 +18,8 @@ RULES = ("graded", "text", "code")
 - graded: it is no longer the model's own, as far as the example's grader can tell (`interp.localization.outcomes`).
 - text: the paper's text. OCR: the text differs from the model's own; counting: the number differs; grounding: the box
   overlaps the *source's* by an IoU above 0.5; recognition: the answer is No. Elsewhere: the answer differs.
-- code: the released code. The two texts differ, lower case, without spaces and punctuation at the end; of two of which
-one
-  has 20 characters or more, neither holds the other.
+- code: the released code. The two texts differ, in lower case, without spaces around and punctuation behind them; where
+  one of them has 20 characters or more, neither holds the other.
 """
 _SHORT = 20
 
@@ -51,10 +50,11 @@ def with_changes(
         clean = found["clean"].sel(side="target").to_numpy()
         for swap, row in np.argwhere(~np.isnan(counted)):
             own, now = str(clean[row]), str(text[swap, row])
-            same = (
-                differs_in_code(own, now) if rule == "code" else changed_in_text(now, own, pairs[row], grader)
-            )
-            changed[swap, row] = float(same)
+            if rule == "code":
+                differs = differs_in_code(own, now)
+            else:
+                differs = changed_in_text(now, own, pairs[row], grader)
+            changed[swap, row] = float(differs)
     return found.assign(changed=(("swap", "example"), changed)).assign_attrs(change=rule)
 
 

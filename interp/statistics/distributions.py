@@ -30,9 +30,9 @@ def kl(p: Float[Tensor, "*n vocab"], q: Float[Tensor, "*n vocab"]) -> Float[Tens
     if len(p.shape) > 1 and len(p) > 1 and p.numel() > _AT_ONCE:
         rows = max(1, _AT_ONCE * len(p) // p.numel())
         return torch.cat([kl(*some) for some in zip(p.split(rows), q.split(rows), strict=True)])
-    d = q - p
-    near = d.clamp(-1, 1)
     share = p.exp()
+    d = (q - p).masked_fill(share == 0, 0.0)  # -inf less -inf is no number, nor is its gradient
+    near = d.clamp(-1, 1)
     terms = torch.where(d.abs() <= 1, share * (torch.expm1(near) - near), q.exp() - share * (1 + d))
     terms = torch.where(share == 0, q.exp(), terms)
     return terms.clamp(min=0).sum(-1)

@@ -119,9 +119,7 @@ class Edit:
     def alone(self, own: Float[Tensor, "..."], span: Span) -> Float[Tensor, "..."]:
         """`apply` to the head, neuron or expert that is meant, without the others."""
         new = self.new(own, span).to(own)
-        if self.where is None and len(new) != len(
-            own
-        ):  # a part of the images, where the module is called once for each
+        if self.where is None and len(new) != len(own):  # rows of one of the images, each of which is a call
             new = new[span.columns]
         if self.point.leaf == "hook_attn_scores":  # what the mask hides stays hidden
             new = new.masked_fill(own == -torch.inf, -torch.inf)
@@ -144,7 +142,7 @@ class Edit:
         def write(activation: Tensor, hook: HookContext) -> Tensor:
             if width is not None:
                 return apply(activation, Span(0, width))
-            first = hook.ctx.get("rows", 0)
+            first = hook.ctx.get("rows", 0)  # of the calls before this one: an edit is one forward pass long
             hook.ctx["rows"] = first + len(activation)
             return apply(activation, Span(first, first + len(activation)))
 

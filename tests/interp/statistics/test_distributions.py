@@ -67,3 +67,17 @@ def test_gradients_are_those_of_kl() -> None:
     half = logits.detach().bfloat16()
     assert torch.equal(log_probabilities(half), half.double().log_softmax(-1))
     assert float(kl(log_probabilities(half), log_probabilities(half)).abs().max()) == pytest.approx(0, abs=0)
+
+
+def test_gradients_pass_words_that_are_ruled_out() -> None:
+    """They are those of the other words alone, by PyTorch's own divergence."""
+    logits = _logits(0, 1.0, 9)
+    logits[:, :2] = -torch.inf
+    leaf = (logits + _logits(1, 0.3, 9)).requires_grad_()
+    kl(log_probabilities(logits), log_probabilities(leaf)).sum().backward()
+    inside = leaf.detach()[:, 2:].double().requires_grad_()
+    p = log_probabilities(logits)[:, 2:]
+    torch.nn.functional.kl_div(inside.log_softmax(-1), p, reduction="sum", log_target=True).backward()
+    assert leaf.grad is not None and inside.grad is not None
+    np.testing.assert_allclose(leaf.grad[:, 2:], inside.grad, atol=1e-6)
+    assert bool((leaf.grad[:, :2] == 0).all()) and float(inside.grad.abs().max()) > 1e-2

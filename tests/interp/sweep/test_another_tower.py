@@ -95,7 +95,8 @@ def test_what_is_called_once_an_image_is_read_and_written_as_one() -> None:
         _, cache = vlm.run_with_cache(collate(prompts).inputs, "projector.hook_out", use_cache=False)
     handle.remove()
     assert len(seen) == 2
-    assert all(map(torch.equal, cache.calls("projector.hook_out"), seen))
+    kept = cache.calls("projector.hook_out")
+    assert len(kept) == len(seen) and all(map(torch.equal, kept, seen))
     got, clean = swept(vlm, prompts, Intervention("projector.hook_out", "resample", "all"))
     turn = iter(seen[::-1])
     wanted, allowed = bare(vlm.model, prompts, path, lambda out: next(turn))
