@@ -157,7 +157,10 @@ class HookedVLM(Traceable):
             if checked.by_structure is not None:
                 points = {n: p for n, p in self.hook_points.items() if n not in checked.by_structure}
                 absent = self.absent | checked.by_structure
-                STRUCTURES.keep(key, Taken(self.anatomy, points, absent, proved=True))
+                taken = Taken(self.anatomy, points, absent, proved=True)
+                # Running a model may leave marks on it: it is known before and after.
+                for one in (key, structure_key(self.model, given, self.image_token_id)):
+                    STRUCTURES.keep(one, taken)
             self._leave_out(checked.absent)
 
     def _leave_out(self, absent: Mapping[str, str]) -> None:

@@ -68,6 +68,7 @@ def test_a_type_at_its_word_is_what_watching_it_says(
     "name",
     [
         "qwen3_moe",
+        "internvl",  # transformers leaves marks on it
         pytest.param("gemma2", marks=pytest.mark.slow),
         pytest.param("mllama", marks=pytest.mark.slow),
     ],
@@ -197,3 +198,25 @@ def test_a_model_that_transformers_records_of_is_known_again(watchings: list[nn.
     assert (
         not watchings and structure_key(given.model, given.inputs(), image_token_of(given.model)) is not None
     )
+
+
+def test_how_often_a_model_runs_when_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tiny("qwen2_5_vl")
+    runs: list[int] = []
+    own = type(given.model).forward
+
+    def counted(self: nn.Module, *args: object, **kwargs: object) -> object:
+        runs.append(1)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(given.model), "forward", counted)
+
+    def opening() -> int:
+        runs.clear()
+        opened(given)
+        return len(runs)
+
+    assert (opening(), opening()) == (3, 2)  # at its word (and where the stream is split); known
+    STRUCTURES.forget()
+    monkeypatch.setattr("hooks.opening.is_read_off", lambda config: False)
+    assert (opening(), opening()) == (9, 2)
