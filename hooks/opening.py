@@ -97,17 +97,24 @@ def taken_for(model: PreTrainedModel, inputs: Mapping[str, Any], key: Hashable |
     Args:
         model: the model.
         inputs: processor tensors; a type is taken at its word only with an image, since it says nothing of what runs
-            without one.
+            without one, and only where every module is as transformers has it.
         key: its structure.
     """
     if (known := STRUCTURES.get(key)) is not None:
         return known
-    if key is None or not has_pixels(inputs) or not is_read_off(model.config):
+    if key is None or not has_pixels(inputs) or not is_read_off(model.config) or not _is_unchanged(model):
         return None
     try:
         return as_table(declared_anatomy(model))
     except (FrankenlensError, AttributeError, KeyError, TypeError, ValueError):  # not built as its type is
         return None
+
+
+def _is_unchanged(model: nn.Module) -> bool:
+    """Whether a model is made of modules of transformers and PyTorch alone, so that its type says what they do."""
+    return all(
+        type(module).__module__.startswith(("transformers.", "torch.nn.")) for module in model.modules()
+    )
 
 
 def watched(model: PreTrainedModel, inputs: Mapping[str, Any], token: int | None) -> Anatomy:

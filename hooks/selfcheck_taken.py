@@ -2,7 +2,8 @@
 
 What depends on the code alone (which module makes queries, where the stream is split) was proved on the first model of
 its structure. What depends on weights is proved on each: own values written back, sums, attention, gradients. A type
-that is taken at its word has nothing behind it, so what its names say is held against the numbers too.
+that is taken at its word has nothing behind it, so what its names say is held against the numbers too, in the model's
+own precision: that its factors are 1 is known of its code.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from torch import Tensor
 from hooks.anatomy.precise import eps_of, within_rounding
 from hooks.layout import readings
 from hooks.opened import Opened
-from hooks.selfcheck import inexact, undisturbed, without_effect
+from hooks.selfcheck import undisturbed, without_effect
 from hooks.selfcheck_attention import Bare, bare_run
 from hooks.selfcheck_experts import unproved_contributions
 from hooks.selfcheck_once import Once, at_once
-from hooks.selfcheck_writes import Writes
+from hooks.selfcheck_sums import split_from_the_stream
+from hooks.selfcheck_writes import Writes, why_not
 
 
 def holds(vlm: Opened, inputs: Mapping[str, Any], proved: bool) -> dict[str, str] | None:
@@ -32,7 +34,10 @@ def holds(vlm: Opened, inputs: Mapping[str, Any], proved: bool) -> dict[str, str
         proved: whether another model of this structure was watched and proved.
     """
     with undisturbed(vlm.model):
-        bare = bare_run(vlm, inputs)
+        runs: list[Bare] = []
+        if why_not(lambda: runs.append(bare_run(vlm, inputs))):
+            return None  # watching it says with what it does not run
+        (bare,) = runs
         shown = [name for name, point in vlm.hook_points.items() if point.place != "expert_out"]
         once = at_once(vlm, inputs, bare, shown)
         if once is None or len(once.shapes) < len(shown):
@@ -40,9 +45,9 @@ def holds(vlm: Opened, inputs: Mapping[str, Any], proved: bool) -> dict[str, str
         points, odd = readings(vlm, once.shapes)
         if odd or any(point.relaid != vlm.hook_points[name].relaid for name, point in points.items()):
             return None
-        if not proved and not (
-            _as_named(vlm, bare, once) and not inexact(vlm, inputs, once.seen, bare, once)
-        ):
+        if not proved and not _as_named(vlm, bare, once):
+            return None
+        if not proved and split_from_the_stream(vlm, inputs, list(once.seen)):
             return None
         vlm.hook_points = points
         proof = Writes(vlm, inputs, bare.logits)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hooks import HookedVLM
+from hooks import FrankenlensError, HookedVLM
 from hooks.anatomy import find_anatomy
 from hooks.anatomy.by_names import declared_anatomy
 from hooks.anatomy.structure import structure_of
@@ -138,6 +138,27 @@ def test_what_does_not_prove_to_be_of_its_structure_is_watched(
     again = HookedVLM(given.model, inputs=given.inputs)
     assert len(watchings) == 2
     assert said_of(again) == said_of(vlm)
+
+
+def test_a_type_with_a_part_of_another_is_watched(watchings: list[nn.Module]) -> None:
+    given = tiny("qwen2_5_vl")
+    layer = given.model.model.language_model.layers[0]
+    layer.mlp = OtherMLP(layer.mlp)
+    vlm = opened(given)
+    assert watchings == [given.model]
+    assert "blocks.0.hook_mlp_out" in vlm.hook_points
+
+
+def test_a_known_structure_that_does_not_run_is_refused_in_one_sentence() -> None:
+    given = tiny("qwen2_5_vl")
+    vlm = opened(given)
+    short = {**vlm.opening, "pixel_values": vlm.opening["pixel_values"][:-4]}
+    for known in (True, False):
+        if not known:
+            STRUCTURES.forget()
+        with pytest.raises(FrankenlensError, match="does not run on the prompt that it is opened with"):
+            HookedVLM(given.model, given.processor, inputs=short)
+    assert said_of(opened(given)) == said_of(vlm)
 
 
 class OtherMLP(nn.Module):
