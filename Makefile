@@ -14,7 +14,7 @@ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'
 endef
 
-.PHONY: demo test test-slow check architectures benchmarks notebooks figures
+.PHONY: demo test test-slow calibration check architectures benchmarks notebooks figures
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -35,6 +35,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+calibration: $(INSTALLED)  ## how often printed intervals cover, and tests err: nine shapes of data x n x clusters
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/planted/test_calibration.py -m "slow or not slow" -s
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

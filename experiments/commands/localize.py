@@ -238,12 +238,12 @@ def measure(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> Iterato
             kind: with_changes(found, _pairs_of(asked, kind), config.change)
             for kind, found in results.items()
         }
-        tables["localize_swap"] = swap_table(results, swaps, among, config.seed)
+        tables["localize_swap"] = swap_table(results, swaps, among)
         figures["localize_swap"] = plot_swaps(tables["localize_swap"], partition)
         found.append(results[COUNTERFACTUAL])
     if config.parts:
         found.append(_ablated(vlm, builder, asked, config))
-        tables["localize_ablation"] = accuracy(found[-1], seed=config.seed)
+        tables["localize_ablation"] = accuracy(found[-1])
         figures |= _ablation_figures(tables["localize_ablation"], partition)
     of = tables.get("localize_swap"), tables.get("localize_ablation")
     sentences = [*swap_findings(of[0], partition), *ablation_findings(of[1], partition)]
@@ -349,7 +349,7 @@ def _account(
         )
     if config.parts:
         parts.append(
-            "ablations act at prefill and every step; accuracy with Wilson's interval, its change paired (bootstrap), "
+            "ablations act at prefill and every step; accuracy with Wilson's interval, its change paired, "
             "McNemar's exact test"
         )
     n = f"{len(asked.pairs)} pairs, at most {config.n} a function" if asked.pairs else ""

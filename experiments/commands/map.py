@@ -63,7 +63,7 @@ def measure(pair: Pair, asked: Questions, config: MapConfig) -> Iterator[Section
     effects = component_map(pair, decisions, directions, config.points, batch_size=config.batch_size)
     nulls = null_pair_denominator(pair, decisions, config.seed, config.batch_size)
     refused = recovery_refused(decisions, nulls)
-    summary = summarise(effects, nulls=nulls, refused=refused, seed=config.seed)
+    summary = summarise(effects, nulls=nulls, refused=refused)
     if config.decision != "soft":
         summary["two_by_two"] = two_by_two(pair, decisions, config.batch_size)
     summary.attrs["decisions"] = json.dumps(decisions.summary())

@@ -96,8 +96,8 @@ def measure(pair: Pair, asked: Questions, config: PathsConfig) -> Iterator[Secti
     )
     nulls = null_pair_denominator(pair, decisions, config.seed, config.batch_size)
     refused = recovery_refused(decisions, nulls)
-    paths = path_table(effects, refused=refused, seed=config.seed)
-    wholes = sender_table(effects, refused=refused, seed=config.seed)
+    paths = path_table(effects, refused=refused)
+    wholes = sender_table(effects, refused=refused)
     found = [_denominator(decisions, nulls, refused), *_found(paths, wholes, decisions.metric.units)]
     yield Section(
         "paths",
@@ -176,7 +176,7 @@ def _account(
         "path patching (Goldowsky-Dill et al. 2304.05969): the receiver's input is the clean residual stream plus the "
         f"donor's minus the recipient's output of the sender at {config.where} tokens, its pre-norm computed again; "
         f"{passes}; behind the receiver everything is computed again; k and v are those of kv_heads; recovery: ratio "
-        "of sums, 95 % bootstrap over prompts; interaction: whole effect − sum of direct effects; senders: "
+        "of sums, 95 % intervals over prompts; interaction: whole effect − sum of direct effects; senders: "
         + chosen,
         f"{len(decisions)} decisions ({config.decision}) of {decisions.n_prompts} prompts",
         "Holm over the paths of a direction (p); intervals are per path",

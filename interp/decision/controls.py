@@ -21,7 +21,7 @@ from interp.decision.traces import next_tokens, trace_logits
 from interp.metrics import LogitDifference, evaluate
 from interp.pair.pair import Pair
 from interp.prompts import Prompt, collate
-from interp.statistics import Interval, bootstrap_mean
+from interp.statistics import MIN_EXAMPLES, Interval, mean_interval
 from interp.statistics.distributions import log_probabilities, symmetric_kl
 from interp.updates import Realized, as_large, random_update, wide_type
 
@@ -123,7 +123,7 @@ def null_pair_denominator(
 
     Arguments:
         seed: of the random directions.
-        settings: as in `interp.statistics.bootstrap_mean`.
+        settings: as in `interp.statistics.mean_interval`.
 
     Returns:
         Intervals; `random`'s say how much of RL's norm the weights hold (`Null`).
@@ -142,8 +142,9 @@ def null_pair_denominator(
             after = evaluate(vlm, decisions.prompts, decisions.metric, batch_size)
             own_before = own(vlm, written, batch_size)
         held = change.held if isinstance(change, RandomUpdate) else None
-        for name, values in ((label, after - before), (f"{label}, own decisions", own_before())):
-            found[name] = Null.beside(bootstrap_mean(values, **settings), held)
+        paired = mean_interval(after - before, **{"clusters": decisions.clusters, **settings})
+        found[label] = Null.beside(paired, held)
+        found[f"{label}, own decisions"] = Null.beside(mean_interval(own_before(), **settings), held)
     return found
 
 
@@ -253,7 +254,7 @@ def recovery_refused(decisions: DecisionSet, nulls: Mapping[str, Interval], **se
     A recovery is a share of the denominator, so without a denominator clear of those of pairs without a change, noise
     too would draw a full map.
     """
-    own = decisions.denominator(**settings)
+    own = decisions.denominator(**{"fewest": MIN_EXAMPLES, **settings})
     if not np.isfinite([own.low, own.high]).all():
         found = f"{int(own.n)} of {decisions.n_prompts} prompts have the decision {decisions.choice!r}"
         return f"the denominator has no interval ({found}); {decisions.ways_on}"

@@ -21,7 +21,7 @@ from interp.fine_grained.questions import (
 )
 from interp.fine_grained.replies import replies
 from interp.prompts import PromptBuilder
-from interp.questions.examples import Example
+from interp.questions.examples import Example, cluster_of
 from interp.questions.grading import Grade, judge
 from interp.transfer.transfer import Metric, Outcomes, Together
 
@@ -245,6 +245,7 @@ def _dataset(
             "metric": metrics,
             "example": [example.id for example in examples],
             "task": ("example", [example.task for example in examples]),
+            "cluster": ("example", [cluster_of(example) for example in examples]),
         },
         attrs={"template": asked.template, "decoding": "greedy"},
     )

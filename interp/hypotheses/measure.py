@@ -19,7 +19,7 @@ from interp.map.components import BEFORE_THE_DECODER, Component, cached_names, c
 from interp.metrics import evaluate
 from interp.pair.pair import Pair
 from interp.prompts import collate
-from interp.prompts.pairing import PatchBatch, partners
+from interp.prompts.pairing import PatchBatch, beside, partners
 from interp.questions.examples import Example
 from interp.regions import parse_partition
 from interp.transfer.grafts import Graft, grafted, require_graftable
@@ -192,6 +192,7 @@ def _activations(pair, decisions: DecisionSet, wanted: Sequence[Moved], n, batch
         for which in ("donor", "control"):
             values["decision", moved, which] = np.full(n, np.nan)
     batches = list(batches_of(prompts, batch_size))
+    partner = partners(prompts)
     bar.total += 2 * len(wanted) * len(batches)
     bar.refresh()
     for rows in batches:
@@ -199,8 +200,8 @@ def _activations(pair, decisions: DecisionSet, wanted: Sequence[Moved], n, batch
         ready, runs = {}, {}
         for name, vlm in models.items():
             batch = collate([prompts[i] for i in rows]).to(vlm.device)
-            ready[name] = PatchBatch(batch, metric.reads(batch), partners(batch))
-            runs[name] = Donor(vlm, batch, names, metric)
+            ready[name] = PatchBatch(batch, metric.reads(batch), partner[rows].to(vlm.device))
+            runs[name] = Donor(vlm, batch, names, metric, beside(prompts, rows, partner))
         for direction, (donor, recipient) in DIRECTIONS.items():
             chosen = [moved for moved in wanted if moved[2] == direction]
             keys, cells = [], []
@@ -221,14 +222,13 @@ def _cell(
 ) -> Cell | None:
     """All components of a claim moved at once."""
     where = ready.where(role)
-    rows = where.any(-1) & ((ready.partner >= 0) if which == "control" else True)
+    rows = where.any(-1) & (ready.partnered if which == "control" else True)
     if not rows.any():
         return None
     edits = []
     for component in parts:
         early = component.point in BEFORE_THE_DECODER
-        borrow = ready if which == "control" else None
-        edits += edits_of(own, donor, component, None if early else where, early, borrow)
+        edits += edits_of(own, donor, component, None if early else where, early, which == "control")
     return Cell(which, 0, 0, tuple(edits), rows)
 
 

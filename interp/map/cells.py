@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ from hooks import HookedVLM
 from interp.map.components import BEFORE_THE_DECODER, Component
 from interp.metrics import Metric
 from interp.prompts import PromptBatch
-from interp.prompts.pairing import PatchBatch, borrowed
+from interp.prompts.pairing import PatchBatch
 from interp.sweep.activations import activation_of
 from interp.sweep.batch import BatchSweep
 from interp.sweep.edits import Edit, Span
@@ -24,26 +24,40 @@ from interp.sweep.places import of_vision
 
 
 class Donor:
-    """A model's clean activations and metric on a batch."""
+    """A model's clean activations and metric on a batch, and its activations on every row's partner."""
 
-    def __init__(self, vlm: HookedVLM, batch: PromptBatch, names: Sequence[str], metric: Metric) -> None:
+    def __init__(
+        self,
+        vlm: HookedVLM,
+        batch: PromptBatch,
+        names: Sequence[str],
+        metric: Metric,
+        others: PromptBatch | None = None,
+    ) -> None:
+        """Runs the model once, and once more on `others`, the rows' partners (`interp.prompts.pairing.beside`)."""
         image = bool(batch.with_image.any())
         kept = [name for name in names if image or not of_vision(name)]
+        self._others: Mapping[str, Tensor] = {}
         with torch.no_grad():
             output, self._cache = vlm.run_with_cache(batch.inputs, kept, use_cache=False)
+            if others is not None:
+                self._others = vlm.run_with_cache(others.to(vlm.device).inputs, kept, use_cache=False)[1]
         self.vlm = vlm
         self.metric = metric(output.logits, batch).double().cpu().numpy()
 
-    def activation(self, hook: str, head: int | None, span: Span | None = None) -> Float[Tensor, "..."]:
+    def activation(
+        self, hook: str, head: int | None, span: Span | None = None, other: bool = False
+    ) -> Float[Tensor, "..."]:
         """An activation, of some columns only if a span is given; a head's result goes through this model's own W_O.
 
         A product of a segment rounds as the recipient's own of that segment does, which one of all columns need not.
+        With `other`, each row's is that on its partner.
         """
+        return activation_of(self.vlm, partial(self._read, span, other), hook, head)
 
-        return activation_of(self.vlm, partial(self._read, span), hook, head)
-
-    def _read(self, span: Span | None, name: str) -> Float[Tensor, "..."]:
-        return self._cache[name] if span is None else self._cache[name][:, span.columns]
+    def _read(self, span: Span | None, other: bool, name: str) -> Float[Tensor, "..."]:
+        kept = (self._others if other else self._cache)[name]
+        return kept if span is None else kept[:, span.columns]
 
 
 @dataclass(frozen=True)
@@ -67,11 +81,11 @@ def cells_of(
 ) -> list[Cell]:
     """Every component at every role that some row has (`self`: at all tokens), by kind of donor; see `Cell`."""
     cells = []
-    whole = torch.ones_like(ready.partner, dtype=torch.bool)
+    whole = torch.ones_like(ready.partnered)
     # An image that no token stands for (it is attended to, or put before the text) is everybody's: role "all".
     of_image = "image" if bool(ready.where("image").any()) else "all"
     for kind in kinds:
-        usable = ready.partner >= 0 if kind == "other" else whole
+        usable = ready.partnered if kind == "other" else whole
         for c, component in enumerate(wanted):
             early = component.point in BEFORE_THE_DECODER
             for r, role in enumerate(roles if kind != "self" else [None]):
@@ -80,8 +94,7 @@ def cells_of(
                 if (early and role not in (of_image, None)) or not present.any():
                     continue
                 source = own if kind == "self" else donor
-                borrow = ready if kind == "other" else None
-                edits = edits_of(own, source, component, None if early else where, early, borrow)
+                edits = edits_of(own, source, component, None if early else where, early, kind == "other")
                 cells.append(Cell(kind, c, r, edits, present))
     return cells
 
@@ -92,7 +105,7 @@ def edits_of(
     component: Component,
     where: Bool[Tensor, "batch pos"] | None,
     early: bool,
-    borrow: PatchBatch | None = None,
+    other: bool = False,
 ) -> tuple[Edit, ...]:
     """The edits that put a component's activation from one run into another.
 
@@ -102,12 +115,12 @@ def edits_of(
         component: what is moved; edits of several hook points where it has several.
         where: tokens; None for the vision side.
         early: whether it lies before the decoder.
-        borrow: take every row's activation from its partner of this batch instead.
+        other: take every row's activation from its partner instead.
     """
 
     points, head = own.vlm.hook_points, component.head
     return tuple(
-        Edit(points[name], partial(_moved, source, name, head, early, borrow), where, head)
+        Edit(points[name], partial(_moved, source, name, head, early, other), where, head)
         for name in component.hooks
     )
 
@@ -117,15 +130,12 @@ def _moved(
     name: str,
     head: int | None,
     early: bool,
-    borrow: PatchBatch | None,
+    other: bool,
     activation: Float[Tensor, "..."],
     span: Span,
 ) -> Float[Tensor, "..."]:
     """What takes an activation's place: see `interp.sweep.edits.New`."""
-    if borrow is None:
-        return source.activation(name, head, None if early else span).to(activation)
-    value = borrowed(source.activation(name, head), early, borrow)
-    return (value if early else value[:, span.columns]).to(activation)
+    return source.activation(name, head, None if early else span, other).to(activation)
 
 
 def run_cells(

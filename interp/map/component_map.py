@@ -26,9 +26,9 @@ from interp.map.components import (
 from interp.metrics import Metric
 from interp.pair.agreement import entering, model_differences
 from interp.prompts import Prompt, collate
-from interp.prompts.pairing import PatchBatch, image_shapes, partners
+from interp.prompts.pairing import PatchBatch, beside, image_shapes, partners
 from interp.prompts.roles import ROLES
-from interp.questions.examples import with_looked_at
+from interp.questions.examples import cluster_of, with_looked_at
 
 if TYPE_CHECKING:
     from interp.decision import DecisionSet
@@ -162,14 +162,18 @@ def _map(
     itself = np.full(shape[:2], np.nan)
     ends = np.full((2, len(directions), len(first)), np.nan)
     total = _n_runs(wanted, roles) * len(directions) * -(-len(first) // batch_size)
+    partner = {name: partners(own) for name, own in prompts.items()}
+    recipient_of = dict(directions.values())
     with tqdm(total=total, desc="patching", unit="run", disable=not progress) as bar:
         for rows in batches_of(first, batch_size):
             select = metric.select(rows)
             ready, donors = {}, {}
             for name, vlm in models.items():
                 batch = collate([prompts[name][i] for i in rows]).to(vlm.device)
-                ready[name] = PatchBatch(batch, select.reads(batch), partners(batch))
-                donors[name] = Donor(vlm, batch, cached_names(vlm, wanted), select)
+                ready[name] = PatchBatch(batch, select.reads(batch), partner[name][rows].to(vlm.device))
+                given = partner[recipient_of[name]] if name in recipient_of else torch.full((len(first),), -1)
+                others = beside(prompts[name], rows, given)
+                donors[name] = Donor(vlm, batch, cached_names(vlm, wanted), select, others)
             for d, (donor, recipient) in enumerate(directions.values()):
                 cells = cells_of(donors[donor], donors[recipient], ready[recipient], wanted, roles)
                 found = run_cells(models[recipient], ready[recipient], select, cells, bar)
@@ -185,7 +189,7 @@ def _map(
         bar.total = bar.n  # roles that no row of a batch has are not run
         bar.refresh()
     found = _dataset(
-        effect, other, itself, ends, list(directions), wanted, roles, [p.example.id for p in first], metric
+        effect, other, itself, ends, list(directions), wanted, roles, [p.example for p in first], metric
     )
     told = {why: n for vlm in models.values() for why, n in lacking(vlm, points, images).items()}
     found.attrs["lacking"] = json.dumps(told)
@@ -204,7 +208,7 @@ def roles_of(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str
 
 
 def batches_of(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers by batch; rows with the same roles stand together, so that they can be each other's control."""
+    """Row numbers by batch; rows of the same length and roles stand together, so that little is padding."""
     order = sorted(
         range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].roles, image_shapes(prompts[i]), i)
     )
@@ -233,7 +237,8 @@ def _dataset(effect, other, itself, ends, directions, wanted, roles, examples, m
             "direction": directions,
             "component": [c.name for c in wanted],
             "role": roles,
-            "example": examples,
+            "example": [example.id for example in examples],
+            "cluster": ("example", [cluster_of(example) for example in examples]),
             "point": ("component", [c.point for c in wanted]),
             "layer": ("component", [-1 if c.layer is None else c.layer for c in wanted]),
             "head": ("component", [-1 if c.head is None else c.head for c in wanted]),

@@ -13,7 +13,7 @@ import xarray as xr
 from interp.map.plots import DIRECTIONS, denominator_text, plot_map
 from interp.map.summary import cell_table, headline, now_and_before, strongest
 from interp.results.page import Account, Digest, Section
-from interp.statistics import Interval, bootstrap_mean, interval_text
+from interp.statistics import Interval, interval_text, mean_interval
 
 WORDS = {"rl_to_in": "RL into IN", "in_to_rl": "IN into RL"}
 """What is moved where, in a sentence."""
@@ -73,7 +73,8 @@ def _account(summary: xr.Dataset, decisions: Mapping[str, Any] | None, seed: int
     definition = (
         f"activation patching of one component at the tokens of one role, {summary.attrs['metric']}, "
         f"{summary.attrs['units']}; recovery = (patched − recipient) / (donor − recipient), ratio of sums over "
-        f"examples; {level} bootstrap intervals over examples, each for its own cell; controls: the donor's activation "
+        f"examples; {level} intervals over examples (those of one image count as one), each for its own cell; "
+        "controls: the donor's activation "
         "on another example with the same roles, and the recipient's own"
     )
     n = f"{int(summary['n'].max())} examples"
@@ -143,7 +144,7 @@ def _now_and_before(summary: xr.Dataset) -> Digest:
     rows = []
     for weights in ("in", "rl"):
         values = (two_by_two.sel(weights=weights, prefix=prefix).to_numpy() for prefix in ("in", "rl"))
-        rows.append((weights.upper(), *(bootstrap_mean(each)[()] for each in values)))
+        rows.append((weights.upper(), *(mean_interval(each)[()] for each in values)))
     found = {name: interval_text(x.value, x.low, x.high) for name, x in now_and_before(two_by_two).items()}
     return Digest(
         f"Now or before? Mean {summary.attrs['metric']}, {summary.attrs['units']}",

@@ -10,9 +10,10 @@ direction, component and role unless said otherwise:
     denominator             donor - recipient, in nats, mean over examples, per direction
     null_denominator        RL - IN of pairs that learnt nothing, in nats, per null pair, where they were run
 
-each with `_low` and `_high`, the ends of its bootstrap interval over examples; and the attribute `refused`, which
-says why the recoveries and their controls are NaN throughout, and is "" where they are not. A single cell is NaN too
-where the denominator of its own examples cannot be told from 0. `n` and `control_other_n` count a cell's examples.
+each with `_low` and `_high`, the ends of its interval over examples (`interp.statistics.ratio_interval`); and the
+attribute `refused`, which says why the recoveries and their controls are NaN throughout, and is "" where they are not.
+A single cell is NaN too where the denominator of its own examples cannot be told from 0. `n` and `control_other_n`
+count a cell's examples.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import xarray as xr
 from jaxtyping import Bool
 
 from hooks.errors import FrankenlensError, nearest
-from interp.statistics import Interval, Method, bootstrap_mean, bootstrap_ratio
+from interp.questions.examples import clusters_of
+from interp.statistics import MIN_EXAMPLES, Interval, mean_interval, ratio_interval
 
 CELLS = ("direction", "component", "role")
 # states and second readings of the same head are in the map, but are no components of their own
@@ -48,9 +50,6 @@ def summarise(
     nulls: Mapping[str, Interval] = MappingProxyType({}),
     refused: str = "",
     confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-    method: Method = "bca",
 ) -> xr.Dataset:
     """Add the variables listed at the top of this module.
 
@@ -59,17 +58,18 @@ def summarise(
             [direction example].
         nulls: denominators of pairs that learnt nothing (`interp.decision.null_pair_denominator`).
         refused: why no recovery may be given (`interp.decision.recovery_refused`); "" where it may.
-        confidence, resamples, seed, method: as in `interp.statistics.bootstrap_ratio`.
+        confidence: as in `interp.statistics.ratio_interval`; examples of one cluster (coordinate `cluster`) are one
+            unit.
     """
-    settings = {"confidence": confidence, "resamples": resamples, "seed": seed, "method": method}
+    settings = {"confidence": confidence, "clusters": clusters_of(effects)}
     units = effects.attrs.get("units", "nats")
     out = effects.copy()
     for name in ("effect", "control_other"):
         out[name] = effects[name].transpose(*CELLS, "example")
     effect, control = (out[name].to_numpy() for name in ("effect", "control_other"))
     difference = (effects["donor"] - effects["recipient"]).transpose("direction", "example").to_numpy()
-    _add(out, "denominator", ("direction",), bootstrap_mean(difference, **settings), units)
-    _add(out, "effect_mean", CELLS, bootstrap_mean(effect, **settings), units)
+    _add(out, "denominator", ("direction",), mean_interval(difference, **settings), units)
+    _add(out, "effect_mean", CELLS, mean_interval(effect, **settings), units)
     shared = difference[:, None, None, :]
     for name, top in (
         ("recovery", effect),
@@ -77,8 +77,8 @@ def summarise(
         ("excess", effect - control),
     ):
         # A cell is a share of the denominator of its own examples: a role that few of them have may leave none.
-        own = bootstrap_mean(np.where(np.isnan(top), np.nan, shared), **settings)
-        ratio = bootstrap_ratio(top, shared, **settings)
+        own = mean_interval(np.where(np.isnan(top), np.nan, shared), **settings, fewest=MIN_EXAMPLES)
+        ratio = ratio_interval(top, shared, **settings)
         hidden = own.includes(0.0) | bool(refused)
         _add(out, name, CELLS, ratio, "1", hidden)
     out["n"] = (CELLS, (~np.isnan(effect)).sum(-1))
@@ -87,7 +87,7 @@ def summarise(
         out = out.assign_coords(null=list(nulls))
         for suffix, end in (("", "value"), ("_low", "low"), ("_high", "high")):
             out["null_denominator" + suffix] = ("null", [float(getattr(x, end)) for x in nulls.values()])
-    out.attrs |= {"confidence": confidence, "resamples": resamples, "interval": method, "refused": refused}
+    out.attrs |= {"confidence": confidence, "refused": refused}
     return out
 
 
@@ -188,9 +188,6 @@ def now_and_before(
     two_by_two: xr.DataArray,
     *,
     confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-    method: Method = "bca",
 ) -> dict[str, Interval]:
     """What RL's weights change at the decision itself, and what through the prefix they wrote before it.
 
@@ -212,5 +209,5 @@ def now_and_before(
         "before": at["in", "rl"] - at["in", "in"],
         "together": at["rl", "rl"] - at["rl", "in"] - at["in", "rl"] + at["in", "in"],
     }
-    settings = {"confidence": confidence, "resamples": resamples, "seed": seed, "method": method}
-    return {name: bootstrap_mean(values, **settings) for name, values in differences.items()}
+    settings = {"confidence": confidence, "clusters": clusters_of(two_by_two.to_dataset(name="metric"))}
+    return {name: mean_interval(values, **settings) for name, values in differences.items()}

@@ -26,7 +26,7 @@ from interp.lens.tables import (
 from interp.prompts import PromptBuilder
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
-from interp.statistics import bootstrap_mean, sign_flip
+from interp.statistics import mean_interval, mean_test
 from tests.families import EACH_KIND, FAMILIES, QWEN, tiny
 from tests.interp.lens.lens_models import family, prompts_of
 
@@ -122,7 +122,7 @@ def test_tables_are_means_over_tokens_then_prompts_with_the_houses_intervals() -
     assert np.isnan(per_prompt(lens["kl"], "image")[..., 12]).all()
     table = own_table(lens)
     one = table.query("model == 'rl' and role == 'answer' and layer == 1").iloc[0]
-    interval = bootstrap_mean(expected[1, 1], seed=0)
+    interval = mean_interval(expected[1, 1], seed=0)
     np.testing.assert_allclose(
         [one["kl"], one["kl_low"], one["kl_high"]], [interval.value, interval.low, interval.high]
     )
@@ -142,7 +142,7 @@ def test_the_excess_is_over_the_null_that_is_nearest() -> None:
     image = np.arange(48) % 4 == 0
     one = table.query("comparison == 'rl' and role == 'image' and layer == 1").iloc[0]
     np.testing.assert_allclose(one["excess"], (values[0, 1] - values[2, 1])[image].mean())
-    np.testing.assert_allclose(one["p"], sign_flip(values[0, 1][image], values[2, 1][image]))
+    np.testing.assert_allclose(one["p"], mean_test(values[0 - 1][image], values[2, 1][image]))
     assert one["p_corrected"] < 0.05 and table.query("comparison != 'rl'")["excess"].isna().all()
     assert abs(table.query("comparison == 'rl' and role == 'image' and layer == 0")["excess"].iloc[0]) < 0.5
 

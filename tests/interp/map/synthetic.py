@@ -7,7 +7,7 @@ import xarray as xr
 
 from interp.map.summary import summarise
 from interp.results.files import provenance
-from interp.statistics import bootstrap_mean
+from interp.statistics import mean_interval
 
 ROLES = ("image", "question", "reasoning", "template", "decision", "all")
 
@@ -84,9 +84,9 @@ def synthetic_map(layers=9, heads=4, vision=3, examples=48, seed=0, size=3.0):
 
 
 NULLS = {
-    "bf16": bootstrap_mean(np.linspace(-0.001, 0.002, 30)),
-    "random": bootstrap_mean(np.linspace(-0.03, 0.07, 30)),
-    "random, own decisions": bootstrap_mean(np.linspace(0.1, 0.3, 12)),
+    "bf16": mean_interval(np.linspace(-0.001, 0.002, 30)),
+    "random": mean_interval(np.linspace(-0.03, 0.07, 30)),
+    "random, own decisions": mean_interval(np.linspace(0.1, 0.3, 12)),
 }
 REFUSED = (
     "the denominator, 0.05 [0.04, 0.06], is not above that of a pair that learnt nothing "
@@ -94,10 +94,10 @@ REFUSED = (
 )
 
 
-def synthetic_result(refused="", resamples=200, **settings):
+def synthetic_result(refused="", **settings):
     """A summary with all that the page prints."""
     effects = synthetic_map(**settings)
-    result = summarise(effects, nulls=NULLS, refused=refused, resamples=resamples)
+    result = summarise(effects, nulls=NULLS, refused=refused)
     ends = effects["recipient"].sel(direction="rl_to_in"), effects["donor"].sel(direction="rl_to_in")
     low, high = (end.drop_vars("direction") for end in ends)
     corners = [[low, low + 0.4 * (high - low)], [low + 0.5 * (high - low), high]]

@@ -14,7 +14,7 @@ from tests.interp.map.synthetic import NULLS, REFUSED, synthetic_map
 
 @pytest.fixture(scope="module")
 def summary():
-    return summarise(synthetic_map(), nulls=NULLS, resamples=200)
+    return summarise(synthetic_map(), nulls=NULLS)
 
 
 def _panels(figure: Figure) -> dict[str, list]:
@@ -74,7 +74,7 @@ def test_colours_say_the_sign_and_the_planted_cell_is_the_strongest(summary):
 def test_cells_without_examples_are_see_through_to_the_grey(summary):
     data = synthetic_map()
     data["effect"].loc[{"role": "question", "component": "blocks.4.mlp"}] = np.nan
-    axes = _panels(plot_map(summarise(data, resamples=100)))["MLP"][0]
+    axes = _panels(plot_map(summarise(data)))["MLP"][0]
     alpha = _colours(axes)[..., 3]
     assert alpha[4, 1] == 0
     assert (alpha == 0).sum() == 1
@@ -96,19 +96,17 @@ def test_the_figure_says_what_a_recovery_of_1_is_worth(summary):
 
 
 def test_the_denominator_keeps_its_sign_when_only_one_direction_was_run():
-    both = summarise(synthetic_map(), resamples=100)
-    back = summarise(synthetic_map().sel(direction=["in_to_rl"]), resamples=100)
+    both = summarise(synthetic_map())
+    back = summarise(synthetic_map().sel(direction=["in_to_rl"]))
     assert denominator_text(back).split(" [")[0] == denominator_text(both).split(" [")[0]
 
 
 def test_a_refused_map_is_not_drawn():
-    figure = plot_map(summarise(synthetic_map(size=0.05), refused=REFUSED, resamples=50))
+    figure = plot_map(summarise(synthetic_map(size=0.05), refused=REFUSED))
     (axes,) = figure.axes
     assert not axes.get_images()
     assert axes.texts[0].get_text().startswith("No recovery is given: the denominator, 0.05")
-    axes = plot_strongest(
-        summarise(synthetic_map(size=0.05), refused=REFUSED, resamples=50), "rl_to_in"
-    ).axes[0]
+    axes = plot_strongest(summarise(synthetic_map(size=0.05), refused=REFUSED), "rl_to_in").axes[0]
     assert axes.get_xlabel() == "patched − recipient (nats)"
 
 
@@ -117,12 +115,12 @@ def test_any_selection_of_points_can_be_drawn(points):
     data = synthetic_map(layers=2, heads=2, vision=1, examples=6)
     data["point"] = data["point"].where(data["point"] != "head", "z") if "z" in points else data["point"]
     data = data.isel(component=np.isin(data["point"].to_numpy(), points))
-    assert _drawn(plot_map(summarise(data, resamples=50))).std() > 0
+    assert _drawn(plot_map(summarise(data))).std() > 0
 
 
 def test_a_large_model_can_be_drawn():
     data = synthetic_map(layers=28, heads=28, vision=32, examples=4)
-    assert _drawn(plot_map(summarise(data, resamples=20))).std() > 0
+    assert _drawn(plot_map(summarise(data))).std() > 0
 
 
 def test_strongest_shows_ten_components_with_their_controls(summary):

@@ -111,7 +111,7 @@ def test_a_refused_map_prints_no_recovery_and_says_why(tmp_path):
 
 def test_counterfactual_maps_of_one_model_have_a_page_too(tmp_path):
     data = synthetic_map(layers=2).sel(direction=["rl_to_in"]).assign_coords(direction=["clean_to_corrupt"])
-    result = summarise(data, resamples=50)
+    result = summarise(data)
     result.attrs["provenance"] = synthetic_result(layers=2).attrs["provenance"]
     section, page = _page(result, tmp_path)
     assert "donor − recipient" in page.text

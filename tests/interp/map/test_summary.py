@@ -6,13 +6,13 @@ import pytest
 
 from hooks.errors import FrankenlensError
 from interp.map.summary import cell_table, strongest, summarise
-from interp.statistics import bootstrap_mean
+from interp.statistics import mean_interval
 from tests.interp.map.synthetic import synthetic_map
 
 
 @pytest.fixture(scope="module")
 def summary():
-    return summarise(synthetic_map(), resamples=500)
+    return summarise(synthetic_map())
 
 
 def test_recovery_is_the_ratio_of_the_sums(summary):
@@ -52,8 +52,8 @@ def test_the_excess_shows_an_equally_strong_control(summary):
 
 
 def test_a_refused_map_holds_no_recovery():
-    nulls = {"bf16": bootstrap_mean(np.linspace(-0.1, 0.3, 9)), "random": bootstrap_mean(np.empty(0))}
-    found = summarise(synthetic_map(size=0.05), nulls=nulls, refused="too small", resamples=200)
+    nulls = {"bf16": mean_interval(np.linspace(-0.1, 0.3, 9)), "random": mean_interval(np.empty(0))}
+    found = summarise(synthetic_map(size=0.05), nulls=nulls, refused="too small")
     assert found.attrs["refused"] == "too small"
     for name in ("recovery", "excess", "control_other_recovery"):
         for suffix in ("", "_low", "_high"):
@@ -76,13 +76,13 @@ def test_strongest(summary):
 
 
 def test_strongest_names_the_directions():
-    summary = summarise(synthetic_map(layers=2), resamples=100)
+    summary = summarise(synthetic_map(layers=2))
     with pytest.raises(FrankenlensError, match="Did you mean 'rl_to_in'"):
         strongest(summary, "rl_in")
 
 
 def test_the_table_is_tidy(tmp_path):
-    summary = summarise(synthetic_map(layers=3, heads=2, examples=12), resamples=50)
+    summary = summarise(synthetic_map(layers=3, heads=2, examples=12))
     cell_table(summary).to_csv(tmp_path / "map.csv", index=False)
     rows = list(csv.DictReader((tmp_path / "map.csv").read_text(encoding="utf-8").splitlines()))
     assert len(rows) == 2 * summary.sizes["component"] * summary.sizes["role"]

@@ -362,6 +362,9 @@ def test_the_control_takes_the_donors_value_on_the_partner() -> None:
     for name in ("direct", "whole"):
         assert np.abs(got[f"{name}_other"] - crossed[name]).max() <= pair.tolerance
         assert np.abs(got[f"{name}_other"] - got[name]).max() > 100 * pair.tolerance
+    single = path_effects(pair.recipient, alike, metric, PATHS, batch_size=1, **settings)
+    for name in ("direct_other", "whole_other"):
+        assert np.abs(single[name] - got[name]).max() <= pair.tolerance
     alone = path_effects(pair.recipient, pair.prompts[:1], pair.metric.select([0]), PATHS[:2], **settings)
     assert alone["direct_other"].isnull().all()
 
