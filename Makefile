@@ -14,7 +14,7 @@ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'
 endef
 
-.PHONY: demo test test-slow calibration check architectures benchmarks notebooks figures
+.PHONY: demo test test-slow calibration check architectures benchmarks notebooks figures planted-marks
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -49,6 +49,10 @@ architectures: $(INSTALLED)  ## what works on which architecture, measured on ti
 
 benchmarks: $(INSTALLED)  ## against plain hooks, TransformerLens and nnsight; table and figure in out/benchmarks
 	$(BIN)/python -m tests.benchmarks.run --out out/benchmarks
+
+planted-marks: $(INSTALLED)  ## is the map's mark right? 30 planted and 24 null pairs; out/planted-marks, kept pair by pair
+	OMP_NUM_THREADS=1 $(BIN)/frankenlens planted --marks --kinds rl identical bf16 noise --pairs 30 --nulls 8 --n 24 --seed 1 \
+	    --methods compare --out out/planted-marks
 
 notebooks: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_notebooks.py -m ""

@@ -65,7 +65,7 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
     from interp.lockstep import Moved, Sampling, Written, confirm, confirmation, follow, lockstep, random_components
     from interp.lockstep.plots import plot_confirmation, plot_followed
     from interp.map import (
-        MAP_POINTS, Component, attribute, attribute_within, cached_names, component_map, components,
+        MAP_POINTS, Component, attribute, attribute_within, cached_names, component_map, components, noise_cells,
         now_and_before, patch, plot_map, plot_strongest, strongest, summarise, verify,
     )
     from interp.metrics import (
@@ -137,7 +137,7 @@ _NAMES = {  # module -> its names here; one that is no attribute is a module
     "interp.lockstep": "Moved Sampling Written confirm confirmation follow lockstep random_components",
     "interp.lockstep.plots": "plot_confirmation plot_followed",
     "interp.map": "MAP_POINTS Component attribute attribute_within cached_names component_map components "
-    "now_and_before patch plot_map plot_strongest strongest summarise verify",
+    "noise_cells now_and_before patch plot_map plot_strongest strongest summarise verify",
     "interp.metrics": "AnswerLogProbability KLToReference LogitDifference Metric SoftDifference TraceLogLikelihood "
     "evaluate",
     "interp.pair": "Pair greedy",

@@ -206,8 +206,8 @@ def _account(
         "something is small, the chance that no prompt which moves all the way was drawn) at alpha "
         f"{family.alpha:g} for and against each claim; examples of one image are one unit; intervals at 1 - 2 alpha, "
         "uncorrected; "
-        "controls: the donor's activation on another example, or a random update as large; decision "
-        f"{family.decision}"
+        "controls: a random direction as large as the donor's difference at each token, or a random update as large; "
+        f"decision {family.decision}"
     )
     sizes = sorted({int(n) for n in table.loc[table["verdict"] != "refused", "n"]})
     tested_on = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}" if sizes else "no"

@@ -149,8 +149,9 @@ def _found(paths: pd.DataFrame, wholes: pd.DataFrame, units: str) -> list[str]:
         best = one.iloc[0]
         own = wholes.loc[(wholes["direction"] == direction) & (wholes["sender"] == best["sender"])].iloc[0]
         text = (
-            f"{WORDS[str(direction)]}, strongest of {len(one)} paths: {best['path']}, {key} {_text(best, key)}; with "
-            f"the donor on another example {_text(best, 'other_recovery')} (n = {best['other_n']}). Whole effect of "
+            f"{WORDS[str(direction)]}, strongest of {len(one)} paths: {best['path']}, {key} {_text(best, key)}; "
+            f"with the donor's change on another example {_text(best, 'other_recovery')} (n = {best['other_n']}). "
+            f"Whole effect of "
             f"{best['sender']}: {_text(own, 'whole')} {units}"
         )
         text += f", recovery {_text(own, 'recovery')}" if key == "recovery" else ""

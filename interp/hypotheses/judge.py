@@ -18,8 +18,9 @@ No sample shows what a prompt does that is not in it. A verdict that something i
 prompts as yet unseen were moved all the way (recovery 1 or -1, the whole decision, right instead of wrong), in such a
 number that n prompts without one of them are no surprise: `unseen`, and the third p of `one_sided`.
 
-Supported: mean(d) <= 0 is rejected at alpha after correction over the family. Refuted: mean(d) >= 0 is, corrected in
-the same way. Each of the two has level alpha. Neither: undecided at this n.
+Supported: mean(d) <= 0 is rejected at alpha after correction over the family, and a claim of an effect has one that is
+larger, in magnitude, than its control's: what something meaningless of the same size does as well is no support.
+Refuted: mean(d) >= 0 is, corrected in the same way. Each of the two has level alpha. Neither: undecided at this n.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from interp.hypotheses.one_sided import (
     power,
 )
 from interp.hypotheses.verdict import Verdict, shown
+from interp.map.summary import turned_up
 from interp.statistics import (
     MIN_EXAMPLES,
     Interval,
@@ -52,6 +54,8 @@ from interp.statistics import (
     ratio_interval,
 )
 from interp.statistics.moments import summed
+
+AS_MUCH = "its control, as large and of random direction, moves as much or more"
 
 
 def scores(claim: Claim, measured: Measured) -> Float[np.ndarray, "*cells example"]:
@@ -112,7 +116,7 @@ def judge(
         d[k], sizes[k] = _units(scores(claim, own), clusters)
         away[k], far[:, k] = sizes[k] * unseen(claim, own), sizes[k] * np.array(_far(claim, own))
         if claim.of_an_effect:
-            beyond[k], _ = _units(scores(claim, own) - scores(claim, _control(own)), clusters)
+            beyond[k], _ = _units(_over_control(own), clusters)
         shifts[k] = sizes[k] * _scale(claim, own) * _distance(claim, claim.alternative)
     above, below = one_sided(d, away, (far[0], far[1]))
     for name, look in (looks or {}).items():
@@ -135,6 +139,9 @@ def judge(
             continue
         own, look = measured[claim.name], (looks or {}).get(claim.name, Looks())
         said, why = _looked_at(_verdict(p[k], against[k], family.alpha), look)
+        reason = why or _untestable(own.effect, d[k], p[k])
+        if said == "supported" and np.nansum(beyond[k]) < 0:
+            said, reason = "undecided", AS_MUCH
         verdicts.append(
             Verdict(
                 claim,
@@ -147,7 +154,7 @@ def judge(
                 power=float(chances[k]),
                 **_design(claim, own, d[k], float(shifts[k]), family.level, float(away[k]), float(sizes[k])),
                 origin="exploratory" if why else origin,
-                reason=why or _untestable(own.effect, d[k], p[k]),
+                reason=reason,
                 look=look.number,
             )
         )
@@ -158,8 +165,10 @@ def _verdict(p: float, against: float, alpha: float) -> str:
     return "supported" if p <= alpha else "refuted" if against <= alpha else "undecided"
 
 
-def _control(own: Measured) -> Measured:
-    return Measured(own.control, own.control, own.total, own.units)
+def _over_control(own: Measured) -> Float[np.ndarray, "*cells example"]:
+    """How much more the component moves than its control, whatever the signs of the two; its mean is |.| - |.|."""
+    there = np.where(np.isnan(own.control), np.nan, own.effect)
+    return turned_up(there) - turned_up(np.where(np.isnan(there), np.nan, own.control))
 
 
 def _looked_at(verdict: str, look: Looks) -> tuple[str, str]:

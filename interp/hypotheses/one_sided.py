@@ -61,7 +61,6 @@ def one_sided(
         unseen: the score of examples that there may be although none was drawn; 0: there are none to reckon with. A
             share q of them brings a mean m back to 0 where (1 - q) m + q unseen = 0, and n examples hold none of them
             with chance (1 - q)^n, a p for the side that they are not on.
-
         far: how far below 0, and above, a score can lie at most (positive numbers); what decides where all scores are
             equal. None: not known, and nothing does.
 
@@ -73,7 +72,7 @@ def one_sided(
         not known.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    infinite = np.isinf(scores).any(-1)
+    infinite = np.asarray(np.isinf(scores).any(-1))
     scores = np.where(infinite[..., None], np.nan, scores)
     there = ~np.isnan(scores)
     n = there.sum(-1)

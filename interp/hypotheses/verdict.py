@@ -21,10 +21,10 @@ class Verdict:
         claim: as it was registered, regions resolved.
         verdict: of `VERDICTS`; "refused" where nothing can be tested, see `reason`.
         interval: of the quantity, at 1 - 2 alpha, not corrected (the two one-sided tests' counterpart).
-        control: the same quantity of the control, likewise.
+        control: the same quantity of the control (`interp.hypotheses.measure.measure`), likewise.
         p, p_against: one-sided, corrected: for the claim, and against it.
-        p_control: one-sided, corrected: the component does more than its control; NaN for a claim that something is
-            small.
+        p_control: one-sided, corrected: the component moves more than its control, in magnitude; NaN for a claim that
+            something is small. A claim whose control moves more than its component is not supported, whatever its p.
         power: chance of support at this n, the whole family corrected, if the quantity were `claim.alternative`.
         detectable: value of the quantity that would be supported with 80 % power at this n, when corrected as the
             strongest claim (normal scores).

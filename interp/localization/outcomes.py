@@ -91,7 +91,9 @@ def outcome_shares(found: xr.Dataset, among: str = "differing", confidence: floa
             values = chosen["outcome"].isel(swap=k).to_numpy()
             there = values[~np.isnan(values)]
             changed = _changed(chosen)[k]
-            hits = {label: np.where(np.isnan(values), np.nan, values == i) for i, label in enumerate(OUTCOMES)}
+            hits = {
+                label: np.where(np.isnan(values), np.nan, values == i) for i, label in enumerate(OUTCOMES)
+            }
             for label, hit in {**hits, "changed": changed}.items():
                 share = share_interval(hit, clusters_of(chosen), confidence=confidence)
                 rows.append(

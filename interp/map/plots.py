@@ -72,8 +72,9 @@ def plot_map(summary: xr.Dataset) -> Picture:
 
     Layer by role for the residual stream, attention and MLP; layer by head at the decision; vision blocks and
     projector. One diverging colour scale (square root, so that single heads show beside whole layers). Pale and
-    struck through: the interval includes 0. Dot: not told apart from the donor on another example. Grey: no
-    example has such tokens. Where recovery is refused, the figure holds the reason and no map.
+    struck through: the interval includes 0. Dot: not beyond control (`interp.map.summary`: random directions as large,
+    and noise pairs, do as much). Grey: no example has such tokens. Where recovery is refused, the figure holds the
+    reason and no map.
 
     Args:
         summary: what `interp.map.summary.summarise` returns.
@@ -104,9 +105,11 @@ def plot_map(summary: xr.Dataset) -> Picture:
 
 
 def plot_strongest(summary: xr.Dataset, direction: str, k: int = 10) -> Picture:
-    """The `k` strongest components (`interp.map.summary.strongest`) with intervals, beside the control.
+    """The `k` strongest components (`interp.map.summary.strongest`) with intervals, beside the controls.
 
-    Where recovery is refused, the effects are shown instead, in the metric's units.
+    Random directions as large have no sign, and stand on the side of what they are compared with; a tick is the floor
+    of noise pairs. An open circle is not beyond control. Where recovery is refused, the effects are shown instead, in
+    the metric's units.
 
     Args:
         summary: what `interp.map.summary.summarise` returns.
@@ -125,11 +128,19 @@ def plot_strongest(summary: xr.Dataset, direction: str, k: int = 10) -> Picture:
     if refused:
         _draw_intervals(axes, table, "effect_mean", places, MIXED, "the donor on this example")
     else:
+        side = np.sign(table["recovery"].to_numpy())
         _draw_intervals(
-            axes, table, "control_other_recovery", places - 0.2, CONTROL, "the donor on another example"
+            axes, table, "random_recovery", places - 0.2, CONTROL, "random directions as large", side
         )
         _draw_intervals(axes, table, "recovery", places + 0.12, MIXED, "the donor on this example")
-        figure.legend(loc="outside lower right", fontsize=7, frameon=False, ncols=2)
+        if "floor" in table:
+            reach = side * _in_recovery(summary, direction, table["floor"].to_numpy())
+            axes.plot(reach, places, "|", color=INK, markersize=9, label="noise pairs")
+        below = ~table["beyond"].to_numpy(bool)
+        label = "not beyond control" if below.any() else None
+        style = {"color": MIXED, "mfc": "white", "markersize": 4, "label": label, "zorder": 3}
+        axes.plot(table["recovery"].to_numpy()[below], places[below] + 0.12, "o", **style)
+        figure.legend(loc="outside lower right", fontsize=7, frameon=False, ncols=4)
     labels = [
         f"{component}  ·  {role}" for component, role in zip(table["component"], table["role"], strict=True)
     ]
@@ -168,10 +179,16 @@ def _stacked(figure: Figure, heights: Sequence[float]) -> list[SubFigure]:
 
 
 def _draw_intervals(
-    axes: Axes, table: pd.DataFrame, name: str, places: Float[np.ndarray, " k"], colour: str, label: str
+    axes: Axes,
+    table: pd.DataFrame,
+    name: str,
+    places: Float[np.ndarray, " k"],
+    colour: str,
+    label: str,
+    side: Float[np.ndarray, " k"] | float = 1.0,
 ) -> None:
-    value = table[name].to_numpy()
-    reach = np.stack([value - table[f"{name}_low"].to_numpy(), table[f"{name}_high"].to_numpy() - value])
+    value, low, high = (side * table[name + suffix].to_numpy() for suffix in ("", "_low", "_high"))
+    reach = np.stack([value - np.minimum(low, high), np.maximum(low, high) - value])
     # a missing interval (one example) is drawn as a bare point
     axes.errorbar(
         value,
@@ -183,6 +200,12 @@ def _draw_intervals(
         linewidth=1.2,
         label=label,
     )
+
+
+def _in_recovery(
+    summary: xr.Dataset, direction: str, nats: Float[np.ndarray, " k"]
+) -> Float[np.ndarray, " k"]:
+    return nats / abs(float(summary["denominator"].sel(direction=direction)))
 
 
 def _panels(one: xr.Dataset) -> list[_Panel]:
@@ -230,14 +253,11 @@ def _vision(one: xr.Dataset) -> _Panel:
 
 
 def _cells(part: xr.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Recovery; whether its interval includes 0 (or there is none); whether the control cannot be told from it."""
+    """Recovery; whether its interval includes 0 (or there is none); whether it is not beyond control all the same."""
     recovery = part["recovery"].to_numpy()
     seen = ~np.isnan(recovery)
-    above, below = part["recovery_low"] > 0, part["recovery_high"] < 0
-    beaten = (above & (part["excess_low"] > 0)) | (below & (part["excess_high"] < 0))
-    sure = (above | below).to_numpy()
-    compared = part["excess_low"].notnull()
-    return recovery, seen & ~sure, seen & sure & (compared & ~beaten).to_numpy()
+    sure = ((part["recovery_low"] > 0) | (part["recovery_high"] < 0)).to_numpy()
+    return recovery, seen & ~sure, seen & sure & ~part["beyond"].to_numpy()
 
 
 def _scale(summary: xr.Dataset) -> Normalize:
@@ -290,7 +310,9 @@ def _draw_panel(axes: Axes, panel: _Panel, norm: Normalize) -> None:
 
 def _draw_legend(legend: SubFigure, summary: xr.Dataset, columns: int) -> None:
     level = f"{100 * summary.attrs['confidence']:.0f} %"
-    matched = "not told apart from the donor on another example"
+    matched = "not beyond control: random directions as large" + (
+        " or noise pairs do as much" if "floor" in summary else " do as much (no noise pairs were run)"
+    )
     legend.legend(
         handles=[
             Patch(facecolor="#f7f7f7", edgecolor=PALE, hatch="//", label=f"{level} interval includes 0"),

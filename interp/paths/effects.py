@@ -68,7 +68,7 @@ def path_effects(
         where: tokens at which senders are changed: a role, "decision" (the tokens that the metric reads), "all", a
             token's number, or a function of the batch.
         between: "frozen", or "mlps": see the module.
-        control: also take the donor's value on another example with the same roles.
+        control: also take the donor's change (value minus the recipient's) on another example with the same roles.
         batch_size: prompts a forward.
         progress: show a bar.
 

@@ -72,7 +72,7 @@ class Job:
             self.paths,
             self.between,
             in_order,
-            beside(self.given, rows, self._partner) if others else None,
+            *(beside(some, rows, self._partner) if others else None for some in (self.given, self.prompts)),
         )
 
 

@@ -71,7 +71,7 @@ def invisible(plants: pd.DataFrame) -> pd.Series:
 
     Args:
         plants: a row per pair and planted component, and one per noise pair (component ""): columns pair, component,
-            effect (`interp.planting.effect_of_plant`, nats).
+            effect (`interp.planting.effect_of_plant`, tokens).
 
     Returns:
         Whether the effect lies below the 95th percentile of those of the noise pairs; False for these.

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooks.errors import FrankenlensError
 from interp.prompts.batch import PromptBatch, collate, in_a_strip
 from interp.prompts.prompt import Prompt
 
@@ -42,6 +43,26 @@ class PatchBatch:
         return self.reads if role == "decision" else self.batch.mask(role)
 
 
+def of_rows(value: Float[Tensor, "..."], batch: PromptBatch) -> tuple[tuple[Tensor, ...], int]:
+    """A value of the vision side cut into the parts of each row (empty where it has no image), and along which axis.
+
+    Images of all rows follow one another: along the first axis patches, image tokens or whole images; along the second
+    where the first is of size one, the patches of all images being one long row.
+
+    Raises:
+        FrankenlensError: it does not divide over the images.
+    """
+    sizes = [image_size(prompt) for prompt in batch.prompts]
+    axis = 1 if value.ndim > 2 and value.shape[0] == 1 < sum(map(bool, sizes)) else 0
+    sizes = [image_area(prompt) for prompt in batch.prompts] if axis else sizes
+    length = value.shape[axis]
+    if not any(sizes) or any(size * length % sum(sizes) for size in sizes):
+        raise FrankenlensError(
+            f"{length} rows of the vision side do not divide over images of sizes {sizes}."
+        )
+    return value.split([size * length // sum(sizes) for size in sizes], dim=axis), axis
+
+
 def image_grid(inputs: Mapping[str, Tensor]) -> Int[Tensor, "image side"] | None:
     """How many patches each image has along each side, where a processor says so."""
     if "target_sizes" in inputs and "pixel_values" in inputs and in_a_strip(inputs):
@@ -57,6 +78,16 @@ def image_size(prompt: Prompt) -> int:
     if pixels is None:
         return 0
     return pixels.flatten(0, -4).shape[0] if pixels.ndim >= 4 else pixels.shape[0]
+
+
+def image_area(prompt: Prompt) -> int:
+    """How much of one long row of all images' patches a prompt takes, beside other prompts."""
+    if image_grid(prompt.inputs) is not None:
+        return image_size(prompt)
+    if "image_sizes" in prompt.inputs:  # of images that are padded to the largest (Pixtral)
+        return int(prompt.inputs["image_sizes"].prod(-1).sum())
+    pixels = _pixels(prompt)
+    return 0 if pixels is None else pixels.numel()
 
 
 def image_shapes(prompt: Prompt) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ from interp.statistics.paired import (
     sign_flips,
 )
 from interp.statistics.shares import change_interval, share_interval, share_of
+from interp.statistics.swaps import swap_test
 
 __all__ = [
     "MIN_EXAMPLES",
@@ -60,5 +61,6 @@ __all__ = [
     "share_of",
     "sign_flip",
     "sign_flips",
+    "swap_test",
     "wilson_interval",
 ]

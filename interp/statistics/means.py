@@ -127,7 +127,7 @@ def mean_test(
         True
     """
     given = np.asarray(values, dtype=np.float64)
-    infinite = np.isinf(given).any(-1)
+    infinite = np.asarray(np.isinf(given).any(-1))
     x, y, there = summed(np.where(np.isinf(given), 0.0, given), np.ones(given.shape), clusters)
     moments = Moments.of(x, y, there)
     reason = _reasons(moments, x, y, there, infinite, fewest)
@@ -156,15 +156,13 @@ def _ratios(
     """Value, low, high, n, reason, units."""
     present = ~(np.isnan(top) | np.isnan(bottom))
     n = present.sum(-1)
-    infinite = (np.isinf(top) | np.isinf(bottom)).any(-1)
+    infinite = np.asarray((np.isinf(top) | np.isinf(bottom)).any(-1))
     with np.errstate(divide="ignore", invalid="ignore"):
-        sums = (np.where(present, one, 0.0).sum(-1) for one in (top, bottom))
-        numerators, denominators = sums
+        numerators, denominators = (np.where(present, one, 0.0).sum(-1) for one in (top, bottom))
         value = np.where((denominators == 0) | (n == 0), np.nan, numerators / denominators)
-    finite = (
-        np.where(np.isinf(one), 0.0, one) for one in (top, bottom)
-    )  # cells with others are given no interval
-    x, y, there = summed(*finite, clusters)
+    # cells with an infinite value are given no interval
+    finite_top, finite_bottom = (np.where(np.isinf(one), 0.0, one) for one in (top, bottom))
+    x, y, there = summed(finite_top, finite_bottom, clusters)
     moments = Moments.of(x, y, there)
     reason = _reasons(moments, x, y, there, infinite, fewest)
     reason[(denominators == 0) & (n > 0)] = "the denominator is 0"

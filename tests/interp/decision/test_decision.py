@@ -13,8 +13,15 @@ import torch
 from experiments import embedded
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
-from interp.decision import find_decisions, null_pair_denominator, recovery_refused, two_by_two
-from interp.decision.controls import Null, RandomUpdate, changed_weights, null_changes
+from interp.decision import (
+    changed_weights,
+    find_decisions,
+    null_changes,
+    null_pair_denominator,
+    recovery_refused,
+    two_by_two,
+)
+from interp.decision.null_pairs import Null, RandomUpdate
 from interp.map import attribute, component_map
 from interp.metrics import KLToReference, TraceLogLikelihood, evaluate
 from interp.pair.generation import greedy
@@ -286,7 +293,7 @@ def test_the_random_pair_has_the_norm_of_the_update_in_every_tensor(monkeypatch)
             seen.append({name: (p - before[name]).norm() for name, p in vlm.model.named_parameters()})
         return evaluate(vlm, prompts, metric, batch_size)
 
-    monkeypatch.setattr("interp.decision.controls.evaluate", spy)
+    monkeypatch.setattr("interp.decision.null_pairs.evaluate", spy)
     null_pair_denominator(pair, found)
     theirs = dict(pair.rl.model.named_parameters())
     for name, norm in seen[0].items():

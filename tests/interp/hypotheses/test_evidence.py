@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def verdict(claim: Claim, effect: np.ndarray, **settings) -> Verdict:
     )[0]
 
 
-ACCURACY = {"quantity": "accuracy", "body": "weights"}
+ACCURACY: dict[str, Any] = {"quantity": "accuracy", "body": "weights"}
 
 
 def test_the_same_questions_four_times_are_no_more_than_once() -> None:

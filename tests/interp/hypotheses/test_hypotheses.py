@@ -3,6 +3,7 @@ and state dicts put together by hand."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -262,6 +263,40 @@ def test_a_recovery_is_judged_by_the_ratio_of_sums(direction, bound, verdict) ->
     assert found[1].verdict == {"supported": "refuted", "refuted": "supported"}.get(verdict, verdict)
     assert float(found[0].interval.value) == pytest.approx(effect.sum() / total.sum())
     assert found[0].p == pytest.approx(found[1].p_against)
+
+
+@pytest.mark.parametrize("direction", ["rl_to_in", "in_to_rl"])
+@pytest.mark.parametrize(
+    ("control", "verdict"), [(0.1, "supported"), (1.0, "undecided"), (-1.0, "undecided")]
+)
+def test_a_control_that_moves_more_than_the_component_is_no_support(direction, control, verdict) -> None:
+    """Recovery 0.5 against 0.2: the control's size counts, whatever its sign; of something small nothing is asked."""
+    rng = np.random.default_rng(9)
+    way = 1 if direction == "rl_to_in" else -1
+    total = rng.lognormal(0, 0.3, 60)
+    noise = rng.normal(0, 0.1, (2, 60))
+    own = Measured(way * (0.5 * total + noise[0]), way * (control * total + noise[1]), way * total, "nats")
+    claims = [
+        _claim("much", direction=direction),
+        _claim("little", direction=direction, at_least=None, at_most=0.7),
+    ]
+    by_name = {claim.name: claim for claim in claims}
+    found = judge(
+        Family("f", tuple(claims)),
+        by_name,
+        dict.fromkeys(by_name, own),
+        dict.fromkeys(by_name, "held out"),
+        resamples=20,
+    )
+    assert found[0].p < 1e-6
+    assert (found[0].verdict, found[1].verdict) == (verdict, "supported")
+    assert ("moves as much or more" in found[0].reason) == (verdict == "undecided")
+    over: Any = stats.ttest_1samp(
+        abs(own.effect) - np.sign(control) * way * own.control, 0, alternative="greater"
+    )
+    expected = over.pvalue
+    assert (found[0].p_control < 0.05) == (expected < 0.05)
+    assert found[0].control_says == ("beyond control" if verdict == "supported" else "not told from control")
 
 
 def test_a_paired_accuracy_against_0_is_mcnemars_exact_test() -> None:

@@ -129,4 +129,5 @@ def test_strongest_shows_ten_components_with_their_controls(summary):
     assert len(axes.get_yticks()) == 10
     assert axes.get_yticklabels()[0].get_text() == "blocks.6.mlp  ·  decision"
     assert len(axes.containers) == 2
+    assert "o" in [line.get_marker() for line in axes.lines]
     assert _drawn(figure).std() > 0
