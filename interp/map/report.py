@@ -71,7 +71,7 @@ def _strongest_in_words(summary: xr.Dataset, direction: str) -> str:
     told = (
         f"{row['component']} at {row['role']} {_text(row, 'recovery')} (random directions as large: "
         f"{_text(row, 'random_recovery')}; {_floor(summary, direction, row)}, "
-        f"{in_words(row['specific_low'], row['specific_high'])})"
+        f"{in_words(row['p_specific'], row['p_general'])})"
         for row in rows.loc[rows["beyond"]].to_dict("records")
     )
     text = "; ".join(told)
@@ -157,7 +157,7 @@ def _strongest(summary: xr.Dataset, k: int) -> list[Digest]:
             table["other example"] = _intervals(rows, "control_other_recovery")
             table["n, other"] = rows["control_other_n"]
             table["its change moves"] = [
-                in_words(*ends) for ends in zip(rows["specific_low"], rows["specific_high"], strict=True)
+                in_words(*both) for both in zip(rows["p_specific"], rows["p_general"], strict=True)
             ]
         if "control_self" in rows:
             table["itself"] = rows["control_self"]

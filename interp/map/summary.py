@@ -15,7 +15,10 @@ direction, component and role unless said otherwise:
 each with `_low` and `_high`, the ends of its interval over examples (`interp.statistics.ratio_interval`), and
 
     floor    what cells of its kind reach in noise pairs (`interp.map.noise`), in nats; only where these were run
-    p_random chance of a donor's effect that exceeds random directions by so much where its direction means nothing
+    p_random, p_specific, p_general
+             chance of an effect so far above random directions, of one so far above that of the donor's difference on
+             another example, and of that one so far above it, if the two could change places
+             (`interp.statistics.swap_test`, one-sided)
     margin   |effect_mean| - the larger of floor and random directions, in nats: what components are ranked by
     beyond   whether the cell is beyond control: |effect_mean| lies above the floor, and p_random is at most `ALPHA`
 
@@ -111,7 +114,10 @@ def summarise(
         out = out.merge(own, combine_attrs="override")
         floor = np.broadcast_to(floor_of(own, out["effect_mean"]), effect.shape[:-1])
         out["floor"] = (CELLS, floor, {"units": units})
-    p = swap_test(effect, random, clusters=clusters_of(effects), seed=seed)
+    swapped = {"clusters": clusters_of(effects), "seed": seed}
+    p = swap_test(effect, random, **swapped)
+    out["p_specific"] = (CELLS, swap_test(effect, other[None], **swapped))
+    out["p_general"] = (CELLS, swap_test(other, effect[None], **swapped))
     mean, of_random = _mean(turned)[..., 0], _mean(as_large)[..., 0]
     above, margin = beyond_control(mean, of_random, p, floor)
     out["p_random"] = (CELLS, p)
@@ -185,7 +191,8 @@ def strongest(
     Returns:
         One row per component, strongest first: component, point, role, n, and value, `_low` and `_high` of
         effect_mean, recovery, random_recovery, excess, control_other_recovery and specific; floor, where there is one;
-        margin, p_random, beyond, control_self.
+        margin, p_random, p_specific, p_general, beyond,
+        control_self.
 
     Raises:
         FrankenlensError: the direction is not in the map.
@@ -202,7 +209,7 @@ def strongest(
     columns = [
         *names,
         *(["floor"] if "floor" in one else []),
-        *("margin", "p_random", "beyond", "n", "control_other_n"),
+        *("margin", "p_random", "p_specific", "p_general", "beyond", "n", "control_other_n"),
         *(["control_self"] if "control_self" in one and one["control_self"].ndim else []),
     ]
     ranked = "effect_mean" if summary.attrs["refused"] else "recovery"
@@ -217,13 +224,13 @@ def strongest(
     return best[["component", "point", "role", *columns]].reset_index(drop=True)
 
 
-def in_words(low: float, high: float) -> str:
-    """Whether a cell's change is this example's own, by the ends of the interval of `specific`."""
-    if np.isnan(low) or np.isnan(high):
-        return "–"
-    if low > 0:
+def in_words(p_specific: float, p_general: float) -> str:
+    """Whether a cell's change is this example's own: moves more, or less, than the change of another example here."""
+    if np.isnan(p_specific):
+        return "–"  # no other example lines up
+    if p_specific <= ALPHA:
         return "more than another example's"
-    return "less than another example's" if high < 0 else "as another example's"
+    return "less than another example's" if p_general <= ALPHA else "as another example's"
 
 
 def cell_table(summary: xr.Dataset) -> pd.DataFrame:

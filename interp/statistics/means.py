@@ -75,7 +75,7 @@ def ratio_interval(
     top = np.asarray(numerator, dtype=np.float64)
     bottom = np.broadcast_to(np.asarray(denominator, dtype=np.float64), top.shape)
     shape, n_examples = top.shape[:-1], top.shape[-1]
-    top, bottom = top.reshape(-1, n_examples), bottom.reshape(-1, n_examples)
+    top, bottom = (one.reshape(math.prod(shape), n_examples) for one in (top, bottom))
     parts = [
         _ratios(top[some], bottom[some], clusters, confidence, fewest)
         for some in np.array_split(np.arange(len(top)), max(1, -(-top.size // _CHUNK)))

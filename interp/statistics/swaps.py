@@ -8,6 +8,8 @@ two as far apart as they are. Its size is at most p whatever the values look lik
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from jaxtyping import Float, Real
 
@@ -43,7 +45,7 @@ def swap_test(
     """
     given = np.concatenate([np.asarray(done, dtype=np.float64)[None], np.asarray(random, dtype=np.float64)])
     lanes, shape, n_examples = len(given), given.shape[1:-1], given.shape[-1]
-    given = given.reshape(lanes, -1, n_examples)
+    given = given.reshape(lanes, math.prod(shape), n_examples)
     there = ~np.isnan(given).any(0)
     given = np.where(there, given, 0.0)
     unit = (

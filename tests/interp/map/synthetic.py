@@ -88,15 +88,14 @@ def synthetic_map(layers=9, heads=4, vision=3, examples=48, seed=0, size=3.0):
     )
 
 
-def synthetic_noise(effects, pairs=4, size=0.06, seed=1):
+def synthetic_noise(effects, pairs=4, size=0.12, seed=1):
     """Noise pairs of such a map: every cell's mean is drawn; attention at the question reaches 1 nat once."""
     rng = np.random.default_rng(seed)
     dims = ("noise_pair", "reading", "component", "role")
     shape = (pairs, 2, *(effects.sizes[name] for name in dims[2:]))
     means = rng.normal(0, size / 3, shape).clip(-size, size)
-    means[
-        2, 1, 0, effects["component"].to_numpy().tolist().index("blocks.0.attn"), ROLES.index("question")
-    ] = -1.0
+    names = effects["component"].to_numpy().tolist()
+    means[2, 1, names.index("blocks.0.attn"), ROLES.index("question")] = -1.0
     coords = {"noise_pair": range(pairs), "reading": ["same", "own"]}
     coords |= {name: effects[name].to_numpy() for name in dims[2:]}
     return xr.Dataset({"noise_effect": (dims, means), "noise_n": (dims, np.full(shape, 16))}, coords=coords)
@@ -105,7 +104,7 @@ def synthetic_noise(effects, pairs=4, size=0.06, seed=1):
 NULLS = {
     "bf16": mean_interval(np.linspace(-0.001, 0.002, 40)),
     "random": mean_interval(np.linspace(-0.03, 0.07, 40)),
-    "random, own decisions": mean_interval(np.linspace(0.1, 0.3, 12)),
+    "random, own decisions": mean_interval(np.linspace(0.1, 0.3, 40)),
 }
 REFUSED = (
     "the denominator, 0.05 [0.04, 0.06], is not above that of a pair that learnt nothing "

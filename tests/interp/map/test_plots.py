@@ -80,11 +80,17 @@ def test_cells_without_examples_are_see_through_to_the_grey(summary):
     assert (alpha == 0).sum() == 1
 
 
-def test_the_equally_strong_control_is_marked(summary):
-    axes = _panels(plot_map(summary))["attention"][0]
-    dots = next(line for line in axes.lines if line.get_marker() == ".")
-    roles = [label.get_text() for label in axes.get_xticklabels()]
-    assert (roles.index("question"), 1) in set(zip(*dots.get_data(), strict=True))
+def test_what_is_not_beyond_control_is_struck_through(summary):
+    def struck(title):
+        axes = _panels(plot_map(summary))[title][0]
+        roles = [label.get_text() for label in axes.get_xticklabels()]
+        middles = {tuple(float(np.mean(ends)) for ends in line.get_data()) for line in axes.lines}
+        return middles, roles
+
+    attention, roles = struck("attention")
+    assert (roles.index("question"), 1) in attention  # random directions do as much
+    mlp, roles = struck("MLP")
+    assert (roles.index("decision"), 6) not in mlp and (roles.index("image"), 6) in mlp
 
 
 def test_the_figure_says_what_a_recovery_of_1_is_worth(summary):

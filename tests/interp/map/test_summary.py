@@ -95,8 +95,10 @@ def test_whose_change_it_is_stands_in_words(summary):
     ):
         for direction in ("rl_to_in", "in_to_rl"):
             one = summary.sel(direction=direction, component=component, role="decision")
-            assert in_words(float(one["specific_low"]), float(one["specific_high"])) == words
-    assert in_words(-0.2, -0.1) == "less than another example's"
+            assert in_words(float(one["p_specific"]), float(one["p_general"])) == words
+            own, other = (float(one[name].mean()) for name in ("effect", "control_other"))
+            assert (abs(own) > 1.5 * abs(other)) == words.startswith("more")
+    assert in_words(0.9, 0.01) == "less than another example's"
     assert in_words(float("nan"), 0.1) == "–"
 
 
