@@ -103,7 +103,7 @@ def test_whose_change_it_is_stands_in_words(summary):
 
 
 def test_a_refused_map_holds_no_recovery():
-    nulls = {"bf16": mean_interval(np.linspace(-0.1, 0.3, 9)), "random": mean_interval(np.empty(0))}
+    nulls = {"bf16": mean_interval(np.linspace(-0.1, 0.3, 41)), "random": mean_interval(np.empty(0))}
     found = summarise(synthetic_map(size=0.05), nulls=nulls, refused="too small")
     assert found.attrs["refused"] == "too small"
     assert not found["beyond"].any()
