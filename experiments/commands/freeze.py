@@ -206,7 +206,7 @@ def measure(pair: Pair, plan: Plan, config: FreezeConfig) -> Iterator[Section]:
     start, given = plan.given(pair.in_, "in"), plan.given(pair.rl, "rl-as-given")
     runs, left_out = plan.measured()
     groups, tasks = plan.groups(), list(plan.recipe.tasks)
-    table = losses(runs, start.right, groups)
+    table = losses(runs, start.right, groups, plan.recipe.clusters)
     yield Section(
         "freeze",
         "What RL loses with a component frozen",

@@ -20,7 +20,7 @@ from experiments.contract import askable, require_readable
 from experiments.frame import Command
 from experiments.options import Only, default, either, require_known
 from experiments.papers import PaperSettings
-from experiments.settings import NoImages, is_public, load_examples, load_triple
+from experiments.settings import IMAGE, NoImages, is_public, load_examples, load_triple
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from hooks.whereabouts import absent
@@ -165,8 +165,8 @@ def check(config: LocalizeConfig) -> None:
         raise FrankenlensError(absent(Path(config.data), "file or folder", give, "--data"))
     if not _has_pairs(config) and config.functions:
         raise FrankenlensError(f"--functions names pairs of images; {config.data} holds single questions.")
-    for name in ("images", "fields", "encoding", "split"):
-        if getattr(config, name) not in (None, (), "all") and _has_pairs(config):
+    for name in ("images", "fields", "encoding", "split", "cluster"):
+        if getattr(config, name) not in (None, (), "all", IMAGE) and _has_pairs(config):
             raise FrankenlensError(
                 f"--{name} is of a file of questions; a folder of pairs has its own: leave it out."
             )

@@ -56,7 +56,7 @@ def two_by_two(pair: Pair, decisions: DecisionSet, batch_size: int = 32) -> xr.D
     }
     return xr.DataArray(
         values,
-        coords=coordinates,
+        coords={**coordinates, "cluster": ("example", decisions.clusters)},
         dims=tuple(coordinates),
         name=decisions.metric.name,
         attrs={"units": decisions.metric.units, "choice": decisions.choice},

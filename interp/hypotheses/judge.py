@@ -275,8 +275,11 @@ def _no_denominator(claim: Claim, own: Measured, clusters: Sequence[str] | None)
     orientation = 1 if claim.direction == "rl_to_in" else -1
     if not np.isfinite(own.total[there]).all():
         return "the difference between RL and IN is infinite on some example"
+    total = orientation * own.total[there]
+    if total.min() == total.max() > 0:
+        return ""  # it does not vary, and has no interval
     of = None if clusters is None else np.asarray(clusters)[there]
-    whole = mean_interval(orientation * own.total[there], clusters=of, fewest=MIN_EXAMPLES)
+    whole = mean_interval(total, clusters=of, fewest=MIN_EXAMPLES)
     if not float(whole.low) > 0:
         return (
             f"the difference between RL and IN that it is a share of, {shown(whole)} {own.units}, includes 0"

@@ -72,6 +72,9 @@ def one_sided(
         not known.
     """
     scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim == 1:
+        above, below = one_sided(scores[None], unseen, far)
+        return np.asarray(above[0]), np.asarray(below[0])
     infinite = np.asarray(np.isinf(scores).any(-1))
     scores = np.where(infinite[..., None], np.nan, scores)
     there = ~np.isnan(scores)

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 from hooks import FrankenlensError
 from interp.prompts import Prompt
 from interp.prompts.roles import ROLES
+from interp.questions.examples import clusters_of
 from interp.statistics import Interval, adjust, difference_interval, mean_interval, mean_test
 
 BEFORE_ANSWER = "before answer"
@@ -39,6 +40,12 @@ def per_prompt(
         if mine.any():
             out[..., at] = data[..., mine].mean(-1)
     return out
+
+
+def prompt_clusters(values: xr.Dataset) -> Shaped[np.ndarray, " prompt"] | None:
+    """The cluster of every prompt of `per_prompt`; None where the result names none: each stands alone."""
+    of = clusters_of(values, "token")
+    return None if of is None else of[np.unique(values["row"].to_numpy(), return_index=True)[1]]
 
 
 def _chosen(values: xr.DataArray | xr.Dataset, role: str) -> Bool[np.ndarray, " token"]:
@@ -77,7 +84,7 @@ def own_table(lens: xr.Dataset, tuned: xr.Dataset | None = None) -> pd.DataFrame
     for role in roles_of(lens):
         columns = _keys(lens, "model", role)
         for name, values in measures.items():
-            found = mean_interval(per_prompt(values, role))
+            found = mean_interval(per_prompt(values, role), clusters=prompt_clusters(values))
             columns |= _columns(name, found)
             columns["tuned_n" if name == "tuned_kl" else "n"] = found.n.ravel()
         parts.append(pd.DataFrame(columns))
@@ -97,15 +104,17 @@ def apart_table(apart: xr.Dataset) -> pd.DataFrame:
     for role in roles_of(apart):
         columns = _keys(apart, "comparison", role)
         for name in ("kl", "kl_reverse", "overlap", "same_top"):
-            found = mean_interval(per_prompt(apart[name], role))
+            found = mean_interval(per_prompt(apart[name], role), clusters=prompt_clusters(apart))
             columns |= _columns(name, found)
         columns["n"] = found.n.ravel()
-        columns |= _excess(per_prompt(apart["kl"], role), names)
+        columns |= _excess(per_prompt(apart["kl"], role), names, prompt_clusters(apart))
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True).assign(top_k=apart.attrs["top_k"])
 
 
-def _excess(kl: Float[np.ndarray, "comparison layer prompt"], names: list[str]) -> dict:
+def _excess(
+    kl: Float[np.ndarray, "comparison layer prompt"], names: list[str], of: np.ndarray | None
+) -> dict:
     shape = kl.shape[:2]
     out = {
         name: np.full(shape, np.nan) for name in ("excess", "excess_low", "excess_high", "p", "p_corrected")
@@ -114,8 +123,8 @@ def _excess(kl: Float[np.ndarray, "comparison layer prompt"], names: list[str]) 
     if nulls:
         means = np.array([[np.nanmean(kl[at, layer]) for layer in range(shape[1])] for at in nulls])
         nearest = kl[np.array(nulls)[means.argmax(0)], np.arange(shape[1])]
-        found = difference_interval(kl[own], nearest)
-        p = mean_test(kl[own] - nearest)
+        found = difference_interval(kl[own], nearest, clusters=of)
+        p = mean_test(kl[own] - nearest, clusters=of)
         values = (found.value, found.low, found.high, p, adjust(p))
         for name, one in zip(out, values, strict=True):
             out[name][own] = one
@@ -135,18 +144,18 @@ def answer_table(
         Columns event, in, in_low, in_high, rl, ..., difference, low, high (in layers), p, p_corrected (Holm), n,
         same_answer (share of prompts on which both models' answer is one), and each null's difference.
     """
-    rows = []
+    rows, of_all = [], clusters_of(answers, "token")
     same = float((answers["word"].sel(model="in") == answers["word"].sel(model="rl")).mean())
     for event in ("appears", "stays"):
         sides = {name: answers[event].sel(model=name).to_numpy().astype(float) for name in ("in", "rl")}
         row: dict = {"event": event}
         for name, values in sides.items():
-            row |= _columns(name, mean_interval(values))
-        row |= _difference("", sides["rl"], sides["in"])
+            row |= _columns(name, mean_interval(values, clusters=of_all))
+        row |= _difference("", sides["rl"], sides["in"], of_all)
         for name, (of, null) in (nulls or {}).items():
-            row |= _difference(f"{name}_", null[event].to_numpy().astype(float), sides[of])
+            row |= _difference(f"{name}_", null[event].to_numpy().astype(float), sides[of], of_all)
         n = {"n": len(sides["rl"]), "same_answer": same}
-        rows.append(row | n | {"p": float(mean_test(sides["rl"] - sides["in"]))})
+        rows.append(row | n | {"p": float(mean_test(sides["rl"] - sides["in"], clusters=of_all))})
     table = pd.DataFrame(
         [{k: v.item() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows]
     )
@@ -167,19 +176,19 @@ def attribution_table(
         p (of a mean difference of 0; `mean_test`), p_corrected (Holm over components), n, and each null's difference;
         the last row, `logit`, is the sum of the components.
     """
-    values = _with_sum(attribution)
+    values, of_all = _with_sum(attribution), clusters_of(attribution, "token")
     columns: dict = {"component": [*attribution["component"].to_numpy().tolist(), "logit"]}
     ends = {"kind": "logit", "sublayer": "logit", "layer": -1, "head": -1}
     columns |= {name: [*attribution[name].to_numpy().tolist(), end] for name, end in ends.items()}
     sides = {name: values.sel(model=name).to_numpy() for name in ("in", "rl")}
     for name, side in sides.items():
-        columns |= _columns(name, mean_interval(side))
-    columns |= _difference("", sides["rl"], sides["in"])
-    p = mean_test(sides["rl"] - sides["in"])
+        columns |= _columns(name, mean_interval(side, clusters=of_all))
+    columns |= _difference("", sides["rl"], sides["in"], of_all)
+    p = mean_test(sides["rl"] - sides["in"], clusters=of_all)
     of_components = np.arange(len(p)) < len(p) - 1  # the last row is their sum
     columns |= {"p": p, "p_corrected": adjust(np.where(of_components, p, np.nan)), "n": values.sizes["token"]}
     for name, (of, null) in (nulls or {}).items():
-        columns |= _difference(f"{name}_", _with_sum(null).to_numpy(), sides[of])
+        columns |= _difference(f"{name}_", _with_sum(null).to_numpy(), sides[of], of_all)
     return pd.DataFrame(columns)
 
 
@@ -229,7 +238,8 @@ def _difference(
     prefix: str,
     after: Float[np.ndarray, "*cells example"],
     before: Float[np.ndarray, "*cells example"],
+    of: Shaped[np.ndarray, " example"] | None,
 ) -> dict[str, np.ndarray]:
-    found = difference_interval(after, before)
+    found = difference_interval(after, before, clusters=of)
     ends = {"difference": found.value, "low": found.low, "high": found.high}
     return {f"{prefix}{key}": np.asarray(value) for key, value in ends.items()}

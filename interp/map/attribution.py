@@ -34,7 +34,7 @@ from interp.map.components import Component, cached_names, components
 from interp.metrics import Metric
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.prompts.pairing import PatchBatch
-from interp.questions.examples import with_looked_at
+from interp.questions.examples import cluster_of, with_looked_at
 from interp.sweep.activations import activation_of
 from interp.sweep.rerun import CleanRun
 
@@ -284,6 +284,7 @@ def _attribute(
             "component": [c.name for c in wanted],
             "role": names,
             "example": [p.example.id for p in first],
+            "cluster": ("example", [cluster_of(p.example) for p in first]),
             "point": ("component", [c.point for c in wanted]),
             "layer": ("component", [-1 if c.layer is None else c.layer for c in wanted]),
             "head": ("component", [-1 if c.head is None else c.head for c in wanted]),

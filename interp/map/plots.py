@@ -42,8 +42,8 @@ _MAP = (
     "Recovery when the donor's activation of one component is put into the other model, at the tokens of one role: 1 "
     "(deep purple) brings the donor's decision, 0 changes nothing, orange goes against it; the colours grow with the "
     "square root. A line a direction; maps of layer by role, and of layer by head at the decision. Pale and struck "
-    "through: not beyond control, since random directions as large{noise} do as much. Grey: no example has such tokens. "
-    "Layers, heads and vision blocks count from 0."
+    "through: not beyond control, since random directions as large{noise} do as much. Grey: no example has such "
+    "tokens. Layers, heads and vision blocks count from 0."
 )
 _STRONGEST = (
     "The components whose {what} lie farthest above their controls in one direction, each at the tokens where it does, "

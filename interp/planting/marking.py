@@ -89,7 +89,12 @@ def marks(
             order = _order(component.name)
             where = "planted" if own else "null" if first is None else "before" if order <= first else "after"
             effect, floor = float(one["effect_mean"]), float(one["floor"])
-            row: dict[str, object] = {"direction": direction, "component": component.name, "where": where, "effect": effect}
+            row: dict[str, object] = {
+                "direction": direction,
+                "component": component.name,
+                "where": where,
+                "effect": effect,
+            }
             row |= {
                 "random": float(one["random"]),
                 "floor": floor,
@@ -151,7 +156,12 @@ def mark_table(cells: pd.DataFrame, plants: pd.DataFrame) -> pd.DataFrame:
 def _row(direction: str, name: str, some: pd.DataFrame) -> dict[str, object]:
     kept = (some["beyond"] & (some["refused"] == "")).mean()
     share = share_interval(some["beyond"].to_numpy(float), some["pair"].to_numpy())
-    row: dict[str, object] = {"direction": direction, "cells": name, "n_pairs": some["pair"].nunique(), "n_cells": len(some)}
+    row: dict[str, object] = {
+        "direction": direction,
+        "cells": name,
+        "n_pairs": some["pair"].nunique(),
+        "n_cells": len(some),
+    }
     row |= {"marked": float(share.value), "low": float(share.low), "high": float(share.high)}
     row |= {"by_random": float(some["above_random"].mean()), "by_floor": float(some["above_floor"].mean())}
     return row | {"kept": float(kept)}
@@ -164,5 +174,10 @@ def _auroc_row(direction: str, name: str, some: pd.DataFrame) -> dict[str, objec
         if changed.any() and not changed.all():
             found.append(auroc(one["margin"].to_numpy(float), changed))
     interval = mean_interval(np.array(found))
-    row: dict[str, object] = {"direction": direction, "cells": name, "n_pairs": len(found), "n_cells": len(some)}
+    row: dict[str, object] = {
+        "direction": direction,
+        "cells": name,
+        "n_pairs": len(found),
+        "n_cells": len(some),
+    }
     return row | {"marked": float(interval.value), "low": float(interval.low), "high": float(interval.high)}

@@ -126,7 +126,8 @@ def mean_test(
         >>> bool(fl.mean_test(rl - in_) < 1e-6)
         True
     """
-    given = np.asarray(values, dtype=np.float64)
+    shape = np.shape(values)[:-1]
+    given = np.asarray(values, dtype=np.float64).reshape(math.prod(shape), np.shape(values)[-1])
     infinite = np.asarray(np.isinf(given).any(-1))
     x, y, there = summed(np.where(np.isinf(given), 0.0, given), np.ones(given.shape), clusters)
     moments = Moments.of(x, y, there)
@@ -134,7 +135,7 @@ def mean_test(
     above, below = sides(*moments.studentised(0.0, SKEW), MORE)
     df = np.maximum(moments.n - 1, 1)
     p = 2 * np.minimum(stats.t.sf(above, df), stats.t.cdf(below, df))
-    return np.where(reason == "", np.minimum(p, 1.0), np.nan)
+    return np.where(reason == "", np.minimum(p, 1.0), np.nan).reshape(shape)
 
 
 def reasons(interval: Interval) -> dict[str, int]:

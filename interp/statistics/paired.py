@@ -206,7 +206,7 @@ def examples_for_mean(mean: float, sd: float, *, alpha: float = 0.05, power: flo
 
 def _hang_together(values: Float[np.ndarray, " example"], clusters: Clusters) -> bool:
     there = ~np.isnan(values)
-    return len(np.unique(np.asarray(clusters)[there])) < there.sum()
+    return len(np.unique(np.asarray(clusters)[there])) < int(there.sum())
 
 
 def _paired(

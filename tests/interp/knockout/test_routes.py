@@ -130,7 +130,8 @@ def test_one_model_twice_has_no_difference(pair, prompts) -> None:
     same = Pair(pair.in_, pair.in_)
     found = routes(same, prompts, {"i": windows(ROUTES["image -> reasoning"], 9, 9)}, progress=False)
     table = route_table(found)
-    assert (table["difference"] == 0).all() and (table["p"] == 1).all() and (table["before"] < 0).all()
+    assert (table["difference"] == 0).all() and (table["before"] < 0).all()
+    assert table["p"].isna().all()  # where nothing varies there is no test
 
 
 def test_models_that_learnt_nothing_leave_the_pair_as_it_was(pair, prompts) -> None:
@@ -185,10 +186,10 @@ def test_routes_that_do_not_fit_are_refused(pair, prompts) -> None:
 
 def _planted() -> xr.Dataset:
     rng = np.random.default_rng(0)
-    value = rng.normal(-1.0, 0.3, (3, 2, 4, 30))
+    value = rng.normal(-1.0, 0.3, (3, 2, 4, 48))
     value[1, 1, 2] -= 1.5  # RL needs the second route in the third window more
     control = rng.normal(-0.1, 0.05, value.shape)
-    clean = rng.normal(-0.5, 0.1, (3, 30))
+    clean = rng.normal(-0.5, 0.1, (3, 48))
     value += clean[:, None, None]
     control += clean[:, None, None]
     value[:, :, :, 4] = control[:, :, :, 4] = clean[:, 4] = np.nan
@@ -211,7 +212,7 @@ def test_table_of_planted_differences() -> None:
     found = _planted()
     table = route_table(found)
     effect = (found["value"] - found["clean"]).to_numpy()
-    before, after = (effect[m].reshape(8, 30) for m in (0, 1))
+    before, after = (effect[m].reshape(8, 48) for m in (0, 1))
     assert table["route"].tolist() == ["image -> question"] * 4 + ["question -> last"] * 4
     assert table["window"].tolist() == ["0-1", "1-2", "2-3", "3-4"] * 2
     assert table["control_kind"].tolist() == ["edges"] * 4 + ["keys"] * 4
@@ -223,7 +224,7 @@ def test_table_of_planted_differences() -> None:
     assert table["p"].tolist() == [mean_test(a - b) for a, b in zip(after, before, strict=True)]
     np.testing.assert_allclose(table["p_corrected"], adjust(table["p"].to_numpy()))
     assert (table["p_corrected"] < 0.05).tolist() == [False] * 6 + [True, False]
-    assert set(table["n"]) == {29} and set(table["left_out"]) == {1}
+    assert set(table["n"]) == {47} and set(table["left_out"]) == {1}
     assert abs(table["control_difference"]).max() < 0.05
     relative = route_table(found, relative=True)
     np.testing.assert_allclose(relative["before"], 100 * np.nanmean(np.exp(before) - 1, -1))

@@ -39,7 +39,7 @@ from interp.prompts.reading import TraceReader
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.questions.tasks import grade, sample
-from interp.statistics import difference_interval, mcnemar
+from interp.statistics import change_interval, mcnemar
 from tests.families import FAMILIES, QWEN, redraw, tiny, tiny_processor
 from tests.hooks.interventions import intervention
 
@@ -493,7 +493,7 @@ def test_confirm_is_lockstep_graded_and_paired(pair) -> None:
     table = confirmation(drawn)
     row = table.loc[(table["function"] == "all") & (table["direction"] == "rl_to_in")].iloc[0]
     before = found["own"].sel(model="in").to_numpy()[:-1]
-    interval = difference_interval(right, before)
+    interval = change_interval(right, before)
     assert (row["change"], row["change_low"]) == (pytest.approx(interval.value), pytest.approx(interval.low))
     test = mcnemar(right, before)
     assert (row["p"], row["gained"], row["lost"], row["n"]) == (test.p, test.gained, test.lost, 16)

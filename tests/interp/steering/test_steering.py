@@ -20,7 +20,7 @@ from interp.prompts import PromptBuilder, collate
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.questions.tasks import grade, sample
-from interp.statistics import difference_interval, mcnemar, mean_test
+from interp.statistics import change_interval, mcnemar, mean_test
 from interp.steering import (
     Direction,
     Steering,
@@ -230,7 +230,7 @@ def test_dose_response_is_steered_answers_graded_and_paired() -> None:
         (table["condition"] == "mean") & (table["coefficient"] == 8.0) & (table["function"] == "all")
     ].iloc[0]
     chance = dose["right"].to_numpy()[1:, 1].mean(0)
-    change = difference_interval(right, clean)
+    change = change_interval(right, clean)
     assert (row["change"], row["change_low"]) == (pytest.approx(change.value), pytest.approx(change.low))
     assert (row["p"], row["n"], row["left_out"]) == (mcnemar(right, clean).p, 20, 1)
     assert row["above"] == pytest.approx((right - chance[:-1]).mean())
