@@ -88,8 +88,9 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
     from interp.results import load_dataset, provenance, publishing, save_dataset
     from interp.results.forest import plot_transfer
     from interp.statistics import (
-        Interval, adjust, bootstrap_difference, bootstrap_mean, bootstrap_ratio, examples_for_mean,
-        examples_for_shares, interval_text, mcnemar, sign_flip, wilson_interval,
+        Interval, adjust, bootstrap_difference, bootstrap_mean, bootstrap_ratio, difference_interval,
+        examples_for_mean, examples_for_shares, interval_text, mcnemar, mean_interval, mean_test, ratio_interval,
+        sign_flip, wilson_interval,
     )
     from interp.steering import (
         Direction, Steering, dose_response, dose_table, mean_difference, pair_directions, principal_directions,
@@ -155,8 +156,9 @@ _NAMES = {  # module -> its names here; one that is no attribute is a module
     "interp.regions": "Partition of_sizes parse_partition thirds",
     "interp.results": "load_dataset provenance publishing save_dataset",
     "interp.results.forest": "plot_transfer",
-    "interp.statistics": "Interval adjust bootstrap_difference bootstrap_mean bootstrap_ratio examples_for_mean "
-    "examples_for_shares interval_text mcnemar sign_flip wilson_interval",
+    "interp.statistics": "Interval adjust bootstrap_difference bootstrap_mean bootstrap_ratio "
+    "difference_interval examples_for_mean examples_for_shares interval_text mcnemar mean_interval mean_test "
+    "ratio_interval sign_flip wilson_interval",
     "interp.steering": "Direction Steering dose_response dose_table mean_difference pair_directions "
     "principal_directions random_directions steer steer_both steer_hooks",
     "interp.steering.plots": "plot_dose",

@@ -116,9 +116,9 @@ def losses(
 
 
 _CAPTION = (
-    "Accuracy after RL with a component frozen, with its 95 % interval (Wilson's; a mean over seeds has "
-    "none where questions are few); a panel a group of questions. Lines with bands: IN, where RL began (blue, dashed), and RL with nothing frozen "
-    "(red). Grey: the controls, random layers frozen, and nothing frozen with another seed."
+    "Accuracy after RL with a component frozen, with its 95 % interval (Wilson's; a mean over seeds has none where "
+    "questions are few); a panel a group of questions. Lines with bands: IN, where RL began (blue, dashed), and RL "
+    "with nothing frozen (red). Grey: the controls, random layers frozen, and nothing frozen with another seed."
 )
 
 

@@ -49,7 +49,8 @@ def population_of(examples: Sequence[Example]) -> str:
 
     Example:
         >>> examples = [one for task in ("sum", "count") for one in fl.tasks.sample(task, 2, seed=0, split="map")]
-        >>> fl.hypotheses.population_of(examples)
+        >>> from interp.hypotheses import population_of
+        >>> population_of(examples)
         'prompts such as these 4: sum 2, count 2, in this mix'
     """
     tasks = Counter(example.task for example in examples)

@@ -92,7 +92,7 @@ def mean_interval(values: Real[np.ndarray, "*cells example"], **settings) -> Int
     Example:
         >>> mean = fl.mean_interval(np.tile([3.0, 1, 2, 5, np.nan, 4, 2, 3, 4], 5))
         >>> fl.interval_text(mean.value, mean.low, mean.high), int(mean.n)
-        ('3.00 [2.61, 3.39]', 40)
+        ('3.00 [2.60, 3.40]', 40)
     """
     return ratio_interval(values, np.ones(np.shape(values)[-1]), **settings)
 
@@ -106,7 +106,7 @@ def difference_interval(
         >>> rl, in_ = np.tile([3.0, 1, 2, 5, 4, 2, 3, 4], 5), np.tile([2.0, 1, 1, 4, 2, 2, 3, 2], 5)
         >>> gain = fl.difference_interval(rl, in_)
         >>> fl.interval_text(gain.value, gain.low, gain.high)
-        '0.88 [0.63, 1.13]'
+        '0.88 [0.62, 1.14]'
     """
     return mean_interval(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), **settings)
 

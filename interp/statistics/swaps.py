@@ -41,7 +41,7 @@ def swap_test(
     Example:
         >>> done, random = np.full(12, 2.0), np.tile([0.5, -0.5], 6)[None]
         >>> float(fl.statistics.swap_test(done, random))
-        0.001
+        0.002
     """
     given = np.concatenate([np.asarray(done, dtype=np.float64)[None], np.asarray(random, dtype=np.float64)])
     lanes, shape, n_examples = len(given), given.shape[1:-1], given.shape[-1]

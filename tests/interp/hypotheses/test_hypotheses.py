@@ -308,17 +308,20 @@ def test_a_paired_accuracy_against_0_is_mcnemars_exact_test() -> None:
     assert float(below) == pytest.approx(max(stats.binomtest(7, 8, alternative="less").pvalue, float(below)))
 
 
-def test_too_few_examples_or_no_variation_give_no_verdict() -> None:
+def test_too_few_examples_give_no_verdict_and_no_variation_an_exact_one() -> None:
     few = np.full(60, np.nan)
     few[: MIN_TESTED - 1] = np.random.default_rng(0).normal(5, 1, MIN_TESTED - 1)
     claims = [_claim("few", quantity="effect"), _claim("same", quantity="effect")]
     found = _judged(claims, [(few, np.ones(60)), (np.full(60, 0.3), np.ones(60))])
-    assert [v.verdict for v in found] == ["undecided", "undecided"]
+    assert [v.verdict for v in found] == ["undecided", "supported"]
     assert (
         found[0].reason
         == f"{MIN_TESTED - 1} examples have a value; a verdict takes {MIN_TESTED}: give more (--n)"
     )
-    assert found[1].reason == "every example has the same value"
+    bound = claims[1].bound  # an example can lie as far below it as the whole, 1 nat, the other way
+    none = (1 - (0.3 - bound) / (0.3 - bound + 1 + bound)) ** 60
+    assert found[1].p == pytest.approx(2 * none)  # Holm, of two
+    assert found[1].reason == "" and np.isnan(float(found[1].interval.low))
 
 
 def test_no_recovery_is_judged_where_rl_and_in_do_not_differ() -> None:

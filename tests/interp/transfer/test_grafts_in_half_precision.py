@@ -125,7 +125,7 @@ def test_a_transfer_refuses_rows_by_name_and_prints_what_each_holds(duo) -> None
     own = [Variant("copy", (_graft(recipient),), "factor"), *doses(recipient, (0.25, 2.0), (2,))]
     variants = [*own, *controls(own, partition, ["random"])]
     found = transfer(recipient, donor, variants, {"m": _right}, progress=False)
-    table = transfer_table(found, resamples=50)
+    table = transfer_table(found)
     rows = table.set_index("variant")
     for name in ("0.25 x update", "rank 2 update"):
         assert f"hold {rows.loc[name, 'norm_ratio']:.2f} of its norm" in rows.loc[name, "lacking"]
