@@ -94,7 +94,7 @@ class Command(Generic[Settings, Models, Question]):
         def measure(models: Models) -> Iterator[Section]:
             fit = self.admit(models, asked, config)
             for section in self.measure(models, fit, config):
-                yield _clustered(_without(section, fit.left_out), getattr(fit, "examples", ()))
+                yield clustered(_without(section, fit.left_out), getattr(fit, "examples", ()))
 
         return measure
 
@@ -194,7 +194,7 @@ def _without(section: Section, left_out: Mapping[str, int]) -> Section:
     return replace(section, account=replace(section.account, left_out=dict(every)))
 
 
-def _clustered(section: Section, examples: Sequence[Example]) -> Section:
+def clustered(section: Section, examples: Sequence[Example]) -> Section:
     """The section with how many of its examples are independent in its account, where not all are."""
     clusters = len({cluster_of(example) for example in examples})
     if clusters == len(examples):
