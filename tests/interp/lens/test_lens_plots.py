@@ -148,6 +148,20 @@ def test_the_excess_is_over_the_null_that_is_nearest() -> None:
     assert abs(table.query("comparison == 'rl' and role == 'image' and layer == 0")["excess"].iloc[0]) < 0.5
 
 
+def test_prompts_about_one_image_count_as_one() -> None:
+    """Every prompt twice: the interval of those given once."""
+    rng = np.random.default_rng(3)
+    values = rng.uniform(1, 2, (2, 2, 160))
+    once = _lens(values, ROLES[:1] * 40, "model", ["in", "rl"])
+    twice = _lens(np.concatenate([values, values], -1), ROLES[:1] * 80, "model", ["in", "rl"])
+    of = np.array([f"image {row % 40}" for row in twice["row"].to_numpy()])
+    columns = ["kl", "kl_low", "kl_high"]
+    expected = own_table(once)[columns]
+    together = own_table(twice.assign_coords(cluster=("token", of)))[columns]
+    np.testing.assert_allclose(together, expected)
+    assert (own_table(twice)["kl_low"] > expected["kl_low"]).all()  # taken for twice as many
+
+
 def test_answers_and_attribution_are_paired() -> None:
     rng = np.random.default_rng(2)
     stays = np.stack([rng.integers(4, 8, 40), rng.integers(2, 6, 40)])
