@@ -84,7 +84,8 @@ def own_table(lens: xr.Dataset, tuned: xr.Dataset | None = None) -> pd.DataFrame
     for role in roles_of(lens):
         columns = _keys(lens, "model", role)
         for name, values in measures.items():
-            found = mean_interval(per_prompt(values, role), clusters=prompt_clusters(lens))
+            of = prompt_clusters(lens if tuned is None or name != "tuned_kl" else tuned)
+            found = mean_interval(per_prompt(values, role), clusters=of)
             columns |= _columns(name, found)
             columns["tuned_n" if name == "tuned_kl" else "n"] = found.n.ravel()
         parts.append(pd.DataFrame(columns))

@@ -49,10 +49,17 @@ def swap_table(
 def in_one(found: Sequence[xr.Dataset]) -> xr.Dataset:
     """What `vision_swap` and `ablate` return in one dataset; what both have is named apart.
 
-    Of an ablation, example becomes question, clean clean_right, why why_question and fault fault_ablation.
+    Of an ablation, example becomes question, clean clean_right, cluster cluster_question, why why_question and fault
+    fault_ablation.
     """
-    apart = {"example": "question", "clean": "clean_right", "why": "why_question", "fault": "fault_ablation"}
-    renamed = [one.rename(apart) if "ablation" in one.dims else one for one in found]
+    apart = {"example": "question", "clean": "clean_right", "cluster": "cluster_question"}
+    apart |= {"why": "why_question", "fault": "fault_ablation"}
+    renamed = [
+        one.rename({old: new for old, new in apart.items() if old in one.variables})
+        if "ablation" in one.dims
+        else one
+        for one in found
+    ]
     merged = xr.merge(renamed, combine_attrs="drop_conflicts", join="outer", compat="no_conflicts")
     assert isinstance(merged, xr.Dataset)
     return merged

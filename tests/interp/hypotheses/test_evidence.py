@@ -177,19 +177,19 @@ def test_prompts_that_grow_keep_those_they_had(tmp_path: Path) -> None:
 def test_ten_looks_err_as_one() -> None:
     """A claim on its bound: undeclared looks at new prompts, and prompts that grow to ten times as many."""
     rng, pairs = np.random.default_rng(2), 4000
-    values = rng.normal(0, 1, (pairs, 300))
+    values = rng.normal(0, 1, (pairs, 360))
     shares = tuple(np.arange(1, 11) / 10)
     from interp.statistics import levels
 
     bounds = levels(shares, 0.05)
-    grown = np.stack([one_sided(values[:, : 30 * k])[0] for k in range(1, 11)])
+    grown = np.stack([one_sided(values[:, : 36 * k])[0] for k in range(1, 11)])
     assert (grown <= 0.05).any(0).mean() > 0.15  # until it works
     assert (grown <= bounds[:, None]).any(0).mean() <= 0.06
-    fresh = np.stack([one_sided(values[:, 30 * k : 30 * k + 30])[0] for k in range(10)])
+    fresh = np.stack([one_sided(values[:, 36 * k : 36 * k + 36])[0] for k in range(10)])
     assert (fresh <= 0.05).any(0).mean() > 0.3
     for case in range(60):  # by the ledger's rule, what the first look does not support stays unsupported
         said = judge(
-            Family("f", (CLAIM,)), {"c": CLAIM}, {"c": measured(values[case, 30:60])}, {}, resamples=2,
+            Family("f", (CLAIM,)), {"c": CLAIM}, {"c": measured(values[case, 36:72])}, {}, resamples=2,
             looks={"c": Looks(2, "undecided")},
         )[0]  # fmt: skip
         assert said.verdict == "undecided"

@@ -381,7 +381,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def held_out() -> list[Example]:
-    return sample("sum", 40, seed=11, split="map")
+    return sample("sum", 52, seed=11, split="map")
 
 
 @pytest.fixture(scope="module")
