@@ -110,8 +110,7 @@ class PlantedPairs:
             found.insert(0, "pair", f"{kind} {i}")
             found.insert(1, "kind", kind)
             _write(found, file)
-        found = pd.read_csv(file)
-        return found.assign(refused=found["refused"].astype(object).fillna(""))
+        return read_marks(file)
 
     def _effect(self, donor: HookedVLM, plant: Plant) -> float:
         examples = self.prompts(plant.seed + OTHER_PROMPTS)
@@ -134,6 +133,13 @@ def _write(table: pd.DataFrame, file: Path) -> None:
     temporary = file.with_suffix(f".{os.getpid()}")
     table.to_csv(temporary, index=False)
     os.replace(temporary, file)
+
+
+def read_marks(file: Path) -> pd.DataFrame:
+    """What `marked` wrote; cells of the sort "null" are no missing values."""
+    numbers = ("effect", "random", "floor", "margin")
+    found = pd.read_csv(file, keep_default_na=False, na_values=dict.fromkeys(numbers, ["", "nan"]))
+    return found
 
 
 def _read_effects(file: Path) -> pd.DataFrame:

@@ -73,17 +73,20 @@ def null_pair_denominator(
             after = evaluate(vlm, decisions.prompts, decisions.metric, batch_size)
             own_before = own(vlm, written, batch_size)
         held = change.held if isinstance(change, RandomUpdate) else None
-        paired = mean_interval(after - before, **{"clusters": decisions.clusters, **settings})
-        theirs = mean_interval(own_before(), **settings)
-        for name, interval in ((label, paired), (f"{label}, own decisions", theirs)):
-            if name not in found or not _end(found[name]) >= _end(interval):
-                found[name] = Null.beside(interval, held)
+        of = {"clusters": decisions.clusters, **settings}
+        new = {label: Null.of(after - before, held, **of)}
+        new |= {f"{label}, own decisions": Null.of(own_before(), held, **settings)}
+        for name, null in new.items():
+            if name not in found or not _end(found[name]) >= _end(null):
+                found[name] = null
     return found
 
 
-def _end(interval: Interval) -> float:
+def _end(null: Interval) -> float:
     """How high it reaches; too few examples for an interval: their mean is all there is to compare with."""
-    return float(interval.value if np.isnan(interval.high) else interval.high)
+    if isinstance(null, Null) and not np.isnan(null.reach):
+        return null.reach
+    return float(null.value if np.isnan(null.high) else null.high)
 
 
 def null_changes(pair: Pair, seed: int = 0) -> dict[str, tuple[HookedVLM, Change]]:
@@ -151,14 +154,22 @@ class Null(Interval):
 
     Attributes:
         held: what weights hold of the random update; None where there is none.
+        reach: how high it lies, for the rule that hides recoveries: the upper end of an interval that `MIN_EXAMPLES` are
+            enough for, too few to print one.
     """
 
     held: Realized | None = None
+    reach: float = float("nan")
 
     @classmethod
     def beside(cls, interval: Interval, held: Realized | None) -> Null:
         """An interval, and the update that it is of."""
         return cls(**vars(interval), held=held)
+
+    def of(cls, values: Float[np.ndarray, " example"], held: Realized | None, **settings: Any) -> Null:
+        """Of values per example; `settings` as in `interp.statistics.mean_interval`."""
+        lenient = mean_interval(values, **{**settings, "fewest": MIN_EXAMPLES})
+        return cls(**vars(mean_interval(values, **settings)), held=held, reach=_end(lenient))
 
 
 def own_decisions(
@@ -267,4 +278,6 @@ def changed_weights(model: nn.Module, change: Change) -> Iterator[None]:
 
 
 def _shown(interval: Interval) -> str:
+    if np.isnan(interval.low):
+        return f"{float(interval.value):.3g} [no interval]"
     return f"{float(interval.value):.3g} [{float(interval.low):.3g}, {float(interval.high):.3g}]"
