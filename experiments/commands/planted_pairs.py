@@ -138,8 +138,7 @@ def _write(table: pd.DataFrame, file: Path) -> None:
 def read_marks(file: Path) -> pd.DataFrame:
     """What `marked` wrote; cells of the sort "null" are no missing values."""
     numbers = ("effect", "random", "floor", "margin")
-    found = pd.read_csv(file, keep_default_na=False, na_values=dict.fromkeys(numbers, ["", "nan"]))
-    return found
+    return pd.read_csv(file, keep_default_na=False, na_values={key: ["", "nan"] for key in numbers})
 
 
 def _read_effects(file: Path) -> pd.DataFrame:

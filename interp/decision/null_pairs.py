@@ -154,8 +154,8 @@ class Null(Interval):
 
     Attributes:
         held: what weights hold of the random update; None where there is none.
-        reach: how high it lies, for the rule that hides recoveries: the upper end of an interval that `MIN_EXAMPLES` are
-            enough for, too few to print one.
+        reach: how high it lies, for the rule that hides recoveries: the upper end of an interval that takes
+            `MIN_EXAMPLES`, too few to print one.
     """
 
     held: Realized | None = None
@@ -166,6 +166,7 @@ class Null(Interval):
         """An interval, and the update that it is of."""
         return cls(**vars(interval), held=held)
 
+    @classmethod
     def of(cls, values: Float[np.ndarray, " example"], held: Realized | None, **settings: Any) -> Null:
         """Of values per example; `settings` as in `interp.statistics.mean_interval`."""
         lenient = mean_interval(values, **{**settings, "fewest": MIN_EXAMPLES})

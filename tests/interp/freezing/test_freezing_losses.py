@@ -103,14 +103,12 @@ def test_questions_of_one_cluster_count_as_one() -> None:
     ]
     of = [str(i) for i in range(N) for _ in range(4)]
     groups = {"reasoning": list(range(400))}
-    once, alone, together = (
-        losses(*args).query("arm == 'Early'").iloc[0]
-        for args in (
-            (runs(), IN, {"reasoning": GROUPS["reasoning"]}),
-            (fourfold, np.repeat(IN, 4), groups),
-            (fourfold, np.repeat(IN, 4), groups, of),
-        )
+    tables = (
+        losses(runs(), IN, {"reasoning": GROUPS["reasoning"]}),
+        losses(fourfold, np.repeat(IN, 4), groups),
+        losses(fourfold, np.repeat(IN, 4), groups, of),
     )
+    once, alone, together = (table.query("arm == 'Early'").iloc[0] for table in tables)
     widths = [one["change_high"] - one["change_low"] for one in (once, alone, together)]
     assert widths[2] == pytest.approx(widths[0], rel=0.1) and widths[1] < 0.6 * widths[0]
     share = [one["share_high"] - one["share_low"] for one in (once, alone, together)]
