@@ -14,7 +14,7 @@ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'
 endef
 
-.PHONY: demo test test-slow check architectures benchmarks notebooks figures
+.PHONY: demo test test-slow calibration check architectures benchmarks notebooks figures planted-marks
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -36,6 +36,9 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
+calibration: $(INSTALLED)  ## how often printed intervals cover, and tests err: nine shapes of data x n x clusters
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/planted/test_calibration.py -m "slow or not slow" -s
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,6 +49,10 @@ architectures: $(INSTALLED)  ## what works on which architecture, measured on ti
 
 benchmarks: $(INSTALLED)  ## against plain hooks, TransformerLens and nnsight; table and figure in out/benchmarks
 	$(BIN)/python -m tests.benchmarks.run --out out/benchmarks
+
+planted-marks: $(INSTALLED)  ## is the map's mark right? 30 planted and 24 null pairs; out/planted-marks, kept pair by pair
+	OMP_NUM_THREADS=1 $(BIN)/frankenlens planted --marks --kinds rl identical bf16 noise --pairs 30 --nulls 8 --n 24 --seed 1 \
+	    --methods compare --out out/planted-marks
 
 notebooks: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_notebooks.py -m ""

@@ -65,7 +65,7 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
     from interp.lockstep import Moved, Sampling, Written, confirm, confirmation, follow, lockstep, random_components
     from interp.lockstep.plots import plot_confirmation, plot_followed
     from interp.map import (
-        MAP_POINTS, Component, attribute, attribute_within, cached_names, component_map, components,
+        MAP_POINTS, Component, attribute, attribute_within, cached_names, component_map, components, noise_cells,
         now_and_before, patch, plot_map, plot_strongest, strongest, summarise, verify,
     )
     from interp.metrics import (
@@ -88,8 +88,9 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
     from interp.results import load_dataset, provenance, publishing, save_dataset
     from interp.results.forest import plot_transfer
     from interp.statistics import (
-        Interval, adjust, bootstrap_difference, bootstrap_mean, bootstrap_ratio, examples_for_mean,
-        examples_for_shares, interval_text, mcnemar, sign_flip, wilson_interval,
+        Interval, adjust, bootstrap_difference, bootstrap_mean, bootstrap_ratio, difference_interval,
+        examples_for_mean, examples_for_shares, interval_text, mcnemar, mean_interval, mean_test, ratio_interval,
+        sign_flip, wilson_interval,
     )
     from interp.steering import (
         Direction, Steering, dose_response, dose_table, mean_difference, pair_directions, principal_directions,
@@ -137,7 +138,7 @@ _NAMES = {  # module -> its names here; one that is no attribute is a module
     "interp.lockstep": "Moved Sampling Written confirm confirmation follow lockstep random_components",
     "interp.lockstep.plots": "plot_confirmation plot_followed",
     "interp.map": "MAP_POINTS Component attribute attribute_within cached_names component_map components "
-    "now_and_before patch plot_map plot_strongest strongest summarise verify",
+    "noise_cells now_and_before patch plot_map plot_strongest strongest summarise verify",
     "interp.metrics": "AnswerLogProbability KLToReference LogitDifference Metric SoftDifference TraceLogLikelihood "
     "evaluate",
     "interp.pair": "Pair greedy",
@@ -155,8 +156,9 @@ _NAMES = {  # module -> its names here; one that is no attribute is a module
     "interp.regions": "Partition of_sizes parse_partition thirds",
     "interp.results": "load_dataset provenance publishing save_dataset",
     "interp.results.forest": "plot_transfer",
-    "interp.statistics": "Interval adjust bootstrap_difference bootstrap_mean bootstrap_ratio examples_for_mean "
-    "examples_for_shares interval_text mcnemar sign_flip wilson_interval",
+    "interp.statistics": "Interval adjust bootstrap_difference bootstrap_mean bootstrap_ratio "
+    "difference_interval examples_for_mean examples_for_shares interval_text mcnemar mean_interval mean_test "
+    "ratio_interval sign_flip wilson_interval",
     "interp.steering": "Direction Steering dose_response dose_table mean_difference pair_directions "
     "principal_directions random_directions steer steer_both steer_hooks",
     "interp.steering.plots": "plot_dose",

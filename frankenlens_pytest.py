@@ -15,6 +15,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +173,7 @@ class Bench:
         """Of a family by claim, tested once."""
         if key not in self._found:
             try:
-                self._found[key] = self._test(family)
+                self._found[key] = self._test(key, family)
             except Exception as error:
                 self._found[key] = error
         found = self._found[key]
@@ -180,7 +181,7 @@ class Bench:
             raise found
         return found
 
-    def _test(self, family: Family) -> dict[str, Verdict]:
+    def _test(self, key: str, family: Family) -> dict[str, Verdict]:
         from experiments.commands import claims
 
         config = self._settings() if self._opened is None else self._opened[1]
@@ -188,7 +189,8 @@ class Bench:
         if self._opened is None:
             with _no_bars():
                 self._opened = claims.load_pair(config), config
-        outcome = claims.tested(self._opened[0], family, asked, config, progress=False)
+        own = replace(config, claims=Path(key))  # looks are counted beside the file or module of the claims
+        outcome = claims.tested(self._opened[0], family, asked, own, progress=False)
         self.lines += [verdict.line for verdict in outcome.verdicts]
         return {verdict.claim.name: verdict for verdict in outcome.verdicts}
 

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from experiments.contract import admitted
 from experiments.settings import ModelSettings, require_sound, require_there
 from hooks.errors import FrankenlensError
+from interp.questions.examples import Example, cluster_of
 from interp.results.files import provenance, publishing
 from interp.results.page import Section, save_sections
 
@@ -93,7 +94,7 @@ class Command(Generic[Settings, Models, Question]):
         def measure(models: Models) -> Iterator[Section]:
             fit = self.admit(models, asked, config)
             for section in self.measure(models, fit, config):
-                yield _without(section, fit.left_out)
+                yield clustered(_without(section, fit.left_out), getattr(fit, "examples", ()))
 
         return measure
 
@@ -191,6 +192,18 @@ def _without(section: Section, left_out: Mapping[str, int]) -> Section:
     every = Counter(left_out)
     every.update(section.account.left_out)
     return replace(section, account=replace(section.account, left_out=dict(every)))
+
+
+def clustered(section: Section, examples: Sequence[Example]) -> Section:
+    """The section with how many of its examples are independent in its account, where not all are."""
+    clusters = len({cluster_of(example) for example in examples})
+    if clusters == len(examples):
+        return section
+    told = (
+        f"{section.account.n}; {len(examples)} questions in {clusters} clusters, and what is in one cluster "
+    )
+    told += "counts as one in intervals and tests"
+    return replace(section, account=replace(section.account, n=told))
 
 
 def _publish(sections: Sequence[Section], config: ModelSettings, models: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from hooks.errors import FrankenlensError
 from hooks.whereabouts import absent, require_checkpoint, require_file, require_folder
 from interp.pair.pair import Pair
 from interp.prompts.roles import TraceFormat
-from interp.questions.examples import Example
+from interp.questions.examples import Example, once_each
 from interp.questions.readers import (
     Draw,
     Fields,
@@ -35,6 +35,7 @@ from interp.questions.tasks import REASONING, sample
 MATHVISTA = ("general-vqa", "math-targeted-vqa")
 PUBLIC = ("mathvista", *(f"mathvista:{one}" for one in MATHVISTA), "math-500", "gsm8k")
 NONE = ("none",)  # no delimiters
+IMAGE = "image"  # examples of one image hang together
 COPIES = ("mathvista", "math-500", "gsm8k")
 LISTED = 20  # rows that could not be read, named one by one
 _FILES = {
@@ -135,6 +136,8 @@ class DataSettings:
         copies: folder with local copies of the public data sets, for a machine without a network: mathvista, math-500,
             gsm8k, each a parquet, JSON or Arrow file of that name, or a folder that `save_to_disk` wrote; by default
             they come from the hub or its cache.
+        cluster: what makes examples hang together, so that intervals and tests count them as one: image, or a field of
+            the data (scene, video).
     """
 
     data: Path | None = None
@@ -144,6 +147,7 @@ class DataSettings:
     split: Split = "all"
     n: int = 160
     copies: Path | None = None
+    cluster: str = IMAGE
 
 
 @dataclass(frozen=True)
@@ -230,8 +234,8 @@ def _require_data(config: ModelSettings) -> None:
     data = getattr(config, "data", None)
     if getattr(config, "images", None) is not None and data is None:
         raise FrankenlensError("--images is the folder of the images of --data; give --data as well.")
-    for name in ("fields", "encoding"):
-        if getattr(config, name, None) and (data is None or is_public(str(data))):
+    for name, default in (("fields", ()), ("encoding", None), ("cluster", IMAGE)):
+        if getattr(config, name, default) != default and (data is None or is_public(str(data))):
             raise FrankenlensError(
                 f"{as_option(name)} is of a file of your own: give that as --data, or leave {as_option(name)} out."
             )
@@ -312,7 +316,9 @@ def load_examples(
     examples, report = _read(str(config.data), config, Draw(config.n, seed, config.split, seen, legacy))
     if report.failures or report.renamed or report.notes:
         print(report, file=sys.stderr)
+    examples, again = once_each(examples)
     dropped = {f"row {failure.row}: {failure.reason}": 1 for failure in report.failures[:LISTED]}
+    dropped |= {"asked already, under another id": again} if again else {}
     if len(report.failures) > LISTED:
         dropped["further rows that cannot be read"] = len(report.failures) - LISTED
     _require_unseen(examples, report.passed, seen)
@@ -352,7 +358,10 @@ def _read(name: str, config: DataSettings, draw: Draw) -> tuple[list[Example], R
         return read_mathvista(**_copy(which, config), category=category or None, draw=draw)
     if name in ("math-500", "gsm8k"):
         return {"math-500": read_math500, "gsm8k": read_gsm8k}[name](**_copy(name, config), draw=draw)
-    return read_jsonl(name, config.images, Fields.parse(config.fields), encoding=config.encoding, draw=draw)
+    named = Fields.parse(config.fields)
+    if config.cluster != IMAGE:
+        named = replace(named, cluster=config.cluster)
+    return read_jsonl(name, config.images, named, encoding=config.encoding, draw=draw)
 
 
 def _copy(name: str, config: DataSettings) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def measure(pair: Pair, asked: Questions, config: AttentionConfig) -> Iterator[S
         **config.running,
     )
     _require_traces(found)
-    settings: dict[str, Any] = {"correction": config.correction, "seed": config.seed}
+    settings: dict[str, Any] = {"correction": config.correction}
     both = [shifts(found, per="layer", measure=name, **settings) for name in ("mass", "mean")]
     layers = pd.concat(both, ignore_index=True)
     heads = shifts(found, per="head", measure=config.measure, **settings)
@@ -170,7 +170,8 @@ def _account(config: AttentionConfig, found: xr.Dataset, partition: Partition) -
     definition = (
         f"{'the paper: ' if config.paper else ''}attention of a {config.queries} token {what[config.measure]} of the "
         f"{config.keys} tokens, mean over tokens, then over questions (layers: and over heads); delimiters are no "
-        f"{config.queries} tokens; bootstrap over questions (95 %), difference paired, p by sign flips"
+        f"{config.queries} tokens; intervals over questions (95 %; those about one image are one), "
+        "difference paired, p of a mean of 0"
     )
     left_out: Counter[str] = Counter()
     for row, name in enumerate(found["trace"].to_numpy().tolist()):

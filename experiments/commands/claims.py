@@ -20,7 +20,7 @@ from experiments.frame import Command
 from experiments.settings import Questions, QuestionSettings, load_pair, load_questions
 from hooks.errors import FrankenlensError
 from hooks.whereabouts import require_checkpoint, require_file
-from interp.hypotheses import Family, Outcome, plot_claims, put_to_test, read_claims, verdict_table
+from interp.hypotheses import Family, Ledger, Outcome, plot_claims, put_to_test, read_claims, verdict_table
 from interp.pair.pair import Pair
 from interp.questions.examples import with_looked_at
 from interp.questions.readers import Seen
@@ -35,6 +35,7 @@ class ClaimsConfig(QuestionSettings):
         claims: YAML file; see `interp.hypotheses.file`.
         pairs: instead of --in and --rl, several pairs: IN RL IN RL ...
         allow_reuse: test claims on prompts they were found on, too; they are marked exploratory.
+        ledger: file that keeps and counts the looks at claims; by default beside the file of claims, .looks.jsonl.
         seed: of the prompts too; another than the default of `frankenlens map`. Those that a claim was found on are
             left out anyway, and others of the data drawn in their place.
         out: folder for claims.csv, claims.png, test.nc and report.html.
@@ -43,6 +44,7 @@ class ClaimsConfig(QuestionSettings):
     claims: Annotated[Path, tyro.conf.Positional] = Path("claims.yaml")
     pairs: tuple[tuple[str, str], ...] = ()
     allow_reuse: bool = False
+    ledger: Path | None = None
     seed: int = 1
     n: int = 240
     out: Path = Path("out/claims")
@@ -141,10 +143,22 @@ def measure(pairs: Pairs, asked: Claimed, config: ClaimsConfig) -> Iterator[Sect
 def tested(
     pair: Pair, family: Family, asked: Questions, config: ClaimsConfig, progress: bool = True
 ) -> Outcome:
-    """One family on one pair, with the settings."""
-    settings = {"allow_reuse": config.allow_reuse, "seed": config.seed, "progress": progress}
+    """One family on one pair, with the settings; looks are counted beside the file of claims, if there is one."""
+    path = config.ledger or (looks_beside(config.claims) if config.claims.is_file() else None)
+    ledger = None if path is None else Ledger(path)
+    settings = {
+        "allow_reuse": config.allow_reuse,
+        "ledger": ledger,
+        "seed": config.seed,
+        "progress": progress,
+    }
     fit = admitted(pair, asked, config)
     return put_to_test(pair, family, fit.examples, **settings, **config.running)
+
+
+def looks_beside(claims: Path) -> Path:
+    """The ledger of a file of claims."""
+    return claims.with_name(claims.name + ".looks.jsonl")
 
 
 def finding(outcomes: Mapping[str, Outcome]) -> str:
@@ -190,9 +204,10 @@ def _account(
     definition = (
         "one-sided paired tests (the largest p of Student's t, Hall's skewness-corrected t and, for verdicts that "
         "something is small, the chance that no prompt which moves all the way was drawn) at alpha "
-        f"{family.alpha:g} for and against each claim; intervals at 1 - 2 alpha, uncorrected (BCa bootstrap); "
-        "controls: the donor's activation on another example, or a random update as large; decision "
-        f"{family.decision}"
+        f"{family.alpha:g} for and against each claim; examples of one image are one unit; intervals at 1 - 2 alpha, "
+        "uncorrected; "
+        "controls: a random direction as large as the donor's difference at each token, or a random update as large; "
+        f"decision {family.decision}"
     )
     sizes = sorted({int(n) for n in table.loc[table["verdict"] != "refused", "n"]})
     tested_on = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}" if sizes else "no"
@@ -209,8 +224,17 @@ def _account(
         names[family.correction] + over,
         config.seed,
         family.partition if _regions(family) else "",
+        left_out=_left_out(outcomes),
         counts=counts,
     )
+
+
+def _left_out(outcomes: Mapping[str, Outcome]) -> dict[str, int]:
+    """The same on every pair, or of each."""
+    found = [one.left_out for one in outcomes.values()]
+    if all(one == found[0] for one in found):
+        return dict(found[0]) if found else {}
+    return {f"{why} ({name})": n for name, one in outcomes.items() for why, n in one.left_out.items()}
 
 
 def _regions(family: Family) -> bool:

@@ -146,9 +146,9 @@ def measure(models: Opened, asked: Files, config: CompareConfig) -> Iterator[Sec
         findings += [relative_finding(by_region, stage, norm) for stage in stages]
     if config.spectra:
         long = spectra(table)
-        found = trends(with_regions(long, partition), ["region"], seed=config.seed)
+        found = trends(with_regions(long, partition), ["region"])
         tables |= {"compare_trends": found, "compare_spectra": long}
-        figures["compare_spectra"] = plot_spectra(long, partition, config.seed)
+        figures["compare_spectra"] = plot_spectra(long, partition)
         told = [spectra_finding(found, stage, partition) for stage in stages]
         first, findings = [*first, told[-1]], [*findings, *told[:-1]]
     title, said = "What training changed in the weights", " ".join(first)

@@ -34,7 +34,7 @@ from interp.freezing.losses import UNFROZEN, losses, plot_losses, task_table
 from interp.pair.pair import Pair
 from interp.regions import parse_partition
 from interp.results.page import Account, Section
-from interp.statistics import bootstrap_mean, interval_text
+from interp.statistics import interval_text, mean_interval
 
 _RL = RL()
 OWN_LR = 1e-6
@@ -206,7 +206,7 @@ def measure(pair: Pair, plan: Plan, config: FreezeConfig) -> Iterator[Section]:
     start, given = plan.given(pair.in_, "in"), plan.given(pair.rl, "rl-as-given")
     runs, left_out = plan.measured()
     groups, tasks = plan.groups(), list(plan.recipe.tasks)
-    table = losses(runs, start.right, groups, config.seed)
+    table = losses(runs, start.right, groups, plan.recipe.clusters)
     yield Section(
         "freeze",
         "What RL loses with a component frozen",
@@ -247,7 +247,7 @@ def _finding(table: pd.DataFrame, given: Outcome, groups: dict[str, Any], config
     here = table[(table["group"] == group) & (table["rl_seed"] == seed)].set_index("arm")
     gain = -here.loc["IN", ["change", "change_high", "change_low"]].to_numpy(float)
     text = f"On {group} questions, RL with nothing frozen gains {interval_text(*(100 * gain))} points over IN"
-    as_given = bootstrap_mean(given.right[places], seed=config.seed)
+    as_given = mean_interval(given.right[places])
     accuracy = 100 * float(here.loc[UNFROZEN, "accuracy"])
     text += f" (accuracy {accuracy:.1f} %; RL as given {100 * float(as_given.value):.1f} %). "
     arms = here[~here["kind"].isin(["in", "unfrozen"])]

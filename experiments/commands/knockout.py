@@ -157,7 +157,7 @@ def measure(pair: Pair, asked: Questions, config: KnockoutConfig) -> Iterator[Se
         batch_size=config.batch_size,
     )
     left_out.update(why for why in found["why"].to_numpy().tolist() if why)
-    settings: dict = {"relative": config.relative, "correction": config.correction, "seed": config.seed}
+    settings: dict = {"relative": config.relative, "correction": config.correction}
     table = route_table(found, **settings)
     tables = {"knockout": table}
     if config.nulls:

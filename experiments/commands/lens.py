@@ -91,7 +91,7 @@ def measure(pair: Pair, asked: Questions, config: LensConfig) -> Iterator[Sectio
     other = [traces[row] for row in held_out]
     through = logit_lens(pair, other, where="all", top_k=1, tuned=tuned, **settings) if tuned else None
     apart = compare_lenses(pair, traces, where="all", top_k=config.top_k, nulls=nulls, **settings)
-    tables = {"lens": own_table(lens, through, config.seed), "kl": apart_table(apart, config.seed)}
+    tables = {"lens": own_table(lens, through), "kl": apart_table(apart)}
     figures = {"lens_own": plots.plot_own(tables["lens"]), "lens_kl": plots.plot_apart(tables["kl"])}
     found = [_apart_found(tables["kl"])]
     answered = with_answers(traces)
@@ -157,9 +157,7 @@ def _answers(
         return answer_layers(logit_lens(model, answered, where=where, top_k=1, batch_size=config.batch_size))
 
     answers = of(pair)
-    return answers, answer_table(
-        answers, {name: (side, of(vlm)) for name, side, vlm in _nulls(pair, nulls)}, config.seed
-    )
+    return answers, answer_table(answers, {name: (side, of(vlm)) for name, side, vlm in _nulls(pair, nulls)})
 
 
 def _tuned(
@@ -196,7 +194,7 @@ def _dla(pair: Pair, decisions: DecisionSet, nulls: Nulls, config: LensConfig) -
         )
 
     found = {name: (side, of(vlm)) for name, side, vlm in _nulls(pair, nulls)}
-    return attribution_table(of(pair), found, config.seed)
+    return attribution_table(of(pair), found)
 
 
 def _one_prompt(pair: Pair, trace: Prompt, batch_size: int) -> dict:

@@ -20,7 +20,7 @@ from experiments.contract import askable, require_readable
 from experiments.frame import Command
 from experiments.options import Only, default, either, require_known
 from experiments.papers import PaperSettings
-from experiments.settings import NoImages, is_public, load_examples, load_triple
+from experiments.settings import IMAGE, NoImages, is_public, load_examples, load_triple
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from hooks.whereabouts import absent
@@ -165,8 +165,8 @@ def check(config: LocalizeConfig) -> None:
         raise FrankenlensError(absent(Path(config.data), "file or folder", give, "--data"))
     if not _has_pairs(config) and config.functions:
         raise FrankenlensError(f"--functions names pairs of images; {config.data} holds single questions.")
-    for name in ("images", "fields", "encoding", "split"):
-        if getattr(config, name) not in (None, (), "all") and _has_pairs(config):
+    for name in ("images", "fields", "encoding", "split", "cluster"):
+        if getattr(config, name) not in (None, (), "all", IMAGE) and _has_pairs(config):
             raise FrankenlensError(
                 f"--{name} is of a file of questions; a folder of pairs has its own: leave it out."
             )
@@ -238,12 +238,12 @@ def measure(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> Iterato
             kind: with_changes(found, _pairs_of(asked, kind), config.change)
             for kind, found in results.items()
         }
-        tables["localize_swap"] = swap_table(results, swaps, among, config.seed)
+        tables["localize_swap"] = swap_table(results, swaps, among)
         figures["localize_swap"] = plot_swaps(tables["localize_swap"], partition)
         found.append(results[COUNTERFACTUAL])
     if config.parts:
         found.append(_ablated(vlm, builder, asked, config))
-        tables["localize_ablation"] = accuracy(found[-1], seed=config.seed)
+        tables["localize_ablation"] = accuracy(found[-1])
         figures |= _ablation_figures(tables["localize_ablation"], partition)
     of = tables.get("localize_swap"), tables.get("localize_ablation")
     sentences = [*swap_findings(of[0], partition), *ablation_findings(of[1], partition)]
@@ -349,7 +349,7 @@ def _account(
         )
     if config.parts:
         parts.append(
-            "ablations act at prefill and every step; accuracy with Wilson's interval, its change paired (bootstrap), "
+            "ablations act at prefill and every step; accuracy with Wilson's interval, its change paired, "
             "McNemar's exact test"
         )
     n = f"{len(asked.pairs)} pairs, at most {config.n} a function" if asked.pairs else ""

@@ -133,7 +133,7 @@ def measure(pair: Pair, asked: Questions, config: LockstepConfig) -> Iterator[Se
         "when": config.when,
     }
     found = confirm(pair, chosen.fresh, chosen.sets, **settings)
-    table = confirmation(found, config.correction, seed=config.seed)
+    table = confirmation(found, config.correction)
     shown = str(table["function"].iloc[-1])
     tables = {"lockstep": table}
     figures = {"lockstep": plot_confirmation(table, shown), "lockstep_traces": plot_followed(table, shown)}
@@ -200,7 +200,7 @@ def _small_map(pair: Pair, used: Sequence[Example], config: LockstepConfig) -> t
             "soft finds (`frankenlens map --decision soft`, then --map)."
         )
     effects = component_map(pair, decisions, ["rl_to_in"], _POINTS, ["all"], config.batch_size)
-    return summarise(effects, seed=config.seed), len(decisions)
+    return summarise(effects), len(decisions)
 
 
 def _sampling(config: LockstepConfig) -> Sampling:
@@ -246,8 +246,8 @@ def _account(config: LockstepConfig, chosen: _Chosen, found: xr.Dataset, n_examp
     drawn = f"temperature {config.temperature:g}, top-p {config.top_p:g}"
     definition = (
         f"lockstep generation ({drawn if config.temperature else 'greedy'}), moved at {', '.join(config.when)}; "
-        f"{chosen.how}; change of accuracy paired with the recipient's (bootstrap, 95 %), exact McNemar; random: "
-        f"{config.n_random} sets of equal number and kind, paired with their mean (sign flips)"
+        f"{chosen.how}; change of accuracy paired with the recipient's (95 %), exact McNemar; random: "
+        f"{config.n_random} sets of equal number and kind, paired with their mean"
     )
     one = found.isel(direction=0, condition=0)
     unrun = Counter(str(why) for why in one["why"].where(one["right"].isnull(), "").to_numpy() if why)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from experiments.frame import Command
 from experiments.options import require_known
@@ -22,7 +22,7 @@ from interp.decision import (
     recovery_refused,
     two_by_two,
 )
-from interp.map import DIRECTIONS, MAP_POINTS, POINTS, component_map, map_section, summarise
+from interp.map import DIRECTIONS, MAP_POINTS, POINTS, component_map, map_section, noise_cells, summarise
 from interp.pair.pair import Pair
 from interp.results.page import Section
 
@@ -60,10 +60,13 @@ def measure(pair: Pair, asked: Questions, config: MapConfig) -> Iterator[Section
     decisions = find_decisions(pair, asked.examples, config.decision, progress=True, **config.running)
     decisions.require_some()
     directions = list(DIRECTIONS) if config.direction == "both" else [config.direction]
-    effects = component_map(pair, decisions, directions, config.points, batch_size=config.batch_size)
+    settings: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
+    effects = component_map(pair, decisions, directions, config.points, **settings)
+    roles = [str(role) for role in effects["role"].to_numpy()]
+    noise = noise_cells(pair, decisions, directions, config.points, roles, **settings)
     nulls = null_pair_denominator(pair, decisions, config.seed, config.batch_size)
     refused = recovery_refused(decisions, nulls)
-    summary = summarise(effects, nulls=nulls, refused=refused, seed=config.seed)
+    summary = summarise(effects, noise=noise, nulls=nulls, refused=refused, seed=config.seed)
     if config.decision != "soft":
         summary["two_by_two"] = two_by_two(pair, decisions, config.batch_size)
     summary.attrs["decisions"] = json.dumps(decisions.summary())

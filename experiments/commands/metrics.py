@@ -115,7 +115,7 @@ def measure(pair: Pair, asked: Questions, config: MetricsConfig) -> Iterator[Sec
         found.append(xr.concat(answers, pd.Index(order, name="model")))
         left_out.update(_missing(found[-1]))
     table = _shares(found)
-    change = pd.concat([change_table(one, config.seed) for one in found], ignore_index=True)
+    change = pd.concat([change_table(one) for one in found], ignore_index=True)
     change["p_corrected"] = adjust(change["p"].to_numpy(dtype=float))
     said = finding(table, change)
     yield Section(

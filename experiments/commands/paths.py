@@ -96,8 +96,8 @@ def measure(pair: Pair, asked: Questions, config: PathsConfig) -> Iterator[Secti
     )
     nulls = null_pair_denominator(pair, decisions, config.seed, config.batch_size)
     refused = recovery_refused(decisions, nulls)
-    paths = path_table(effects, refused=refused, seed=config.seed)
-    wholes = sender_table(effects, refused=refused, seed=config.seed)
+    paths = path_table(effects, refused=refused)
+    wholes = sender_table(effects, refused=refused)
     found = [_denominator(decisions, nulls, refused), *_found(paths, wholes, decisions.metric.units)]
     yield Section(
         "paths",
@@ -149,8 +149,9 @@ def _found(paths: pd.DataFrame, wholes: pd.DataFrame, units: str) -> list[str]:
         best = one.iloc[0]
         own = wholes.loc[(wholes["direction"] == direction) & (wholes["sender"] == best["sender"])].iloc[0]
         text = (
-            f"{WORDS[str(direction)]}, strongest of {len(one)} paths: {best['path']}, {key} {_text(best, key)}; with "
-            f"the donor on another example {_text(best, 'other_recovery')} (n = {best['other_n']}). Whole effect of "
+            f"{WORDS[str(direction)]}, strongest of {len(one)} paths: {best['path']}, {key} {_text(best, key)}; "
+            f"with the donor's change on another example {_text(best, 'other_recovery')} (n = {best['other_n']}). "
+            f"Whole effect of "
             f"{best['sender']}: {_text(own, 'whole')} {units}"
         )
         text += f", recovery {_text(own, 'recovery')}" if key == "recovery" else ""
@@ -176,7 +177,7 @@ def _account(
         "path patching (Goldowsky-Dill et al. 2304.05969): the receiver's input is the clean residual stream plus the "
         f"donor's minus the recipient's output of the sender at {config.where} tokens, its pre-norm computed again; "
         f"{passes}; behind the receiver everything is computed again; k and v are those of kv_heads; recovery: ratio "
-        "of sums, 95 % bootstrap over prompts; interaction: whole effect − sum of direct effects; senders: "
+        "of sums, 95 % intervals over prompts; interaction: whole effect − sum of direct effects; senders: "
         + chosen,
         f"{len(decisions)} decisions ({config.decision}) of {decisions.n_prompts} prompts",
         "Holm over the paths of a direction (p); intervals are per path",

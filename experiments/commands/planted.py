@@ -23,7 +23,7 @@ from experiments.settings import Questions, QuestionSettings, checkpoints, load_
 from experiments.triple.rl import require_grpo
 from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
-from interp.planting import DRAWN, KINDS, METHODS, MOST, NULLS, TRAINED, Draws, chosen, on_grid
+from interp.planting import DRAWN, KINDS, METHODS, MOST, NULLS, TRAINED, Draws, chosen, mark_table, on_grid
 from interp.planting.plots import plot_found
 from interp.planting.table import HELD, by_effect, by_pair, found_table, null_table
 from interp.questions.examples import Example, fingerprint
@@ -44,8 +44,9 @@ class PlantedConfig(QuestionSettings):
 
     Attributes:
         n: prompts of every pair, drawn anew for each.
-        kinds: of rl, random, rotated, decoys, supervised, reinforced, layer, region, vision, projector,
-            experts; null pairs: identical, bf16, noise. supervised and reinforced train the embedded IN.
+        kinds: of rl, random, rotated, decoys, supervised, reinforced, layer, region, vision, projector, experts, tower,
+            query-key, joint, backup, cancelling; null pairs: identical, bf16, noise. supervised and reinforced train
+            the embedded IN.
         components: addresses that change together, e.g. blocks.3.mlp blocks.5.attn.head.1; a kind of its own, named.
         change: of these: donor (RL's weights), random (an update of RL's norm) or rotated (at their own norm).
         pairs: pairs of kind rl.
@@ -54,6 +55,8 @@ class PlantedConfig(QuestionSettings):
         changed: components that change, where they are drawn one by one; every other weight gets noise of the size
             of rounding.
         methods: which are tried; also "integrated gradients RL → IN" and "integrated gradients IN → RL".
+        marks: also which components a component map marks as beyond control, in both directions, and how often it does
+            where nothing was changed; planted_marks.csv.
         noise_pairs: noise pairs whose 95th percentile says from where on a plant is visible.
         max_new_tokens: longest generated text; the soft metric reads all of it.
         out: folder for scores.csv, plants.csv, the tables, the figure, report.html, and finished pairs.
@@ -79,6 +82,7 @@ class PlantedConfig(QuestionSettings):
     nulls: int = default(8, only=_of_kinds(tuple(NULLS), "a null kind among --kinds"))
     changed: int = default(3, only=_of_kinds(DRAWN, f"one of {', '.join(DRAWN)} among --kinds"))
     methods: tuple[str, ...] = tuple(METHODS)
+    marks: bool = False
     noise_pairs: int = 40
     max_new_tokens: int = 24
     out: Path = Path("out/planted")
@@ -140,13 +144,16 @@ def measure(pair: Pair, asked: Questions, config: PlantedConfig) -> Iterator[Sec
         left_out["pairs of kind bf16, as every weight of IN is a bfloat16 number already"] = config.nulls
     work = [(kind, i) for kind in kinds for i in range(config.pairs_of(kind))]
     noise = steps(range(config.noise_pairs), "noise pairs", "pair")
-    scores, effects = [], [pd.concat([made.noise(i) for i in noise])]
+    scores, effects, marked = [], [pd.concat([made.noise(i) for i in noise])], []
     for kind, i in steps(work, "planted pairs", "pair"):
         found, own = made.tried(kind, i)
         scores.append(found)
         effects.append(own)
+        marked += [made.marked(kind, i)] if config.marks else []
     both = [pd.concat(some, ignore_index=True) for some in (scores, effects)]
-    yield section(both[0], both[1], config, left_out)
+    yield section(
+        both[0], both[1], config, left_out, pd.concat(marked, ignore_index=True) if marked else None
+    )
 
 
 def _made(pair: Pair, asked: Questions, config: PlantedConfig) -> PlantedPairs:
@@ -176,7 +183,11 @@ def _made(pair: Pair, asked: Questions, config: PlantedConfig) -> PlantedPairs:
 
 
 def section(
-    scores: pd.DataFrame, effects: pd.DataFrame, config: PlantedConfig, left_out: Mapping[str, int]
+    scores: pd.DataFrame,
+    effects: pd.DataFrame,
+    config: PlantedConfig,
+    left_out: Mapping[str, int],
+    marked: pd.DataFrame | None = None,
 ) -> Section:
     """Tables, figure and finding from what was measured.
 
@@ -184,6 +195,7 @@ def section(
         scores, effects: see `interp.planting.table.by_pair`.
         config: the settings.
         left_out: reason to number of pairs.
+        marked: see `interp.planting.mark_table`.
     """
     pairs = by_pair(scores, effects)
     found, null = found_table(pairs), null_table(pairs)
@@ -191,8 +203,25 @@ def section(
     tables = {"planted": found, "planted_null": null, "planted_pairs": pairs, "plants": effects}
     account = _account(config, pairs, left_out)
     first, details = told(finding(found, null))
+    if marked is not None:
+        of_marks = mark_table(marked, effects)
+        tables |= {"planted_marks": of_marks, "marks": marked}
+        first += "\n" + marks_in_words(of_marks)
     every = {**tables, "scores": scores}
     return Section("planted", "Planted changes", first, account, every, figures, details=details)
+
+
+def marks_in_words(table: pd.DataFrame) -> str:
+    """What share of each sort of cells a map marks as beyond control."""
+    lines = []
+    for direction in dict.fromkeys(table["direction"]):
+        own = table.loc[table["direction"] == direction]
+        parts = "; ".join(
+            f"{row['cells']} {interval_text(row['marked'], row['low'], row['high'])} (n = {row['n_cells']})"
+            for _, row in own.iterrows()
+        )
+        lines.append(f"marked as beyond control, {direction}: {parts}.")
+    return "\n".join(lines)
 
 
 def finding(found: pd.DataFrame, null: pd.DataFrame) -> list[str]:
@@ -226,7 +255,8 @@ def _account(config: PlantedConfig, pairs: pd.DataFrame, left_out: Mapping[str, 
         "changes planted into a copy of IN, every other weight with Gaussian noise of the norm of rounding to bfloat16 "
         "(not in identical and bf16 pairs); soft metric over the copy's greedy text; score of a component: |mean "
         "effect| at all its tokens; AUROC: share of (changed, unchanged) couples in which the changed one scores "
-        f"higher; invisible: alone it moves the output no more than 95 % of {config.noise_pairs} noise pairs do; "
+        "higher; invisible: alone, on other prompts, it moves the probabilities of next tokens along IN's text (total "
+        f"variation, summed) no more than 95 % of {config.noise_pairs} noise pairs do; "
         "intervals: bootstrap over pairs (95 %); claim: corrected p < 0.05 of a sign flip test over prompts and, for "
         "what moves something between the models, no refusal of recoveries"
     )

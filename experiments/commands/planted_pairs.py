@@ -14,8 +14,23 @@ from experiments.retraining import plants
 from experiments.retraining.triple import require_triple
 from hooks import HookedVLM
 from interp.pair.pair import Pair
-from interp.planting import TRAINED, VISIBILITY, Draws, Method, Plant, effect_of_plant, trial
+from interp.planting import (
+    MOST,
+    TRAINED,
+    VISIBILITY,
+    WIRED,
+    Draws,
+    Method,
+    Plant,
+    effect_of_plant,
+    marks,
+    trial,
+    wired,
+)
 from interp.questions.examples import Example
+
+OTHER_PROMPTS = 50 * MOST
+"""Added to a pair's seed for the prompts that say whether its plants can be seen: not those that methods look at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +60,7 @@ class PlantedPairs:
         plant = Plant(seed=self.draws.seed_of(VISIBILITY, i))
         file = self.folder / f"{VISIBILITY}-{i}.csv"
         if not file.is_file():
-            effect = self._effect(self.pair.rl, plant, self.prompts(plant.seed))
+            effect = self._effect(self.pair.rl, plant)
             _write(pd.DataFrame([{"pair": f"{VISIBILITY} {i}", "component": "", "effect": effect}]), file)
         return _read_effects(file)
 
@@ -71,7 +86,7 @@ class PlantedPairs:
         try:
             for component in (one.name for one in among if plant.holds(one.name)):
                 alone = replace(plant, components=(component,), noise="none", decoys=())
-                effect = self._effect(donor, alone, examples)
+                effect = self._effect(donor, alone)
                 rows.append({"pair": label, "component": component, "effect": effect})
             scores = trial(self.pair.in_, donor, plant, examples, self.methods, among, **self.running)
         finally:
@@ -81,11 +96,31 @@ class PlantedPairs:
         scores.insert(1, "kind", kind)
         return pd.DataFrame(rows, columns=["pair", "component", "effect"]), scores
 
-    def _effect(self, donor: HookedVLM, plant: Plant, examples: Sequence[Example]) -> float:
+    def marked(self, kind: str, i: int) -> pd.DataFrame:
+        """The map's marks on a pair (`interp.planting.marks`)."""
+        file = self.folder / f"{kind}-{i}-marks.csv"
+        if not file.is_file():
+            plant, among = self.draws.plant(kind, i), self.draws.among(kind)
+            donor, examples = self._donor(kind, i, plant), self.prompts(plant.seed)
+            try:
+                found = marks(self.pair.in_, donor, plant, examples, among, **self.running)
+            finally:
+                if donor is not self.pair.rl:
+                    donor.close()
+            found.insert(0, "pair", f"{kind} {i}")
+            found.insert(1, "kind", kind)
+            _write(found, file)
+        return read_marks(file)
+
+    def _effect(self, donor: HookedVLM, plant: Plant) -> float:
+        examples = self.prompts(plant.seed + OTHER_PROMPTS)
         return effect_of_plant(self.pair.in_, donor, plant, examples, **self.running)
 
     def _donor(self, kind: str, i: int, plant: Plant) -> HookedVLM:
-        """RL, or IN with the plant trained into it."""
+        """RL, or IN with the plant trained or put together in it."""
+        if kind in WIRED:
+            prompts = [self.pair.builder.build(one) for one in self.prompts(plant.seed + OTHER_PROMPTS)]
+            return wired(self.pair.in_, self.pair.rl, kind, plant.components, prompts, plant.seed)
         if kind not in TRAINED:
             return self.pair.rl
         folder, in_folder = self.folder / f"{kind}-{i}-model", require_triple(self.in_path)
@@ -98,6 +133,12 @@ def _write(table: pd.DataFrame, file: Path) -> None:
     temporary = file.with_suffix(f".{os.getpid()}")
     table.to_csv(temporary, index=False)
     os.replace(temporary, file)
+
+
+def read_marks(file: Path) -> pd.DataFrame:
+    """What `marked` wrote; cells of the sort "null" are no missing values."""
+    numbers = ("effect", "random", "floor", "margin")
+    return pd.read_csv(file, keep_default_na=False, na_values={key: ["", "nan"] for key in numbers})
 
 
 def _read_effects(file: Path) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from experiments.commands import attention, compare, localize, metrics, transfer
 from experiments.frame import Command, steps
 from experiments.options import Only, default
-from experiments.settings import ModelSettings, NoImages, PairSettings, load_triple
+from experiments.settings import IMAGE, ModelSettings, NoImages, PairSettings, load_triple
 from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 from interp.questions.readers.draw import Split
@@ -29,7 +29,7 @@ PARTS: Mapping[str, Command[Any, Any, Any]] = {
     "transfer": transfer.COMMAND,
 }
 """In the order of the page."""
-OF_DATA = ("data", "images", "fields", "encoding", "split", "copies")
+OF_DATA = ("data", "images", "fields", "encoding", "split", "copies", "cluster")
 PAPERS_OWN = frozenset({"seed", "answer", "max_new_tokens", "system", "instruction"})
 """Of the models' settings, those that a paper may have in a part; a part gets them where they were given."""
 QUARTER = 4  # of --n: localize's pairs a function
@@ -51,7 +51,7 @@ class SuiteConfig(PairSettings):
         data: JSONL (or a JSON array, CSV, parquet) of questions with answers and images, for all but localize;
             synthetic questions where not given.
         images: folder that relative image paths start from; by default that of the data.
-        fields, encoding, split, copies: as of `frankenlens map`.
+        fields, encoding, split, copies, cluster: as of `frankenlens map`.
         functions_data: folder of the paper's vision-function set, for localize.
         parts: of metrics, localize, attention, compare, transfer; on the page in this order. By default all for which
             there are images.
@@ -74,6 +74,7 @@ class SuiteConfig(PairSettings):
     encoding: str | None = None
     split: Split = "all"
     copies: Path | None = None
+    cluster: str = IMAGE
     functions_data: Path | None = default(None, only=_one_of("localize"))  # noqa: RUF009
     parts: tuple[Part, ...] = default(tuple(PARTS))
     n: int | None = default(None, only=_one_of("metrics", "localize", "attention", "transfer"))
@@ -176,6 +177,7 @@ def settings_of(config: SuiteConfig, part: str) -> Any:
             "encoding": None,
             "split": "all",
             "copies": None,
+            "cluster": IMAGE,
         }
         values |= {"n": config.n // QUARTER} if config.n is not None else {}
     return kind(**values)

@@ -153,7 +153,7 @@ def measure(pair: Pair, asked: Questions, config: TransferConfig) -> Iterator[Se
     found = transfer(pair.in_, pair.rl, variants, metrics, others, keep=keep, rounded=config.rounded)
     own = config.data is not None or config.paper  # a user's tasks are his own, whatever their names
     groups = {} if own else GROUPS
-    table = transfer_table(found, groups, correction=config.correction, seed=config.seed)
+    table = transfer_table(found, groups, correction=config.correction)
     cells = shown_cells(table)
     said = told(finding(table, cells))
     yield Section(
@@ -259,7 +259,7 @@ def _account(
     rest = "IN's" if config.rest == "in" else "that of the first region's donor (the paper's confound)"
     definition = (
         f"{'the paper: ' if config.paper else ''}RL's weights in IN, decoder blocks spliced by region, "
-        f"the rest {rest}; {_MEASURED[config.paper]}; change against IN paired (bootstrap, 95 %), exact McNemar; "
+        f"the rest {rest}; {_MEASURED[config.paper]}; change against IN paired (95 %), exact McNemar; "
         "recovery (m − IN)/(RL − IN)"
     )
     definition += (

@@ -27,7 +27,7 @@ from hooks.processors import load_processor, tokenizer_of
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair, weights_sha256
 from interp.prompts import Prompt, PromptBuilder
-from interp.questions.examples import Example
+from interp.questions.examples import Example, cluster_of
 from interp.questions.grading import judge, reference_fault
 
 
@@ -73,6 +73,11 @@ class OwnRecipe:
     def tasks(self) -> list[str]:
         """The task of every question."""
         return [prompt.example.task for prompt in self.prompts]
+
+    @property
+    def clusters(self) -> list[str]:
+        """See `Recipe`."""
+        return [cluster_of(prompt.example) for prompt in self.prompts]
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:

@@ -65,6 +65,11 @@ class Recipe(Protocol):
         ...
 
     @property
+    def clusters(self) -> Sequence[str] | None:
+        """Which questions hang together (`interp.questions.examples.cluster_of`); None: each stands alone."""
+        ...
+
+    @property
     def groups(self) -> Mapping[str, Sequence[str]]:
         """Name of a group of questions to its tasks; the one that the finding is about comes first."""
         ...

@@ -15,7 +15,7 @@ from experiments.retraining.recipe import Outcome
 from hooks import HookedVLM
 from interp.fine_grained import table_2_metrics
 from interp.fine_grained.paper import DESCRIBED
-from interp.questions.examples import Example
+from interp.questions.examples import Example, cluster_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,11 @@ class PaperRecipe(OwnRecipe):
         """The metric of every question, and once more for its accuracy."""
         metrics = [f"M_{name}" for name, some in self.asked.items() for _ in some]
         return [*metrics, *(f"accuracy, {name}" for name in metrics)]
+
+    @property
+    def clusters(self) -> list[str]:
+        """See `Recipe`."""
+        return 2 * [cluster_of(example) for some in self.asked.values() for example in some]
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:

@@ -41,6 +41,11 @@ class TripleRecipe:
         return [task for task in evaluate.TASK_NAMES for _ in range(self.n)]
 
     @property
+    def clusters(self) -> None:
+        """See `Recipe`: every scene has one question."""
+        return None
+
+    @property
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Reasoning, which RL is for, and perception."""
         return {name: evaluate.GROUPS[name] for name in ("reasoning", "perception")}

@@ -28,8 +28,8 @@ from interp.pair.generation import greedy
 from interp.pair.pair import Pair
 from interp.prompts import Prompt, collate
 from interp.prompts.roles import ROLES
-from interp.questions.examples import Example
-from interp.statistics import adjust, bootstrap_difference, bootstrap_mean, sign_flip
+from interp.questions.examples import Example, cluster_of, clusters_of
+from interp.statistics import adjust, difference_interval, mean_interval, mean_test
 
 MODELS = ("in", "rl")
 TRACES = ("own", "in", "rl")
@@ -112,6 +112,7 @@ def attention_shift(
             "head": np.arange(heads),
             "example": [example.id for example in examples],
             "task": ("example", [example.task for example in examples]),
+            "cluster": ("example", [cluster_of(example) for example in examples]),
         },
         attrs={"target": target, "source": source, "units": "share of a query's attention"},
     )
@@ -207,11 +208,11 @@ def shift(
         per: "layer" or "head".
         measure: "mass" or "mean" (mass / number of the source's tokens).
         correction: of the p values, over all rows: "holm" or "bh".
-        settings: as in `interp.statistics.bootstrap_ratio`.
+        settings: as in `interp.statistics.ratio_interval`.
 
     Returns:
         Columns layer, head (-1: mean over heads), before, before_low, before_high, after, after_low, after_high,
-        difference, low, high (paired), p (sign flips), p_corrected, n, left_out.
+        difference, low, high (paired), p (of a mean difference of 0; `mean_test`), p_corrected, n, left_out.
 
     Raises:
         FrankenlensError: another choice, or the own traces of a model that wrote none.
@@ -238,6 +239,7 @@ def shift(
         "layer": layers if per == "layer" else np.repeat(layers, heads),
         "head": -1 if per == "layer" else np.tile(found["head"].to_numpy(), len(layers)),
     }
+    settings = {"clusters": clusters_of(found), **settings}
     return pd.DataFrame(cells | _compared(sides[0], sides[1], correction, **settings))
 
 
@@ -278,10 +280,10 @@ def _compared(
     """The columns of `shift` behind layer and head."""
     columns = {}
     for name, side in (("before", before), ("after", after)):
-        end = bootstrap_mean(np.where(np.isnan(after + before), np.nan, side), **settings)
+        end = mean_interval(np.where(np.isnan(after + before), np.nan, side), **settings)
         columns |= {name: end.value, f"{name}_low": end.low, f"{name}_high": end.high}
-    difference = bootstrap_difference(after, before, **settings)
-    p = np.array([sign_flip(a, b) for a, b in zip(after, before, strict=True)])
+    difference = difference_interval(after, before, **settings)
+    p = mean_test(after - before, clusters=settings.get("clusters"))
     return columns | {
         "difference": difference.value,
         "low": difference.low,

@@ -18,7 +18,7 @@ import pandas as pd
 from hooks.errors import FrankenlensError
 from interp.comparison.table import chance
 from interp.regions import Partition
-from interp.statistics import bootstrap_mean
+from interp.statistics import mean_interval
 
 NORMS = ("fro_norm", "mean_norm", "sum_norm", "mean_relative_norm", "released_relative_norm")
 """Root of the sum of squares; mean and linear sum over matrices; mean over matrices of each one's relative norm, which
@@ -114,10 +114,8 @@ def regions(table: pd.DataFrame, partition: Partition) -> pd.DataFrame:
     return aggregate(with_regions(table, partition), ["region"])
 
 
-def trends(
-    long: pd.DataFrame, by: Sequence[str], ranks: Sequence[int] = TRENDS, seed: int = 0
-) -> pd.DataFrame:
-    """log(σ_i / σ_1) at some ranks: mean over the matrices of a group, with its bootstrap interval over matrices.
+def trends(long: pd.DataFrame, by: Sequence[str], ranks: Sequence[int] = TRENDS) -> pd.DataFrame:
+    """log(σ_i / σ_1) at some ranks: mean over the matrices of a group, with its interval over matrices.
 
     Beside it, `random`: the mean of Gaussian matrices of the same shapes. Matrices without that many singular values,
     and values that are not trusted, are left out; n counts what remains.
@@ -126,7 +124,6 @@ def trends(
         long: what `interp.comparison.spectra` returns.
         by: columns that make the groups, beside stage and rank.
         ranks: from 1.
-        seed: of the bootstrap.
     """
     keys, rows = [*by, "stage"], []
     for values, group in long[long["rank"].isin(ranks)].groupby(keys, sort=False, dropna=False):
@@ -134,7 +131,7 @@ def trends(
             group.pivot(index="rank", columns="param_name", values=name)
             for name in ("log_ratio", "log_ratio_random")
         ]
-        found = bootstrap_mean(wide[0].to_numpy(float), seed=seed)
+        found = mean_interval(wide[0].to_numpy(float))
         numbers = pd.DataFrame({"rank": wide[0].index, "log_ratio": found.value, "low": found.low})
         numbers = numbers.assign(high=found.high, n=found.n, random=wide[1].mean(axis=1).to_numpy())
         rows.append(numbers.assign(**_labels(keys, values)))

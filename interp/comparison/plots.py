@@ -96,7 +96,7 @@ def plot_energy(layers: pd.DataFrame, partition: Partition, norm: str = "fro_nor
     return figure
 
 
-def plot_spectra(long: pd.DataFrame, partition: Partition, seed: int = 0) -> Picture:
+def plot_spectra(long: pd.DataFrame, partition: Partition) -> Picture:
     """log(σ_i / σ_1): mean over the matrices of a region, with its interval; below, four ranks along the layers.
 
     A layer has too few matrices for an interval of its own.
@@ -104,12 +104,11 @@ def plot_spectra(long: pd.DataFrame, partition: Partition, seed: int = 0) -> Pic
     Args:
         long: what `interp.comparison.spectra` returns.
         partition: of the decoder; vision and projector are beside its regions.
-        seed: of the bootstrap.
     """
     if long.empty:
         return nothing("No update has a matrix whose singular values differ from 0.")
     ranks = sorted(map(int, long["rank"].unique()))
-    found = trends(with_regions(long, partition), ["region"], ranks, seed)
+    found = trends(with_regions(long, partition), ["region"], ranks)
     names = [name for name in (*partition.regions, "vision", "projector") if name in set(found["region"])]
     stages = _stages(long)
     figure = Picture(_SPECTRA, figsize=(max(9, 2.2 * len(names)), 7))
@@ -124,7 +123,7 @@ def plot_spectra(long: pd.DataFrame, partition: Partition, seed: int = 0) -> Pic
     lower = np.atleast_1d(below.subplots(1, len(stages), sharey=True))
     inside: Any = long.loc[long["unified_index"].notna()]
     for axis, stage in zip(lower, stages, strict=True):
-        _trend(axis, trends(inside[inside["stage"] == stage], ["unified_index"], TRENDS, seed))
+        _trend(axis, trends(inside[inside["stage"] == stage], ["unified_index"], TRENDS))
         axis.set_title(f"{STAGES[stage]}: mean over a layer's matrices", fontsize=10)
         _regions(axis, inside, partition)
         _ticks(axis, inside["unified_index"].dropna().astype(int).tolist(), 10)

@@ -1,17 +1,21 @@
 """The decision that RL changed: where it is on RL's own greedy trace, how large it is, and what it must be beside."""
 
-from interp.decision.controls import (
+from interp.decision.controls import two_by_two
+from interp.decision.find import Choice, Grader, find_decisions
+from interp.decision.null_pairs import (
+    NOISE_PAIRS,
     Change,
     changed_weights,
     null_changes,
     null_pair_denominator,
+    own_decisions,
+    random_changes,
     recovery_refused,
-    two_by_two,
 )
-from interp.decision.find import Choice, Grader, find_decisions
 from interp.decision.result import Decision, DecisionSet
 
 __all__ = [
+    "NOISE_PAIRS",
     "Change",
     "Choice",
     "Decision",
@@ -21,6 +25,8 @@ __all__ = [
     "find_decisions",
     "null_changes",
     "null_pair_denominator",
+    "own_decisions",
+    "random_changes",
     "recovery_refused",
     "two_by_two",
 ]

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 from hooks.errors import FrankenlensError
 from interp.metrics import Metric
 from interp.prompts import Prompt
-from interp.questions.examples import Example
-from interp.statistics import Interval, bootstrap_mean
+from interp.questions.examples import Example, cluster_of
+from interp.statistics import Interval, mean_interval
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,11 @@ class DecisionSet:
         return tuple(trace.example for trace in self.rl_traces)
 
     @property
+    def clusters(self) -> Shaped[np.ndarray, " decision"]:
+        """Which decisions hang together (`interp.questions.examples.cluster_of`)."""
+        return np.array([cluster_of(decision.example) for decision in self.decisions], dtype=str)
+
+    @property
     def prompts(self) -> tuple[Prompt, ...]:
         """The prompts of the decisions, to be collated and patched."""
         return tuple(decision.prompt for decision in self.decisions)
@@ -106,11 +111,11 @@ class DecisionSet:
         )
 
     def denominator(self, **settings: Any) -> Interval:
-        """Mean of RL's metric minus IN's over the decisions, in the metric's units, with its bootstrap interval.
+        """Mean of RL's metric minus IN's over the decisions, in the metric's units, with its interval; by clusters.
 
-        `settings` as in `interp.statistics.bootstrap_mean`.
+        `settings` as in `interp.statistics.mean_interval`.
         """
-        return bootstrap_mean(self.rl_values - self.in_values, **settings)
+        return mean_interval(self.rl_values - self.in_values, **{"clusters": self.clusters, **settings})
 
     @property
     def ways_on(self) -> str:

@@ -21,7 +21,7 @@ from interp.fine_grained.questions import (
 )
 from interp.fine_grained.replies import replies
 from interp.prompts import PromptBuilder
-from interp.questions.examples import Example
+from interp.questions.examples import Example, cluster_of
 from interp.questions.grading import Grade, judge
 from interp.transfer.transfer import Metric, Outcomes, Together
 
@@ -192,7 +192,8 @@ def table_2_metrics(
             rows = zip(own.examples, whole["right"].to_numpy().tolist(), why, strict=True)
             accuracy += [(f"M_{name}: {e.id}", f"M_{name}", right, reason) for e, right, reason in rows]
         ids, tasks, right, why = zip(*accuracy, strict=True)
-        return {**found, "accuracy": Outcomes(ids, tasks, right, why)}
+        of = tuple(cluster_of(example) for own in asked.values() for example in own.examples)
+        return {**found, "accuracy": Outcomes(ids, tasks, right, why, of)}
 
     return Together((*(f"M_{name}" for name in asked), "accuracy"), measure)
 
@@ -205,7 +206,7 @@ def _outcomes(found: xr.Dataset, examples: Sequence[Example], name: str) -> Outc
     notes = (next((note for note in some if note), "") for some in noted)
     reasons = tuple(reason or note for reason, note in zip(why, notes, strict=True))
     ids, tasks = zip(*((example.id, example.task) for example in examples), strict=True)
-    return Outcomes(ids, tasks, values, reasons)
+    return Outcomes(ids, tasks, values, reasons, tuple(cluster_of(example) for example in examples))
 
 
 def _dataset(
@@ -245,6 +246,7 @@ def _dataset(
             "metric": metrics,
             "example": [example.id for example in examples],
             "task": ("example", [example.task for example in examples]),
+            "cluster": ("example", [cluster_of(example) for example in examples]),
         },
         attrs={"template": asked.template, "decoding": "greedy"},
     )

@@ -10,7 +10,8 @@ import xarray as xr
 from jaxtyping import Bool, Float, Shaped
 
 from interp.fine_grained.questions import APART, NEEDS
-from interp.statistics import bootstrap_difference, mcnemar, wilson_interval
+from interp.questions.examples import clusters_of
+from interp.statistics import change_interval, mcnemar, share_interval
 
 
 def fine_grained_table(found: xr.Dataset, confidence: float = 0.95) -> pd.DataFrame:
@@ -33,26 +34,25 @@ def fine_grained_table(found: xr.Dataset, confidence: float = 0.95) -> pd.DataFr
             one = some.sel(variant=variant)
             values, why = one["right"].to_numpy(), one["why"].to_numpy()
             unread = _unread(some, (variant,))
-            rows.append(
-                {"measure": f"accuracy, {variant}", "task": task} | _share(values, why, unread, confidence)
-            )
+            share = _share(values, why, unread, confidence, clusters_of(some))
+            rows.append({"measure": f"accuracy, {variant}", "task": task} | share)
     return pd.DataFrame([row for row in rows if row["n"] or row["left_out"]])
 
 
-def change_table(found: xr.Dataset, seed: int = 0) -> pd.DataFrame:
+def change_table(found: xr.Dataset) -> pd.DataFrame:
     """RL − IN of every metric on the questions that both have.
 
     Args:
         found: what `ask` returns of "in" and of "rl", along a dimension `model`.
-        seed: of the intervals.
 
     Returns:
-        Columns measure, change, low, high (paired bootstrap, 95 %), gained, lost, n, p (McNemar, exact, not corrected).
+        Columns measure, change, low, high (paired, 95 %), gained, lost, n, p (McNemar, exact, not corrected).
     """
     rows = []
     for metric in found["metric"].to_numpy().tolist():
         in_, rl = (found["value"].sel(model=name, metric=metric).to_numpy() for name in ("in", "rl"))
-        test, change = mcnemar(rl, in_), bootstrap_difference(rl, in_, seed=seed)
+        of = clusters_of(found)
+        test, change = mcnemar(rl, in_, of), change_interval(rl, in_, of)
         ends = {"change": change.value, "low": change.low, "high": change.high}
         counts = {"gained": test.gained, "lost": test.lost, "n": test.n, "p": test.p}
         rows.append({"measure": metric} | {name: float(end) for name, end in ends.items()} | counts)
@@ -62,16 +62,15 @@ def change_table(found: xr.Dataset, seed: int = 0) -> pd.DataFrame:
 def _metric_row(found: xr.Dataset, metric: str, confidence: float) -> dict[str, float | int]:
     one = found.sel(metric=metric)
     values = one["value"].to_numpy()
-    row = _share(values, one["left_out"].to_numpy(), _unread(found, NEEDS[metric]), confidence)
+    of = clusters_of(found)
+    row = _share(values, one["left_out"].to_numpy(), _unread(found, NEEDS[metric]), confidence, of)
     control = _control(found, metric)
     if control is None:
         return row
     control[np.isnan(values)] = np.nan
-    known = control[~np.isnan(control)]
-    share = wilson_interval(int(known.sum()), len(known), confidence=confidence)
+    share = share_interval(control, of, confidence=confidence)
     ends = {"control": share.value, "control_low": share.low, "control_high": share.high}
-    both = ~np.isnan(control)
-    p = mcnemar(values[both], control[both]).p if both.any() else np.nan
+    p = mcnemar(values, control, of).p
     return row | {name: float(value) for name, value in ends.items()} | {"p": float(p)}
 
 
@@ -89,9 +88,10 @@ def _share(
     why: Shaped[np.ndarray, " example"],
     unread: Bool[np.ndarray, " example"],
     confidence: float,
+    clusters: np.ndarray | None,
 ) -> dict[str, float | int]:
     there = ~np.isnan(values)
-    share = wilson_interval(int(values[there].sum()), int(there.sum()), confidence=confidence)
+    share = share_interval(values, clusters, confidence=confidence)
     return {
         "value": float(share.value),
         "low": float(share.low),

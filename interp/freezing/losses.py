@@ -8,20 +8,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from hooks import FrankenlensError
 from interp.results.palette import CONTROL, MIXED, PALE, PARTS, of_model
 from interp.results.picture import Picture, nothing
 from interp.statistics import (
+    MIN_EXAMPLES,
     Interval,
     adjust,
-    bootstrap_difference,
-    bootstrap_mean,
-    bootstrap_ratio,
+    change_interval,
+    difference_interval,
     mcnemar,
-    sign_flip,
-    wilson_interval,
+    mean_interval,
+    mean_test,
+    ratio_interval,
+    share_interval,
 )
 
 Right = Float[np.ndarray, " question"]
@@ -64,7 +66,7 @@ def losses(
     runs: Sequence[Retrained],
     in_right: Float[np.ndarray, " question"],
     groups: Mapping[str, Sequence[int]],
-    bootstrap_seed: int = 0,
+    clusters: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Accuracy of every run, and what it lost against the unfrozen run of the same seed, paired by question.
 
@@ -74,12 +76,12 @@ def losses(
         runs: every seed needs its `UNFROZEN` run.
         in_right: IN on the same questions.
         groups: name of a group of questions to their places.
-        bootstrap_seed: of the intervals.
+        clusters: of the questions (`interp.questions.examples.cluster_of`); None: each stands alone.
 
     Returns:
         One row per arm, seed and group: arm, kind, rl_seed, frozen, n_frozen, group, n, accuracy, low, high (Wilson; of
-        the mean over seeds: bootstrap), change, change_low, change_high (arm - unfrozen, bootstrap over questions),
-        gained, lost, p (McNemar, exact; of the mean over seeds: sign flips), p_holm (over one seed's arms and groups),
+        the mean over seeds: `mean_interval`), change, change_low, change_high (arm - unfrozen, over questions),
+        gained, lost, p (McNemar, exact; of the mean over seeds: `mean_test`), p_holm (over one seed's arms and groups),
         share, share_low, share_high (of unfrozen - IN, what is lost: 1 is all of it; empty where the interval of
         unfrozen - IN includes 0), unreadable.
 
@@ -100,7 +102,7 @@ def losses(
             for group, places in groups.items():
                 at = np.asarray(places)
                 own, whole, start = (x[at] for x in (arm.right, arms[UNFROZEN].right, in_right))
-                row = _compared(arm, own, whole, start, bootstrap_seed)
+                row = _compared(arm, own, whole, start, None if clusters is None else np.array(clusters)[at])
                 rows.append({"arm": arm.arm, "kind": arm.kind, "rl_seed": seed, "group": group} | row)
         table = pd.DataFrame(rows)
         tested = ~table["kind"].isin(["in", "unfrozen"])
@@ -114,9 +116,9 @@ def losses(
 
 
 _CAPTION = (
-    "Accuracy after RL with a component frozen, with its 95 % interval (Wilson's; of a mean over seeds: bootstrap); a "
-    "panel a group of questions. Lines with bands: IN, where RL began (blue, dashed), and RL with nothing frozen "
-    "(red). Grey: the controls, random layers frozen, and nothing frozen with another seed."
+    "Accuracy after RL with a component frozen, with its 95 % interval (Wilson's; a mean over seeds has none where "
+    "questions are few); a panel a group of questions. Lines with bands: IN, where RL began (blue, dashed), and RL "
+    "with nothing frozen (red). Grey: the controls, random layers frozen, and nothing frozen with another seed."
 )
 
 
@@ -184,13 +186,13 @@ def _compared(
     own: Float[np.ndarray, " n"],
     whole: Float[np.ndarray, " n"],
     start: Float[np.ndarray, " n"],
-    seed: int,
+    clusters: Shaped[np.ndarray, " n"] | None,
 ) -> dict[str, Any]:
     there = ~(np.isnan(own) | np.isnan(whole) | np.isnan(start))
     own, whole, start = own[there], whole[there], start[there]
-    n = int(there.sum())
+    n, of = int(there.sum()), None if clusters is None else clusters[there]
     binary = bool(np.isin(np.concatenate([own, whole]), (0, 1)).all())
-    accuracy = wilson_interval(int(own.sum()), n) if binary else bootstrap_mean(own, seed=seed)
+    accuracy = share_interval(own, of) if binary else mean_interval(own, clusters=of)
     row: dict[str, Any] = {"frozen": arm.frozen, "n_frozen": arm.n_frozen, "n": n}
     row |= _columns("", accuracy, "accuracy") | {
         "change": np.nan,
@@ -201,15 +203,16 @@ def _compared(
     row |= {"share_low": np.nan, "share_high": np.nan, "unreadable": arm.unreadable}
     if arm.kind == "unfrozen":
         return row
-    row |= _columns("change_", bootstrap_difference(own, whole, seed=seed), "change")
+    change = change_interval(own, whole, of) if binary else difference_interval(own, whole, clusters=of)
+    row |= _columns("change_", change, "change")
     if binary:
-        found = mcnemar(own, whole)
+        found = mcnemar(own, whole, of)
         row |= {"gained": found.gained, "lost": found.lost, "p": found.p}
     else:
-        row["p"] = sign_flip(own, whole, seed=seed)
-    gain = bootstrap_difference(whole, start, seed=seed)
+        row["p"] = float(mean_test(own - whole, clusters=of))
+    gain = difference_interval(whole, start, clusters=of, fewest=MIN_EXAMPLES)
     if arm.kind != "in" and float(gain.low) > 0:
-        row |= _columns("share_", bootstrap_ratio(whole - own, whole - start, seed=seed), "share")
+        row |= _columns("share_", ratio_interval(whole - own, whole - start, clusters=of), "share")
     return row
 
 

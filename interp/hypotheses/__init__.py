@@ -2,8 +2,9 @@
 
 from interp.hypotheses.claim import ALPHA, Claim, ClaimError, Family
 from interp.hypotheses.file import read_claims
-from interp.hypotheses.held_out import examples_of, fingerprint, origins
+from interp.hypotheses.held_out import examples_of, fingerprint, origins, population_of
 from interp.hypotheses.judge import judge, scores, unseen
+from interp.hypotheses.ledger import Ledger, Looks
 from interp.hypotheses.measure import Measured, measure, resolved
 from interp.hypotheses.one_sided import MIN_TESTED, one_sided
 from interp.hypotheses.plots import plot_claims
@@ -16,6 +17,8 @@ __all__ = [
     "Claim",
     "ClaimError",
     "Family",
+    "Ledger",
+    "Looks",
     "Measured",
     "Outcome",
     "Verdict",
@@ -26,6 +29,7 @@ __all__ = [
     "one_sided",
     "origins",
     "plot_claims",
+    "population_of",
     "put_to_test",
     "read_claims",
     "resolved",

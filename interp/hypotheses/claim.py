@@ -126,6 +126,20 @@ class Claim:
         return self.sign * self.bound >= 0
 
     @property
+    def question(self) -> str:
+        """What is asked, whatever the bound, the name and the level: what a second look looks at again."""
+        sides = (
+            self.quantity,
+            self.component,
+            self.more_than,
+            self.body,
+            self.role,
+            self.direction,
+            self.relation,
+        )
+        return repr(sides)
+
+    @property
     def text(self) -> str:
         """The claim in a line."""
         into = {"rl_to_in": "RL into IN", "in_to_rl": "IN into RL"}[self.direction]
@@ -186,9 +200,13 @@ class Family:
             rate), "none".
         partition: what the names of regions mean, as in `interp.regions.parse_partition`.
         decision: as in `interp.decision.find_decisions`.
+        n_max: where the prompts are to grow, how many they become at most: alpha is then spent over the looks
+            (`interp.statistics.levels`), each on the prompts of the last and further ones. None: one look; see
+            `interp.hypotheses.ledger`.
 
     Raises:
-        ClaimError: no claims, a name used twice, levels that differ, an unknown correction.
+        ClaimError: no claims, a name used twice, levels that differ, an unknown correction, an n_max that is no number
+            of prompts.
     """
 
     name: str
@@ -196,9 +214,14 @@ class Family:
     correction: Correction | str = "holm"
     partition: str = "paper"
     decision: str = "decisive"
+    n_max: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "claims", tuple(self.claims))
+        if self.n_max is not None and (
+            isinstance(self.n_max, bool) or self.n_max != int(self.n_max) or self.n_max < 1
+        ):
+            raise ClaimError(f"n_max is {self.n_max!r}; give the number of prompts at the last look", "n_max")
         if not self.claims:
             raise ClaimError(f"family {self.name!r} has no claims", "claims")
         chosen = {"correction": get_args(Correction), "decision": ("decisive", "first", "soft")}

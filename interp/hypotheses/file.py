@@ -1,6 +1,6 @@
 """Claims in YAML: one file is one family; every mistake is one error with its line.
 
-alpha: 0.05                 # of the family; also correction, partition, decision
+alpha: 0.05                 # of the family; also correction, partition, decision, n_max
 found_on: out/map/map.nc    # the result the claims were found in (or a list of ids; []: none); relative to the file
 claims:
   - name: head 2 of block 8 carries the decision
@@ -30,9 +30,9 @@ from interp.hypotheses.claim import Claim, ClaimError, Family
 from interp.hypotheses.held_out import examples_of
 
 _OF_CLAIM = tuple(f.name for f in fields(Claim) if f.name not in ("alpha", "where"))
-_NUMBERS = ("at_least", "at_most", "expected", "alpha")
+_NUMBERS = ("at_least", "at_most", "expected", "alpha", "n_max")
 _NAMES = ("component", "more_than")  # one or several
-_OF_FAMILY = ("alpha", "correction", "partition", "decision", "found_on", "claims")
+_OF_FAMILY = ("alpha", "correction", "partition", "decision", "n_max", "found_on", "claims")
 
 
 def read_claims(path: Path | str) -> Family:

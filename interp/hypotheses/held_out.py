@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hooks.errors import FrankenlensError
 from interp.hypotheses.claim import Claim, Family
-from interp.questions.examples import CONTENT, LOOKED_AT, Example, fingerprint
+from interp.questions.examples import CONTENT, LOOKED_AT, Example, cluster_of, fingerprint
 
 SHOWN = 3
 
@@ -41,6 +42,23 @@ def examples_of(result: Path | str) -> frozenset[str]:
         f"{result} keeps no examples, so it cannot say what a claim was found on; "
         "interp.questions.examples.with_looked_at adds them"
     )
+
+
+def population_of(examples: Sequence[Example]) -> str:
+    """What a mean over examples is a mean of: the mix of tasks as it was drawn, and how many clusters.
+
+    Example:
+        >>> examples = [one for task in ("sum", "count") for one in fl.tasks.sample(task, 2, seed=0, split="map")]
+        >>> from interp.hypotheses import population_of
+        >>> population_of(examples)
+        'prompts such as these 4: sum 2, count 2, in this mix'
+    """
+    tasks = Counter(example.task for example in examples)
+    named = ", ".join(f"{task or 'without a task'} {n}" for task, n in tasks.items())
+    clusters = len({cluster_of(example) for example in examples})
+    text = f"prompts such as these {len(examples)}"
+    text += f": {named}, in this mix" if len(tasks) > 1 else f" of {named}" if any(tasks) else ""
+    return text + (f"; {clusters} clusters" if clusters < len(examples) else "")
 
 
 def reused(claim: Claim, examples: Sequence[Example]) -> list[str]:

@@ -9,24 +9,31 @@ only if sum(patched - recipient) / sum(donor - recipient) > r. So the paired tes
 itself. Of an effect or a change in accuracy >= b, d is the example's own minus b; claims that compare two components
 take the difference of the two; "<=" changes the sign of d.
 
+Examples of one cluster (by default, of one image) are not independent: their d are summed, and what is tested is the
+mean of the sums over clusters. Where all d are equal, how they vary is not known, and the exact chance decides of n
+units without one that lies as far against the claim as any can (0 of 500 answers changed: at most 5 % are, p =
+0.95^500).
+
 No sample shows what a prompt does that is not in it. A verdict that something is small therefore also has to hold if
 prompts as yet unseen were moved all the way (recovery 1 or -1, the whole decision, right instead of wrong), in such a
 number that n prompts without one of them are no surprise: `unseen`, and the third p of `one_sided`.
 
-Supported: mean(d) <= 0 is rejected at alpha after correction over the family. Refuted: mean(d) >= 0 is, corrected in
-the same way. Each of the two has level alpha. Neither: undecided at this n.
+Supported: mean(d) <= 0 is rejected at alpha after correction over the family, and a claim of an effect has one that is
+larger, in magnitude, than its control's: what something meaningless of the same size does as well is no support.
+Refuted: mean(d) >= 0 is, corrected in the same way. Each of the two has level alpha. Neither: undecided at this n.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from interp.hypotheses.claim import Claim, Family
+from interp.hypotheses.ledger import Looks
 from interp.hypotheses.measure import Measured
 from interp.hypotheses.one_sided import (
     MIN_TESTED,
@@ -37,7 +44,18 @@ from interp.hypotheses.one_sided import (
     power,
 )
 from interp.hypotheses.verdict import Verdict, shown
-from interp.statistics import Interval, bootstrap_mean, bootstrap_ratio
+from interp.map.summary import turned_up
+from interp.statistics import (
+    MIN_EXAMPLES,
+    Interval,
+    change_interval,
+    mean_interval,
+    over_looks,
+    ratio_interval,
+)
+from interp.statistics.moments import summed
+
+AS_MUCH = "its control, as large and of random direction, moves as much or more"
 
 
 def scores(claim: Claim, measured: Measured) -> Float[np.ndarray, "*cells example"]:
@@ -62,6 +80,8 @@ def judge(
     origins: Mapping[str, str],
     refused: Mapping[str, str] | None = None,
     *,
+    clusters: Sequence[str] | None = None,
+    looks: Mapping[str, Looks] | None = None,
     seed: int = 0,
     resamples: int = 1000,
 ) -> list[Verdict]:
@@ -73,27 +93,36 @@ def judge(
         measured: by name, on the same examples.
         origins: what `interp.hypotheses.held_out.origins` returns.
         refused: by name, why a claim cannot be tested on this pair.
-        seed, resamples: of intervals and power.
+        clusters: of the examples, in their order (`interp.questions.examples.cluster_of`); None: each stands alone.
+        looks: by name, what `Ledger.looks` returns; None: this is the first.
+        seed, resamples: of power.
     """
     refused = {**(refused or {})}
     for claim in claims.values():
         if claim.name in measured and claim.name not in refused:
-            reason = _no_denominator(claim, measured[claim.name], seed)
+            reason = _no_denominator(claim, measured[claim.name], clusters)
             refused |= {claim.name: reason} if reason else {}
     tested = [c for c in claims.values() if c.name in measured and c.name not in refused]
     n_examples = max((len(m.effect) for m in measured.values()), default=0)
-    d = np.full((len(family.claims), n_examples), np.nan)
+    n_units = n_examples if clusters is None else len(set(clusters))
+    d = np.full((len(family.claims), n_units), np.nan)
     beyond = np.full_like(d, np.nan)
     shifts = np.full(len(family.claims), np.nan)
-    away = np.zeros(len(family.claims))
+    away, sizes = np.zeros(len(family.claims)), np.ones(len(family.claims))
+    far = np.full((2, len(family.claims)), np.nan)
     order = {claim.name: k for k, claim in enumerate(family.claims)}
     for claim in tested:
         own, k = measured[claim.name], order[claim.name]
-        d[k], away[k] = scores(claim, own), unseen(claim, own)
+        d[k], sizes[k] = _units(scores(claim, own), clusters)
+        away[k], far[:, k] = sizes[k] * unseen(claim, own), sizes[k] * np.array(_far(claim, own))
         if claim.of_an_effect:
-            beyond[k] = scores(claim, own) - scores(claim, _control(own))
-        shifts[k] = _scale(claim, own) * _distance(claim, claim.alternative)
-    above, below = one_sided(d, away)
+            beyond[k], _ = _units(_over_control(own), clusters)
+        shifts[k] = sizes[k] * _scale(claim, own) * _distance(claim, claim.alternative)
+    above, below = one_sided(d, away, (far[0], far[1]))
+    for name, look in (looks or {}).items():
+        if look.shares:
+            k = order[name]
+            above[k], below[k] = over_looks(np.array([above[k], below[k]]), look.shares)
     p, against, control = (adjusted(x, family.correction) for x in (above, below, one_sided(beyond)[0]))
     chances = (
         power(d, shifts, family.alpha, family.correction, away, resamples=resamples, seed=seed)
@@ -108,20 +137,25 @@ def judge(
             why = refused.get(claim.name, "it was not measured")
             verdicts.append(Verdict(claim, "refused", none, none, origin=origin, reason=why))
             continue
-        own = measured[claim.name]
+        own, look = measured[claim.name], (looks or {}).get(claim.name, Looks())
+        said, why = _looked_at(_verdict(p[k], against[k], family.alpha), look)
+        reason = why or _untestable(own.effect, d[k], p[k])
+        if said == "supported" and np.nansum(beyond[k]) < 0:
+            said, reason = "undecided", AS_MUCH
         verdicts.append(
             Verdict(
                 claim,
-                _verdict(p[k], against[k], family.alpha),
-                _quantity(claim, own.effect, own.total, seed),
-                _quantity(claim, own.control, own.total, seed),
+                said,
+                _quantity(claim, own.effect, own.total, clusters),
+                _quantity(claim, own.control, own.total, clusters),
                 p=float(p[k]),
                 p_against=float(against[k]),
                 p_control=float(control[k]),
                 power=float(chances[k]),
-                **_design(claim, own, d[k], float(shifts[k]), family.level, float(away[k])),
-                origin=origin,
-                reason=_untestable(d[k]),
+                **_design(claim, own, d[k], float(shifts[k]), family.level, float(away[k]), float(sizes[k])),
+                origin="exploratory" if why else origin,
+                reason=reason,
+                look=look.number,
             )
         )
     return verdicts
@@ -131,15 +165,57 @@ def _verdict(p: float, against: float, alpha: float) -> str:
     return "supported" if p <= alpha else "refuted" if against <= alpha else "undecided"
 
 
-def _control(own: Measured) -> Measured:
-    return Measured(own.control, own.control, own.total, own.units)
+def _over_control(own: Measured) -> Float[np.ndarray, "*cells example"]:
+    """How much more the component moves than its control, whatever the signs of the two; its mean is |.| - |.|."""
+    there = np.where(np.isnan(own.control), np.nan, own.effect)
+    return turned_up(there) - turned_up(np.where(np.isnan(there), np.nan, own.control))
 
 
-def _quantity(claim: Claim, effect: np.ndarray, total: np.ndarray, seed: int) -> Interval:
-    settings = {"confidence": claim.confidence, "seed": seed}
+def _looked_at(verdict: str, look: Looks) -> tuple[str, str]:
+    """The verdict at a look, and why it is not what the numbers say."""
+    if look.number == 1 or look.shares or verdict == look.first:
+        return verdict, ""
+    return "undecided", (
+        f"this is look {look.number}, and the first on record was {look.first}: asked until it is true, a claim comes "
+        "out true. Exploratory; to look again as prompts grow, register the claim with n_max before the first look"
+    )
+
+
+def _units(
+    d: Float[np.ndarray, " example"], clusters: Sequence[str] | None
+) -> tuple[Float[np.ndarray, " unit"], float]:
+    """Sums over clusters, NaN for those without a value, and the mean number of examples in one."""
+    if clusters is None or len(set(clusters)) == len(clusters):
+        return d, 1.0
+    finite = np.where(np.isinf(d), 0.0, d)
+    sums, counts, there = summed(finite, np.ones(d.shape), np.asarray(clusters))
+    if np.isinf(d).any():
+        sums[np.flatnonzero(there)[:1]] = np.inf  # the test refuses the whole
+    return np.where(there, sums, np.nan), float(counts[there].mean()) if there.any() else 1.0
+
+
+def _far(claim: Claim, own: Measured) -> tuple[float, float]:
+    """How far below and above 0 a score of this claim can lie; an effect of the whole either way is taken for most."""
+    times = 2.0 if claim.more_than else 1.0
+    whole = times * float(np.abs(_whole(own))) if claim.quantity == "effect" else times
+    scale = abs(float(_scale(claim, own)))
+    return max(whole + claim.sign * claim.bound, 0.0) * scale, max(
+        whole - claim.sign * claim.bound, 0.0
+    ) * scale
+
+
+def _quantity(
+    claim: Claim, effect: np.ndarray, total: np.ndarray, clusters: Sequence[str] | None
+) -> Interval:
+    settings = {
+        "confidence": claim.confidence,
+        "clusters": None if clusters is None else np.asarray(clusters),
+    }
     if claim.quantity == "recovery":
-        return bootstrap_ratio(effect, total, **settings)
-    return bootstrap_mean(effect, **settings)
+        return ratio_interval(effect, total, **settings)
+    if claim.quantity == "accuracy" and not claim.more_than:
+        return change_interval(effect, np.zeros(len(effect)), **settings)
+    return mean_interval(effect, **settings)
 
 
 def _scale(claim: Claim, own: Measured) -> Float[np.ndarray, "*cells"]:
@@ -161,30 +237,49 @@ def _distance(claim: Claim, value: float | None) -> float:
 
 
 def _design(
-    claim: Claim, own: Measured, d: np.ndarray, shift: float, level: float, away: float
+    claim: Claim, own: Measured, d: np.ndarray, shift: float, level: float, away: float, size: float
 ) -> dict[str, Any]:
-    n = int((~np.isnan(d)).sum())
-    sd = float(np.nanstd(d, ddof=1)) if n > 1 else math.nan
+    """Numbers of examples, and what they can find; `size` examples make a unit."""
+    units = int((~np.isnan(d)).sum())
     tested = not np.isnan(one_sided(d)[0])
+    sd = float(np.nanstd(d, ddof=1)) if tested else math.nan
     needed = examples_needed(shift, sd, level, unseen=away) if tested and not math.isnan(shift) else None
-    least = detectable(sd, n, level, unseen=away) / float(_scale(claim, own)) if tested else math.nan
-    return {"n": n, "n_needed": needed, "detectable": claim.bound + claim.sign * least}
+    least = (
+        detectable(sd, units, level, unseen=away) / size / float(_scale(claim, own)) if tested else math.nan
+    )
+    return {
+        "n": int((~np.isnan(own.effect)).sum()),
+        "units": units,
+        "n_needed": None if needed is None else math.ceil(needed * size),
+        "detectable": claim.bound + claim.sign * least,
+    }
 
 
-def _untestable(d: np.ndarray) -> str:
-    n = int((~np.isnan(d)).sum())
-    if n < MIN_TESTED:
-        return f"{n} examples have a value; a verdict takes {MIN_TESTED}: give more (--n)"
-    return "every example has the same value" if np.isnan(one_sided(d)[0]) else ""
+def _untestable(effect: np.ndarray, d: np.ndarray, p: float) -> str:
+    n, units = int((~np.isnan(effect)).sum()), int((~np.isnan(d)).sum())
+    if (infinite := int(np.isinf(effect).sum())) or np.isinf(d).any():
+        return f"{infinite or 'some'} of {n} examples have an infinite value; a mean of them is none"
+    if not n:
+        return "no example has a value"
+    if units < MIN_TESTED:
+        of = "" if units == n else f" in {units} clusters, which alone are independent"
+        return f"{n} examples have a value{of}; a verdict takes {MIN_TESTED}: give more (--n)"
+    return "every example has the same value" if np.isnan(p) else ""
 
 
-def _no_denominator(claim: Claim, own: Measured, seed: int) -> str:
+def _no_denominator(claim: Claim, own: Measured, clusters: Sequence[str] | None) -> str:
     """Why the examples of a recovery leave nothing to be a share of; "" where they do."""
     there = ~np.isnan(own.effect)
     if claim.quantity != "recovery" or there.sum() < MIN_TESTED:
         return ""
     orientation = 1 if claim.direction == "rl_to_in" else -1
-    whole = bootstrap_mean(orientation * own.total[there], seed=seed)
+    if not np.isfinite(own.total[there]).all():
+        return "the difference between RL and IN is infinite on some example"
+    total = orientation * own.total[there]
+    if total.min() == total.max() > 0:
+        return ""  # it does not vary, and has no interval
+    of = None if clusters is None else np.asarray(clusters)[there]
+    whole = mean_interval(total, clusters=of, fewest=MIN_EXAMPLES)
     if not float(whole.low) > 0:
         return (
             f"the difference between RL and IN that it is a share of, {shown(whole)} {own.units}, includes 0"

@@ -19,7 +19,7 @@ from interp.map.components import BEFORE_THE_DECODER, Component, cached_names, c
 from interp.metrics import evaluate
 from interp.pair.pair import Pair
 from interp.prompts import collate
-from interp.prompts.pairing import PatchBatch, partners
+from interp.prompts.pairing import PatchBatch
 from interp.questions.examples import Example
 from interp.regions import parse_partition
 from interp.transfer.grafts import Graft, grafted, require_graftable
@@ -107,8 +107,8 @@ def measure(
 ) -> dict[str, Measured]:
     """Every claim that can be measured; each component is moved once, however many claims name it.
 
-    Controls: of an activation, the donor's on another example with the same roles; of weights, an update as large in
-    every tensor of the same addresses, of random direction.
+    Controls: of an activation, the recipient's with a random direction of the norm that the donor's difference has at
+    each token; of weights, an update as large in every tensor of the same addresses, of random direction.
 
     Args:
         pair: IN and RL; as they were, afterwards.
@@ -117,7 +117,7 @@ def measure(
         decisions: of these examples, in their order; None: only claims of accuracy are measured.
         max_new_tokens: of greedy answers.
         batch_size: prompts a forward.
-        seed: of random updates.
+        seed: of random directions and updates.
         progress: a bar.
     """
     wanted = [c for c in claims.values() if c.quantity == "accuracy" or decisions is not None]
@@ -130,7 +130,7 @@ def measure(
     total = len(parts["weights"]) + len(parts["accuracy"])
     with tqdm(desc="claims", unit="run", disable=not progress, delay=1, total=total) as bar:
         if parts["activation"] and decisions is not None:
-            _activations(pair, decisions, parts["activation"], len(examples), batch_size, values, bar)
+            _activations(pair, decisions, parts["activation"], len(examples), batch_size, seed, values, bar)
         if parts["weights"] and decisions is not None:
             _weights(pair, decisions, parts["weights"], len(examples), batch_size, seed, values, bar)
         if parts["accuracy"]:
@@ -183,7 +183,9 @@ def _require(claim: Claim, addresses: Sequence[str], vlm: HookedVLM) -> None:
         )
 
 
-def _activations(pair, decisions: DecisionSet, wanted: Sequence[Moved], n, batch_size, values, bar) -> None:
+def _activations(
+    pair, decisions: DecisionSet, wanted: Sequence[Moved], n, batch_size, seed, values, bar
+) -> None:
     models, prompts = {"in": pair.in_, "rl": pair.rl}, decisions.prompts
     sets = {moved: activation_components(pair.in_, moved[3]) for moved in wanted}
     names = cached_names(pair.in_, [component for found in sets.values() for component in found])
@@ -199,14 +201,15 @@ def _activations(pair, decisions: DecisionSet, wanted: Sequence[Moved], n, batch
         ready, runs = {}, {}
         for name, vlm in models.items():
             batch = collate([prompts[i] for i in rows]).to(vlm.device)
-            ready[name] = PatchBatch(batch, metric.reads(batch), partners(batch))
+            ready[name] = PatchBatch(batch, metric.reads(batch))
             runs[name] = Donor(vlm, batch, names, metric)
         for direction, (donor, recipient) in DIRECTIONS.items():
             chosen = [moved for moved in wanted if moved[2] == direction]
             keys, cells = [], []
             for moved in chosen:
                 for which in ("donor", "control"):
-                    cell = _cell(runs[donor], runs[recipient], ready[recipient], sets[moved], moved[1], which)
+                    ends = (runs[donor], runs[recipient], ready[recipient])
+                    cell = _cell(*ends, sets[moved], moved[1], which, seed)
                     if cell is not None:
                         keys.append(("decision", moved, which))
                         cells.append(cell)
@@ -217,18 +220,17 @@ def _activations(pair, decisions: DecisionSet, wanted: Sequence[Moved], n, batch
 
 
 def _cell(
-    donor: Donor, own: Donor, ready: PatchBatch, parts: Sequence[Component], role, which
+    donor: Donor, own: Donor, ready: PatchBatch, parts: Sequence[Component], role, which, seed: int
 ) -> Cell | None:
     """All components of a claim moved at once."""
     where = ready.where(role)
-    rows = where.any(-1) & ((ready.partner >= 0) if which == "control" else True)
+    rows = where.any(-1)
     if not rows.any():
         return None
-    edits = []
+    kind, edits = "random" if which == "control" else "donor", []
     for component in parts:
-        early = component.point in BEFORE_THE_DECODER
-        borrow = ready if which == "control" else None
-        edits += edits_of(own, donor, component, None if early else where, early, borrow)
+        place = None if component.point in BEFORE_THE_DECODER else where
+        edits += edits_of(own, donor, component, place, ready, kind, seed)
     return Cell(which, 0, 0, tuple(edits), rows)
 
 

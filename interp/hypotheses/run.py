@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import xarray as xr
@@ -11,11 +11,12 @@ import xarray as xr
 from hooks.errors import FrankenlensError
 from interp.decision import DecisionSet, find_decisions, null_pair_denominator, recovery_refused
 from interp.hypotheses.claim import Family
-from interp.hypotheses.held_out import origins
+from interp.hypotheses.held_out import origins, population_of
 from interp.hypotheses.judge import Verdict, judge
+from interp.hypotheses.ledger import Ledger
 from interp.hypotheses.measure import Measured, measure, resolved
 from interp.pair.pair import Pair, weights_sha256
-from interp.questions.examples import Example
+from interp.questions.examples import Example, cluster_of, once_each
 
 SAME = "IN and RL hold the same weights, so there is nothing to move"
 
@@ -29,12 +30,14 @@ class Outcome:
         examples: on which it was tested.
         decisions: what was measured there; None where no claim needed any, or nothing could be.
         measured: by claim, per example.
+        left_out: reason to number of examples given that did not test it.
     """
 
     verdicts: tuple[Verdict, ...]
     examples: tuple[Example, ...]
     decisions: DecisionSet | None
     measured: dict[str, Measured]
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def dataset(self) -> xr.Dataset:
         """effect, control and total [claim example], NaN where there is no value."""
@@ -43,7 +46,8 @@ class Outcome:
             key: (("claim", "example"), [getattr(self.measured[name], key) for name in names])
             for key in ("effect", "control", "total")
         }
-        coords = {"claim": names, "example": [e.id for e in self.examples]}
+        coords: dict[str, Any] = {"claim": names, "example": [e.id for e in self.examples]}
+        coords["cluster"] = ("example", [cluster_of(e) for e in self.examples])
         units = ("claim", [self.measured[name].units for name in names])
         return xr.Dataset(columns if names else {}, coords={**coords, "units": units})
 
@@ -54,6 +58,7 @@ def put_to_test(
     examples: Sequence[Example],
     *,
     allow_reuse: bool = False,
+    ledger: Ledger | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 32,
     seed: int = 0,
@@ -64,8 +69,10 @@ def put_to_test(
     Args:
         pair: IN and RL; as they were, afterwards.
         family: registered before the examples were seen.
-        examples: held out.
+        examples: held out. A question that is asked again under another id is left out; examples of one cluster
+            (`interp.questions.examples.cluster_of`: one image) count as one where independence matters.
         allow_reuse: also test claims on examples that they were found on, marked exploratory.
+        ledger: where looks at claims are kept and counted; None: this one counts as the first.
         max_new_tokens, batch_size: of what is run.
         seed: of random updates, null pairs, intervals and power.
         progress: bars.
@@ -78,9 +85,13 @@ def put_to_test(
         raise FrankenlensError("claims are tested on examples; there are none")
     claims = resolved(family, pair.in_)
     origin = origins(family, examples, allow_reuse)
-    if weights_sha256(pair.in_.model) == weights_sha256(pair.rl.model):
+    examples, twice = once_each(examples)
+    left_out = {"asked already, under another id": twice} if twice else {}
+    weights = tuple(weights_sha256(one.model) for one in (pair.in_, pair.rl))
+    if weights[0] == weights[1]:
         verdicts = judge(family, claims, {}, origin, dict.fromkeys(claims, SAME))
-        return Outcome(tuple(verdicts), tuple(examples), None, {})
+        return Outcome(tuple(verdicts), tuple(examples), None, {}, left_out)
+    looks = None if ledger is None else ledger.looks(" ".join(weights), family, claims, examples)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     decisions, refused = None, {}
     needing = [claim for claim in claims.values() if claim.quantity != "accuracy"]
@@ -95,5 +106,10 @@ def put_to_test(
             reason = recovery_refused(decisions, null_pair_denominator(pair, decisions, seed, batch_size))
             refused = {c.name: reason for c in needing if c.quantity == "recovery" and reason}
     measured = measure(pair, claims, examples, decisions, **settings, seed=seed, progress=progress)
-    verdicts = judge(family, claims, measured, origin, refused, seed=seed)
-    return Outcome(tuple(verdicts), tuple(examples), decisions, measured)
+    clusters = [cluster_of(example) for example in examples]
+    found = judge(family, claims, measured, origin, refused, clusters=clusters, looks=looks, seed=seed)
+    verdicts = [replace(one, population=population_of(examples)) for one in found]
+    if ledger is not None:
+        said = {one.claim.name: one.verdict for one in verdicts}
+        ledger.write(" ".join(weights), family, claims, examples, said)
+    return Outcome(tuple(verdicts), tuple(examples), decisions, measured, left_out)

@@ -20,18 +20,21 @@ class Verdict:
     Attributes:
         claim: as it was registered, regions resolved.
         verdict: of `VERDICTS`; "refused" where nothing can be tested, see `reason`.
-        interval: of the quantity, at 1 - 2 alpha, bootstrap, not corrected (the two one-sided tests' counterpart).
-        control: the same quantity of the control, likewise.
+        interval: of the quantity, at 1 - 2 alpha, not corrected (the two one-sided tests' counterpart).
+        control: the same quantity of the control (`interp.hypotheses.measure.measure`), likewise.
         p, p_against: one-sided, corrected: for the claim, and against it.
-        p_control: one-sided, corrected: the component does more than its control; NaN for a claim that something is
-            small.
+        p_control: one-sided, corrected: the component moves more than its control, in magnitude; NaN for a claim that
+            something is small. A claim whose control moves more than its component is not supported, whatever its p.
         power: chance of support at this n, the whole family corrected, if the quantity were `claim.alternative`.
         detectable: value of the quantity that would be supported with 80 % power at this n, when corrected as the
             strongest claim (normal scores).
         n: examples with a value.
+        units: independent ones among them: clusters, by image where nothing else is given.
         n_needed: for 80 % power at `claim.alternative`, likewise; None where there is no alternative.
         origin: of `interp.hypotheses.claim.ORIGINS`.
-        reason: why refused or not testable.
+        reason: why refused, not testable or, though the numbers would do, not decided.
+        population: what the prompts were, and so what the claim is about.
+        look: the how manieth on this pair (`interp.hypotheses.ledger`); 1 without a ledger.
     """
 
     claim: Claim
@@ -47,6 +50,9 @@ class Verdict:
     n_needed: int | None = None
     origin: str = "not stated"
     reason: str = ""
+    units: int = 0
+    population: str = ""
+    look: int = 1
 
     def require(self) -> None:
         """For tests: pass where the claim is supported.
@@ -81,6 +87,10 @@ class Verdict:
         return "beyond control" if self.p_control <= self.claim.alpha else "not told from control"
 
     @property
+    def _size(self) -> str:
+        return f"n = {self.n}" + (f" in {self.units} clusters" if self.units < self.n else "")
+
+    @property
     def text(self) -> str:
         """Everything a reader has to see, in a few lines."""
         mark = {"exploratory": " [EXPLORATORY: tested on prompts it was found on]", "held out": ""}
@@ -93,11 +103,15 @@ class Verdict:
             return "\n".join([*lines, f"  reason    {self.reason}"])
         level = f"{100 * self.claim.confidence:g} %"
         lines += [
-            f"  measured  {shown(self.interval)} ({level} interval, n = {self.n})",
+            f"  measured  {shown(self.interval)} ({level} interval, {self._size})",
             f"  control   {shown(self.control)} {self.control_says}".rstrip(),
             f"  test      p = {self.p:.3g} for, {self.p_against:.3g} against (one-sided, corrected), "
             f"alpha {self.claim.alpha:g}",
         ]
+        if self.population:
+            lines.append(f"  of        {self.population}")
+        if self.look > 1:
+            lines.append(f"  look      {self.look} at this claim on this pair")
         if self.reason:
             lines.append(f"  reason    {self.reason}")
         if self.claim.alternative is not None and not math.isnan(self.power):
@@ -130,6 +144,9 @@ def verdict_table(verdicts: list[Verdict], pair: str = "") -> pd.DataFrame:
                 "role": c.role,
                 "direction": c.direction,
                 "n": v.n,
+                "units": v.units,
+                "look": v.look,
+                "population": v.population,
                 "alpha": c.alpha,
                 "p_corrected": v.p,
                 "p_against_corrected": v.p_against,

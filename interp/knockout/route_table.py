@@ -7,7 +7,8 @@ import pandas as pd
 import xarray as xr
 
 from hooks import FrankenlensError
-from interp.statistics import Interval, adjust, bootstrap_difference, bootstrap_mean, sign_flip
+from interp.questions.examples import clusters_of
+from interp.statistics import Interval, adjust, difference_interval, mean_interval, mean_test
 
 
 def route_table(
@@ -26,12 +27,12 @@ def route_table(
         relative: the change of exp(metric) in % of its clean value (of a log-probability: the relative change of the
             probability of 2411.18620), not the change of the metric.
         correction: of the p values, over all routes and windows: "holm" or "bh".
-        settings: as in `interp.statistics.bootstrap_ratio`.
+        settings: as in `interp.statistics.ratio_interval`.
 
     Returns:
         Columns route, window, first, last, control_kind, n, left_out; before, after, their controls and their clean
         metric (the more there is, the more a cut can take), each with _low and _high; difference and
-        control_difference with theirs; p (sign flips of the difference), p_corrected.
+        control_difference with theirs; p (of a mean difference of 0; `mean_test`), p_corrected.
 
     Raises:
         FrankenlensError: no such model.
@@ -40,6 +41,7 @@ def route_table(
     for model in models:
         if model not in known:
             raise FrankenlensError(f"{model!r} is none of {', '.join(known)}")
+    settings = {"clusters": clusters_of(found), **settings}
     sides = {}
     for name in ("value", "control"):
         effect = found[name] - found["clean"]
@@ -53,13 +55,13 @@ def route_table(
     columns: dict[str, np.ndarray] = {}
     for m, model in enumerate(("before", "after")):
         for name, label in (("value", model), ("control", f"{model}_control")):
-            columns |= _interval(label, bootstrap_mean(sides[name][m], **settings))
-        level = bootstrap_mean(found["clean"].sel(model=models[m]).to_numpy()[None], **settings)
+            columns |= _interval(label, mean_interval(sides[name][m], **settings))
+        level = mean_interval(found["clean"].sel(model=models[m]).to_numpy()[None], **settings)
         level = level[np.zeros(len(sides["value"][m]), dtype=int)]
         columns |= _interval(f"{model}_clean", level)
     for name, label in (("value", "difference"), ("control", "control_difference")):
-        columns |= _interval(label, bootstrap_difference(sides[name][1], sides[name][0], **settings))
-    p = np.array([sign_flip(a, b) for b, a in zip(*sides["value"], strict=True)])
+        columns |= _interval(label, difference_interval(sides[name][1], sides[name][0], **settings))
+    p = mean_test(sides["value"][1] - sides["value"][0], clusters=settings["clusters"])
     n = (~np.isnan(sides["value"]).any(0)).sum(-1)
     n_windows = found.sizes["window"]
     cells = {name: np.repeat(found[name].to_numpy(), n_windows) for name in ("route", "control_kind")} | {

@@ -26,7 +26,7 @@ from interp.knockout.random_edges import control_kinds, controls
 from interp.metrics import AnswerLogProbability, Metric
 from interp.pair.pair import Pair
 from interp.prompts import Prompt, collate
-from interp.questions.examples import Example
+from interp.questions.examples import Example, cluster_of
 
 ROUTES = {
     "image -> question": Knockout("image", "question"),
@@ -184,6 +184,7 @@ def _dataset(
             "last": ("window", [of[-1] for of in layers]),
             "example": [example.id for example in examples],
             "task": ("example", [example.task for example in examples]),
+            "cluster": ("example", [cluster_of(example) for example in examples]),
         },
         attrs={"metric": metric.name, "units": metric.units, "mass": windows[0].mass},
     )

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 from hooks import FrankenlensError
 from interp.prompts import Prompt
 from interp.prompts.roles import ROLES
-from interp.statistics import Interval, adjust, bootstrap_difference, bootstrap_mean, sign_flip
+from interp.questions.examples import clusters_of
+from interp.statistics import Interval, adjust, difference_interval, mean_interval, mean_test
 
 BEFORE_ANSWER = "before answer"
 """The tokens whose next one is the first of an answer."""
@@ -41,6 +42,12 @@ def per_prompt(
     return out
 
 
+def prompt_clusters(values: xr.Dataset) -> Shaped[np.ndarray, " prompt"] | None:
+    """The cluster of every prompt of `per_prompt`; None where the result names none: each stands alone."""
+    of = clusters_of(values, "token")
+    return None if of is None else of[np.unique(values["row"].to_numpy(), return_index=True)[1]]
+
+
 def _chosen(values: xr.DataArray | xr.Dataset, role: str) -> Bool[np.ndarray, " token"]:
     roles = values["role"].to_numpy()
     if role != BEFORE_ANSWER:
@@ -58,13 +65,12 @@ def roles_of(lens: xr.Dataset) -> list[str]:
     return [*found, BEFORE_ANSWER] if _chosen(lens, BEFORE_ANSWER).any() else found
 
 
-def own_table(lens: xr.Dataset, tuned: xr.Dataset | None = None, seed: int = 0) -> pd.DataFrame:
+def own_table(lens: xr.Dataset, tuned: xr.Dataset | None = None) -> pd.DataFrame:
     """How far each layer's prediction is from the model's own output, per model and role.
 
     Args:
         lens: what `logit_lens(pair, ..., where="all")` returns.
         tuned: the same through tuned lenses, on prompts that they were not trained on.
-        seed: of the intervals.
 
     Returns:
         Columns model, role, layer, kl (nats; with _low and _high), agrees (share of tokens whose likeliest one is the
@@ -78,35 +84,38 @@ def own_table(lens: xr.Dataset, tuned: xr.Dataset | None = None, seed: int = 0) 
     for role in roles_of(lens):
         columns = _keys(lens, "model", role)
         for name, values in measures.items():
-            found = bootstrap_mean(per_prompt(values, role), seed=seed)
+            of = prompt_clusters(lens if tuned is None or name != "tuned_kl" else tuned)
+            found = mean_interval(per_prompt(values, role), clusters=of)
             columns |= _columns(name, found)
             columns["tuned_n" if name == "tuned_kl" else "n"] = found.n.ravel()
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 
 
-def apart_table(apart: xr.Dataset, seed: int = 0) -> pd.DataFrame:
+def apart_table(apart: xr.Dataset) -> pd.DataFrame:
     """What `compare_lenses` returns, per comparison, role and layer.
 
     Returns:
         Columns comparison, role, layer, kl, kl_reverse, overlap, same_top (each with _low and _high), excess (kl less
-        that of the null it exceeds least, with _low, _high; NaN for nulls and without nulls), p, p_corrected (sign
-        flips of that excess, Holm over the layers of a role), n (prompts), top_k.
+        that of the null it exceeds least, with _low, _high; NaN for nulls and without nulls), p, p_corrected (of
+        that excess, `mean_test`, Holm over the layers of a role), n (prompts), top_k.
     """
     parts = []
     names = apart["comparison"].to_numpy().tolist()
     for role in roles_of(apart):
         columns = _keys(apart, "comparison", role)
         for name in ("kl", "kl_reverse", "overlap", "same_top"):
-            found = bootstrap_mean(per_prompt(apart[name], role), seed=seed)
+            found = mean_interval(per_prompt(apart[name], role), clusters=prompt_clusters(apart))
             columns |= _columns(name, found)
         columns["n"] = found.n.ravel()
-        columns |= _excess(per_prompt(apart["kl"], role), names, seed)
+        columns |= _excess(per_prompt(apart["kl"], role), names, prompt_clusters(apart))
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True).assign(top_k=apart.attrs["top_k"])
 
 
-def _excess(kl: Float[np.ndarray, "comparison layer prompt"], names: list[str], seed: int) -> dict:
+def _excess(
+    kl: Float[np.ndarray, "comparison layer prompt"], names: list[str], of: np.ndarray | None
+) -> dict:
     shape = kl.shape[:2]
     out = {
         name: np.full(shape, np.nan) for name in ("excess", "excess_low", "excess_high", "p", "p_corrected")
@@ -115,8 +124,8 @@ def _excess(kl: Float[np.ndarray, "comparison layer prompt"], names: list[str], 
     if nulls:
         means = np.array([[np.nanmean(kl[at, layer]) for layer in range(shape[1])] for at in nulls])
         nearest = kl[np.array(nulls)[means.argmax(0)], np.arange(shape[1])]
-        found = bootstrap_difference(kl[own], nearest, seed=seed)
-        p = np.array([sign_flip(a, b) for a, b in zip(kl[own], nearest, strict=True)])
+        found = difference_interval(kl[own], nearest, clusters=of)
+        p = mean_test(kl[own] - nearest, clusters=of)
         values = (found.value, found.low, found.high, p, adjust(p))
         for name, one in zip(out, values, strict=True):
             out[name][own] = one
@@ -124,31 +133,30 @@ def _excess(kl: Float[np.ndarray, "comparison layer prompt"], names: list[str], 
 
 
 def answer_table(
-    answers: xr.Dataset, nulls: Mapping[str, tuple[str, xr.Dataset]] | None = None, seed: int = 0
+    answers: xr.Dataset, nulls: Mapping[str, tuple[str, xr.Dataset]] | None = None
 ) -> pd.DataFrame:
     """Where the answer appears and stays, IN against RL, paired by prompt.
 
     Args:
         answers: what `answer_layers` returns of a pair, one token a prompt.
         nulls: by name, the model that a model which learnt nothing is to be compared with, and its answers.
-        seed: of the intervals.
 
     Returns:
         Columns event, in, in_low, in_high, rl, ..., difference, low, high (in layers), p, p_corrected (Holm), n,
         same_answer (share of prompts on which both models' answer is one), and each null's difference.
     """
-    rows = []
+    rows, of_all = [], clusters_of(answers, "token")
     same = float((answers["word"].sel(model="in") == answers["word"].sel(model="rl")).mean())
     for event in ("appears", "stays"):
         sides = {name: answers[event].sel(model=name).to_numpy().astype(float) for name in ("in", "rl")}
         row: dict = {"event": event}
         for name, values in sides.items():
-            row |= _columns(name, bootstrap_mean(values, seed=seed))
-        row |= _difference("", sides["rl"], sides["in"], seed)
+            row |= _columns(name, mean_interval(values, clusters=of_all))
+        row |= _difference("", sides["rl"], sides["in"], of_all)
         for name, (of, null) in (nulls or {}).items():
-            row |= _difference(f"{name}_", null[event].to_numpy().astype(float), sides[of], seed)
+            row |= _difference(f"{name}_", null[event].to_numpy().astype(float), sides[of], of_all)
         n = {"n": len(sides["rl"]), "same_answer": same}
-        rows.append(row | n | {"p": sign_flip(sides["rl"], sides["in"])})
+        rows.append(row | n | {"p": float(mean_test(sides["rl"] - sides["in"], clusters=of_all))})
     table = pd.DataFrame(
         [{k: v.item() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows]
     )
@@ -156,34 +164,32 @@ def answer_table(
 
 
 def attribution_table(
-    attribution: xr.Dataset, nulls: Mapping[str, tuple[str, xr.Dataset]] | None = None, seed: int = 0
+    attribution: xr.Dataset, nulls: Mapping[str, tuple[str, xr.Dataset]] | None = None
 ) -> pd.DataFrame:
     """Contributions of every component in IN and RL, paired by token.
 
     Args:
         attribution: what `direct_logit_attribution(pair, ...)` returns, one token a prompt.
         nulls: by name, the model that a model which learnt nothing is to be compared with, and its attribution.
-        seed: of the intervals.
 
     Returns:
         Columns component, kind, sublayer, layer, head, in, in_low, in_high, rl, ..., difference, low, high (logits),
-        p (sign flips), p_corrected (Holm over components that are not 0), n, and each null's difference; the last row,
-        `logit`, is the sum of the components.
+        p (of a mean difference of 0; `mean_test`), p_corrected (Holm over components), n, and each null's difference;
+        the last row, `logit`, is the sum of the components.
     """
-    values = _with_sum(attribution)
+    values, of_all = _with_sum(attribution), clusters_of(attribution, "token")
     columns: dict = {"component": [*attribution["component"].to_numpy().tolist(), "logit"]}
     ends = {"kind": "logit", "sublayer": "logit", "layer": -1, "head": -1}
     columns |= {name: [*attribution[name].to_numpy().tolist(), end] for name, end in ends.items()}
     sides = {name: values.sel(model=name).to_numpy() for name in ("in", "rl")}
     for name, side in sides.items():
-        columns |= _columns(name, bootstrap_mean(side, seed=seed))
-    columns |= _difference("", sides["rl"], sides["in"], seed)
-    p = np.array([sign_flip(a, b) for a, b in zip(sides["rl"], sides["in"], strict=True)])
-    moved = (sides["rl"] != sides["in"]).any(-1)
-    moved[-1] = False
-    columns |= {"p": p, "p_corrected": adjust(np.where(moved, p, np.nan)), "n": values.sizes["token"]}
+        columns |= _columns(name, mean_interval(side, clusters=of_all))
+    columns |= _difference("", sides["rl"], sides["in"], of_all)
+    p = mean_test(sides["rl"] - sides["in"], clusters=of_all)
+    of_components = np.arange(len(p)) < len(p) - 1  # the last row is their sum
+    columns |= {"p": p, "p_corrected": adjust(np.where(of_components, p, np.nan)), "n": values.sizes["token"]}
     for name, (of, null) in (nulls or {}).items():
-        columns |= _difference(f"{name}_", _with_sum(null).to_numpy(), sides[of], seed)
+        columns |= _difference(f"{name}_", _with_sum(null).to_numpy(), sides[of], of_all)
     return pd.DataFrame(columns)
 
 
@@ -233,8 +239,8 @@ def _difference(
     prefix: str,
     after: Float[np.ndarray, "*cells example"],
     before: Float[np.ndarray, "*cells example"],
-    seed: int,
+    of: Shaped[np.ndarray, " example"] | None,
 ) -> dict[str, np.ndarray]:
-    found = bootstrap_difference(after, before, seed=seed)
+    found = difference_interval(after, before, clusters=of)
     ends = {"difference": found.value, "low": found.low, "high": found.high}
     return {f"{prefix}{key}": np.asarray(value) for key, value in ends.items()}

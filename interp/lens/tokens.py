@@ -13,6 +13,7 @@ from torch import Tensor
 from hooks import FrankenlensError
 from interp.prompts import Prompt
 from interp.prompts.roles import ROLES
+from interp.questions.examples import cluster_of
 
 Where = str | Sequence[int] | Sequence[Sequence[int]]
 """A role, "decision" (each prompt's last token) or "all"; positions (negative: from the end) in every prompt; or a list
@@ -37,12 +38,14 @@ class Tokens:
         return len(self.row)
 
     def coordinates(self) -> dict[str, tuple[str, np.ndarray]]:
-        """Coordinates of an axis `token`: row, example, task, position, role, text (the token itself)."""
+        """Coordinates of an axis `token`: row, example, cluster, task, position, role, text (the token itself)."""
+        cluster = [cluster_of(prompt.example) for prompt in self.prompts]
         pairs = list(zip(self.row.tolist(), self.position.tolist(), strict=True))
         prompts = [(self.prompts[row], position) for row, position in pairs]
         columns = {
             "row": [row for row, _ in pairs],
             "example": [prompt.example.id for prompt, _ in prompts],
+            "cluster": [cluster[row] for row, _ in pairs],
             "task": [prompt.example.task for prompt, _ in prompts],
             "position": [position for _, position in pairs],
             "role": [prompt.roles[position] for prompt, position in prompts],

@@ -10,13 +10,13 @@ halves, heads nor controls.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -27,6 +27,8 @@ from interp.localization.outcomes import Grader
 from interp.localization.pools import GENERATED, Pool
 from interp.pair.generation import greedy, greedy_batch
 from interp.prompts import Prompt, PromptBatch, collate
+from interp.prompts.pairing import content
+from interp.questions.examples import cluster_of
 from interp.questions.grading import Ungraded, grade
 
 KINDS = ("skip", "zero", "mean", "resample")
@@ -161,14 +163,16 @@ def ablate(
     right = np.full((len(ablations), len(prompts)), np.nan)
     parsed, fault = right.copy(), np.full(right.shape, "", dtype=object)
     longer = [prompt.with_tokens(ids) for prompt, ids in zip(prompts, traces, strict=True)]
-    pools = _pools(vlm, longer, ablations, batch_size, seed)
+    pools, number = _pools(vlm, longer, ablations, batch_size, seed), _numbers(longer)
     kept.sort(key=lambda row: len(prompts[row]))
     steps = [kept[i : i + batch_size] for i in range(0, len(kept), batch_size)]
     with tqdm(total=len(steps) * len(ablations), desc="ablate", disable=not progress, delay=1) as bar:
         for some in steps:
             batch = collate([prompts[row] for row in some], "left").to(vlm.device)
             for k, ablation in enumerate(ablations):
-                hooks = ablation_hooks(ablation, batch, pools.get(ablation.hook), some, seed)
+                hooks = ablation_hooks(
+                    ablation, batch, pools.get(ablation.hook), [number[row] for row in some], seed
+                )
                 for row, ids in zip(some, greedy_batch(vlm, batch, max_new_tokens, hooks), strict=True):
                     answer = _answer(prompts[row], ids)
                     grade_, fault[k, row] = _graded(answer, prompts[row], grader)
@@ -192,6 +196,7 @@ def ablate(
             "head": ("ablation", [-1 if place.index is None else place.index for place in places]),
             "example": [prompt.example.id for prompt in prompts],
             "task": ("example", [prompt.example.task for prompt in prompts]),
+            "cluster": ("example", [cluster_of(prompt.example) for prompt in prompts]),
         },
         attrs={"seed": seed},
     )
@@ -207,10 +212,10 @@ def ablation_hooks(
         batch: the prompts, padded on the left.
         pool: clean activations of its hook point; for mean and resample.
         rows: the batch's prompts as the pool numbers them; for resample.
-        seed: of what `resample` draws.
+        seed: of what `resample` draws; each prompt's draws are its own, whatever stands beside it.
     """
     kinds, own = batch.roles.long(), torch.tensor(rows, dtype=torch.long)
-    generator = torch.Generator().manual_seed(seed)
+    generators = [_generator(prompt, seed) for prompt in batch.prompts] if ablation.kind == "resample" else []
     if ablation.place.sub is None:
         before: list[Tensor] = []
 
@@ -227,7 +232,7 @@ def ablation_hooks(
             raise FrankenlensError(f"{ablation.name} needs the pool of its hook point")
         prefill = activation.shape[1] == kinds.shape[1]
         wanted = kinds if prefill else torch.full(activation.shape[:2], GENERATED)
-        drawn = pool.mean(wanted) if ablation.kind == "mean" else pool.sample(wanted, own, generator)
+        drawn = pool.mean(wanted) if ablation.kind == "mean" else pool.sample(wanted, own, generators)
         return drawn.to(activation)
 
     def write(activation: Tensor, hook: HookContext) -> Tensor:
@@ -245,25 +250,54 @@ def ablation_hooks(
 def _pools(
     vlm: HookedVLM, prompts: Sequence[Prompt], ablations: Sequence[Ablation], batch_size: int, seed: int
 ) -> dict[str, Pool]:
+    """Clean activations by hook point; each token is owned by its prompt's number (`_numbers`)."""
     names = list(dict.fromkeys(a.hook for a in ablations if a.kind in ("mean", "resample")))
     pools = {name: Pool() for name in names}
-    generators = {name: torch.Generator().manual_seed(seed + zlib.crc32(name.encode())) for name in names}
+    number = _numbers(prompts) if names else []
     for first in range(0, len(prompts) if names else 0, batch_size):
         some = prompts[first : first + batch_size]
         batch = collate(some).to(vlm.device)
         kinds = batch.roles.long()
         for row, prompt in enumerate(some):
             kinds[row, prompt.n_prompt_tokens : len(prompt)] = GENERATED
-        rows = torch.arange(first, first + len(some), device=kinds.device)[:, None].expand_as(kinds)
+        owner = torch.tensor(number[first : first + len(some)], device=kinds.device)
+        rows, keys = owner[:, None].expand_as(kinds), _keys(some, kinds, seed)
 
-        def take(activation: Tensor, hook: HookContext, kinds: Tensor = kinds, rows: Tensor = rows) -> None:
+        def take(
+            activation: Tensor,
+            hook: HookContext,
+            kinds: Tensor = kinds,
+            rows: Tensor = rows,
+            keys: Tensor = keys,
+        ) -> None:
             for kind in range(GENERATED + 1):
                 here = (kinds == kind).to(activation.device)
-                owners = rows[kinds == kind]
-                pools[hook.name].add(kind, activation[here], owners, generators[hook.name])
+                pools[hook.name].add(kind, activation[here], rows[kinds == kind], keys[kinds == kind])
 
         vlm.run_with_hooks(batch.inputs, [(name, take) for name in names], use_cache=False)
     return pools
+
+
+def _numbers(prompts: Sequence[Prompt]) -> list[int]:
+    """One for all prompts that hold the same."""
+    first: dict[str, int] = {}
+    return [first.setdefault(content(prompt), row) for row, prompt in enumerate(prompts)]
+
+
+def _generator(prompt: Prompt, seed: int) -> torch.Generator:
+    """One of the prompt's own: of what it holds, not of where it stands."""
+    return torch.Generator().manual_seed(seed + int(content(prompt)[:12], 16))
+
+
+def _keys(
+    prompts: Sequence[Prompt], kinds: Int[Tensor, "batch pos"], seed: int
+) -> Float[Tensor, "batch pos"]:
+    """A random number for every real token, its prompt's own; infinite on padding."""
+    keys = torch.full(kinds.shape, torch.inf, dtype=torch.float64)
+    for row, prompt in enumerate(prompts):
+        real = (kinds[row] >= 0).cpu()
+        keys[row, real] = torch.rand(int(real.sum()), generator=_generator(prompt, seed), dtype=torch.float64)
+    return keys.to(kinds.device)
 
 
 def _answer(prompt: Prompt, ids: Sequence[int]) -> str | None:

@@ -7,29 +7,31 @@ import pandas as pd
 import xarray as xr
 
 from interp.localization.outcomes import by_function
-from interp.statistics import adjust, bootstrap_difference, mcnemar, share_of
+from interp.questions.examples import clusters_of
+from interp.statistics import adjust, change_interval, mcnemar, share_of
 
 
 def accuracy(found: xr.Dataset, correction: str = "holm", **settings) -> pd.DataFrame:
-    """Accuracy under each ablation with Wilson's interval, and its loss against the whole model, paired.
+    """Accuracy under each ablation with Wilson's interval (by clusters), and its loss against the whole model, paired.
 
     Args:
         found: what `ablate` returns.
         correction: of the p values, "holm" or "bh", over the ablations of all functions ("all": over its own).
-        settings: as in `interp.statistics.bootstrap_ratio`.
+        settings: confidence of the change.
 
     Returns:
         Columns function (the example's task; "all": together), ablation, kind, layer, part, head, accuracy, low, high,
-        whole, whole_low, whole_high (of the model as it is), change, change_low, change_high (bootstrap), p (McNemar,
-        exact), p_corrected, parsed, n, left_out.
+        whole, whole_low, whole_high (of the model as it is), change, change_low, change_high (`change_interval`), p
+        (McNemar, exact), p_corrected, parsed, n, left_out.
     """
     rows = []
     for name, chosen in by_function(found, "task"):
         clean = chosen["clean"].to_numpy()
         for k in range(chosen.sizes["ablation"]):
             right = chosen["right"].to_numpy()[k]
-            share, change = share_of(right), bootstrap_difference(right, clean, **settings)
-            whole = share_of(np.where(np.isnan(right), np.nan, clean))
+            of = clusters_of(chosen)
+            share, change = share_of(right, of), change_interval(right, clean, of, **settings)
+            whole = share_of(np.where(np.isnan(right), np.nan, clean), of)
             rows.append(
                 {
                     "function": name,
@@ -42,7 +44,7 @@ def accuracy(found: xr.Dataset, correction: str = "holm", **settings) -> pd.Data
                     "change": float(change.value),
                     "change_low": float(change.low),
                     "change_high": float(change.high),
-                    "p": mcnemar(right, clean).p,
+                    "p": mcnemar(right, clean, of).p,
                     "p_corrected": np.nan,
                     "parsed": float(chosen["parsed"][k].mean()),
                     "n": int(change.n),

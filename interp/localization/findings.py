@@ -88,7 +88,7 @@ def _itself(table: pd.DataFrame) -> list[str]:
 
 
 def swap_findings(table: pd.DataFrame | None, partition: Partition) -> list[str]:
-    """Per function the swap after which most pairs take the source's answer, beside the controls; none without swaps.
+    """Per function the swap after which the source's answer is taken most often, beside the controls; or none.
 
     Args:
         table: as `interp.localization.plots.plot_swaps` takes it.
@@ -105,7 +105,7 @@ def swap_findings(table: pd.DataFrame | None, partition: Partition) -> list[str]
             continue
         best = own.loc[own["value"].idxmax()]
         text = (
-            f"{function}, {mode} swaps: most pairs take the source's answer at layer {best['first']} "
+            f"{function}, {mode} swaps: the source's answer is taken most often at layer {best['first']} "
             f"({_region(int(best['first']), partition)}), {interval_text(best['value'], best['low'], best['high'])} "
             f"of n = {best['n']}"
         )

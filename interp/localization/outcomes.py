@@ -11,9 +11,9 @@ import xarray as xr
 from jaxtyping import Float
 
 from hooks.errors import FrankenlensError
-from interp.questions.examples import Example
+from interp.questions.examples import Example, clusters_of
 from interp.questions.grading import Ungraded
-from interp.statistics import bootstrap_mean, wilson_interval
+from interp.statistics import mean_interval, share_interval
 
 Grader = Callable[[str | None, Example], bool]
 """Whether an answer (None: there is none) is right for an example, compared with `example.answer`; may raise
@@ -90,10 +90,12 @@ def outcome_shares(found: xr.Dataset, among: str = "differing", confidence: floa
         for k in range(chosen.sizes["swap"]):
             values = chosen["outcome"].isel(swap=k).to_numpy()
             there = values[~np.isnan(values)]
-            labels = {label: int((there == i).sum()) for i, label in enumerate(OUTCOMES)}
-            changed = int(np.nansum(_changed(chosen)[k]))
-            for label, count in {**labels, "changed": changed}.items():
-                share = wilson_interval(count, len(there), confidence=confidence)
+            changed = _changed(chosen)[k]
+            hits = {
+                label: np.where(np.isnan(values), np.nan, values == i) for i, label in enumerate(OUTCOMES)
+            }
+            for label, hit in {**hits, "changed": changed}.items():
+                share = share_interval(hit, clusters_of(chosen), confidence=confidence)
                 rows.append(
                     {
                         **{key: chosen[key].to_numpy()[k] for key in ("swap", "first", "last", "what")},
@@ -117,7 +119,7 @@ def layer_contributions(found: xr.Dataset, among: str = "differing", **settings)
     Args:
         found: what `vision_swap` returns for `suffixes`, in their order.
         among: as in `outcome_shares`.
-        settings: as in `interp.statistics.bootstrap_ratio`.
+        settings: as in `interp.statistics.ratio_interval`.
 
     Returns:
         Columns layer, function, value, low, high, n, left_out.
@@ -134,7 +136,7 @@ def layer_contributions(found: xr.Dataset, among: str = "differing", **settings)
     for name, chosen in by_function(_counted(found, among), "function"):
         changed = _changed(chosen)
         behind = np.concatenate([changed[1:], np.where(np.isnan(changed[-1:]), np.nan, 0.0)])
-        difference = bootstrap_mean(changed - behind, **settings)
+        difference = mean_interval(changed - behind, **{"clusters": clusters_of(chosen), **settings})
         for k, layer in enumerate(firsts.tolist()):
             ends = {end: float(getattr(difference, end)[k]) for end in ("value", "low", "high")}
             n = int(difference.n[k])

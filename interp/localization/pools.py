@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,26 +24,33 @@ class Pool:
         self._counts: dict[int, int] = {}
         self._kept: dict[int, Tensor] = {}
         self._prompts: dict[int, Tensor] = {}
+        self._keys: dict[int, Tensor] = {}
 
     def add(
         self,
         kind: int,
         activations: Float[Tensor, "token ..."],
         prompts: Int[Tensor, " token"],
-        generator: torch.Generator,
+        keys: Float[Tensor, " token"],
     ) -> None:
-        """Take in the activations of some tokens of some prompts; of those kept for `sample`, a random part."""
+        """Take in the activations of some tokens of some prompts.
+
+        Those of the smallest keys are kept for `sample`, in the order of their keys: where a token's key is random but
+        its own, which are kept depends on neither the order nor the batches in which they come.
+        """
         if not len(activations):
             return
         total = activations.detach().double().sum(0).cpu()
         self._sums[kind] = self._sums[kind] + total if kind in self._sums else total
         self._counts[kind] = self._counts.get(kind, 0) + len(activations)
-        some = torch.randperm(len(activations), generator=generator)[: POOL // 4]
-        kept, owners = activations.detach().cpu()[some], prompts.cpu()[some]
+        some = keys.cpu().argsort(stable=True)[:POOL]
+        kept = activations.detach()[some.to(activations.device)].cpu()
+        owners, keys = prompts.cpu()[some], keys.cpu()[some]
         if kind in self._kept:
             kept, owners = torch.cat([self._kept[kind], kept]), torch.cat([self._prompts[kind], owners])
-        some = torch.randperm(len(kept), generator=generator)[:POOL]
-        self._kept[kind], self._prompts[kind] = kept[some], owners[some]
+            keys = torch.cat([self._keys[kind], keys])
+        some = keys.argsort(stable=True)[:POOL]
+        self._kept[kind], self._prompts[kind], self._keys[kind] = kept[some], owners[some], keys[some]
 
     def mean(self, kinds: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos ..."]:
         """The mean activation of each token's kind; 0 where the kind is negative (padding)."""
@@ -55,14 +64,14 @@ class Pool:
         self,
         kinds: Int[Tensor, "batch pos"],
         prompts: Int[Tensor, " batch"],
-        generator: torch.Generator,
+        generators: Sequence[torch.Generator],
     ) -> Float[Tensor, "batch pos ..."]:
         """For each token a random activation of its kind from another prompt; 0 where the kind is negative.
 
         Args:
             kinds: of the tokens.
             prompts: the rows' own prompts, which are not drawn from.
-            generator: of the draws.
+            generators: of each row's draws.
 
         Raises:
             FrankenlensError: no other prompt has tokens of the kind.
@@ -78,7 +87,7 @@ class Pool:
                         "resample needs another prompt with tokens of the same kind; give two or more prompts"
                     )
                 if here.any():
-                    drawn = torch.randint(len(others), (int(here.sum()),), generator=generator)
+                    drawn = torch.randint(len(others), (int(here.sum()),), generator=generators[row])
                     out[row, here] = self._kept[kind][others[drawn]].float()
         return out
 

@@ -38,7 +38,7 @@ from interp.localization.outcomes import NOT_COUNTED, OUTCOMES, Grader, outcome,
 from interp.pair.generation import greedy_batch
 from interp.prompts import Prompt, PromptBatch, PromptBuilder, collate
 from interp.prompts.pairing import image_shapes
-from interp.questions.examples import Example
+from interp.questions.examples import Example, cluster_of
 from interp.questions.grading import Ungraded, grade
 
 WHAT = ("kv", "resid")
@@ -303,6 +303,7 @@ def _dataset(
             "side": ["target", "source"],
             "example": [target.id for target, _ in pairs],
             "function": ("example", [target.task for target, _ in pairs]),
+            "cluster": ("example", [cluster_of(target) for target, _ in pairs]),
         },
         attrs={"outcomes": list(OUTCOMES), "left out": NOT_COUNTED},
     )

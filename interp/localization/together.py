@@ -19,7 +19,6 @@ def swap_table(
     results: Mapping[str, xr.Dataset],
     swaps: Mapping[str, Sequence[Swap]],
     among: str = "differing",
-    seed: int = 0,
 ) -> pd.DataFrame:
     """The outcomes of every way of swapping and kind of pairs; of suffixes also CR(k) − CR(k+1), layer by layer.
 
@@ -27,7 +26,6 @@ def swap_table(
         results: kind of pairs (`COUNTERFACTUAL`, or the name of a control) to what `vision_swap` returns.
         swaps: way of swapping ("single", "suffix", "window:3", ...) to its swaps.
         among: as in `outcome_shares`, for the pairs asked about; controls are always counted whole.
-        seed: of the intervals.
 
     Returns:
         Columns mode, pairs, and those of `outcome_shares`; of layer contributions the outcome is `CONTRIBUTION`.
@@ -39,7 +37,7 @@ def swap_table(
             own, counted = found.sel(swap=names), among if kind == COUNTERFACTUAL else "all"
             tables.append(outcome_shares(own, counted).assign(mode=mode, pairs=kind))
             if mode == "suffix" and kind == COUNTERFACTUAL:
-                parts = layer_contributions(own, counted, seed=seed).rename(columns={"layer": "first"})
+                parts = layer_contributions(own, counted).rename(columns={"layer": "first"})
                 parts = parts.assign(mode=mode, pairs=kind, outcome=CONTRIBUTION, last=parts["first"])
                 swapped = [some[k] for k in parts["first"]]
                 tables.append(parts.assign(swap=[s.name for s in swapped], what=[s.what for s in swapped]))
@@ -51,10 +49,17 @@ def swap_table(
 def in_one(found: Sequence[xr.Dataset]) -> xr.Dataset:
     """What `vision_swap` and `ablate` return in one dataset; what both have is named apart.
 
-    Of an ablation, example becomes question, clean clean_right, why why_question and fault fault_ablation.
+    Of an ablation, example becomes question, clean clean_right, cluster cluster_question, why why_question and fault
+    fault_ablation.
     """
-    apart = {"example": "question", "clean": "clean_right", "why": "why_question", "fault": "fault_ablation"}
-    renamed = [one.rename(apart) if "ablation" in one.dims else one for one in found]
+    apart = {"example": "question", "clean": "clean_right", "cluster": "cluster_question"}
+    apart |= {"why": "why_question", "fault": "fault_ablation"}
+    renamed = [
+        one.rename({old: new for old, new in apart.items() if old in one.variables})
+        if "ablation" in one.dims
+        else one
+        for one in found
+    ]
     merged = xr.merge(renamed, combine_attrs="drop_conflicts", join="outer", compat="no_conflicts")
     assert isinstance(merged, xr.Dataset)
     return merged

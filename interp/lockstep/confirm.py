@@ -21,16 +21,17 @@ from interp.lockstep.run import Written, alone, lockstep
 from interp.lockstep.sampling import Sampling
 from interp.map.component_map import DIRECTIONS
 from interp.pair.pair import Pair
-from interp.questions.examples import Example
+from interp.questions.examples import Example, cluster_of, clusters_of
 from interp.questions.grading import grade
 from interp.statistics import (
     adjust,
-    bootstrap_difference,
-    bootstrap_ratio,
+    change_interval,
+    difference_interval,
     mcnemar,
     mean_of,
+    mean_test,
+    ratio_interval,
     share_of,
-    sign_flip,
 )
 
 
@@ -178,6 +179,7 @@ class _Found:
                 "model": list(own),
                 "example": [example.id for example in examples],
                 "task": ("example", [example.task for example in examples]),
+                "cluster": ("example", [cluster_of(example) for example in examples]),
             },
             attrs={"seed": seed},
         )
@@ -189,14 +191,14 @@ def confirmation(found: xr.Dataset, correction: str = "holm", **settings) -> pd.
     Args:
         found: what `confirm` returns.
         correction: of the p values of the chosen sets, "holm" or "bh", over sets and directions ("all": over its own).
-        settings: as in `interp.statistics.bootstrap_ratio`.
+        settings: confidence of changes and differences.
 
     Returns:
         Columns function, direction, condition, group, draw, size, components; accuracy, low, high (Wilson); recipient
-        and donor (own accuracies); change, change_low, change_high (against the recipient, paired bootstrap), gained,
+        and donor (own accuracies); change, change_low, change_high (against the recipient, paired), gained,
         lost, p (McNemar, exact), p_corrected; recovered, recovered_low, recovered_high (change over donor −
         recipient); random (mean accuracy of the group's random sets), above, above_low, above_high (accuracy − random,
-        paired), p_above (sign flips), p_above_corrected; share_donor, share_recipient, prefix_donor, prefix_recipient,
+        paired), p_above (`mean_test`), p_above_corrected; share_donor, share_recipient, prefix_donor, prefix_recipient,
         whole_donor, whole_recipient, n_moved (means); n, left_out.
     """
     rows = []
@@ -223,11 +225,12 @@ def _row(one: xr.Dataset, direction: str, k: int, settings: Mapping) -> dict:
     group = one["group"].to_numpy() == one["group"].to_numpy()[k]
     drawn = one["right"].to_numpy()[group & (one["draw"].to_numpy() >= 0)]
     chance = _mean(drawn) if one["draw"].to_numpy()[k] < 0 else np.full(right.shape, np.nan)
-    share, test = share_of(right), mcnemar(right, recipient)
-    change = bootstrap_difference(right, recipient, **settings)
+    of = clusters_of(one)
+    share, test = share_of(right, of), mcnemar(right, recipient, of)
+    change = change_interval(right, recipient, of, **settings)
     gap = np.where(np.isnan(right), np.nan, donor - recipient)
-    recovered = bootstrap_ratio(right - recipient, gap, **settings)
-    above = bootstrap_difference(right, chance, **settings)
+    recovered = ratio_interval(right - recipient, gap, clusters=of, **settings)
+    above = difference_interval(right, chance, clusters=of, **settings)
     means = ("share_donor", "share_recipient", "prefix_donor", "prefix_recipient", "whole_donor")
     return {
         **{name: one[name].to_numpy()[k] for name in ("condition", "group", "draw", "size", "components")},
@@ -241,7 +244,7 @@ def _row(one: xr.Dataset, direction: str, k: int, settings: Mapping) -> dict:
         **_ends("recovered", recovered),
         "random": mean_of(chance),
         **_ends("above", above),
-        "p_above": sign_flip(right, chance),
+        "p_above": float(mean_test(right - chance, clusters=of)),
         **{name: mean_of(one[name].to_numpy()[k]) for name in (*means, "whole_recipient", "n_moved")},
         "n": int(change.n),
         "left_out": int(np.isnan(right).sum()),

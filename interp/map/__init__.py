@@ -3,6 +3,7 @@
 from interp.map.attribution import attribute, attribute_within, verify
 from interp.map.component_map import DIRECTIONS, MAP_POINTS, component_map, patch
 from interp.map.components import POINTS, Component, cached_names, components
+from interp.map.noise import noise_cells
 from interp.map.plots import plot_map, plot_strongest
 from interp.map.report import map_section
 from interp.map.summary import cell_table, now_and_before, strongest, summarise
@@ -19,6 +20,7 @@ __all__ = [
     "component_map",
     "components",
     "map_section",
+    "noise_cells",
     "now_and_before",
     "patch",
     "plot_map",

@@ -33,8 +33,8 @@ from interp.map.component_map import DIRECTIONS, batches_of, roles_of
 from interp.map.components import Component, cached_names, components
 from interp.metrics import Metric
 from interp.prompts import Prompt, PromptBatch, collate
-from interp.prompts.pairing import PatchBatch, partners
-from interp.questions.examples import with_looked_at
+from interp.prompts.pairing import PatchBatch
+from interp.questions.examples import cluster_of, with_looked_at
 from interp.sweep.activations import activation_of
 from interp.sweep.rerun import CleanRun
 
@@ -168,7 +168,7 @@ def verify(
             ready, donors = {}, {}
             for name, vlm in models.items():
                 batch = collate([decisions.prompts[i] for i in rows]).to(vlm.device)
-                ready[name] = PatchBatch(batch, select.reads(batch), partners(batch))
+                ready[name] = PatchBatch(batch, select.reads(batch))
                 donors[name] = Donor(vlm, batch, cached_names(vlm, wanted), select)
             for d, direction in enumerate(directions):
                 donor, recipient = DIRECTIONS[direction]
@@ -284,6 +284,7 @@ def _attribute(
             "component": [c.name for c in wanted],
             "role": names,
             "example": [p.example.id for p in first],
+            "cluster": ("example", [cluster_of(p.example) for p in first]),
             "point": ("component", [c.point for c in wanted]),
             "layer": ("component", [-1 if c.layer is None else c.layer for c in wanted]),
             "head": ("component", [-1 if c.head is None else c.head for c in wanted]),

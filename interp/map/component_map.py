@@ -1,4 +1,4 @@
-"""The component map: every component patched at every role, in both directions, with two controls.
+"""The component map: every component patched at every role, in both directions, with its controls.
 
 `component_map` moves activations between the two models of a pair (RL into IN: sufficient? IN into RL: necessary?),
 `patch` between two prompts of one model. Both return the effects; `interp.map.summary.summarise` turns them into
@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from interp.map.cells import Donor, cells_of, run_cells
+from interp.map.cells import KINDS, Donor, cells_of, run_cells
 from interp.map.components import (
     BEFORE_THE_DECODER,
     POINTS,
@@ -26,9 +27,9 @@ from interp.map.components import (
 from interp.metrics import Metric
 from interp.pair.agreement import entering, model_differences
 from interp.prompts import Prompt, collate
-from interp.prompts.pairing import PatchBatch, image_shapes, partners
+from interp.prompts.pairing import PatchBatch, beside, image_shapes, partners
 from interp.prompts.roles import ROLES
-from interp.questions.examples import with_looked_at
+from interp.questions.examples import cluster_of, with_looked_at
 
 if TYPE_CHECKING:
     from interp.decision import DecisionSet
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 DIRECTIONS = {"rl_to_in": ("rl", "in"), "in_to_rl": ("in", "rl")}
 MAP_POINTS = tuple(point for point in POINTS if point not in ("z", "expert"))
 """Patched where nothing else is asked for; experts, of which there may be thousands, only by name."""
+RANDOM = 1
+"""Random directions that every cell is tried with, each example with its own."""
+FURTHER = ("other", "self")
+"""Controls beside random directions: the donor's difference on another example, and the recipient itself."""
 
 
 def component_map(
@@ -47,6 +52,10 @@ def component_map(
     roles: Sequence[str] | None = None,
     batch_size: int = 16,
     progress: bool = True,
+    *,
+    n_random: int = RANDOM,
+    further: Sequence[str] = FURTHER,
+    seed: int = 0,
 ) -> xr.Dataset:
     """Patch every component of a pair at every role, on the prompts of `decisions`.
 
@@ -58,24 +67,35 @@ def component_map(
             named.
         roles: of `ROLES`, "decision" and "all"; by default those that occur.
         batch_size: prompts a forward.
+        n_random: random directions of every cell and example.
+        further: which of the two further controls are run as well, of `FURTHER`; NaN where one is not.
+        seed: of the random directions.
 
     Returns:
-        Variables effect and control_other [direction component role example] (patched - recipient, in the metric's
-        units), control_self [direction component] (largest |effect| of the component from the same model, which is
-        exactly 0; NaN where no prompt has it), recipient and donor [direction example]; coordinates point, layer,
-        head on component; all examples that were looked at (`interp.questions.examples.with_looked_at`).
+        Variables effect [direction component role example] (patched - recipient, in the metric's units); controls, of
+        the same: control_random [direction draw component role example] (a random direction of the norm that the
+        donor's difference has at each token, added to the recipient's activation) and control_other [as effect] (the
+        donor's difference on another example added to it); control_self [direction component] (largest |effect| of
+        the component from the same model, which is exactly 0; NaN where no prompt has it); recipient and donor
+        [direction example]; coordinates point, layer, head on component; all examples that were looked at
+        (`interp.questions.examples.with_looked_at`).
 
     Raises:
-        FrankenlensError: an unknown direction, point or role; no decision qualifies.
+        FrankenlensError: an unknown direction, point or role; no decision qualifies; no random direction.
     """
     for direction in directions:
         if direction not in DIRECTIONS:
             raise FrankenlensError(f"{direction!r} is no direction; choose of {', '.join(DIRECTIONS)}.")
     decisions.require_some()
+    for kind in further:
+        if kind not in FURTHER:
+            raise FrankenlensError(f"{kind!r} is no further control; choose of {', '.join(FURTHER)}.")
     prompts = {"in": decisions.prompts, "rl": decisions.prompts}
     models = {"in": pair.in_, "rl": pair.rl}
     ways = {d: DIRECTIONS[d] for d in directions}
-    found = _map(models, prompts, decisions.metric, ways, points, roles, batch_size, progress)
+    kinds = ("donor", "random", *further)
+    settings = {"kinds": kinds, "n_random": n_random, "seed": seed}
+    found = _map(models, prompts, decisions.metric, ways, points, roles, batch_size, progress, **settings)
     return with_looked_at(found, decisions.examples)
 
 
@@ -90,6 +110,8 @@ def patch(
     progress: bool = True,
     *,
     donor: HookedVLM | None = None,
+    n_random: int = RANDOM,
+    seed: int = 0,
 ) -> xr.Dataset:
     """Patch one model's activations on clean prompts into its runs on corrupt ones (counterfactual images, say).
 
@@ -103,6 +125,7 @@ def patch(
         metric: read on the corrupt run; see `interp.metrics`.
         points, roles, batch_size: as in `component_map`.
         donor: what runs on the clean prompts; by default `vlm`.
+        n_random, seed: as in `component_map`.
 
     Returns:
         As `component_map`, with the one direction "clean_to_corrupt".
@@ -128,7 +151,9 @@ def patch(
     models = {"clean": vlm if donor is None else donor, "corrupt": vlm}
     prompts = {"clean": clean, "corrupt": corrupt}
     direction = {"clean_to_corrupt": ("clean", "corrupt")}
-    return _map(models, prompts, metric, direction, points, roles, batch_size, progress)
+    return _map(
+        models, prompts, metric, direction, points, roles, batch_size, progress, n_random=n_random, seed=seed
+    )
 
 
 def _map(
@@ -140,7 +165,16 @@ def _map(
     roles: Sequence[str] | None,
     batch_size: int,
     progress: bool,
+    *,
+    kinds: Sequence[str] = KINDS,
+    n_random: int = RANDOM,
+    seed: int = 0,
 ) -> xr.Dataset:
+    """`kinds`: what is put in a cell's place; what is not asked for stays NaN."""
+    if n_random < 1:
+        raise FrankenlensError(
+            f"n_random is {n_random}; a cell needs at least one random direction beside it"
+        )
     first = next(iter(prompts.values()))
     if not first:
         raise FrankenlensError("no prompts are given, so there is nothing to patch.")
@@ -158,35 +192,36 @@ def _map(
         told = "; ".join(lacking(next(iter(models.values())), points, images))
         raise FrankenlensError(f"there is nothing to patch: {told}. Choose others of {', '.join(POINTS)}.")
     shape = (len(directions), len(wanted), len(roles), len(first))
-    effect, other = np.full(shape, np.nan), np.full(shape, np.nan)
-    itself = np.full(shape[:2], np.nan)
+    kept = {
+        kind: np.full((shape[0], n_random, *shape[1:]) if kind == "random" else shape, np.nan)
+        for kind in KINDS
+    }
     ends = np.full((2, len(directions), len(first)), np.nan)
-    total = _n_runs(wanted, roles) * len(directions) * -(-len(first) // batch_size)
+    seeds = range(seed, seed + n_random)
+    total = _n_runs(wanted, roles, kinds, n_random) * len(directions) * -(-len(first) // batch_size)
+    # all directions go between the same two models, whose prompts line up
+    _, recipient = next(iter(directions.values()))
+    partner = partners(prompts[recipient]) if "other" in kinds else torch.full((len(first),), -1)
     with tqdm(total=total, desc="patching", unit="run", disable=not progress) as bar:
         for rows in batches_of(first, batch_size):
             select = metric.select(rows)
             ready, donors = {}, {}
             for name, vlm in models.items():
                 batch = collate([prompts[name][i] for i in rows]).to(vlm.device)
-                ready[name] = PatchBatch(batch, select.reads(batch), partners(batch))
-                donors[name] = Donor(vlm, batch, cached_names(vlm, wanted), select)
+                ready[name] = PatchBatch(batch, select.reads(batch), partner[rows].to(vlm.device))
+                others = beside(prompts[name], rows, partner)
+                donors[name] = Donor(vlm, batch, cached_names(vlm, wanted), select, others)
             for d, (donor, recipient) in enumerate(directions.values()):
-                cells = cells_of(donors[donor], donors[recipient], ready[recipient], wanted, roles)
+                ways = (donors[donor], donors[recipient], ready[recipient])
+                cells = cells_of(*ways, wanted, roles, kinds, seeds)
                 found = run_cells(models[recipient], ready[recipient], select, cells, bar)
                 for cell, values in zip(cells, found, strict=True):
-                    if cell.kind == "self":
-                        itself[d, cell.component] = np.fmax(
-                            itself[d, cell.component], np.fmax.reduce(np.abs(values), axis=None)
-                        )
-                    else:
-                        kept = effect if cell.kind == "donor" else other
-                        kept[d, cell.component, cell.role, rows] = values
+                    draw = (cell.draw,) if cell.kind == "random" else ()
+                    kept[cell.kind][(d, *draw, cell.component, cell.role, rows)] = values
                 ends[0, d, rows], ends[1, d, rows] = donors[recipient].metric, donors[donor].metric
         bar.total = bar.n  # roles that no row of a batch has are not run
         bar.refresh()
-    found = _dataset(
-        effect, other, itself, ends, list(directions), wanted, roles, [p.example.id for p in first], metric
-    )
+    found = _dataset(kept, ends, list(directions), wanted, roles, [p.example for p in first], metric)
     told = {why: n for vlm in models.values() for why, n in lacking(vlm, points, images).items()}
     found.attrs["lacking"] = json.dumps(told)
     return found
@@ -204,7 +239,7 @@ def roles_of(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str
 
 
 def batches_of(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers by batch; rows with the same roles stand together, so that they can be each other's control."""
+    """Row numbers by batch; rows of the same length and roles stand together, so that little is padding."""
     order = sorted(
         range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].roles, image_shapes(prompts[i]), i)
     )
@@ -212,19 +247,22 @@ def batches_of(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]
         yield order[start : start + batch_size]
 
 
-def _n_runs(wanted: Sequence[Component], roles: Sequence[str]) -> int:
+def _n_runs(wanted: Sequence[Component], roles: Sequence[str], kinds: Sequence[str], n_random: int) -> int:
     early = sum(component.point in BEFORE_THE_DECODER for component in wanted)
     cells = (len(wanted) - early) * len(roles) + early
-    return 2 * cells + len(wanted)
+    of_kind = {"donor": cells, "random": n_random * cells, "other": cells, "self": len(wanted)}
+    return sum(of_kind[kind] for kind in kinds)
 
 
-def _dataset(effect, other, itself, ends, directions, wanted, roles, examples, metric) -> xr.Dataset:
+def _dataset(kept, ends, directions, wanted, roles, examples, metric) -> xr.Dataset:
     dims = ("direction", "component", "role", "example")
     units = {"units": metric.units}
+    itself = np.fmax.reduce(np.abs(kept["self"]), axis=(2, 3))
     return xr.Dataset(
         {
-            "effect": (dims, effect, units),
-            "control_other": (dims, other, units),
+            "effect": (dims, kept["donor"], units),
+            "control_random": ((dims[0], "draw", *dims[1:]), kept["random"], units),
+            "control_other": (dims, kept["other"], units),
             "control_self": (dims[:2], itself, units),
             "recipient": (("direction", "example"), ends[0], units),
             "donor": (("direction", "example"), ends[1], units),
@@ -233,7 +271,8 @@ def _dataset(effect, other, itself, ends, directions, wanted, roles, examples, m
             "direction": directions,
             "component": [c.name for c in wanted],
             "role": roles,
-            "example": examples,
+            "example": [example.id for example in examples],
+            "cluster": ("example", [cluster_of(example) for example in examples]),
             "point": ("component", [c.point for c in wanted]),
             "layer": ("component", [-1 if c.layer is None else c.layer for c in wanted]),
             "head": ("component", [-1 if c.head is None else c.head for c in wanted]),

@@ -15,13 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import FuncNorm, Normalize
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from interp.map.summary import headline, strongest
 from interp.results.palette import CONTROL, EFFECT, INK, MISSING, MIXED, PALE
 from interp.results.picture import LAYER, Picture, nothing
-from interp.statistics import interval_text
+from interp.statistics import MIN_SHOWN, interval_text
 
 DIRECTIONS = {
     "rl_to_in": "RL → IN: is it sufficient?",
@@ -43,13 +42,14 @@ _MAP = (
     "Recovery when the donor's activation of one component is put into the other model, at the tokens of one role: 1 "
     "(deep purple) brings the donor's decision, 0 changes nothing, orange goes against it; the colours grow with the "
     "square root. A line a direction; maps of layer by role, and of layer by head at the decision. Pale and struck "
-    "through: the {level} interval includes 0. Dot: not told apart from the donor on another example. Grey: no example "
-    "has such tokens. Layers, heads and vision blocks count from 0."
+    "through: not beyond control, since random directions as large{noise} do as much. Grey: no example has such "
+    "tokens. Layers, heads and vision blocks count from 0."
 )
 _STRONGEST = (
-    "The components with the strongest {what} of one direction, each at the tokens where it acts most, with its "
-    "interval (purple), and the control, the donor on another example (grey). They are the strongest of many, so "
-    "biased upward. Layers and heads count from 0."
+    "The components whose {what} lie farthest above their controls in one direction, each at the tokens where it does, "
+    "with its interval (purple; open: not beyond control), random directions as large (grey), and what noise pairs "
+    "reach (tick). Fewer than {fewest} examples have no interval. They are the strongest of many, so biased upward. "
+    "Layers and heads count from 0."
 )
 
 
@@ -64,7 +64,6 @@ class _Panel:
     columns: tuple[str, ...]
     recovery: Float[np.ndarray, "row column"]
     unsure: Bool[np.ndarray, "row column"]
-    control: Bool[np.ndarray, "row column"]
 
 
 def plot_map(summary: xr.Dataset) -> Picture:
@@ -72,8 +71,8 @@ def plot_map(summary: xr.Dataset) -> Picture:
 
     Layer by role for the residual stream, attention and MLP; layer by head at the decision; vision blocks and
     projector. One diverging colour scale (square root, so that single heads show beside whole layers). Pale and
-    struck through: the interval includes 0. Dot: not told apart from the donor on another example. Grey: no
-    example has such tokens. Where recovery is refused, the figure holds the reason and no map.
+    struck through: not beyond control (`interp.map.summary`: random directions as large, or noise pairs, do as much).
+    Grey: no example has such tokens. Where recovery is refused, the figure holds the reason and no map.
 
     Args:
         summary: what `interp.map.summary.summarise` returns.
@@ -88,7 +87,7 @@ def plot_map(summary: xr.Dataset) -> Picture:
     text = textwrap.wrap(denominator_text(summary), int(16 * sum(widths)))
     notes = 3 if sum(widths) > 6.5 else 1  # of the legend, side by side
     heights = [0.15 + 0.17 * len(text), *[height] * len(directions), 0.2 + 0.5 / notes]
-    caption = _MAP.format(level=f"{100 * summary.attrs['confidence']:.0f} %")
+    caption = _MAP.format(noise=" or noise pairs" if "floor" in summary else "")
     figure = Picture(caption, figsize=(sum(widths) + 1.2, sum(heights)))
     head, *lines, legend = _stacked(figure, heights)
     head.text(0.01, 0.5, "\n".join(text), va="center", fontsize=9)
@@ -104,9 +103,11 @@ def plot_map(summary: xr.Dataset) -> Picture:
 
 
 def plot_strongest(summary: xr.Dataset, direction: str, k: int = 10) -> Picture:
-    """The `k` strongest components (`interp.map.summary.strongest`) with intervals, beside the control.
+    """The `k` strongest components (`interp.map.summary.strongest`) with intervals, beside the controls.
 
-    Where recovery is refused, the effects are shown instead, in the metric's units.
+    Random directions as large have no sign, and stand on the side of what they are compared with; a tick is the floor
+    of noise pairs. An open circle is not beyond control. Where recovery is refused, the effects are shown instead, in
+    the metric's units.
 
     Args:
         summary: what `interp.map.summary.summarise` returns.
@@ -117,7 +118,7 @@ def plot_strongest(summary: xr.Dataset, direction: str, k: int = 10) -> Picture:
     refused = bool(summary.attrs["refused"])
     if table.empty:
         return nothing("No component was patched on any example.")
-    caption = _STRONGEST.format(what="effects" if refused else "recoveries")
+    caption = _STRONGEST.format(what="effects" if refused else "recoveries", fewest=MIN_SHOWN)
     figure = Picture(caption, figsize=(6.8, 1.0 + 0.32 * len(table)))
     axes = figure.add_subplot()
     places = np.arange(float(len(table)))[::-1]
@@ -125,11 +126,19 @@ def plot_strongest(summary: xr.Dataset, direction: str, k: int = 10) -> Picture:
     if refused:
         _draw_intervals(axes, table, "effect_mean", places, MIXED, "the donor on this example")
     else:
+        side = np.sign(table["recovery"].to_numpy())
         _draw_intervals(
-            axes, table, "control_other_recovery", places - 0.2, CONTROL, "the donor on another example"
+            axes, table, "random_recovery", places - 0.2, CONTROL, "random directions as large", side
         )
         _draw_intervals(axes, table, "recovery", places + 0.12, MIXED, "the donor on this example")
-        figure.legend(loc="outside lower right", fontsize=7, frameon=False, ncols=2)
+        if "floor" in table:
+            reach = side * _in_recovery(summary, direction, table["floor"].to_numpy())
+            axes.plot(reach, places, "|", color=INK, markersize=9, label="noise pairs")
+        below = ~table["beyond"].to_numpy(bool)
+        label = "not beyond control" if below.any() else None
+        style = {"color": MIXED, "mfc": "white", "markersize": 4, "label": label, "zorder": 3}
+        axes.plot(table["recovery"].to_numpy()[below], places[below] + 0.12, "o", **style)
+        figure.legend(loc="outside lower right", fontsize=7, frameon=False, ncols=4)
     labels = [
         f"{component}  ·  {role}" for component, role in zip(table["component"], table["role"], strict=True)
     ]
@@ -168,11 +177,17 @@ def _stacked(figure: Figure, heights: Sequence[float]) -> list[SubFigure]:
 
 
 def _draw_intervals(
-    axes: Axes, table: pd.DataFrame, name: str, places: Float[np.ndarray, " k"], colour: str, label: str
+    axes: Axes,
+    table: pd.DataFrame,
+    name: str,
+    places: Float[np.ndarray, " k"],
+    colour: str,
+    label: str,
+    side: Float[np.ndarray, " k"] | float = 1.0,
 ) -> None:
-    value = table[name].to_numpy()
-    reach = np.stack([value - table[f"{name}_low"].to_numpy(), table[f"{name}_high"].to_numpy() - value])
-    # a missing interval (one example) is drawn as a bare point
+    value, low, high = (side * table[name + suffix].to_numpy() for suffix in ("", "_low", "_high"))
+    reach = np.stack([value - np.minimum(low, high), np.maximum(low, high) - value])
+    # a missing interval (too few examples) is drawn as a bare point
     axes.errorbar(
         value,
         places,
@@ -183,6 +198,12 @@ def _draw_intervals(
         linewidth=1.2,
         label=label,
     )
+
+
+def _in_recovery(
+    summary: xr.Dataset, direction: str, nats: Float[np.ndarray, " k"]
+) -> Float[np.ndarray, " k"]:
+    return nats / abs(float(summary["denominator"].sel(direction=direction)))
 
 
 def _panels(one: xr.Dataset) -> list[_Panel]:
@@ -211,9 +232,8 @@ def _by_head(one: xr.Dataset, point: str) -> _Panel:
     part = part.sel(role=role)
     layer, head = part["layer"].to_numpy().astype(int), part["head"].to_numpy().astype(int)
     shape = (layer.max() + 1, head.max() + 1)
-    recovery, unsure, control = _cells(part)
-    grids = np.full(shape, np.nan), np.zeros(shape, bool), np.zeros(shape, bool)
-    for grid, cells in zip(grids, (recovery, unsure, control), strict=True):
+    grids = np.full(shape, np.nan), np.zeros(shape, bool)
+    for grid, cells in zip(grids, _cells(part), strict=True):
         grid[layer, head] = cells
     rows, columns = (tuple(str(i) for i in range(n)) for n in shape)
     across = "expert" if point == "expert" else "head"
@@ -229,15 +249,10 @@ def _vision(one: xr.Dataset) -> _Panel:
     return _Panel(TITLES["vision"], "tokens", "block (from 0)", rows, columns, *_cells(part))
 
 
-def _cells(part: xr.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Recovery; whether its interval includes 0 (or there is none); whether the control cannot be told from it."""
+def _cells(part: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Recovery, and whether it is not beyond control."""
     recovery = part["recovery"].to_numpy()
-    seen = ~np.isnan(recovery)
-    above, below = part["recovery_low"] > 0, part["recovery_high"] < 0
-    beaten = (above & (part["excess_low"] > 0)) | (below & (part["excess_high"] < 0))
-    sure = (above | below).to_numpy()
-    compared = part["excess_low"].notnull()
-    return recovery, seen & ~sure, seen & sure & (compared & ~beaten).to_numpy()
+    return recovery, ~np.isnan(recovery) & ~part["beyond"].to_numpy()
 
 
 def _scale(summary: xr.Dataset) -> Normalize:
@@ -272,8 +287,6 @@ def _draw_panel(axes: Axes, panel: _Panel, norm: Normalize) -> None:
             linewidth=0.4,
             solid_capstyle="butt",
         )
-    rows, columns = np.nonzero(panel.control)
-    axes.plot(columns, rows, ".", color=INK, markersize=3.5, linestyle="none")
     axes.set_title(panel.title, fontsize=8)
     step = -(-len(panel.rows) // 14)
     axes.set_yticks(range(0, len(panel.rows), step), panel.rows[::step], fontsize=7)
@@ -289,12 +302,12 @@ def _draw_panel(axes: Axes, panel: _Panel, norm: Normalize) -> None:
 
 
 def _draw_legend(legend: SubFigure, summary: xr.Dataset, columns: int) -> None:
-    level = f"{100 * summary.attrs['confidence']:.0f} %"
-    matched = "not told apart from the donor on another example"
+    matched = "not beyond control: random directions as large" + (
+        " or noise pairs do as much" if "floor" in summary else " do as much (no noise pairs were run)"
+    )
     legend.legend(
         handles=[
-            Patch(facecolor="#f7f7f7", edgecolor=PALE, hatch="//", label=f"{level} interval includes 0"),
-            Line2D([], [], color=INK, marker=".", linestyle="none", label=matched),
+            Patch(facecolor="#f7f7f7", edgecolor=PALE, hatch="//", label=matched),
             Patch(facecolor=MISSING, label="no example has such tokens"),
         ],
         loc="center left",

@@ -11,9 +11,9 @@ import pandas as pd
 import xarray as xr
 
 from interp.map.plots import DIRECTIONS, denominator_text, plot_map
-from interp.map.summary import cell_table, headline, now_and_before, strongest
+from interp.map.summary import ALPHA, cell_table, headline, in_words, now_and_before, strongest
 from interp.results.page import Account, Digest, Section
-from interp.statistics import Interval, bootstrap_mean, interval_text
+from interp.statistics import MIN_SHOWN, Interval, interval_text, mean_interval
 
 WORDS = {"rl_to_in": "RL into IN", "in_to_rl": "IN into RL"}
 """What is moved where, in a sentence."""
@@ -58,14 +58,31 @@ def _finding(summary: xr.Dataset, decisions: Mapping[str, Any] | None) -> str:
             " it cannot be told from that of a pair that learnt nothing, noise too would draw a full map."
         )
         return "\n".join([*lines, refusal])
-    for direction in map(str, summary["direction"].to_numpy()):
-        told = (
-            f"{row['component']} at {row['role']} {_text(row, 'recovery')}"
-            f" (donor on another example: {_text(row, 'control_other_recovery')})"
-            for row in strongest(summary, direction, TOLD).to_dict("records")
-        )
-        lines.append(f"{WORDS.get(direction, direction)}, strongest: {'; '.join(told)}.")
+    lines += [_strongest_in_words(summary, str(one)) for one in summary["direction"].to_numpy()]
     return "\n".join(lines)
+
+
+def _strongest_in_words(summary: xr.Dataset, direction: str) -> str:
+    """How many cells are beyond control, and the strongest of these with what they are compared with."""
+    one = summary.sel(direction=direction)
+    found, n = int(one["beyond"].sum()), int((one["n"] > 0).sum())
+    line = f"{WORDS.get(direction, direction)}: {found} of {n} cells are beyond control"
+    rows = strongest(summary, direction, TOLD)
+    told = (
+        f"{row['component']} at {row['role']} {_text(row, 'recovery')} (random directions as large: "
+        f"{_text(row, 'random_recovery')}; {_floor(summary, direction, row)}, "
+        f"{in_words(row['p_specific'], row['p_general'])})"
+        for row in rows.loc[rows["beyond"]].to_dict("records")
+    )
+    text = "; ".join(told)
+    return f"{line}{'; strongest: ' + text if text else ''}."
+
+
+def _floor(summary: xr.Dataset, direction: str, row: Mapping[Any, Any]) -> str:
+    if "floor" not in row:
+        return "noise pairs: not run"
+    share = float(row["floor"]) / abs(float(summary["denominator"].sel(direction=direction)))
+    return f"noise pairs reach {share:.2g}"
 
 
 def _account(summary: xr.Dataset, decisions: Mapping[str, Any] | None, seed: int | None) -> Account:
@@ -73,8 +90,10 @@ def _account(summary: xr.Dataset, decisions: Mapping[str, Any] | None, seed: int
     definition = (
         f"activation patching of one component at the tokens of one role, {summary.attrs['metric']}, "
         f"{summary.attrs['units']}; recovery = (patched − recipient) / (donor − recipient), ratio of sums over "
-        f"examples; {level} bootstrap intervals over examples, each for its own cell; controls: the donor's activation "
-        "on another example with the same roles, and the recipient's own"
+        f"examples; {level} intervals over examples (those of one cluster are one), each for its own cell, none of "
+        f"fewer than {MIN_SHOWN}; beyond control: |mean effect| above that of random directions with the norm of the "
+        f"donor's difference at each token (swap test, one-sided p at most {ALPHA:g}){_noise_in_words(summary)}; other "
+        "controls: the donor's difference on another example with the same roles, and the recipient's own activation"
     )
     n = f"{int(summary['n'].max())} examples"
     counts = {}
@@ -83,6 +102,16 @@ def _account(summary: xr.Dataset, decisions: Mapping[str, Any] | None, seed: int
         counts = {"examples": decisions["n_prompts"], "decisions": decisions["n_qualify"]}
     left_out = _left_out(decisions) | json.loads(summary.attrs.get("lacking", "{}"))
     return Account(definition, n, "none", seed, left_out=left_out, counts=counts)
+
+
+def _noise_in_words(summary: xr.Dataset) -> str:
+    if "floor" not in summary:
+        return ", no noise pairs being run"
+    n = summary.sizes["noise_pair"]
+    return (
+        f" and above the largest of its kind in {n} noise pairs (an update of RL's norm in every tensor, in a random "
+        f"direction; {int(summary['noise_n'].max())} prompts each)"
+    )
 
 
 def _left_out(decisions: Mapping[str, Any] | None) -> dict[str, int]:
@@ -119,8 +148,17 @@ def _strongest(summary: xr.Dataset, k: int) -> list[Digest]:
             table["n"] = rows["n"]
         else:
             table["recovery"], table["n"] = _intervals(rows, "recovery"), rows["n"]
+            table["beyond control"] = np.where(rows["beyond"], "yes", "no")
+            table["random directions"] = _intervals(rows, "random_recovery")
+            if "floor" in rows:
+                table["noise pairs"] = rows["floor"] / abs(
+                    float(summary["denominator"].sel(direction=direction))
+                )
             table["other example"] = _intervals(rows, "control_other_recovery")
             table["n, other"] = rows["control_other_n"]
+            table["its change moves"] = [
+                in_words(*both) for both in zip(rows["p_specific"], rows["p_general"], strict=True)
+            ]
         if "control_self" in rows:
             table["itself"] = rows["control_self"]
         title = DIRECTIONS.get(direction, direction)
@@ -131,9 +169,12 @@ def _strongest(summary: xr.Dataset, k: int) -> list[Digest]:
 def _selected(summary: xr.Dataset, direction: str) -> str:
     n_cells = int((summary["n"].sel(direction=direction) > 0).sum())
     return (
-        f"Each component at the tokens where it acts most. Of the {n_cells} cells of the direction some miss 0 by "
-        "chance, and the strongest are biased upward. Other example: the donor's activation there. Itself: the "
-        f"largest absolute effect of the recipient's own activation, {summary.attrs['units']}, which must be 0."
+        f"Each component at the tokens where it lies farthest above its controls. Of the {n_cells} cells of the "
+        "direction some miss 0 by chance, and the strongest are biased upward. Beyond control: more than random "
+        "directions as large as the donor's difference, whatever their sign, and more than any cell of its kind in "
+        "noise pairs. Other example: the donor's difference there, added here; its change moves: this example's own, "
+        "beside it. Itself: the largest absolute effect of the recipient's own activation, "
+        f"{summary.attrs['units']}, which must be 0."
     )
 
 
@@ -143,7 +184,7 @@ def _now_and_before(summary: xr.Dataset) -> Digest:
     rows = []
     for weights in ("in", "rl"):
         values = (two_by_two.sel(weights=weights, prefix=prefix).to_numpy() for prefix in ("in", "rl"))
-        rows.append((weights.upper(), *(bootstrap_mean(each)[()] for each in values)))
+        rows.append((weights.upper(), *(mean_interval(each)[()] for each in values)))
     found = {name: interval_text(x.value, x.low, x.high) for name, x in now_and_before(two_by_two).items()}
     return Digest(
         f"Now or before? Mean {summary.attrs['metric']}, {summary.attrs['units']}",

@@ -5,14 +5,28 @@ direction, component and role unless said otherwise:
 
     effect_mean             patched - recipient, in nats, mean over examples
     recovery                sum(patched - recipient) / sum(donor - recipient)
-    control_other_recovery  the same with the donor's activation on another example
-    excess                  recovery - control_other_recovery, over the examples that have both
+    random_recovery         |recovery| of random directions as large as the donor's difference, mean over draws
+    excess                  |recovery| - random_recovery
+    control_other_recovery  recovery of the donor's difference on another example
+    specific                recovery - control_other_recovery, positive where this example's own moves more
     denominator             donor - recipient, in nats, mean over examples, per direction
     null_denominator        RL - IN of pairs that learnt nothing, in nats, per null pair, where they were run
 
-each with `_low` and `_high`, the ends of its bootstrap interval over examples; and the attribute `refused`, which
-says why the recoveries and their controls are NaN throughout, and is "" where they are not. A single cell is NaN too
-where the denominator of its own examples cannot be told from 0. `n` and `control_other_n` count a cell's examples.
+each with `_low` and `_high`, the ends of its interval over examples (`interp.statistics.ratio_interval`), and
+
+    floor    what cells of its kind reach in noise pairs (`interp.map.noise`), in nats; only where these were run
+    p_random, p_specific, p_general
+             chance of an effect so far above random directions, of one so far above that of the donor's difference on
+             another example, and of that one so far above it, if the two could change places
+             (`interp.statistics.swap_test`, one-sided)
+    margin   |effect_mean| - the larger of floor and random directions, in nats: what components are ranked by
+    beyond   whether the cell is beyond control: |effect_mean| lies above the floor, and p_random is at most `ALPHA`
+
+and the attribute `refused`, which says why the recoveries and their controls are NaN throughout and nothing is beyond
+control, and is "" where they are not. Magnitudes are compared, so that both directions of patching are judged alike.
+The mark needs no interval, and holds for few examples too; where there are too few for intervals their ends are NaN. A
+single cell is NaN where the denominator of its own examples cannot be told from 0. `n` and `control_other_n` count a
+cell's examples.
 """
 
 from __future__ import annotations
@@ -23,12 +37,17 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from hooks.errors import FrankenlensError, nearest
-from interp.statistics import Interval, Method, bootstrap_mean, bootstrap_ratio
+from interp.map.noise import floor_of
+from interp.questions.examples import clusters_of
+from interp.statistics import MIN_EXAMPLES, Interval, mean_interval, ratio_interval, swap_test
 
 CELLS = ("direction", "component", "role")
+SHARES = ("recovery", "random_recovery", "excess", "control_other_recovery", "specific")
+ALPHA = 0.025
+"""A cell is above random directions at this p, one-sided: the lower end of a 95 % interval."""
 # states and second readings of the same head are in the map, but are no components of their own
 RANKED_POINTS = (
     "attn_out",
@@ -45,50 +64,104 @@ RANKED_POINTS = (
 def summarise(
     effects: xr.Dataset,
     *,
+    noise: xr.Dataset | None = None,
     nulls: Mapping[str, Interval] = MappingProxyType({}),
     refused: str = "",
     confidence: float = 0.95,
-    resamples: int = 2000,
     seed: int = 0,
-    method: Method = "bca",
 ) -> xr.Dataset:
     """Add the variables listed at the top of this module.
 
     Args:
-        effects: variables effect and control_other [direction component role example], recipient and donor
-            [direction example].
+        effects: variables effect and control_other [direction component role example], control_random with an axis draw
+            beside these, recipient and donor [direction example].
+        noise: the cells of noise pairs (`interp.map.noise.noise_cells`), which are kept in what is returned; without
+            them there is no floor, and `beyond` compares with random directions alone.
         nulls: denominators of pairs that learnt nothing (`interp.decision.null_pair_denominator`).
         refused: why no recovery may be given (`interp.decision.recovery_refused`); "" where it may.
-        confidence, resamples, seed, method: as in `interp.statistics.bootstrap_ratio`.
+        confidence: as in `interp.statistics.ratio_interval`; examples of one cluster (coordinate `cluster`) are one
+            unit.
+        seed: of the swaps of the test against random directions (`interp.statistics.swap_test`).
     """
-    settings = {"confidence": confidence, "resamples": resamples, "seed": seed, "method": method}
+    settings = {"confidence": confidence, "clusters": clusters_of(effects)}
     units = effects.attrs.get("units", "nats")
     out = effects.copy()
     for name in ("effect", "control_other"):
         out[name] = effects[name].transpose(*CELLS, "example")
-    effect, control = (out[name].to_numpy() for name in ("effect", "control_other"))
+    effect, other = (out[name].to_numpy() for name in ("effect", "control_other"))
+    random = effects["control_random"].transpose("draw", *CELLS, "example").to_numpy()
     difference = (effects["donor"] - effects["recipient"]).transpose("direction", "example").to_numpy()
-    _add(out, "denominator", ("direction",), bootstrap_mean(difference, **settings), units)
-    _add(out, "effect_mean", CELLS, bootstrap_mean(effect, **settings), units)
+    _add(out, "denominator", ("direction",), mean_interval(difference, **settings), units)
+    _add(out, "effect_mean", CELLS, mean_interval(effect, **settings), units)
     shared = difference[:, None, None, :]
+    way = np.sign(_mean(shared))  # of the denominator
+    turned, as_large = turned_up(effect), turned_up(random).mean(0)
     for name, top in (
         ("recovery", effect),
-        ("control_other_recovery", control),
-        ("excess", effect - control),
+        ("random_recovery", way * as_large),
+        ("excess", way * (turned - as_large)),
+        ("control_other_recovery", other),
+        ("specific", way * np.sign(_mean(effect)) * (effect - other)),
     ):
         # A cell is a share of the denominator of its own examples: a role that few of them have may leave none.
-        own = bootstrap_mean(np.where(np.isnan(top), np.nan, shared), **settings)
-        ratio = bootstrap_ratio(top, shared, **settings)
+        own = mean_interval(np.where(np.isnan(top), np.nan, shared), **settings, fewest=MIN_EXAMPLES)
+        ratio = ratio_interval(top, shared, **settings)
         hidden = own.includes(0.0) | bool(refused)
         _add(out, name, CELLS, ratio, "1", hidden)
+    floor = None
+    if noise is not None:
+        own = noise.reindex({name: out[name].to_numpy() for name in CELLS[1:]})
+        out = out.merge(own, combine_attrs="override")
+        floor = np.broadcast_to(floor_of(own, out["effect_mean"]), effect.shape[:-1])
+        out["floor"] = (CELLS, floor, {"units": units})
+    swapped = {"clusters": clusters_of(effects), "seed": seed}
+    p = swap_test(effect, random, **swapped)
+    out["p_specific"] = (CELLS, swap_test(effect, other[None], **swapped))
+    out["p_general"] = (CELLS, swap_test(other, effect[None], **swapped))
+    mean, of_random = _mean(turned)[..., 0], _mean(as_large)[..., 0]
+    above, margin = beyond_control(mean, of_random, p, floor)
+    out["p_random"] = (CELLS, p)
+    out["beyond"] = (CELLS, above & (not refused))
+    out["margin"] = (CELLS, margin, {"units": units})
     out["n"] = (CELLS, (~np.isnan(effect)).sum(-1))
-    out["control_other_n"] = (CELLS, (~np.isnan(control)).sum(-1))
+    out["control_other_n"] = (CELLS, (~np.isnan(other)).sum(-1))
     if nulls:
         out = out.assign_coords(null=list(nulls))
         for suffix, end in (("", "value"), ("_low", "low"), ("_high", "high")):
             out["null_denominator" + suffix] = ("null", [float(getattr(x, end)) for x in nulls.values()])
-    out.attrs |= {"confidence": confidence, "resamples": resamples, "interval": method, "refused": refused}
+    out.attrs |= {"confidence": confidence, "refused": refused}
     return out
+
+
+def beyond_control(
+    effect: Float[np.ndarray, "*cells"],
+    random: Float[np.ndarray, "*cells"],
+    p: Float[np.ndarray, "*cells"],
+    floor: Float[np.ndarray, "*cells"] | None = None,
+) -> tuple[Bool[np.ndarray, "*cells"], Float[np.ndarray, "*cells"]]:
+    """Which cells are beyond control, and by how much their mean lies above both controls.
+
+    Args:
+        effect, random: |mean| of the donor's activation, and of random directions.
+        p: of the test between the two (`interp.statistics.swap_test`).
+        floor: of every cell; NaN: none is known, so that the cell is not beyond it. None: there are no noise pairs.
+    """
+    above = p <= ALPHA
+    if floor is None:
+        return above, effect - random
+    return above & (effect > floor), effect - np.fmax(random, floor)
+
+
+def turned_up(values: Float[np.ndarray, "*cells example"]) -> Float[np.ndarray, "*cells example"]:
+    """The same with the sign at which a cell's mean over examples is positive: its mean is |mean|."""
+    return values * np.sign(_mean(values))
+
+
+def _mean(values: Float[np.ndarray, "*cells example"]) -> Float[np.ndarray, "*cells 1"]:
+    """Over the examples that have a value; NaN where none has."""
+    there = ~np.isnan(values)
+    n = there.sum(-1, keepdims=True)
+    return np.where(there, values, 0).sum(-1, keepdims=True) / np.where(n > 0, n, np.nan)
 
 
 def _add(
@@ -110,14 +183,16 @@ def _add(
 def strongest(
     summary: xr.Dataset, direction: str, k: int = 10, points: Sequence[str] = RANKED_POINTS
 ) -> pd.DataFrame:
-    """The `k` components with the largest |recovery|, each at the role where it acts most.
+    """The `k` components that lie farthest above their controls (`margin`), each at the role where it does most.
 
-    Where recovery is refused, the effect takes its place. The role "all" counts only for a component that has no
-    other. The ranking looks at many cells, so the strongest of them are biased upward.
+    The role "all" counts only for a component that has no other. The ranking looks at many cells, so the strongest of
+    them are biased upward.
 
     Returns:
         One row per component, strongest first: component, point, role, n, and value, `_low` and `_high` of
-        effect_mean, recovery, control_other_recovery and excess; control_self.
+        effect_mean, recovery, random_recovery, excess, control_other_recovery and specific; floor, where there is one;
+        margin, p_random, p_specific, p_general, beyond,
+        control_self.
 
     Raises:
         FrankenlensError: the direction is not in the map.
@@ -128,30 +203,34 @@ def strongest(
         raise FrankenlensError(
             f"The map has no direction {direction!r}, only {', '.join(known)}. {hint}".strip()
         )
-    names = [
-        name + suffix
-        for name in ("effect_mean", "recovery", "control_other_recovery", "excess")
-        for suffix in ("", "_low", "_high")
-    ]
+    names = [name + suffix for name in ("effect_mean", *SHARES) for suffix in ("", "_low", "_high")]
     one = summary.sel(direction=direction)
     one = one.isel(component=np.isin(one["point"].to_numpy(), list(points)))
     columns = [
         *names,
-        "n",
-        "control_other_n",
+        *(["floor"] if "floor" in one else []),
+        *("margin", "p_random", "p_specific", "p_general", "beyond", "n", "control_other_n"),
         *(["control_self"] if "control_self" in one and one["control_self"].ndim else []),
     ]
     ranked = "effect_mean" if summary.attrs["refused"] else "recovery"
     table = one[columns].to_dataframe().reset_index().dropna(subset=[ranked])
-    table["size"] = table[ranked].abs()
     table["whole"] = table["role"] == "all"
     best = (
-        table.sort_values(["whole", "size"], ascending=[True, False], kind="stable")
+        table.sort_values(["whole", "margin"], ascending=[True, False], kind="stable")
         .groupby("component")
         .head(1)
     )
-    best = best.sort_values("size", ascending=False, kind="stable").head(k)
+    best = best.sort_values("margin", ascending=False, kind="stable").head(k)
     return best[["component", "point", "role", *columns]].reset_index(drop=True)
+
+
+def in_words(p_specific: float, p_general: float) -> str:
+    """Whether a cell's change is this example's own: moves more, or less, than the change of another example here."""
+    if np.isnan(p_specific):
+        return "–"  # no other example lines up
+    if p_specific <= ALPHA:
+        return "more than another example's"
+    return "less than another example's" if p_general <= ALPHA else "as another example's"
 
 
 def cell_table(summary: xr.Dataset) -> pd.DataFrame:
@@ -188,9 +267,6 @@ def now_and_before(
     two_by_two: xr.DataArray,
     *,
     confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-    method: Method = "bca",
 ) -> dict[str, Interval]:
     """What RL's weights change at the decision itself, and what through the prefix they wrote before it.
 
@@ -212,5 +288,5 @@ def now_and_before(
         "before": at["in", "rl"] - at["in", "in"],
         "together": at["rl", "rl"] - at["rl", "in"] - at["in", "rl"] + at["in", "in"],
     }
-    settings = {"confidence": confidence, "resamples": resamples, "seed": seed, "method": method}
-    return {name: bootstrap_mean(values, **settings) for name, values in differences.items()}
+    settings = {"confidence": confidence, "clusters": clusters_of(two_by_two.to_dataset(name="metric"))}
+    return {name: mean_interval(values, **settings) for name, values in differences.items()}

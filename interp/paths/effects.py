@@ -35,6 +35,7 @@ from interp.paths.job import Job, complete_senders, paths_between
 from interp.paths.path import Between, Path, Receiver, require_paths
 from interp.paths.run import PathRun
 from interp.prompts import Prompt
+from interp.questions.examples import cluster_of
 from interp.sweep.batch import BatchSweep
 from interp.sweep.edits import Edit
 from interp.sweep.places import Where, where_label
@@ -67,7 +68,7 @@ def path_effects(
         where: tokens at which senders are changed: a role, "decision" (the tokens that the metric reads), "all", a
             token's number, or a function of the batch.
         between: "frozen", or "mlps": see the module.
-        control: also take the donor's value on another example with the same roles.
+        control: also take the donor's change (value minus the recipient's) on another example with the same roles.
         batch_size: prompts a forward.
         progress: show a bar.
 
@@ -97,7 +98,7 @@ def path_effects(
     total = len(parts) * len(kinds) * (len(wanted) + len(senders))
     with tqdm(total=total, desc="paths", unit="run", disable=not progress, delay=1) as bar:
         for rows in parts:
-            run, select = job.start(rows), metric.select(rows)
+            run, select = job.start(rows, others="_other" in kinds), metric.select(rows)
             run.check(wanted)
             cells = _cells(run, wanted, senders, kinds)
             sweep = BatchSweep(
@@ -158,7 +159,7 @@ def _cells(
     cells = []
     for kind in kinds:
         other = kind == "_other"
-        usable = run.rows.partner >= 0 if other else torch.ones_like(run.rows.partner, dtype=torch.bool)
+        usable = run.rows.partnered if other else torch.ones_like(run.rows.partnered)
         if not usable.any():
             continue
         cells += [_Cell("whole" + kind, i, run.whole(s, other), usable) for i, s in enumerate(senders)]
@@ -196,6 +197,7 @@ def _dataset(
             "path": list(map(str, paths)),
             "sender": list(map(str, senders)),
             "example": [prompt.example.id for prompt in prompts],
+            "cluster": ("example", [cluster_of(prompt.example) for prompt in prompts]),
             "path_sender": ("path", [str(path.sender) for path in paths]),
             "receiver": ("path", list(map(str, last))),
             "via": ("path", [r.via if r.address is not None else "logits" for r in last]),

@@ -22,7 +22,7 @@ from interp.paths.path import (
 )
 from interp.paths.run import PathRun
 from interp.prompts import Prompt, PromptBatch, collate
-from interp.prompts.pairing import PatchBatch, image_shapes, partners
+from interp.prompts.pairing import PatchBatch, beside, image_shapes, partners
 from interp.sweep.places import Where, where_label, where_mask
 
 
@@ -52,16 +52,27 @@ class Job:
         self.between: Between = between
         _require_aligned(self.prompts, self.given)
         _require_tokens(self.prompts, where)
+        self._partner = partners(self.prompts)
 
-    def start(self, rows: Sequence[int], in_order: bool = False) -> PathRun:
-        """The clean runs of some prompts."""
+    def start(self, rows: Sequence[int], in_order: bool = False, others: bool = False) -> PathRun:
+        """The clean runs of some prompts, with the donor's on their partners if asked."""
         select = self.metric.select(rows)
         batch = collate([self.prompts[row] for row in rows]).to(self.recipient.device)
         given = collate([self.given[row] for row in rows]).to(self.donor.device)
-        ready = PatchBatch(batch, select.reads(batch), partners(batch))
+        partner = self._partner[list(rows)].to(self.recipient.device)
+        ready = PatchBatch(batch, select.reads(batch), partner)
         here = _tokens(self.where, batch, ready.reads)
         return PathRun(
-            self.recipient, self.donor, ready, given, here, select, self.paths, self.between, in_order
+            self.recipient,
+            self.donor,
+            ready,
+            given,
+            here,
+            select,
+            self.paths,
+            self.between,
+            in_order,
+            *(beside(some, rows, self._partner) if others else None for some in (self.given, self.prompts)),
         )
 
 

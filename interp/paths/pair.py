@@ -16,8 +16,8 @@ from interp.map.component_map import DIRECTIONS
 from interp.paths.effects import path_map
 from interp.paths.in_order import paths_in_order
 from interp.paths.path import Receiver
-from interp.questions.examples import with_looked_at
-from interp.statistics import adjust, bootstrap_mean, bootstrap_ratio, sign_flip
+from interp.questions.examples import clusters_of, with_looked_at
+from interp.statistics import MIN_EXAMPLES, adjust, mean_interval, mean_test, ratio_interval
 
 if TYPE_CHECKING:
     from interp.decision import DecisionSet
@@ -80,24 +80,23 @@ def _in_order(effects: xr.Dataset, call: tuple[Any, Any, Any], settings: Mapping
     return out
 
 
-def path_table(effects: xr.Dataset, *, refused: str = "", seed: int = 0, **settings: Any) -> pd.DataFrame:
+def path_table(effects: xr.Dataset, *, refused: str = "", **settings: Any) -> pd.DataFrame:
     """Every path with intervals over examples, its control and a test.
 
     Args:
         effects: of `pair_paths` or `path_effects`.
         refused: why no recovery may be given (`interp.decision.recovery_refused`); "" where it may.
-        seed: of the resampling.
-        settings: confidence, resamples, method of `interp.statistics.bootstrap_ratio`.
+        settings: confidence, clusters of `interp.statistics.ratio_interval`.
 
     Returns:
         One row per direction and path: direction, path, sender, receiver, via, layer (of the receiver; the number of
         layers for the logits), n, direct (mean, the metric's units), recovery (sum of direct effects / sum of donor
         - recipient; NaN if refused), other_recovery (the control) and excess (recovery - control, over the examples
-        that have both), each with _low and _high; other_n; p (sign flips of the direct effects, two-sided) and
+        that have both), each with _low and _high; other_n; p (of a mean direct effect of 0, two-sided; `mean_test`) and
         p_corrected (Holm over the paths of a direction).
     """
-    settings = {"seed": seed, **settings}
     effects = _with_direction(effects)
+    settings = {"clusters": clusters_of(effects), **settings}
     tables = []
     for direction in effects["direction"].to_numpy():
         one = effects.sel(direction=direction)
@@ -107,25 +106,24 @@ def path_table(effects: xr.Dataset, *, refused: str = "", seed: int = 0, **setti
         direct = one["direct"].to_numpy()
         other = one["direct_other"].to_numpy() if "direct_other" in one else np.full_like(direct, np.nan)
         table = table.assign(**_shares(one, "direct", direct, other, refused, settings))
-        nothing = np.zeros(direct.shape[-1])
-        p = np.array([sign_flip(values, nothing, seed=seed) for values in direct])
+        p = mean_test(direct, clusters=settings["clusters"])
         tables.append(table.assign(p=p, p_corrected=adjust(p)))
     return pd.concat(tables, ignore_index=True)
 
 
-def sender_table(effects: xr.Dataset, *, refused: str = "", seed: int = 0, **settings: Any) -> pd.DataFrame:
+def sender_table(effects: xr.Dataset, *, refused: str = "", **settings: Any) -> pd.DataFrame:
     """Every sender's whole effect, the sum of its direct effects, and the interaction between them.
 
     Args:
-        effects, refused, seed, settings: as in `path_table`.
+        effects, refused, settings: as in `path_table`.
 
     Returns:
         One row per direction and sender: n, whole, sum and interaction (means, the metric's units; the last two NaN
         for a sender not all of whose paths are there), recovery (of the whole), other_recovery, excess, each with
         _low and _high; in_order_gap (largest |in order - whole| of an example), where it was measured.
     """
-    settings = {"seed": seed, **settings}
     effects = _with_direction(effects)
+    settings = {"clusters": clusters_of(effects), **settings}
     tables = []
     for direction in effects["direction"].to_numpy():
         one = effects.sel(direction=direction)
@@ -134,7 +132,7 @@ def sender_table(effects: xr.Dataset, *, refused: str = "", seed: int = 0, **set
         table = pd.DataFrame({"direction": str(direction), "sender": one["sender"].to_numpy()})
         table = table.assign(**_shares(one, "whole", whole, other, refused, settings))
         for name, values in (("sum", whole - interaction), ("interaction", interaction)):
-            table = table.assign(**_interval(name, bootstrap_mean(values, **settings)))
+            table = table.assign(**_interval(name, mean_interval(values, **settings)))
         if "in_order" in one:
             gap = np.abs(one["in_order"].to_numpy() - whole)
             table["in_order_gap"] = np.fmax.reduce(gap, axis=1)
@@ -152,11 +150,13 @@ def _shares(
 ) -> dict[str, np.ndarray]:
     difference = (one["donor"] - one["recipient"]).to_numpy()
     columns: dict[str, np.ndarray] = {"n": (~np.isnan(values)).sum(1)}
-    columns |= _interval(name, bootstrap_mean(values, **settings))
+    columns |= _interval(name, mean_interval(values, **settings))
     for share, top in (("recovery", values), ("other_recovery", other), ("excess", values - other)):
-        own = bootstrap_mean(np.where(np.isnan(top), np.nan, difference), **settings)
+        own = mean_interval(
+            np.where(np.isnan(top), np.nan, difference), **{**settings, "fewest": MIN_EXAMPLES}
+        )
         hidden = own.includes(0.0) | bool(refused)
-        ratio = _interval(share, bootstrap_ratio(top, difference, **settings))
+        ratio = _interval(share, ratio_interval(top, difference, **settings))
         columns |= {key: np.where(hidden, np.nan, column) for key, column in ratio.items()}
     return columns | {"other_n": (~np.isnan(other)).sum(1)}
 

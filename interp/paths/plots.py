@@ -42,7 +42,7 @@ def plot_path_map(table: pd.DataFrame) -> Picture:
 
     Receivers stand by layer and by q, k, v of heads or MLP, the logits on top; senders by layer, head or MLP, the
     embedding below. Recovery where the table has it, else the effect. Pale and struck through: the interval includes
-    0. Dot: not told apart from the donor on another example.
+    0. Dot: not told apart from the donor's change on another example.
 
     Args:
         table: of `interp.paths.pair.path_table`.
@@ -111,7 +111,7 @@ def plot_path_graph(table: pd.DataFrame, k: int = 12) -> Picture:
         axes.set_title(f"{DIRECTIONS.get(direction, direction)} (n = {n})", fontsize=9)
         _draw_graph(axes, one, columns, key, norm)
     _draw_bar(figure, grid, norm, key)
-    dashed = "not told apart from the donor on another example"
+    dashed = "not told apart from the donor's change on another example"
     handles = [
         Line2D([], [], color=INK, linestyle="--", label=dashed),
         Line2D(
@@ -224,7 +224,7 @@ def _legend() -> list[Any]:
         Patch(facecolor=MISSING, label="no such path"),
         Line2D(
             [], [], color=INK, marker=".", linestyle="none",
-            label="not told apart from the donor on another example",
+            label="not told apart from the donor's change on another example",
         ),
     ]  # fmt: skip
 

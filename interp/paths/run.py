@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from interp.map.cells import Donor
 from interp.metrics import Metric
 from interp.paths.path import Between, Path, Receiver, sender_hook, writes_at
 from interp.prompts import PromptBatch
-from interp.prompts.pairing import PatchBatch, borrowed
+from interp.prompts.pairing import PatchBatch
 from interp.sweep.activations import activation_of
 from interp.sweep.edits import Edit, Span
 from interp.sweep.rerun import CleanRun
@@ -48,6 +48,8 @@ class PathRun:
         paths: Sequence[Path],
         between: Between = "frozen",
         in_order: bool = False,
+        others: PromptBatch | None = None,
+        own_others: PromptBatch | None = None,
     ) -> None:
         """Runs both once.
 
@@ -61,26 +63,31 @@ class PathRun:
             paths: what will be asked for.
             between: what passes a change on between sender and receiver; see `interp.paths.path_effects`.
             in_order: keep what `interp.paths.paths_in_order` needs.
+            others, own_others: the partners of the donor's rows and of the recipient's, lined up with them; what
+                `other` is read from.
         """
         self.vlm, self.rows, self._where, self._between = recipient, rows, where, between
         senders = _stored(sender_hook(path.sender) for path in paths)
         names = [*senders, *_needed(recipient, paths, between == "mlps", in_order)]
         self.clean = CleanRun(recipient, rows.batch.inputs, dict.fromkeys(names))
-        self.donor = Donor(donor, given, senders, metric)
+        self.donor = Donor(donor, given, senders, metric, others)
+        self._own_of_others: Mapping[str, Tensor] = {}
+        if own_others is not None:
+            self._own_of_others = CleanRun(recipient, own_others.to(recipient.device).inputs, senders).cache
         self._first = int(where.any(0).nonzero()[0])
         self._kept: dict[tuple, Any] = {}
         self._passed_on: dict[tuple, Tensor] = {}
 
     def sent(self, sender: Address, other: bool = False) -> Float[Tensor, "batch pos d_model"]:
-        """The change that a sender writes: the donor's value (on another example, if asked) minus the recipient's."""
+        """The change that a sender writes: the donor's value minus the recipient's; on another example, if asked."""
 
         def make() -> Tensor:
             hook, index = sender_hook(sender), sender.index
-            own = activation_of(self.vlm, self.clean.cache.__getitem__, hook, index)
-            value = self.donor.activation(hook, index).to(own.device)
-            value = borrowed(value, False, self.rows) if other else value
+            kept = self._own_of_others if other else self.clean.cache
+            own = activation_of(self.vlm, lambda name: kept[name], hook, index)
+            value = self.donor.activation(hook, index, other=other).to(own.device)
             wide = torch.promote_types(own.dtype, torch.float32)
-            here = self._where & (self.rows.partner >= 0)[:, None] if other else self._where
+            here = self._where & self.rows.partnered[:, None] if other else self._where
             return torch.where(here[..., None].to(own.device), value.to(wide) - own.to(wide), 0.0)
 
         return self._recent(("sent", sender, other), make)

@@ -1,6 +1,7 @@
 """Planted truth: pairs whose changed components are known, and how well each localizing method finds them."""
 
 from interp.planting.kinds import DRAWN, KINDS, MOST, NULLS, TRAINED, VISIBILITY, Draws
+from interp.planting.marking import mark_table, marks
 from interp.planting.methods import INTEGRATED, METHODS, Method, Subject, chosen, relative_norm
 from interp.planting.plants import (
     CHANGES,
@@ -19,6 +20,7 @@ from interp.planting.plants import (
     truth,
 )
 from interp.planting.trial import claims_possible, effect_of_plant, trial
+from interp.planting.wired import WIRED, wired
 
 __all__ = [
     "CHANGES",
@@ -33,6 +35,7 @@ __all__ = [
     "NULLS",
     "TRAINED",
     "VISIBILITY",
+    "WIRED",
     "WITH_EXPERTS",
     "Draws",
     "Method",
@@ -44,6 +47,8 @@ __all__ = [
     "claims_possible",
     "draw",
     "effect_of_plant",
+    "mark_table",
+    "marks",
     "on_grid",
     "planted",
     "planted_and_measured",
@@ -51,4 +56,5 @@ __all__ = [
     "told_apart",
     "trial",
     "truth",
+    "wired",
 ]

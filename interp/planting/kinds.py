@@ -11,6 +11,7 @@ from hooks import FrankenlensError, HookedVLM
 from interp.map.components import Component
 from interp.planting.methods import relative_norm
 from interp.planting.plants import DECODER, EVERYWHERE, WITH_EXPERTS, Plant, candidates, draw
+from interp.planting.wired import WIRED, wired_names
 from interp.regions import NAMES, thirds
 
 KINDS: Mapping[str, str] = {
@@ -29,6 +30,11 @@ KINDS: Mapping[str, str] = {
     "projector": "the projector with RL's weights",
     "named": "the components that are named",
     "experts": "experts with RL's weights",
+    "tower": "the whole vision tower with RL's weights",
+    "query-key": "queries and keys of one group of heads with RL's weights",
+    "joint": "two MLPs that do something only together",
+    "backup": "an MLP, and another that does the same where the first does not",
+    "cancelling": "values and output matrices of one group of heads, whose changes cancel",
 }
 """In an order that seeds depend on: a new kind comes last."""
 NULLS = {"identical": "none", "bf16": "bf16", "noise": "gaussian"}
@@ -69,7 +75,7 @@ class Draws:
         """What the methods choose among."""
         if kind == "experts" or (kind == "named" and any(".expert." in name for name in self.named)):
             return candidates(self.in_, WITH_EXPERTS)
-        early = kind in ("vision", "projector") or (kind == "named" and self._names_vision)
+        early = kind in ("vision", "projector", "tower") or (kind == "named" and self._names_vision)
         return candidates(self.in_, EVERYWHERE if early else DECODER)
 
     def plant(self, kind: str, i: int) -> Plant:
@@ -81,6 +87,8 @@ class Draws:
         seed = self.seed_of(kind, i)
         if kind in NULLS:
             return Plant(noise=NULLS[kind], seed=seed)
+        if kind in WIRED:
+            return Plant(wired_names(self.in_, kind, seed), seed=seed)
         if kind == "named":
             return Plant(self.named, self.change, seed=seed)
         if kind not in DRAWN:
@@ -116,6 +124,8 @@ class Draws:
             return thirds(self.in_.n_layers).address(NAMES[i % len(NAMES)])
         if kind == "vision":
             return f"vision.blocks.{rng.randrange(len(self.in_.anatomy.vision.blocks))}"
+        if kind == "tower":
+            return "vision"
         return kind if kind == "projector" else f"blocks.{rng.randrange(self.in_.n_layers)}"
 
     def _decoys(self, names: Sequence[str], seed: int) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from interp.map.components import BEFORE_THE_DECODER, Component, cached_names
 from interp.metrics import evaluate
 from interp.pair.pair import Pair
 from interp.prompts import collate
-from interp.prompts.pairing import PatchBatch, partners
+from interp.prompts.pairing import PatchBatch
 from interp.sweep import Intervention, sweep
 from interp.transfer.grafts import Graft, grafted
 
@@ -204,7 +204,7 @@ def _patched(subject: Subject, direction: str, inner: bool) -> Effects:
             name: Donor(models[name], batch, cached_names(models[recipient], parts), select)
             for name in (donor, recipient)
         }
-        ready = PatchBatch(batch, select.reads(batch), partners(batch))
+        ready = PatchBatch(batch, select.reads(batch))
         cells = [
             cell
             for cell in cells_of(ends[donor], ends[recipient], ready, parts, _ROLES, ["donor"])

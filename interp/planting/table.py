@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import mannwhitneyu
 
 from hooks.errors import FrankenlensError
-from interp.statistics import bootstrap_mean, wilson_interval
+from interp.statistics import mean_interval, wilson_interval
 
 ALPHA = 0.05
 NOISE_QUANTILE = 0.95
@@ -71,7 +71,7 @@ def invisible(plants: pd.DataFrame) -> pd.Series:
 
     Args:
         plants: a row per pair and planted component, and one per noise pair (component ""): columns pair, component,
-            effect (`interp.planting.effect_of_plant`, nats).
+            effect (`interp.planting.effect_of_plant`, tokens).
 
     Returns:
         Whether the effect lies below the 95th percentile of those of the noise pairs; False for these.
@@ -149,7 +149,7 @@ def found_table(pairs: pd.DataFrame) -> pd.DataFrame:
         row["n_invisible"] = row["n_changed"] - group["n_visible"].sum()
         row["in_reach"] = group["n_in_reach"].sum() / row["n_changed"]
         for name in ("auroc", "precision"):
-            interval = bootstrap_mean(group[name].to_numpy())
+            interval = mean_interval(group[name].to_numpy())
             row |= {name: float(interval.value), f"{name}_low": float(interval.low)}
             row |= {f"{name}_high": float(interval.high)}
         row["auroc_visible"] = group["auroc_visible"].mean()

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float
 
 from hooks import FrankenlensError, HookedVLM
 from interp.decision import DecisionSet, find_decisions, null_pair_denominator, recovery_refused
+from interp.decision.traces import trace_logits
 from interp.map.components import Component
+from interp.pair import greedy
 from interp.pair.pair import Pair
 from interp.planting.methods import Method, Subject
 from interp.planting.plants import Plant, Planted, planted_and_measured, told_apart, truth
@@ -67,7 +70,7 @@ def trial(
             "heads, MLPs, layers, with `EVERYWHERE` vision blocks and the projector, or with `WITH_EXPERTS` experts"
         )
     among = known
-    with _planted_pair(in_, donor, plant, trace_format, template, system, instruction) as (pair, made):
+    with planted_pair(in_, donor, plant, trace_format, template, system, instruction) as (pair, made):
         settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": False}
         decisions = find_decisions(pair, examples, "soft", **settings)
         if not len(decisions):
@@ -98,15 +101,29 @@ def effect_of_plant(
     system: str | None = None,
     instruction: str = "",
 ) -> float:
-    """How far a plant moves IN's output, whatever any method says of it.
+    """How far a plant moves what IN answers, measured by no method: total variation along IN's own text.
+
+    Neither the metric nor the text of patching (which reads log odds, weighted by the difference of the two models, on
+    the copy's text): of a change of effect e, IN and the copy can be sampled together so that they write the same
+    tokens but for e of them on average.
 
     Returns:
-        Nats: the mean over examples of sum_t KL(p || q) + KL(q || p) between the planted copy and IN along the copy's
-        own greedy text (the soft metric's denominator).
+        Tokens: the mean over examples of sum_t |p - q| / 2 over the vocabulary, between the planted copy and IN, along
+        IN's greedy text.
     """
-    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": False}
-    with _planted_pair(in_, donor, plant, trace_format, template, system, instruction) as (pair, _):
-        effect = _size(find_decisions(pair, examples, "soft", **settings))
+    with (
+        planted_pair(in_, donor, plant, trace_format, template, system, instruction) as (pair, _),
+        torch.no_grad(),
+    ):
+        prompts = [pair.builder.build(example) for example in examples]
+        written = greedy(in_, prompts, max_new_tokens, batch_size)
+        traces = [prompt.with_tokens(ids) for prompt, ids in zip(prompts, written, strict=True)]
+        runs = (trace_logits(vlm, traces, batch_size) for vlm in (in_, pair.rl))
+        apart = [
+            float((own.softmax(-1) - theirs.softmax(-1)).abs().sum()) / 2
+            for (_, own), (_, theirs) in zip(*runs, strict=True)
+        ]
+    effect = float(np.mean(apart)) if apart else float("nan")
     if not np.isfinite(effect):
         raise FrankenlensError(
             f"the effect of {plant} is {effect}: no prompt can be scored, or the model overflows"
@@ -115,7 +132,7 @@ def effect_of_plant(
 
 
 @contextmanager
-def _planted_pair(
+def planted_pair(
     in_: HookedVLM,
     donor: HookedVLM,
     plant: Plant,
@@ -124,6 +141,7 @@ def _planted_pair(
     system: str | None,
     instruction: str,
 ) -> Iterator[tuple[Pair, Planted]]:
+    """IN and its planted copy as a pair, closed afterwards, and what the copy's weights hold of the plant."""
     made = planted_and_measured(in_, donor, plant)
     try:
         yield Pair(in_, made.vlm, None, trace_format, template, system, instruction=instruction), made

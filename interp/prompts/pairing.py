@@ -4,7 +4,8 @@ For two models on the same tokens (cross-model activation patching, CMAP, Prakas
 on two prompts that differ in their images (Meng et al. 2202.05262; Zhang & Nanda 2309.16042).
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,40 +13,54 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.errors import FrankenlensError
-from interp.prompts.batch import PromptBatch, in_a_strip
+from interp.prompts.batch import PromptBatch, collate, in_a_strip
 from interp.prompts.prompt import Prompt
 
 
 @dataclass(frozen=True)
 class PatchBatch:
-    """One batch ready for patching: where each role stands, and which other example each row may borrow from."""
+    """One batch ready for patching.
+
+    Attributes:
+        batch: the rows.
+        reads: the positions whose next token is decided.
+        partner: which of all prompts each row may borrow from (`partners`); -1: none; None: nothing is borrowed.
+    """
 
     batch: PromptBatch
     reads: Bool[Tensor, "batch pos"]
-    partner: Int[Tensor, " batch"]
+    partner: Int[Tensor, " batch"] | None = None
+
+    @property
+    def partnered(self) -> Bool[Tensor, " batch"]:
+        """The rows that have a partner."""
+        if self.partner is None:
+            return torch.zeros(len(self.batch), dtype=torch.bool, device=self.batch.roles.device)
+        return self.partner >= 0
 
     def where(self, role: str) -> Bool[Tensor, "batch pos"]:
         """The tokens of a role; "decision" are the positions whose next token is decided, "all" every real token."""
         return self.reads if role == "decision" else self.batch.mask(role)
 
 
-def borrowed(value: Float[Tensor, "..."], early: bool, rows: PatchBatch) -> Float[Tensor, "..."]:
-    """A donor's value with every row's part replaced by its partner's; rows without one keep their own."""
-    source = [own if other < 0 else other for own, other in enumerate(rows.partner.tolist())]
-    if not early:
-        return value[source]
-    # Images of all rows follow one another: along the first axis patches, image tokens or whole images; along the
-    # second where the first is of size one, the patches of all images being one long row.
-    sizes = [image_size(prompt) for prompt in rows.batch.prompts]
+def of_rows(value: Float[Tensor, "..."], batch: PromptBatch) -> tuple[tuple[Tensor, ...], int]:
+    """A value of the vision side cut into the parts of each row (empty where it has no image), and along which axis.
+
+    Images of all rows follow one another: along the first axis patches, image tokens or whole images; along the second
+    where the first is of size one, the patches of all images being one long row.
+
+    Raises:
+        FrankenlensError: it does not divide over the images.
+    """
+    sizes = [image_size(prompt) for prompt in batch.prompts]
     axis = 1 if value.ndim > 2 and value.shape[0] == 1 < sum(map(bool, sizes)) else 0
-    sizes = [image_area(prompt) for prompt in rows.batch.prompts] if axis else sizes
+    sizes = [image_area(prompt) for prompt in batch.prompts] if axis else sizes
     length = value.shape[axis]
     if not any(sizes) or any(size * length % sum(sizes) for size in sizes):
         raise FrankenlensError(
             f"{length} rows of the vision side do not divide over images of sizes {sizes}."
         )
-    pieces = value.split([size * length // sum(sizes) for size in sizes], dim=axis)
-    return torch.cat([pieces[row] for row in source], dim=axis)
+    return value.split([size * length // sum(sizes) for size in sizes], dim=axis), axis
 
 
 def image_grid(inputs: Mapping[str, Tensor]) -> Int[Tensor, "image side"] | None:
@@ -93,13 +108,50 @@ def _pixels(prompt: Prompt) -> Tensor | None:
     return named.get("pixel_values", next(iter(named.values()), None))
 
 
-def partners(batch: PromptBatch) -> Int[Tensor, " batch"]:
-    """For each row the next row (cyclic) with the same role at every position and images of the same size; else -1."""
-    groups: dict[tuple, list[int]] = {}
-    for row, prompt in enumerate(batch.prompts):
-        groups.setdefault((prompt.roles, image_shapes(prompt)), []).append(row)
-    found = torch.full((len(batch),), -1)
-    for members in groups.values():
-        for here, there in zip(members, members[1:] + members[:1], strict=True):
-            found[here] = there if len(members) > 1 else -1
-    return found.to(batch.roles.device)
+def partners(prompts: Sequence[Prompt]) -> Int[Tensor, " prompt"]:
+    """For each prompt another with the same role at every position and images of the same size; -1 where none is.
+
+    Of those that line up, the next in the order of what they hold (cyclic), so that neither the order of the prompts
+    nor how they are cut into batches changes whose activation a row gets. One that holds the same is no other.
+
+    Returns:
+        Numbers of prompts, as given.
+    """
+    groups: dict[tuple, dict[str, int]] = {}
+    held = [content(prompt) for prompt in prompts]
+    for row, (prompt, own) in enumerate(zip(prompts, held, strict=True)):
+        groups.setdefault((prompt.roles, image_shapes(prompt)), {}).setdefault(own, row)
+    following: dict[tuple, dict[str, int]] = {}
+    for group, rows in groups.items():
+        order = sorted(rows)
+        following[group] = dict(zip(order, [rows[one] for one in order[1:] + order[:1]], strict=True))
+    found = torch.full((len(prompts),), -1)
+    for row, (prompt, own) in enumerate(zip(prompts, held, strict=True)):
+        after = following[prompt.roles, image_shapes(prompt)]
+        found[row] = after[own] if len(after) > 1 else -1
+    return found
+
+
+def beside(
+    prompts: Sequence[Prompt], rows: Sequence[int], partner: Int[Tensor, " prompt"]
+) -> PromptBatch | None:
+    """The partners of some rows as a batch that lines up with theirs; rows without one stand there themselves.
+
+    None where no row has a partner: there is nothing to run.
+    """
+    if not bool((partner[list(rows)] >= 0).any()):
+        return None
+    chosen = [int(partner[row]) if partner[row] >= 0 else row for row in rows]
+    return collate([prompts[row] for row in chosen])
+
+
+def content(prompt: Prompt) -> str:
+    """SHA-256 of what a prompt gives to the model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(prompt.inputs.items()):
+        own = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(own.shape)} {own.dtype}".encode())
+        digest.update(
+            own.view(torch.uint8).numpy().tobytes() if own.ndim else bytes(str(own.item()), "utf-8")
+        )
+    return digest.hexdigest()

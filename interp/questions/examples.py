@@ -30,6 +30,7 @@ class Example:
         task: name of the task, `""` where there is only one.
         reasoning: a reference chain of thought, without delimiters; None where there is none.
         meta: whatever else is known (the synthetic scenes: see `interp.questions.tasks`).
+        cluster: what it shares with others that are not independent of it; "": its images (`cluster_of`).
 
     Raises:
         FrankenlensError: an image that no model could be shown.
@@ -42,6 +43,7 @@ class Example:
     task: str = ""
     reasoning: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    cluster: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", tuple(self._seen(*one) for one in enumerate(self.images, 1)))
@@ -67,6 +69,39 @@ def fingerprint(example: Example) -> str:
     for image in example.images:
         digest.update(repr((image.mode, image.size)).encode() + image.tobytes())
     return digest.hexdigest()
+
+
+def cluster_of(example: Example) -> str:
+    """What makes examples hang together: the same `cluster`, else the same images, else the same question and answer.
+
+    Intervals and tests take clusters, not examples, to be independent: five questions about one image are not five
+    images.
+    """
+    if example.cluster:
+        return f"cluster {example.cluster}"
+    if not example.images:
+        return f"question {fingerprint(example)[:16]}"
+    digest = hashlib.sha256()
+    for image in example.images:
+        digest.update(repr((image.mode, image.size)).encode() + image.tobytes())
+    return f"images {digest.hexdigest()[:16]}"
+
+
+def clusters_of(dataset: xr.Dataset, dim: str = "example") -> np.ndarray | None:
+    """The coordinate `cluster` of a result's examples; None where it has none, being older: each stands alone."""
+    return (
+        dataset["cluster"].to_numpy()
+        if "cluster" in dataset.coords and dim in dataset["cluster"].dims
+        else None
+    )
+
+
+def once_each(examples: Sequence[Example]) -> tuple[list[Example], int]:
+    """The first of every question that is asked more than once under several ids, and how many others there were."""
+    kept: dict[str, Example] = {}
+    for example in examples:
+        kept.setdefault(fingerprint(example), example)
+    return list(kept.values()), len(examples) - len(kept)
 
 
 def with_looked_at(

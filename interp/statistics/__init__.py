@@ -1,4 +1,4 @@
-"""Intervals, paired tests, corrections for families of them, and how many examples an effect needs."""
+"""Intervals, tests of means and shares, corrections for families of them, and how many examples an effect needs."""
 
 from interp.statistics.intervals import (
     MIN_EXAMPLES,
@@ -9,8 +9,17 @@ from interp.statistics.intervals import (
     bootstrap_ratio,
     interval_text,
     mean_of,
-    share_of,
     wilson_interval,
+)
+from interp.statistics.looks import levels, over_looks
+from interp.statistics.means import (
+    MIN_SHOWN,
+    Clusters,
+    difference_interval,
+    mean_interval,
+    mean_test,
+    ratio_interval,
+    reasons,
 )
 from interp.statistics.paired import (
     Discordance,
@@ -21,9 +30,13 @@ from interp.statistics.paired import (
     sign_flip,
     sign_flips,
 )
+from interp.statistics.shares import change_interval, share_interval, share_of
+from interp.statistics.swaps import swap_test
 
 __all__ = [
     "MIN_EXAMPLES",
+    "MIN_SHOWN",
+    "Clusters",
     "Discordance",
     "Interval",
     "Method",
@@ -31,13 +44,23 @@ __all__ = [
     "bootstrap_difference",
     "bootstrap_mean",
     "bootstrap_ratio",
+    "change_interval",
+    "difference_interval",
     "examples_for_mean",
     "examples_for_shares",
     "interval_text",
+    "levels",
     "mcnemar",
+    "mean_interval",
     "mean_of",
+    "mean_test",
+    "over_looks",
+    "ratio_interval",
+    "reasons",
+    "share_interval",
     "share_of",
     "sign_flip",
     "sign_flips",
+    "swap_test",
     "wilson_interval",
 ]

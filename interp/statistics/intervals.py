@@ -1,6 +1,6 @@
-"""Intervals over examples: bootstrap of ratios, means and paired differences; Wilson's interval of a share.
+"""Intervals as objects and as text; plain bootstraps of ratios, means and paired differences; Wilson's of a share.
 
-Examples are the unit of resampling throughout. NaN means that an example has no value (a role can be empty
+Examples are the unit of resampling. NaN means that an example has no value (a role can be empty
 in it); it is left out of that cell and of its `n`, and a cell without examples is NaN with n = 0.
 
 Source of the BCa interval: Efron, "Better Bootstrap Confidence Intervals", JASA 1987.
@@ -13,13 +13,13 @@ from dataclasses import dataclass, fields
 from typing import Literal, SupportsFloat
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Real
+from jaxtyping import Bool, Float, Int, Real, Shaped
 from scipy import stats
 
 Method = Literal["bca", "percentile"]
 
 MIN_EXAMPLES = 8
-"""No bootstrap interval below this: a nominal 95 % one would cover 51 % at n = 2 and 83 % at n = 5 (92 % at 8)."""
+"""Rules that hide a number (a ratio whose denominator is not told from 0) and plain bootstraps take this many."""
 
 _CHUNK = 4_000_000  # floats of one [cells resamples] block: 32 MB
 
@@ -31,12 +31,16 @@ class Interval:
     Attributes:
         value, low, high: the estimate and the ends of its interval, in the units of the data.
         n: the number of examples behind each cell.
+        reason: why a cell has no interval, "" where it has one; None: nobody said.
+        units: how many independent units (clusters) the examples make; None: as many as examples.
     """
 
     value: Float[np.ndarray, "*cells"]
     low: Float[np.ndarray, "*cells"]
     high: Float[np.ndarray, "*cells"]
     n: Int[np.ndarray, "*cells"]
+    reason: Shaped[np.ndarray, "*cells"] | None = None
+    units: Int[np.ndarray, "*cells"] | None = None
 
     def includes(self, value: float) -> Bool[np.ndarray, "*cells"]:
         """Where the interval contains `value`; False where there is no interval."""
@@ -47,7 +51,8 @@ class Interval:
         return np.asarray((self.low <= other.high) & (other.low <= self.high))
 
     def __getitem__(self, index) -> Interval:
-        return Interval(*(np.asarray(getattr(self, field.name)[index]) for field in fields(Interval)))
+        own = (getattr(self, field.name) for field in fields(Interval))
+        return Interval(*(None if one is None else np.asarray(one[index]) for one in own))  # type: ignore[arg-type]
 
 
 def interval_text(value: SupportsFloat, low: SupportsFloat, high: SupportsFloat) -> str:
@@ -92,9 +97,8 @@ def bootstrap_ratio(
 ) -> Interval:
     """Ratio of sums over examples, sum(numerator) / sum(denominator), with its bootstrap interval.
 
-    Recovery is `bootstrap_ratio(patched - recipient, donor - recipient)`. The ratio of the sums, unlike the
-    mean of the ratios, stays finite where single examples have a denominator near 0. The same resamples serve
-    all cells with the same examples, so cells can be compared.
+    A plain bootstrap, to be compared with others'. It covers less than it says: a nominal 95 % interval 88 % of normal
+    data at n = 8 and 93 % at 20, 79 and 89 % of lognormal data. What this package shows is `ratio_interval`'s.
 
     Args:
         numerator: one value per cell and example; NaN where the example has none.
@@ -110,7 +114,7 @@ def bootstrap_ratio(
 
     Example:
         >>> moved, whole = np.array([1.0, 2, 0, 1, 2, 1, 1, 0]), np.array([2.0, 3, 1, 2, 2, 2, 3, 1])
-        >>> recovery = fl.bootstrap_ratio(moved, whole)
+        >>> recovery = fl.bootstrap_ratio(moved, whole)  # BCa, as SciPy's
         >>> fl.interval_text(recovery.value, recovery.low, recovery.high)
         '0.50 [0.33, 0.69]'
     """
@@ -179,13 +183,6 @@ def wilson_interval(successes: int, n: int, *, confidence: float = 0.95) -> Inte
         return Interval(nan, nan, nan, np.array(0))
     found = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
     return Interval(*(np.array(x) for x in (successes / n, float(found.low), float(found.high), n)))
-
-
-def share_of(right: Float[np.ndarray, " example"]) -> tuple[float, float, float]:
-    """Share of 1 among outcomes (1, 0; NaN is left out) with Wilson's interval (95 %): value, low, high."""
-    there = right[~np.isnan(right)]
-    found = wilson_interval(int(there.sum()), len(there))
-    return float(found.value), float(found.low), float(found.high)
 
 
 def mean_of(values: Float[np.ndarray, " example"]) -> float:

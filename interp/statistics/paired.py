@@ -13,6 +13,7 @@ from jaxtyping import Float, Real
 from scipy import stats
 
 from hooks.errors import FrankenlensError
+from interp.statistics.means import Clusters, mean_test
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Discordance:
     Attributes:
         n: examples that both have.
         gained, lost: right after and wrong before, and the other way round.
-        p: two-sided; 1 where nothing differs.
+        p: two-sided; 1 where nothing differs, NaN where there is no example.
     """
 
     n: int
@@ -31,8 +32,15 @@ class Discordance:
     p: float
 
 
-def mcnemar(after: Real[np.ndarray, " example"], before: Real[np.ndarray, " example"]) -> Discordance:
+def mcnemar(
+    after: Real[np.ndarray, " example"],
+    before: Real[np.ndarray, " example"],
+    clusters: Clusters | None = None,
+) -> Discordance:
     """McNemar's exact (binomial) test of paired right-or-wrong outcomes (1, 0, NaN).
+
+    It takes examples to be independent. Where several make a cluster (questions about one image), p is that of
+    `interp.statistics.mean_test` over clusters; NaN where they are too few for it.
 
     Raises:
         FrankenlensError: a value is none of 0, 1 and NaN.
@@ -43,8 +51,13 @@ def mcnemar(after: Real[np.ndarray, " example"], before: Real[np.ndarray, " exam
     """
     a, b = _paired(after, before)
     if not np.isin(np.concatenate([a, b]), (0, 1)).all():
-        raise FrankenlensError("mcnemar takes outcomes that are 0, 1 or NaN; for others use sign_flip")
+        raise FrankenlensError("mcnemar takes outcomes that are 0, 1 or NaN; for others use mean_test")
     gained, lost = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+    if not len(a):
+        return Discordance(0, 0, 0, math.nan)
+    if clusters is not None and _hang_together(np.asarray(after) - np.asarray(before), clusters):
+        change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+        return Discordance(len(a), gained, lost, float(mean_test(change, clusters=clusters)))
     p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     return Discordance(len(a), gained, lost, float(p))
 
@@ -58,7 +71,9 @@ def sign_flip(
 ) -> float:
     """Two-sided p of mean(after - before) when the sign of each example's difference is a coin's.
 
-    Exact where 2^n does not exceed `resamples`; NaN where no example has both values.
+    A test of symmetry about 0, not of the mean: skewed differences whose mean is 0 are rejected in 17 to 40 % at
+    n = 8. Where a mean is claimed, use `mean_test`. Examples are taken to be independent. Exact where 2^n does not
+    exceed `resamples`; NaN where no example has both values.
 
     Example:
         >>> fl.sign_flip(np.array([2.0, 1, 3, 2]), np.zeros(4))  # 2 of the 16 choices of signs are as far from 0
@@ -187,6 +202,11 @@ def examples_for_mean(mean: float, sd: float, *, alpha: float = 0.05, power: flo
         raise FrankenlensError(f"mean {mean} and sd {sd}: the mean must differ from 0 and the sd be positive")
     n = TTestPower().solve_power(abs(mean) / sd, nobs=None, alpha=alpha, power=power)
     return max(2, math.ceil(float(np.ravel(n)[0])))
+
+
+def _hang_together(values: Float[np.ndarray, " example"], clusters: Clusters) -> bool:
+    there = ~np.isnan(values)
+    return len(np.unique(np.asarray(clusters)[there])) < int(there.sum())
 
 
 def _paired(

@@ -55,7 +55,7 @@ def steer_both(
         examples: what is asked; not those that the directions were made from.
         directions, coefficients: as in `dose_response`; RL gets the coefficients with the other sign.
         correction: as in `dose_table`, for each model.
-        seed: of the random directions and the intervals.
+        seed: of the random directions.
         settings: the rest, as in `dose_response`.
 
     Returns:
@@ -66,7 +66,7 @@ def steer_both(
     for name, vlm, sign in (("IN", pair.in_, 1.0), ("RL", pair.rl, -1.0)):
         signed = [sign * coefficient for coefficient in coefficients]
         dose = dose_response(vlm, pair.builder, examples, directions, signed, seed=seed, **settings)
-        tables.append(dose_table(dose, correction, seed=seed).assign(model=name))
+        tables.append(dose_table(dose, correction).assign(model=name))
         dims = {"condition": f"steered_{name}", "coefficient": f"coefficient_{name}"}
         own = dose.reset_coords(["group", "draw", "site", "norm", "share"]).rename(dims)
         kept.append(own.rename({variable: f"steered_{name}_{variable}" for variable in own.data_vars}))

@@ -17,9 +17,17 @@ from interp.lockstep.outcomes import graded, questions
 from interp.lockstep.run import alone
 from interp.lockstep.sampling import Sampling
 from interp.prompts import PromptBuilder
-from interp.questions.examples import Example
+from interp.questions.examples import Example, cluster_of, clusters_of
 from interp.questions.grading import grade
-from interp.statistics import adjust, bootstrap_difference, mcnemar, mean_of, share_of, sign_flip
+from interp.statistics import (
+    adjust,
+    change_interval,
+    difference_interval,
+    mcnemar,
+    mean_of,
+    mean_test,
+    share_of,
+)
 from interp.steering.directions import Direction, random_directions
 from interp.steering.steer import Steering, steer
 
@@ -113,6 +121,7 @@ def dose_response(
             "coefficient": list(coefficients),
             "example": [example.id for example in examples],
             "task": ("example", [example.task for example in examples]),
+            "cluster": ("example", [cluster_of(example) for example in examples]),
         },
         attrs={"seed": seed, "when": ", ".join(when)},
     )
@@ -125,13 +134,13 @@ def dose_table(found: xr.Dataset, correction: str = "holm", **settings) -> pd.Da
         found: what `dose_response` returns.
         correction: of the p values of the directions themselves, over directions and coefficients ("all": over its
             own).
-        settings: as in `interp.statistics.bootstrap_ratio`.
+        settings: confidence of changes and differences.
 
     Returns:
         Columns function, condition, group, draw, site, norm, share, coefficient; accuracy, low, high (Wilson); clean;
-        change, change_low, change_high (paired bootstrap), p (McNemar, exact), p_corrected; random (mean accuracy of
+        change, change_low, change_high (paired), p (McNemar, exact), p_corrected; random (mean accuracy of
         the random directions at that coefficient), above, above_low, above_high (accuracy − random, paired), p_above
-        (sign flips), p_above_corrected; n, left_out.
+        (`mean_test`), p_above_corrected; n, left_out.
     """
     rows = []
     for name, chosen in by_function(found, "task"):
@@ -154,18 +163,19 @@ def _row(one: xr.Dataset, c: int, k: int, settings) -> dict:
     drawn = one["right"].to_numpy()[(group == group[c]) & (draw >= 0), k]
     known = draw[c] < 0 and len(drawn) > 0
     chance = drawn.mean(0) if known else np.full(right.shape, np.nan)
-    accuracy, low, high = share_of(right)
-    found = {"change": bootstrap_difference(right, clean, **settings)}
-    found["above"] = bootstrap_difference(right, chance, **settings)
+    of = clusters_of(one)
+    accuracy, low, high = share_of(right, of)
+    found = {"change": change_interval(right, clean, of, **settings)}
+    found["above"] = difference_interval(right, chance, clusters=of, **settings)
     return {
         **{name: one[name].to_numpy()[c] for name in ("condition", "group", "draw", "site", "norm", "share")},
         "coefficient": float(one["coefficient"][k]),
         "accuracy": accuracy, "low": low, "high": high, "clean": share_of(clean)[0],
         **{f"{name}{end}": float(getattr(interval, at)) for name, interval in found.items()
            for end, at in (("", "value"), ("_low", "low"), ("_high", "high"))},
-        "p": mcnemar(right, clean).p,
+        "p": mcnemar(right, clean, of).p,
         "random": mean_of(chance),
-        "p_above": sign_flip(right, chance),
+        "p_above": float(mean_test(right - chance, clusters=of)),
         "n": int(found["change"].n),
         "left_out": int(np.isnan(right).sum()),
     }  # fmt: skip

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from interp.metrics import Metric
-from interp.prompts import Prompt, collate
-from interp.prompts.pairing import image_shapes
+from interp.prompts import Prompt, PromptBatch, collate
+from interp.prompts.pairing import beside, image_shapes, partners
 from interp.sweep.activations import activation_of, kept_for
 from interp.sweep.batch import BatchSweep
-from interp.sweep.intervention import Bound, Intervention, Means, bind, has_tokens, mean_key, validate
+from interp.sweep.intervention import Bound, Intervention, Means, Others, bind, has_tokens, mean_key, validate
 from interp.sweep.places import LEADING, Where, of_vision, where_label, where_mask
 from interp.sweep.shards import ShardStore
 
@@ -84,6 +84,8 @@ def sweep(
     values = np.full((len(named), len(interventions), len(prompts)), np.nan)
     clean = np.full((len(named), len(prompts)), np.nan)
     means = _means(recipient, prompts, interventions, parts, progress)
+    borrowing = any(i.kind == "resample" for i in interventions)
+    partner = partners(prompts) if borrowing else torch.full((len(prompts),), -1)
     with tqdm(
         total=len(parts) * len(interventions), desc="sweep", unit="run", disable=not progress, delay=1
     ) as bar:
@@ -91,6 +93,7 @@ def sweep(
             part = _Part(
                 recipient, source, [prompts[r] for r in rows], [given[r] for r in rows], interventions,
                 [metric.select(rows) for metric in named.values()], means, budget,
+                partner[rows], beside(prompts, rows, partner),
             )  # fmt: skip
             for name, chosen, found in part.shards(store, f"{number:05d}", bar):
                 if name == "clean":
@@ -113,15 +116,20 @@ class _Part:
         metrics: Sequence[Metric],
         means: Means,
         max_memory: int | None,
+        partner: Int[Tensor, " batch"],
+        others: PromptBatch | None,
     ) -> None:
         self.recipient, self.donor, self.given, self.metrics = recipient, donor, given, metrics
         self.interventions, self.max_memory, self.means = interventions, max_memory, means
         self.batch = collate(prompts).to(recipient.device)
+        self.others = others
+        beside_it = Others(self._other, (partner >= 0).to(recipient.device))
+        self._of_others: Mapping[str, Tensor] = {}
         self.reads = torch.stack([metric.reads(self.batch) for metric in metrics]).any(0)
         self._cache: Mapping[str, Tensor] = {}
         self._sweep: BatchSweep | None = None
         self.bound: list[Bound] = [
-            bind(i, recipient, self.batch, self._donated, self._own, means) for i in interventions
+            bind(i, recipient, self.batch, self._donated, self._own, means, beside_it) for i in interventions
         ]
 
     def shards(
@@ -159,13 +167,14 @@ class _Part:
         """Made when it is first needed."""
         if self._sweep is None:
             self._cache = self._donor_run()
+            self._of_others = self._run_of_others()
             self._sweep = BatchSweep(
                 self.recipient,
                 self.batch,
                 self.reads,
                 lambda logits, batch: torch.stack([metric(logits, batch) for metric in self.metrics]),
                 [bound.edits for bound in self.bound],
-                _cached(self.recipient, self.interventions, ("resample", "skip")),
+                _cached(self.recipient, self.interventions, ("skip",)),
                 self.max_memory,
             )
         return self._sweep
@@ -192,6 +201,21 @@ class _Part:
         with torch.no_grad():
             return self.donor.run_with_cache(batch.inputs, names, use_cache=False)[1]
 
+    def _run_of_others(self) -> Mapping[str, Tensor]:
+        names = _cached(self.recipient, self.interventions, ("resample",))
+        if self.others is None or not names:
+            return {}
+        if not bool(self.batch.with_image.any()):
+            names = [name for name in names if not of_vision(name)]
+        inputs = self.others.to(self.recipient.device).inputs
+        with torch.no_grad():
+            cache = self.recipient.run_with_cache(inputs, names, use_cache=False)[1]
+        # a module that is called once an image leaves as many: one behind the other, as an edit of it sees them
+        return {name: torch.cat(list(cache.calls(name))) for name in names}
+
+    def _other(self, hook: str, index: int | None) -> Tensor:
+        return activation_of(self.recipient, lambda name: self._of_others[name], hook, index)
+
     def _donated(self, hook: str, index: int | None) -> Tensor:
         return activation_of(self.donor, lambda name: self._cache[name], hook, index)
 
@@ -201,7 +225,7 @@ class _Part:
     def _fingerprint(self) -> str:
         """Of everything that the batch's numbers depend on and the sweep's manifest does not name."""
         digest = sha256()
-        for prompt in [*self.batch.prompts, *self.given]:
+        for prompt in [*self.batch.prompts, *self.given, *(self.others.prompts if self.others else ())]:
             digest.update(prompt.example.id.encode())
             for name, tensor in sorted(prompt.inputs.items()):
                 digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())

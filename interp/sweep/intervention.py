@@ -13,7 +13,6 @@ from hooks import FrankenlensError, HookedVLM
 from hooks.points import HookPoint
 from hooks.weights import d_mlp, site_at
 from interp.prompts import PromptBatch
-from interp.prompts.pairing import PatchBatch, borrowed, partners
 from interp.sweep.activations import INDEXED, of_index
 from interp.sweep.edits import Edit, New, Span
 from interp.sweep.places import LEADING, Where, cut_patches, where_label, where_mask
@@ -25,6 +24,25 @@ Activations = Callable[[str, int | None], Float[Tensor, "..."]]
 """Hook point and head, neuron or expert to its activation in a clean run."""
 
 
+@dataclass(frozen=True)
+class Others:
+    """A model's clean activations on every row's partner (`interp.prompts.pairing.partners`).
+
+    Attributes:
+        activation: by hook point and index.
+        there: the rows that have a partner.
+    """
+
+    activation: Activations
+    there: Bool[Tensor, " batch"]
+
+
+def _partnered(other: Others | None, batch: PromptBatch) -> Bool[Tensor, " batch"]:
+    if other is None:
+        return torch.zeros(len(batch), dtype=torch.bool, device=batch.roles.device)
+    return other.there
+
+
 @dataclass(frozen=True, eq=False)
 class Intervention:
     """One thing done to one activation.
@@ -33,9 +51,10 @@ class Intervention:
         hook: hook point, e.g. `blocks.3.attn.hook_result`.
         kind: one of `KINDS`. `replace` by `value` or, without one, by the donor's activation at the same place; `add`
             `value`; `scale` by `value`; `zero`; `mean`: the activation's mean over the tokens `where` of all prompts;
-            `resample`: that of another prompt with the same roles; `skip`: `hook_attn_out`, `hook_mlp_out` or, with
-            `hook_resid_post`, the whole block adds nothing; `knockout`: on `attn.hook_attn_scores`, the edges from
-            the keys `source` to the queries `where` are cut before the softmax.
+            `resample`: that of another prompt with the same roles (`interp.prompts.pairing.partners`), whatever the
+            batch; `skip`: `hook_attn_out`, `hook_mlp_out` or, with `hook_resid_post`, the whole block adds nothing;
+            `knockout`: on `attn.hook_attn_scores`, the edges from the keys `source` to the queries `where` are cut
+            before the softmax.
         where: tokens that are acted on; points of the vision side have none and are taken whole, but for `knockout`.
         index: head, neuron of `mlp.hook_post`, or expert of `mlp.hook_expert_out`; None for the whole activation.
         value: broadcastable to the activation (of the head, neuron or expert).
@@ -181,6 +200,7 @@ def bind(
     donor: Activations | None,
     own: Activations,
     means: Means,
+    other: Others | None = None,
 ) -> Bound:
     """The intervention on a batch.
 
@@ -191,22 +211,22 @@ def bind(
         donor: the donor's activations on this batch; asked when an edit is applied.
         own: the recipient's, clean; likewise.
         means: of the `mean` interventions.
+        other: what `resample` takes; None: nothing.
     """
     point = vlm.hook_points[intervention.hook]
     if not has_tokens(point):
         rows = batch.with_image if point.axes[0] != "batch" else batch.mask("all").any(1)
         if intervention.kind == "resample":
-            rows = rows & (partners(batch) >= 0)
+            rows = rows & _partnered(other, batch)
         if intervention.kind == "knockout":
             assert intervention.source is not None
             new = cut_patches(intervention.where, intervention.source, batch, intervention.index is not None)
         else:
-            new = _new(intervention, point, donor, own, means, batch)
+            new = _new(intervention, point, donor, own, means, other)
         return Bound((Edit(point, new, None, intervention.index),), rows)
     where = where_mask(intervention.where, batch)
     if intervention.kind == "resample":
-        other = partners(batch)
-        where = where & (other >= 0)[:, None]
+        where = where & _partnered(other, batch)[:, None]
     if intervention.kind == "knockout":
         assert intervention.source is not None
         if point.across:
@@ -216,7 +236,7 @@ def bind(
         source = where_mask(intervention.source, batch)
         edges = (where[:, :, None] & source[:, None, :]).tril()
         return Bound((Edit(point, _cut(source), where, intervention.index),), edges.flatten(1).any(1))
-    new = _new(intervention, point, donor, own, means, batch)
+    new = _new(intervention, point, donor, own, means, other)
     return Bound((Edit(point, new, where, intervention.index),), where.any(1))
 
 
@@ -244,7 +264,7 @@ def _new(
     donor: Activations | None,
     own: Activations,
     means: Means,
-    batch: PromptBatch,
+    other: Others | None,
 ) -> New:
     kind, index, value = intervention.kind, intervention.index, intervention.value
     if kind == "add":
@@ -265,12 +285,8 @@ def _new(
         pre = point.name.replace("resid_post", "resid_pre")
         return lambda activation, span: _segment(own(pre, None), point, activation, span)
     if kind == "resample":
-        other = partners(batch)
-        rows = torch.where(other >= 0, other, torch.arange(len(batch), device=other.device))
-        if not has_tokens(point) and point.axes[0] != "batch":
-            every = PatchBatch(batch, batch.mask("all"), other)
-            return lambda activation, span: borrowed(own(point.name, index), True, every).to(activation)
-        return lambda activation, span: _segment(own(point.name, index)[rows], point, activation, span)
+        assert other is not None  # no row is touched otherwise
+        return lambda activation, span: _segment(other.activation(point.name, index), point, activation, span)
     assert donor is not None
     return lambda activation, span: _segment(donor(point.name, index), point, activation, span)
 

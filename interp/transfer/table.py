@@ -10,14 +10,8 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 
-from interp.statistics import (
-    adjust,
-    bootstrap_difference,
-    bootstrap_ratio,
-    interval_text,
-    mcnemar,
-    wilson_interval,
-)
+from interp.questions.examples import clusters_of
+from interp.statistics import adjust, change_interval, interval_text, mcnemar, ratio_interval, share_interval
 
 POOLED = "all questions"
 """The task of the rows in which all questions of a metric are taken together."""
@@ -43,14 +37,14 @@ def transfer_table(
         groups: name to tasks whose examples are taken together, e.g. {"reasoning": REASONING}; a group of which a
             metric has no examples is left out.
         correction: "holm" or "bh", over the variants that are neither models nor controls, for each metric and task.
-        settings: as in `bootstrap_ratio` (seed, resamples, confidence, method).
+        settings: as in `interp.statistics.change_interval`: confidence.
 
     Returns:
         Columns: metric, task, variant, kind, control_of; value, low, high (the metric, Wilson); accuracy (of the same
         questions as they are asked, with their image where they have one; NaN where it was not measured); change,
-        change_low, change_high (against IN, paired bootstrap); gained, lost, p (McNemar, exact), p_adjusted; recovery,
+        change_low, change_high (against IN, paired); gained, lost, p (McNemar, exact), p_adjusted; recovery,
         recovery_low, recovery_high, recovery_why; of a control: excess, excess_low, excess_high (its variant minus the
-        control, paired bootstrap); unread (share whose answer cannot be read), n, left_out; norm_ratio, cosine and
+        control, paired); unread (share whose answer cannot be read), n, left_out; norm_ratio, cosine and
         held (of the update that the weights hold to the one asked for, and the share of entries in tensors that hold
         their part; NaN for models), refused (whether the variant was not run) and lacking (what the weights lack).
     """
@@ -137,13 +131,15 @@ def _row(
     names = found["variant"].to_numpy().tolist()
     own, in_, rl = right[k], right[names.index("IN")], right[names.index("RL")]
     there = own[~np.isnan(own)]
-    share = wilson_interval(int(there.sum()), len(there))
-    change = bootstrap_difference(own, in_, **settings)
-    test = mcnemar(own, in_)
+    known = clusters_of(found)
+    of = None if known is None else known[places]
+    share = share_interval(own, of)
+    change = change_interval(own, in_, of, **settings)
+    test = mcnemar(own, in_, of)
     why = found["why"].to_numpy()[k, places]
     control_of = str(found["control_of"].to_numpy()[k])
     beside = right[names.index(control_of)] if control_of else np.full_like(own, np.nan)
-    excess = bootstrap_difference(beside, own, **settings)
+    excess = change_interval(beside, own, of, **settings)
     is_in, refused = names[k] == "IN", bool(found["refused"].to_numpy()[k])
     return {
         "variant": names[k],
@@ -159,7 +155,7 @@ def _row(
         "gained": test.gained,
         "lost": test.lost,
         "p": np.nan if is_in or refused else test.p,
-        **_recovery(own, in_, rl, settings),
+        **_recovery(own, in_, rl, {**settings, "clusters": of}),
         "excess": float(excess.value),
         "excess_low": float(excess.low),
         "excess_high": float(excess.high),
@@ -182,11 +178,11 @@ def _recovery(
 ) -> Mapping[str, object]:
     if np.isnan(own).all():
         return dict.fromkeys(("recovery", "recovery_low", "recovery_high"), np.nan) | {"recovery_why": ""}
-    gap = bootstrap_difference(rl, in_, **settings)
+    gap = change_interval(rl, in_, **settings)
     if not (float(gap.low) > 0 or float(gap.high) < 0):
         reason = f"RL − IN = {interval_text(gap.value, gap.low, gap.high)} is not told from 0"
         return dict.fromkeys(("recovery", "recovery_low", "recovery_high"), np.nan) | {"recovery_why": reason}
-    ratio = bootstrap_ratio(own - in_, rl - in_, **settings)
+    ratio = ratio_interval(own - in_, rl - in_, **settings)
     return {
         "recovery": float(ratio.value),
         "recovery_low": float(ratio.low),

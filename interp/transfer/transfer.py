@@ -20,7 +20,7 @@ from interp.localization.outcomes import Grader
 from interp.pair.generation import greedy
 from interp.pair.pair import weights_sha256
 from interp.prompts import Prompt, PromptBuilder
-from interp.questions.examples import Example
+from interp.questions.examples import Example, cluster_of
 from interp.questions.grading import Ungraded, grade
 from interp.results.files import publishing
 from interp.transfer.grafts import measured_graft, require_graftable
@@ -39,12 +39,14 @@ class Outcomes:
         tasks: one per example; "" where there is only one.
         right: 1 or 0; NaN where the example could not be measured, and `why` says why not.
         why: the reason of a NaN, or what is wrong with the form of an answer that counts as wrong; "" otherwise.
+        clusters: which examples hang together (`interp.questions.examples.cluster_of`); none: each stands alone.
     """
 
     examples: tuple[str, ...]
     tasks: tuple[str, ...]
     right: tuple[float, ...]
     why: tuple[str, ...]
+    clusters: tuple[str, ...] = ()
 
 
 Metric = Callable[[HookedVLM], Outcomes]
@@ -95,6 +97,8 @@ def answers(
     if not prompts:
         raise FrankenlensError(f"no prompt can be made: {unbuilt[0] if unbuilt else 'there are no examples'}")
 
+    clusters = tuple(cluster_of(example) for example in examples)
+
     def measure(vlm: HookedVLM) -> Outcomes:
         right, why = [float("nan")] * len(examples), list(unbuilt)
         written = greedy(vlm, list(prompts.values()), max_new_tokens, batch_size)
@@ -112,7 +116,7 @@ def answers(
             except Exception as error:  # a grader may be the user's code
                 why[row] = f"the grader failed: {type(error).__name__}: {error}"
         ids, tasks = zip(*((example.id, example.task) for example in examples), strict=True)
-        return Outcomes(ids, tasks, tuple(right), tuple(why))
+        return Outcomes(ids, tasks, tuple(right), tuple(why), clusters)
 
     return measure
 
@@ -199,7 +203,7 @@ def _counted(found: xr.Dataset) -> xr.Dataset:
 def _unknown(like: Outcomes, why: str) -> Outcomes:
     """Of a variant that was not run."""
     n = len(like.examples)
-    return Outcomes(like.examples, like.tasks, (float("nan"),) * n, (why,) * n)
+    return Outcomes(like.examples, like.tasks, (float("nan"),) * n, (why,) * n, like.clusters)
 
 
 def _require_sound(
@@ -289,5 +293,6 @@ def _dataset(names: Sequence[str], metrics: Sequence[str], rows: Sequence[Sequen
             "metric": ("example", labels),
             "task": ("example", [task for own in first for task in own.tasks]),
             "id": ("example", ids),
+            "cluster": ("example", [name for own in first for name in own.clusters or own.examples]),
         },
     )

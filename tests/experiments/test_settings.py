@@ -9,10 +9,12 @@ import pytest
 
 from experiments import embedded
 from experiments.commands.map import MapConfig
+from experiments.frame import clustered
 from experiments.options import from_command_line
-from experiments.settings import load_pair, require_there
+from experiments.settings import load_pair, load_questions, require_sound, require_there
 from hooks.errors import FrankenlensError
-from interp.questions.examples import Example
+from interp.questions.examples import Example, cluster_of
+from interp.results.page import Account, Section
 
 
 def parsed(*args: str) -> MapConfig:
@@ -60,3 +62,39 @@ def test_a_template_a_system_message_and_what_is_accepted_reach_the_pair(rl: Pat
 def test_a_template_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(FrankenlensError, match="no such file: .*nowhere.jinja .--template."):
         require_there(parsed("--template", str(tmp_path / "nowhere.jinja")))
+
+
+def _rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_a_field_of_the_data_says_what_hangs_together(tmp_path: Path) -> None:
+    """Of each row its own; a row without it, and all rows by default, by their images."""
+    asked = [{"question": f"{i} + 1?", "answer": str(i + 1), "scene": scene} for i, scene in enumerate("aab")]
+    data = _rows(tmp_path / "rows.jsonl", [*asked, {"question": "9 + 1?", "answer": "10"}])
+    by_image = load_questions(parsed("--data", data)).examples
+    assert len({cluster_of(example) for example in by_image}) == 4
+    by_scene = load_questions(parsed("--data", data, "--cluster", "scene")).examples
+    found = {example.question: cluster_of(example) for example in by_scene}
+    assert found["0 + 1?"] == found["1 + 1?"] == "cluster a" and found["2 + 1?"] == "cluster b"
+    assert found["9 + 1?"].startswith("question ")
+    with pytest.raises(FrankenlensError, match="no row has the field 'video' for the cluster"):
+        load_questions(parsed("--data", data, "--cluster", "video"))
+    with pytest.raises(FrankenlensError, match="--cluster is of a file of your own"):
+        require_sound(parsed("--cluster", "scene"))
+
+
+def test_a_question_under_several_ids_is_asked_once(tmp_path: Path) -> None:
+    row = {"question": "1 + 1?", "answer": "2"}
+    data = _rows(tmp_path / "rows.jsonl", [{**row, "id": i} for i in range(4)])
+    found = load_questions(parsed("--data", data))
+    assert len(found.examples) == 1
+    assert found.left_out == {"asked already, under another id": 3}
+
+
+def test_the_account_says_how_many_clusters_there_are(tmp_path: Path) -> None:
+    section = Section("x", "X", "found", Account("measured", "3 questions"))
+    examples = [Example(str(i), (), f"{i}?", "1", cluster=scene) for i, scene in enumerate("aab")]
+    assert "3 questions in 2 clusters" in clustered(section, examples).account.n
+    assert clustered(section, examples[1:]) == section

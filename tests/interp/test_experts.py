@@ -163,7 +163,7 @@ def test_a_map_of_experts_is_drawn_and_its_controls_hold(given: Given) -> None:
     )
     theirs = (values["value"] - values["clean"]).to_numpy()[0, 0]
     assert np.abs(effect.to_numpy() - theirs).max() <= 1e-6
-    titles = [axes.get_title() for axes in plot_map(summarise(found, resamples=50)).axes]
+    titles = [axes.get_title() for axes in plot_map(summarise(found)).axes]
     assert any(title.startswith("experts") for title in titles)
 
     # Every contribution is a part of the MLP's output, so first-order estimates add up to the MLP's.

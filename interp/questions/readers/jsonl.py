@@ -28,7 +28,9 @@ NONE = "a row has null for an image, and is a question without one"
 class Fields:
     """Names of a row's fields. `image` holds an image or a list of them; all but the first two may be absent.
 
-    An image is a path, a data URI, base64, or {"bytes": ..., "path": ...} as `datasets` keeps it.
+    An image is a path, a data URI, base64, or {"bytes": ..., "path": ...} as `datasets` keeps it. `cluster` names what
+    rows share that are not independent of one another (a scene, a video, a patient); "", or a row without it: its
+    images (`interp.questions.examples.cluster_of`).
     """
 
     question: str = "question"
@@ -37,6 +39,7 @@ class Fields:
     id: str = "id"
     task: str = "task"
     reasoning: str = "reasoning"
+    cluster: str = ""
 
     @classmethod
     def parse(cls, texts: Sequence[str]) -> Fields:
@@ -139,7 +142,7 @@ def _asked(row: Row, fields: Fields) -> str:
 def _require_fields(path: Path, rows: Sequence[tuple[int, Row]], fields: Fields) -> None:
     present = dict.fromkeys(key for _, row in rows for key in row)
     for role, name in asdict(fields).items():
-        if name not in present and (role in ("question", "answer") or name != role):
+        if name and name not in present and (role in ("question", "answer") or name != role):
             raise FrankenlensError(
                 f"{path}: no row has the field {name!r} for the {role}. Fields there: {', '.join(map(str, present))}. "
                 f"Name the right one: {_naming(role)}."
@@ -190,6 +193,7 @@ def _example(n: int, row: Row, name: str, root: Path, fields: Fields) -> tuple[E
         answer=text_of(row, fields.answer),
         task=text_if_any(row, fields.task) or "",
         reasoning=text_if_any(row, fields.reasoning),
+        cluster="" if row.get(fields.cluster) is None else str(row[fields.cluster]),
         meta={"row": n} | {key: _setting(row, key) for key in META if row.get(key) is not None},
     )
     return gradable(example), [*remarks, *([NONE] if given is None and fields.image in row else [])]

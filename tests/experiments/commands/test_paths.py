@@ -66,7 +66,7 @@ def test_recoveries_are_ratios_of_sums(made: tuple[Path, Section]) -> None:
         one = effects.sel(direction=row["direction"], path=row["path"])
         expected = one["direct"].sum() / (one["donor"] - one["recipient"]).sum()
         assert row["recovery"] == pytest.approx(float(expected), rel=1e-9)
-        assert row["recovery_low"] <= row["recovery"] <= row["recovery_high"]
+        assert np.isnan(row["recovery_low"])  # too few decisions for an interval
     assert path_table(effects.isel(path=[0, 1]), refused="no difference")["recovery"].isna().all()
     assert set(section.tables["paths"]["path"]) == set(effects["path"].to_numpy())
 

@@ -1,6 +1,7 @@
 """`frankenlens planted`: its files, what it keeps, and plants that training made."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -169,3 +170,14 @@ def test_every_kind_has_a_plant_and_seeds_do_not_meet(config) -> None:
     for plant in made["decoys"]:
         assert len(plant.decoys) == 3 and not set(plant.decoys) & set(plant.components)
     pair.close()
+
+
+def test_cells_of_null_pairs_are_read_as_such(tmp_path: Path) -> None:
+    """Their sort is written "null", which pandas takes for a missing value."""
+    file = tmp_path / "marks.csv"
+    row = {"where": "null", "effect": 0.5, "floor": np.nan, "beyond": False, "refused": ""}
+    rows = pd.DataFrame([row, {**row, "where": "before", "refused": "too small"}])
+    rows.assign(random=0.1, margin=0.2).to_csv(file, index=False)
+    found = planted_pairs.read_marks(file)
+    assert found["where"].tolist() == ["null", "before"] and found["refused"].tolist() == ["", "too small"]
+    assert found["floor"].isna().all() and not found["beyond"].any() and found["effect"].tolist() == [0.5] * 2

@@ -18,7 +18,7 @@ from interp.prompts import PromptBuilder, collate
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.questions.tasks import sample
-from interp.statistics import adjust, sign_flip
+from interp.statistics import adjust, mean_test
 from tests.families import EACH_KIND, tiny
 
 
@@ -117,9 +117,9 @@ def test_models_that_learnt_nothing_stand_on_the_same_traces_and_leave_the_pair_
     assert found["model"].to_numpy().tolist() == ["in", "rl", "bf16", "random"]
     plain = attention_shift(pair, EXAMPLES, max_new_tokens=16, progress=False)
     assert plain["mass"].equals(found["mass"].sel(model=["in", "rl"]))
-    same = shift(found, "in", models=("in", "in"), resamples=200)
+    same = shift(found, "in", models=("in", "in"))
     assert (same["difference"] == 0).all() and (same["p"] == 1).all()
-    rounded = shift(found, "rl", models=("rl", "bf16"), resamples=200)
+    rounded = shift(found, "rl", models=("rl", "bf16"))
     assert 0 < rounded["difference"].abs().max() < 1e-2
     copy = deepcopy(pair.rl.model)
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_a_trace_without_reasoning_is_left_out_with_the_reason() -> None:
     found = attention_shift(base, EXAMPLES[6:], max_new_tokens=16, progress=False)
     assert set(found["why"].to_numpy().ravel()) == {"the trace has no reasoning tokens"}
     assert found["mass"].isnull().all()
-    table = shift(found, resamples=200)
+    table = shift(found)
     assert table["difference"].isna().all() and set(table["n"]) == {0} and set(table["left_out"]) == {6}
 
 
@@ -170,18 +170,18 @@ def test_shift_of_planted_differences() -> None:
         {"mass": (dims, mass), "n_source": (("trace", "example"), n_source)},
         coords={"model": ["in", "rl"], "trace": ["in", "rl"], "layer": range(3), "head": range(2)},
     )
-    own = shift(found, resamples=300)
+    own = shift(found)
     before, after = mass[0, 0].mean(1), mass[1, 1].mean(1)
     np.testing.assert_allclose(own["difference"], np.nanmean(after - before, axis=-1))
     assert own["n"].tolist() == [29, 30, 30] and own["left_out"].tolist() == [1, 0, 0]
     np.testing.assert_allclose(own["after"], np.nanmean(after, axis=-1))
     assert (own["before_low"] < own["before"]).all() and (own["before"] < own["before_high"]).all()
-    assert own["p"].tolist() == [sign_flip(a, b) for a, b in zip(after, before, strict=True)]
+    assert own["p"].tolist() == [mean_test(a - b) for a, b in zip(after, before, strict=True)]
     np.testing.assert_allclose(own["p_corrected"], adjust(own["p"].to_numpy()))
     assert own["p_corrected"][2] < 0.01 < own["p_corrected"][0]
-    shared = shift(found, "in", resamples=300)
+    shared = shift(found, "in")
     np.testing.assert_allclose(shared["difference"], np.nanmean(mass[1, 0].mean(1) - before, axis=-1))
-    heads = shift(found, "rl", per="head", measure="mean", resamples=300)
+    heads = shift(found, "rl", per="head", measure="mean")
     assert (heads["layer"].tolist(), heads["head"].tolist()) == ([0, 0, 1, 1, 2, 2], [0, 1] * 3)
     expected = np.nanmean(mass[1, 1] - mass[0, 1], axis=-1).ravel() / 16
     np.testing.assert_allclose(heads["difference"], expected)

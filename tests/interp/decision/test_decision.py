@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,15 @@ import torch
 from experiments import embedded
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
-from interp.decision import find_decisions, null_pair_denominator, recovery_refused, two_by_two
-from interp.decision.controls import Null, RandomUpdate, changed_weights, null_changes
+from interp.decision import (
+    changed_weights,
+    find_decisions,
+    null_changes,
+    null_pair_denominator,
+    recovery_refused,
+    two_by_two,
+)
+from interp.decision.null_pairs import Null, RandomUpdate
 from interp.map import attribute, component_map
 from interp.metrics import KLToReference, TraceLogLikelihood, evaluate
 from interp.pair.generation import greedy
@@ -52,9 +59,12 @@ def made_pair(family: str, size: float = 0.15) -> Pair:
 
 @cache
 def many(family: str) -> tuple[Example, ...]:
-    """Enough of them for an interval (`interp.statistics.MIN_EXAMPLES`)."""
+    """Enough of them for the rules that hide numbers (`interp.statistics.MIN_EXAMPLES`), each with its own images."""
+    made = tiny(family, 3)
     return tuple(
-        replace(e, id=f"{e.id}-{i}", question=f"{e.question} {i}") for i in range(3) for e in examples(family)
+        replace(e, id=f"{e.id}-{i}", images=tuple(made.images(len(e.images), seed=5 * i + k)))
+        for i in range(3)
+        for k, e in enumerate(examples(family))
     )
 
 
@@ -194,12 +204,12 @@ def test_soft_needs_no_divergence_and_weighs_the_difference_of_probabilities(fam
 
 def test_what_stands_beside_a_recovery():
     pair = made_pair("qwen2_5_vl")
-    found = find_decisions(pair, many("qwen2_5_vl"), "first", **SETTINGS)
-    told = json.loads(json.dumps(found.summary(seed=1)))
+    found = find_decisions(pair, examples("qwen2_5_vl"), "first", **SETTINGS)
+    told = json.loads(json.dumps(found.summary(fewest=5)))
     difference = found.rl_values - found.in_values
     assert told["denominator"]["value"] == pytest.approx(difference.mean())
     assert told["denominator"]["low"] <= difference.mean() <= told["denominator"]["high"]
-    assert told["n_prompts"] == 15 and told["n_qualify"] == told["denominator"]["n"] == len(found)
+    assert told["n_prompts"] == 5 and told["n_qualify"] == told["denominator"]["n"] == len(found)
     assert sum(entry["n"] for entry in told["token_pairs"]) == len(found)
     assert told["units"] == "nats" and told["trace_index"]["max"] == max(
         d.index or 0 for d in found.decisions
@@ -286,7 +296,7 @@ def test_the_random_pair_has_the_norm_of_the_update_in_every_tensor(monkeypatch)
             seen.append({name: (p - before[name]).norm() for name, p in vlm.model.named_parameters()})
         return evaluate(vlm, prompts, metric, batch_size)
 
-    monkeypatch.setattr("interp.decision.controls.evaluate", spy)
+    monkeypatch.setattr("interp.decision.null_pairs.evaluate", spy)
     null_pair_denominator(pair, found)
     theirs = dict(pair.rl.model.named_parameters())
     for name, norm in seen[0].items():
@@ -323,13 +333,14 @@ def test_a_recovery_needs_a_denominator_above_those_of_nothing():
     def interval(low, high):
         return Interval(np.array((low + high) / 2), np.array(low), np.array(high), np.array(9))
 
+    refused = partial(recovery_refused, clusters=None)  # nine values of no prompt
     with_values = dataclasses.replace(found, in_values=np.zeros(9), rl_values=np.linspace(2.0, 3.0, 9))
-    assert recovery_refused(with_values, {"random": interval(-0.1, 0.1)}) == ""
-    assert "(random)" in recovery_refused(with_values, {"random": interval(1.0, 2.9)})
-    assert "(random)" in recovery_refused(with_values, {"random": interval(5.0, 6.0)})
+    assert refused(with_values, {"random": interval(-0.1, 0.1)}) == ""
+    assert "(random)" in refused(with_values, {"random": interval(1.0, 2.9)})
+    assert "(random)" in refused(with_values, {"random": interval(5.0, 6.0)})
     centred = dataclasses.replace(found, in_values=np.zeros(9), rl_values=np.linspace(-1.0, 1.0, 9))
-    assert "of 9 of 2 prompts, includes 0; give more than 2 examples (--n)" in recovery_refused(centred, {})
-    assert "--decision" in recovery_refused(dataclasses.replace(centred, choice="first"), {})
+    assert "of 9 of 2 prompts, includes 0; give more than 2 examples (--n)" in refused(centred, {})
+    assert "--decision" in refused(dataclasses.replace(centred, choice="first"), {})
 
 
 def test_changed_weights_are_put_back_even_after_an_error():
@@ -428,9 +439,9 @@ def test_a_random_pair_that_is_too_small_is_refused_and_a_refusal_says_its_size(
     assert float(nulls["random, own decisions"].value) >= 0
     large = Null.beside(Interval(np.array(9.0), np.array(8.0), np.array(10.0), np.array(9)), null.held)
     with_values = dataclasses.replace(found, in_values=np.zeros(9), rl_values=np.linspace(2.0, 3.0, 9))
-    told = recovery_refused(with_values, {"random": large})
+    told = recovery_refused(with_values, {"random": large}, clusters=None)
     assert f"whose update has {null.held.norm_ratio:.2f} of the norm of RL's" in told
-    monkeypatch.setattr("interp.decision.controls.as_large", lambda own, update, seed: own)
+    monkeypatch.setattr("interp.decision.null_pairs.as_large", lambda own, update, seed: own)
     with pytest.raises(
         FrankenlensError, match="the random update beside RL's: weights in bfloat16 hold 0.00"
     ):

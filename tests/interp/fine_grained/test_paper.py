@@ -106,7 +106,7 @@ def test_the_metrics_are_the_papers_formulas(models, builder, asked, measured) -
 
 def test_table_2_has_the_metrics_and_accuracy_stays_a_column(models, builder, asked, measured) -> None:
     _, found = measured
-    table = transfer_table(found, resamples=50)
+    table = transfer_table(found)
     wanted = {
         name: by_the_formulas(vlm, builder, asked) for name, vlm in zip(("IN", "RL"), models, strict=True)
     }

@@ -93,3 +93,24 @@ def test_the_figure_has_every_arm_at_its_accuracy() -> None:
     markers = [np.asarray(line.get_xydata()) for line in left.lines if line.get_marker() in ("o", "D", "s")]
     points = {float(x): float(y) for some in markers for x, y in some}
     assert points == pytest.approx({70.0: 0, 72.0: 1, 45.0: 2})
+
+
+def test_questions_of_one_cluster_count_as_one() -> None:
+    """Every question four times: the interval and the p of those asked once, and not those of four times as many."""
+    fourfold = [
+        Retrained(one.arm, one.kind, one.seed, one.frozen, one.n_frozen, np.repeat(one.right, 4), 0.0)
+        for one in runs()
+    ]
+    of = [str(i) for i in range(N) for _ in range(4)]
+    groups = {"reasoning": list(range(400))}
+    tables = (
+        losses(runs(), IN, {"reasoning": GROUPS["reasoning"]}),
+        losses(fourfold, np.repeat(IN, 4), groups),
+        losses(fourfold, np.repeat(IN, 4), groups, of),
+    )
+    once, alone, together = (table.query("arm == 'Early'").iloc[0] for table in tables)
+    widths = [one["change_high"] - one["change_low"] for one in (once, alone, together)]
+    assert widths[2] == pytest.approx(widths[0], rel=0.1) and widths[1] < 0.6 * widths[0]
+    share = [one["share_high"] - one["share_low"] for one in (once, alone, together)]
+    assert share[2] == pytest.approx(share[0], rel=1e-6) and share[1] < 0.6 * share[0]
+    assert alone["p"] < together["p"] < 1e-3

@@ -3,6 +3,7 @@ and state dicts put together by hand."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -264,6 +265,40 @@ def test_a_recovery_is_judged_by_the_ratio_of_sums(direction, bound, verdict) ->
     assert found[0].p == pytest.approx(found[1].p_against)
 
 
+@pytest.mark.parametrize("direction", ["rl_to_in", "in_to_rl"])
+@pytest.mark.parametrize(
+    ("control", "verdict"), [(0.1, "supported"), (1.0, "undecided"), (-1.0, "undecided")]
+)
+def test_a_control_that_moves_more_than_the_component_is_no_support(direction, control, verdict) -> None:
+    """Recovery 0.5 against 0.2: the control's size counts, whatever its sign; of something small nothing is asked."""
+    rng = np.random.default_rng(9)
+    way = 1 if direction == "rl_to_in" else -1
+    total = rng.lognormal(0, 0.3, 60)
+    noise = rng.normal(0, 0.1, (2, 60))
+    own = Measured(way * (0.5 * total + noise[0]), way * (control * total + noise[1]), way * total, "nats")
+    claims = [
+        _claim("much", direction=direction),
+        _claim("little", direction=direction, at_least=None, at_most=0.7),
+    ]
+    by_name = {claim.name: claim for claim in claims}
+    found = judge(
+        Family("f", tuple(claims)),
+        by_name,
+        dict.fromkeys(by_name, own),
+        dict.fromkeys(by_name, "held out"),
+        resamples=20,
+    )
+    assert found[0].p < 1e-6
+    assert (found[0].verdict, found[1].verdict) == (verdict, "supported")
+    assert ("moves as much or more" in found[0].reason) == (verdict == "undecided")
+    over: Any = stats.ttest_1samp(
+        abs(own.effect) - np.sign(control) * way * own.control, 0, alternative="greater"
+    )
+    expected = over.pvalue
+    assert (found[0].p_control < 0.05) == (expected < 0.05)
+    assert found[0].control_says == ("beyond control" if verdict == "supported" else "not told from control")
+
+
 def test_a_paired_accuracy_against_0_is_mcnemars_exact_test() -> None:
     d = np.zeros(200)
     d[:7] = 1
@@ -273,17 +308,20 @@ def test_a_paired_accuracy_against_0_is_mcnemars_exact_test() -> None:
     assert float(below) == pytest.approx(max(stats.binomtest(7, 8, alternative="less").pvalue, float(below)))
 
 
-def test_too_few_examples_or_no_variation_give_no_verdict() -> None:
+def test_too_few_examples_give_no_verdict_and_no_variation_an_exact_one() -> None:
     few = np.full(60, np.nan)
     few[: MIN_TESTED - 1] = np.random.default_rng(0).normal(5, 1, MIN_TESTED - 1)
     claims = [_claim("few", quantity="effect"), _claim("same", quantity="effect")]
     found = _judged(claims, [(few, np.ones(60)), (np.full(60, 0.3), np.ones(60))])
-    assert [v.verdict for v in found] == ["undecided", "undecided"]
+    assert [v.verdict for v in found] == ["undecided", "supported"]
     assert (
         found[0].reason
         == f"{MIN_TESTED - 1} examples have a value; a verdict takes {MIN_TESTED}: give more (--n)"
     )
-    assert found[1].reason == "every example has the same value"
+    bound = claims[1].bound  # an example can lie as far below it as the whole, 1 nat, the other way
+    none = (1 - (0.3 - bound) / (0.3 - bound + 1 + bound)) ** 60
+    assert found[1].p == pytest.approx(2 * none)  # Holm, of two
+    assert found[1].reason == "" and np.isnan(float(found[1].interval.low))
 
 
 def test_no_recovery_is_judged_where_rl_and_in_do_not_differ() -> None:
@@ -343,7 +381,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def held_out() -> list[Example]:
-    return sample("sum", 40, seed=11, split="map")
+    return sample("sum", 52, seed=11, split="map")
 
 
 @pytest.fixture(scope="module")

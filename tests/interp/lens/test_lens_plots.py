@@ -26,7 +26,7 @@ from interp.lens.tables import (
 from interp.prompts import PromptBuilder
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
-from interp.statistics import bootstrap_mean, sign_flip
+from interp.statistics import mean_interval, mean_test
 from tests.families import EACH_KIND, FAMILIES, QWEN, tiny
 from tests.interp.lens.lens_models import family, prompts_of
 
@@ -109,24 +109,25 @@ ROLES = [["image", "question", "template", "answer"]] * 12
 
 def test_tables_are_means_over_tokens_then_prompts_with_the_houses_intervals() -> None:
     rng = np.random.default_rng(0)
-    roles = [*ROLES, ["question", "answer", "answer"]]
-    values = rng.uniform(1, 2, (2, 2, 51))
+    roles = [*ROLES[:1] * 40, ["question", "answer", "answer"]]
+    values = rng.uniform(1, 2, (2, 2, 163))
     lens = _lens(values, roles, "model", ["in", "rl"])
     assert roles_of(lens) == ["image", "question", "answer", "template", BEFORE_ANSWER]
     row, role = lens["row"].to_numpy(), lens["role"].to_numpy()
-    expected = np.stack([values[..., (row == r) & (role == "answer")].mean(-1) for r in range(13)], -1)
+    expected = np.stack([values[..., (row == r) & (role == "answer")].mean(-1) for r in range(41)], -1)
     np.testing.assert_allclose(per_prompt(lens["kl"], "answer"), expected)
     before = per_prompt(lens["kl"], BEFORE_ANSWER)
     np.testing.assert_allclose(before[..., 0], values[..., 2])
-    np.testing.assert_allclose(before[..., 12], values[..., 48])
-    assert np.isnan(per_prompt(lens["kl"], "image")[..., 12]).all()
+    np.testing.assert_allclose(before[..., 40], values[..., 160])
+    assert np.isnan(per_prompt(lens["kl"], "image")[..., 40]).all()
     table = own_table(lens)
     one = table.query("model == 'rl' and role == 'answer' and layer == 1").iloc[0]
-    interval = bootstrap_mean(expected[1, 1], seed=0)
+    interval = mean_interval(expected[1, 1])
+    assert np.isfinite(interval.low)
     np.testing.assert_allclose(
         [one["kl"], one["kl_low"], one["kl_high"]], [interval.value, interval.low, interval.high]
     )
-    assert table.query("role == 'image'")["n"].unique().tolist() == [12]
+    assert table.query("role == 'image'")["n"].unique().tolist() == [40]
     agrees = per_prompt(
         (lens["token_id"].isel(rank=0) == lens["final_id"]).transpose(*lens["kl"].dims), "answer"
     )
@@ -135,22 +136,36 @@ def test_tables_are_means_over_tokens_then_prompts_with_the_houses_intervals() -
 
 def test_the_excess_is_over_the_null_that_is_nearest() -> None:
     rng = np.random.default_rng(1)
-    values = rng.uniform(1, 2, (3, 2, 48))
+    values = rng.uniform(1, 2, (3, 2, 160))
     values[1] -= 1
     values[0, 1] += 3
-    table = apart_table(_lens(values, ROLES, "comparison", ["rl", "bf16", "random"]))
-    image = np.arange(48) % 4 == 0
+    table = apart_table(_lens(values, ROLES[:1] * 40, "comparison", ["rl", "bf16", "random"]))
+    image = np.arange(160) % 4 == 0
     one = table.query("comparison == 'rl' and role == 'image' and layer == 1").iloc[0]
     np.testing.assert_allclose(one["excess"], (values[0, 1] - values[2, 1])[image].mean())
-    np.testing.assert_allclose(one["p"], sign_flip(values[0, 1][image], values[2, 1][image]))
+    np.testing.assert_allclose(one["p"], mean_test((values[0, 1] - values[2, 1])[image]))
     assert one["p_corrected"] < 0.05 and table.query("comparison != 'rl'")["excess"].isna().all()
     assert abs(table.query("comparison == 'rl' and role == 'image' and layer == 0")["excess"].iloc[0]) < 0.5
 
 
+def test_prompts_about_one_image_count_as_one() -> None:
+    """Every prompt twice: the interval of those given once."""
+    rng = np.random.default_rng(3)
+    values = rng.uniform(1, 2, (2, 2, 160))
+    once = _lens(values, ROLES[:1] * 40, "model", ["in", "rl"])
+    twice = _lens(np.concatenate([values, values], -1), ROLES[:1] * 80, "model", ["in", "rl"])
+    of = np.array([f"image {row % 40}" for row in twice["row"].to_numpy()])
+    columns = ["kl", "kl_low", "kl_high"]
+    expected = own_table(once)[columns]
+    together = own_table(twice.assign_coords(cluster=("token", of)))[columns]
+    np.testing.assert_allclose(together, expected)
+    assert (own_table(twice)["kl_low"] > expected["kl_low"]).all()  # taken for twice as many
+
+
 def test_answers_and_attribution_are_paired() -> None:
     rng = np.random.default_rng(2)
-    stays = np.stack([rng.integers(4, 8, 20), rng.integers(2, 6, 20)])
-    word = np.array([["1"] * 20, ["1"] * 15 + ["2"] * 5])
+    stays = np.stack([rng.integers(4, 8, 40), rng.integers(2, 6, 40)])
+    word = np.array([["1"] * 40, ["1"] * 30 + ["2"] * 10])
     layers = ("model", "token"), stays
     held = {"appears": layers, "stays": layers, "word": (("model", "token"), word)}
     answers = xr.Dataset(held, {"model": ["in", "rl"]})
@@ -160,7 +175,7 @@ def test_answers_and_attribution_are_paired() -> None:
     assert table["same_answer"].tolist() == [0.75] * 2 and (table["random_difference"] == 0).all()
     np.testing.assert_allclose(table["p_corrected"], np.minimum(2 * table["p"], 1))
 
-    parts = rng.normal(0, 1, (2, 3, 20))
+    parts = rng.normal(0, 1, (2, 3, 40))
     parts[:, 2] = 0
     names = ["embed", "blocks.0.mlp", "rounding"]
     about = {"kind": ["embed", "mlp", "rounding"], "sublayer": names, "layer": [-1, 0, -1], "head": [-1] * 3}

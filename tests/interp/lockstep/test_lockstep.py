@@ -39,7 +39,7 @@ from interp.prompts.reading import TraceReader
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.questions.tasks import grade, sample
-from interp.statistics import bootstrap_difference, mcnemar
+from interp.statistics import change_interval, mcnemar
 from tests.families import FAMILIES, QWEN, redraw, tiny, tiny_processor
 from tests.hooks.interventions import intervention
 
@@ -490,10 +490,10 @@ def test_confirm_is_lockstep_graded_and_paired(pair) -> None:
     np.testing.assert_allclose(
         found["share_donor"].sel(direction="rl_to_in", condition="one")[:-1], [f.share for f in followed]
     )
-    table = confirmation(drawn, resamples=200)
+    table = confirmation(drawn)
     row = table.loc[(table["function"] == "all") & (table["direction"] == "rl_to_in")].iloc[0]
     before = found["own"].sel(model="in").to_numpy()[:-1]
-    interval = bootstrap_difference(right, before, resamples=200)
+    interval = change_interval(right, before)
     assert (row["change"], row["change_low"]) == (pytest.approx(interval.value), pytest.approx(interval.low))
     test = mcnemar(right, before)
     assert (row["p"], row["gained"], row["lost"], row["n"]) == (test.p, test.gained, test.lost, 16)
@@ -502,7 +502,7 @@ def test_confirm_is_lockstep_graded_and_paired(pair) -> None:
         chance.mean()
     )
     assert (drawn["draw"].to_numpy() == [-1, 0, 1]).all()
-    assert confirmation(found, resamples=200)["left_out"].max() == 1
+    assert confirmation(found)["left_out"].max() == 1
     assert found["direction"].to_numpy().tolist() == ["rl_to_in", "in_to_rl"]
 
 

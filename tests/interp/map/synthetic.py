@@ -7,7 +7,7 @@ import xarray as xr
 
 from interp.map.summary import summarise
 from interp.results.files import provenance
-from interp.statistics import bootstrap_mean
+from interp.statistics import mean_interval
 
 ROLES = ("image", "question", "reasoning", "template", "decision", "all")
 
@@ -24,8 +24,9 @@ def _components(layers: int, heads: int, vision: int) -> list[tuple[str, str, in
 def synthetic_map(layers=9, heads=4, vision=3, examples=48, seed=0, size=3.0):
     """A map whose change lies in the MLP of two thirds up and in its head 1, at the decision; the rest is noise.
 
-    `size` is the mean denominator in nats. The control of `blocks.1.attn` at the question is as strong as the patch
-    itself. The reasoning role is empty in every fifth example; vision has only the role "image".
+    `size` is the mean denominator in nats. Random directions do as much as the patch of `blocks.1.attn` at the
+    question, with the other sign; the change of the MLP is any example's, that of head 1 its own.
+    The reasoning role is empty in every fifth example; vision has only the role "image".
     """
     rng = np.random.default_rng(seed)
     rows = _components(layers, heads, vision)
@@ -48,12 +49,15 @@ def synthetic_map(layers=9, heads=4, vision=3, examples=48, seed=0, size=3.0):
     noise = rng.normal(0, 0.15, (2, len(rows), len(ROLES), examples))
     effect = share[None, :, :, None] * gap + noise
     control = rng.normal(0, 0.15, effect.shape)
+    random = rng.normal(0, 0.15, (2, *effect.shape))
     odd = names.tolist().index("blocks.1.attn")
-    control[:, odd, ROLES.index("question")] += 0.25 * gap
+    random[:, :, odd, ROLES.index("question")] -= 0.25 * gap
+    whole = names.tolist().index(f"blocks.{top}.mlp")
+    control[:, whole] = effect[:, whole] + rng.normal(0, 0.02, effect[:, whole].shape)
     effect[1] *= -1
     control[1] *= -1
     early = np.isin(points, ["vision", "projector"])
-    for array in (effect, control):
+    for array in (effect, control, *random):
         array[:, early, 1:] = np.nan
         array[:, :, ROLES.index("reasoning"), ::5] = np.nan
     control[..., -1] = np.nan
@@ -62,6 +66,7 @@ def synthetic_map(layers=9, heads=4, vision=3, examples=48, seed=0, size=3.0):
     return xr.Dataset(
         {
             "effect": (cells, effect),
+            "control_random": (("draw", *cells), random),
             "control_other": (cells, control),
             "control_self": (("direction", "component"), np.zeros((2, len(rows)))),
             "recipient": (("direction", "example"), recipient),
@@ -83,10 +88,23 @@ def synthetic_map(layers=9, heads=4, vision=3, examples=48, seed=0, size=3.0):
     )
 
 
+def synthetic_noise(effects, pairs=4, size=0.12, seed=1):
+    """Noise pairs of such a map: every cell's mean is drawn; attention at the question reaches 1 nat once."""
+    rng = np.random.default_rng(seed)
+    dims = ("noise_pair", "reading", "component", "role")
+    shape = (pairs, 2, *(effects.sizes[name] for name in dims[2:]))
+    means = rng.normal(0, size / 3, shape).clip(-size, size)
+    names = effects["component"].to_numpy().tolist()
+    means[2, 1, names.index("blocks.0.attn"), ROLES.index("question")] = -1.0
+    coords = {"noise_pair": range(pairs), "reading": ["same", "own"]}
+    coords |= {name: effects[name].to_numpy() for name in dims[2:]}
+    return xr.Dataset({"noise_effect": (dims, means), "noise_n": (dims, np.full(shape, 16))}, coords=coords)
+
+
 NULLS = {
-    "bf16": bootstrap_mean(np.linspace(-0.001, 0.002, 30)),
-    "random": bootstrap_mean(np.linspace(-0.03, 0.07, 30)),
-    "random, own decisions": bootstrap_mean(np.linspace(0.1, 0.3, 12)),
+    "bf16": mean_interval(np.linspace(-0.001, 0.002, 40)),
+    "random": mean_interval(np.linspace(-0.03, 0.07, 40)),
+    "random, own decisions": mean_interval(np.linspace(0.1, 0.3, 40)),
 }
 REFUSED = (
     "the denominator, 0.05 [0.04, 0.06], is not above that of a pair that learnt nothing "
@@ -94,10 +112,11 @@ REFUSED = (
 )
 
 
-def synthetic_result(refused="", resamples=200, **settings):
+def synthetic_result(refused="", **settings):
     """A summary with all that the page prints."""
     effects = synthetic_map(**settings)
-    result = summarise(effects, nulls=NULLS, refused=refused, resamples=resamples)
+    noise = synthetic_noise(effects)
+    result = summarise(effects, noise=noise, nulls=NULLS, refused=refused)
     ends = effects["recipient"].sel(direction="rl_to_in"), effects["donor"].sel(direction="rl_to_in")
     low, high = (end.drop_vars("direction") for end in ends)
     corners = [[low, low + 0.4 * (high - low)], [low + 0.5 * (high - low), high]]

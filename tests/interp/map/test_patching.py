@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from hooks import FrankenlensError, HookedVLM, graft, weight_slices
-from interp.map.cells import Donor, edits_of
+from interp.map.cells import KINDS, Donor, edits_of
 from interp.map.component_map import DIRECTIONS, _map, patch
 from interp.map.components import BEFORE_THE_DECODER, POINTS, cached_names, components
 from interp.metrics import LogitDifference, SoftDifference
 from interp.prompts import PromptBuilder, collate
+from interp.prompts.pairing import PatchBatch, beside, partners
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
+from interp.sweep.edits import Span
 from interp.sweep.rerun import CleanRun
 from tests.families import EACH_KIND, redraw, tiny
 
@@ -84,21 +86,23 @@ def test_rerun_is_a_full_forward_bit_for_bit(duo) -> None:
 def test_a_component_from_the_same_model_changes_nothing_at_all(duo) -> None:
     given, vlm, _ = duo
     wanted = components(vlm, POINTS)
-    batch = collate(_prompts(given, 2))
+    prompts = _prompts(given, 2)
+    batch = collate(prompts)
+    ready = PatchBatch(batch, batch.mask("decision"), partners(prompts))
     run = CleanRun(vlm, batch.inputs)
-    own = Donor(
-        vlm, batch, cached_names(vlm, wanted), LogitDifference(torch.tensor([1, 2]), torch.tensor([5, 6]))
-    )
+    metric = LogitDifference(torch.tensor([1, 2]), torch.tensor([5, 6]))
+    own = Donor(vlm, batch, cached_names(vlm, wanted), metric, beside(prompts, [0, 1], partners(prompts)))
     for component in wanted:
-        early = component.point in BEFORE_THE_DECODER
-        edits = edits_of(own, own, component, None if early else batch.mask("all"), early)
+        where = None if component.point in BEFORE_THE_DECODER else batch.mask("all")
+        edits = [edit for kind in KINDS for edit in edits_of(own, own, component, where, ready, kind)]
         assert torch.equal(run.rerun([edit.hook() for edit in edits]), run.logits), component
 
 
 def test_head_result_patch_equals_plain_hooks(duo) -> None:
     """Head 1 of layer 1, the last two tokens, the donor's own W_O; by a plain hook on the output projection."""
     given, recipient, donor = duo
-    batch = collate(_prompts(given, 1))
+    prompts = _prompts(given, 1)
+    batch = collate(prompts)
     inputs = batch.inputs
     block = recipient.anatomy.text.blocks[1]
     head = slice(block.d_head, 2 * block.d_head)
@@ -126,7 +130,8 @@ def test_head_result_patch_equals_plain_hooks(duo) -> None:
         source, own = (Donor(vlm, batch, ["blocks.1.attn.hook_z"], metric) for vlm in (donor, recipient))
         where = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
         where[:, -2:] = True
-        (edit,) = edits_of(own, source, component, where, early=False)
+        ready = PatchBatch(batch, where, partners(prompts))
+        (edit,) = edits_of(own, source, component, where, ready)
         got = CleanRun(recipient, inputs).rerun([edit.hook()])
     scale = max(1.0, expected.abs().max().item())
     assert (got - expected).abs().max() <= 1e-5 * scale
@@ -139,8 +144,9 @@ def test_map_has_exact_controls_and_leaves_empty_roles_empty(duo) -> None:
     metric = LogitDifference(torch.tensor([1, 2, 3]), torch.tensor([5, 6, 7]))
     roles = ["image", "answer", "decision", "all"]
     ds = _map(
-        {"in": in_, "rl": rl}, {"in": prompts, "rl": prompts}, metric, DIRECTIONS, POINTS, roles, 3, False
-    )
+        {"in": in_, "rl": rl}, {"in": prompts, "rl": prompts}, metric, DIRECTIONS, POINTS, roles, 3, False,
+        n_random=2,
+    )  # fmt: skip
     assert (ds.control_self == 0).all()
     assert ds.effect.sel(role="answer").isnull().all()
     early = ds.point.isin(["vision", "projector"])
@@ -153,8 +159,57 @@ def test_map_has_exact_controls_and_leaves_empty_roles_empty(duo) -> None:
         scale = max(1.0, expected.abs().max().item())
         got = ds[name].sel(direction="rl_to_in").values
         np.testing.assert_allclose(got, expected.numpy(), atol=2e-5 * scale)
-    other = ds.control_other.sel(role="all", component=~early)
-    assert other.notnull().any() and (abs(other - ds.effect.sel(role="all", component=~early)) > 1e-4).any()
+    whole = ds.sel(role="all", component=~early)
+    for other in (whole.control_other, whole.control_random):
+        assert other.notnull().any() and (abs(other - whole.effect) > 1e-4).any()
+    assert whole.control_random.notnull().all() and (abs(whole.control_random.diff("draw")) > 1e-4).any()
+
+
+def test_controls_are_those_of_plain_hooks(duo) -> None:
+    """Every prompt alone, whole tensors: the recipient's MLP plus the partner's difference, plus a random one as large.
+
+    The random direction is read back off the sweep's own edit, and its norm and direction are what is checked."""
+    given, in_, rl = duo
+    prompts = _prompts(given, 2)
+    assert prompts[0].roles == prompts[1].roles
+    batch = collate(prompts)
+    metric = LogitDifference(torch.tensor([1, 2]), torch.tensor([5, 6]))
+    hook, layer = "blocks.1.hook_mlp_out", "blocks.1.mlp"
+    with torch.no_grad():
+        own, theirs = (vlm.run_with_cache(batch.inputs, [hook])[1][hook] for vlm in (in_, rl))
+        plain = metric(in_(batch.inputs).logits, batch)
+        changed = own + (theirs - own)[[1, 0]]
+        expected = (
+            metric(in_.run_with_hooks(batch.inputs, [(hook, lambda a, hook: changed)]).logits, batch) - plain
+        )
+        ready = PatchBatch(batch, batch.mask("decision"), partners(prompts))
+        start, end = (Donor(vlm, batch, [hook], metric) for vlm in (in_, rl))
+        (component,) = [one for one in components(in_, ["mlp_out"]) if one.name == layer]
+        (edit,) = edits_of(start, end, component, batch.mask("all"), ready, "random", seed=3)
+        drawn = edit.new(own, Span(0, own.shape[1])) - own
+        as_large = own + drawn
+        random = (
+            metric(in_.run_with_hooks(batch.inputs, [(hook, lambda a, hook: as_large)]).logits, batch) - plain
+        )
+    real, size = batch.mask("all"), (theirs - own).norm(dim=-1)
+    np.testing.assert_allclose(drawn.norm(dim=-1)[real], size[real], rtol=1e-4)
+    unit = (drawn / drawn.norm(dim=-1, keepdim=True).clamp_min(1e-9))[real]
+    apart = unit @ unit.T - torch.eye(len(unit))
+    assert abs(float(apart.mean())) < 0.05 and float(apart.abs().max()) < 0.99  # no token's draw is another's
+    both = {"in": in_, "rl": rl}, {"in": prompts, "rl": prompts}
+    one = {"rl_to_in": ("rl", "in")}
+    found = _map(*both, metric, one, ["mlp_out"], ["all", "decision"], 2, False, seed=3).sel(component=layer)
+    tolerance = 1e-5 * max(1.0, float(plain.abs().max()))
+    other = found.control_other.sel(role="all").values[0] - expected.numpy()
+    first = found.control_random.sel(role="all", draw=0).values[0] - random.numpy()
+    assert max(abs(other).max(), abs(first).max()) < 2 * tolerance
+    assert min(expected.abs().max(), random.abs().max()) > 200 * tolerance
+    alone = []
+    for i, prompt in enumerate(prompts):
+        mine = {"in": [prompt], "rl": [prompt]}
+        got = _map(both[0], mine, metric.select([i]), one, ["mlp_out"], ["all", "decision"], 1, False, seed=3)
+        alone.append(got.sel(component=layer).control_random.values[..., 0])
+    np.testing.assert_allclose(np.stack(alone, -1), found.control_random.values, atol=2 * tolerance)
 
 
 def test_patch_between_two_images_of_one_model() -> None:
@@ -253,13 +308,15 @@ def test_vision_controls_with_other_numbers_of_images_and_with_none(family: str)
     ds = _map({"in": in_, "rl": rl}, both, metric, direction, ("projector",), ["image"], 4, False)
     effect, control = (ds[name].values.squeeze() for name in ("effect", "control_other"))
     assert np.isnan(effect[:2]).all() and np.isnan(control[:2]).all()
-    # by hand: the donor's run on the two prompts with their images exchanged
+    # by hand: what the donor does otherwise on the two prompts with their images exchanged, added
     swapped = [builder.build(Example("x", images[5 - i], "how many red", "5"), TRACE) for i in (2, 3)]
     with_image = prompts[2:]
     names = [name for name in in_.hook_points if name == "projector.hook_out" or name.endswith("deepstack")]
     with torch.no_grad():
-        _, cache = rl.run_with_cache(collate(swapped).inputs, names)
         batch = collate(with_image)
+        _, mine = in_.run_with_cache(batch.inputs, names)
+        others = [vlm.run_with_cache(collate(swapped).inputs, names)[1] for vlm in (rl, in_)]
+        cache = {name: mine[name] + others[0][name] - others[1][name] for name in names}
         moved = in_.run_with_hooks(
             batch.inputs, [(name, lambda a, hook: cache[hook.name]) for name in names]
         ).logits

@@ -37,10 +37,13 @@ def test_the_finding_says_what_there_is_to_explain_and_what_explains_it(found):
     assert overall.startswith("48 of 600 prompts qualify (decision: decisive). RL − IN = ")
     assert "Pairs that learnt nothing: bf16 0.00050 [" in overall
     assert re.match(
-        r"RL into IN, strongest: blocks\.6\.mlp at decision 0\.\d\d \[.*\(donor on another", sufficient
+        r"RL into IN: \d+ of \d+ cells are beyond control; strongest: blocks\.6\.mlp at decision 0\.\d\d \[.*"
+        r"\(random directions as large: 0\.\d+ \[.*; noise pairs reach 0\.0\d+, as another example's\); blocks\.6\.attn"
+        r"\.head\.1 at decision .*, more than another example's\)",
+        sufficient,
     )
-    assert necessary.startswith("IN into RL, strongest: blocks.6.mlp at decision 0.")
-    assert sufficient.count("[") == 6  # three components, each with its control
+    assert re.match(r"IN into RL: \d+ of .*; strongest: blocks\.6\.mlp at decision 0\.", necessary)
+    assert sufficient.count("[") == 4  # two components, each with its control; no third is beyond control
 
 
 def test_the_headline_stands_beside_pairs_that_learnt_nothing(page):
@@ -71,11 +74,21 @@ def test_ten_components_of_each_direction_with_controls(found, page):
     assert page.text.count("The 10 strongest") == 2
     digests = [digest for digest in found[0].digests if "strongest" in digest.heading]
     for digest in digests:
-        columns = ["component", "tokens", "recovery", "n", "other example", "n, other", "itself"]
+        columns = [
+            "component",
+            "tokens",
+            "recovery",
+            "n",
+            "beyond control",
+            "random directions",
+            "noise pairs",
+        ]
+        columns += ["other example", "n, other", "its change moves", "itself"]
         assert list(digest.table) == columns and len(digest.table) == 10
+        assert digest.table["beyond control"].tolist()[:2] == ["yes", "yes"]
+        assert digest.table["its change moves"][0] == "as another example's"
         assert digest.table["component"][0] == "blocks.6.mlp"
         assert "biased upward" in digest.note
-    assert "blocks.1.attn question" in page.text
     assert len(page.marks) > 40  # every interval is drawn
 
 
@@ -111,9 +124,10 @@ def test_a_refused_map_prints_no_recovery_and_says_why(tmp_path):
 
 def test_counterfactual_maps_of_one_model_have_a_page_too(tmp_path):
     data = synthetic_map(layers=2).sel(direction=["rl_to_in"]).assign_coords(direction=["clean_to_corrupt"])
-    result = summarise(data, resamples=50)
+    result = summarise(data)
     result.attrs["provenance"] = synthetic_result(layers=2).attrs["provenance"]
     section, page = _page(result, tmp_path)
     assert "donor − recipient" in page.text
     assert "qualify" not in page.text and section.account.left_out == {}
-    assert section.finding.splitlines()[1].startswith("clean_to_corrupt, strongest: ")
+    assert section.finding.splitlines()[1].startswith("clean_to_corrupt: ")
+    assert "no noise pairs being run" in page.text

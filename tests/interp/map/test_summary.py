@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from hooks.errors import FrankenlensError
-from interp.map.summary import cell_table, strongest, summarise
-from interp.statistics import bootstrap_mean
-from tests.interp.map.synthetic import synthetic_map
+from interp.map.summary import cell_table, in_words, strongest, summarise
+from interp.statistics import mean_interval
+from tests.interp.map.synthetic import synthetic_map, synthetic_noise
 
 
 @pytest.fixture(scope="module")
 def summary():
-    return summarise(synthetic_map(), resamples=500)
+    return summarise(synthetic_map())
 
 
 def test_recovery_is_the_ratio_of_the_sums(summary):
@@ -44,18 +44,70 @@ def test_both_directions_recover_although_the_denominator_changes_sign(summary):
     np.testing.assert_allclose(planted, 0.42, atol=0.05)
 
 
-def test_the_excess_shows_an_equally_strong_control(summary):
-    at = {"direction": "rl_to_in", "component": "blocks.1.attn", "role": "question"}
-    one = summary.sel(at)
-    assert one["recovery_low"] > 0.2
-    assert one["excess_low"] < 0 < one["excess_high"]
+def test_the_excess_compares_magnitudes_in_both_directions(summary):
+    """Random directions do as much with the other sign: signed, the excess would be twice the effect."""
+    at = {"component": "blocks.1.attn", "role": "question"}
+    for direction in ("rl_to_in", "in_to_rl"):
+        one = summary.sel(at | {"direction": direction})
+        assert one["recovery_low"] > 0.2 and one["random_recovery_low"] > 0.2
+        assert abs(float(one["excess"])) < 0.05 and one["excess_low"] < 0 < one["excess_high"]
+        effect, random = one["effect"].to_numpy(), one["control_random"].to_numpy()
+        gap = (one["donor"] - one["recipient"]).to_numpy()
+        by_hand = abs(effect.sum()) - np.abs(random.sum(-1)).mean()
+        assert float(one["excess"]) == pytest.approx(by_hand / abs(gap.sum()))
+        assert not one["beyond"]
+        planted = summary.sel(direction=direction, component="blocks.6.mlp", role="decision")
+        assert planted["beyond"] and planted["excess_low"] > 0.3
+
+
+def test_a_cell_must_lie_above_all_cells_of_its_kind_in_noise_pairs():
+    effects = synthetic_map()
+    noise = synthetic_noise(effects)
+    found = summarise(effects, noise=noise)
+    floor = found["floor"].sel(role="question")
+    attention = found["component"].where(found["point"] == "attn_out", drop=True)
+    assert (floor.sel(component=attention) == 1.0).all()  # one cell of one noise pair
+    heads = found["component"].where(found["point"] == "head", drop=True)
+    own = np.abs(noise["noise_effect"].sel(role="question", component=heads))
+    expected = own.max(["noise_pair", "reading", "component"])
+    for direction in ("rl_to_in", "in_to_rl"):
+        np.testing.assert_allclose(floor.sel(direction=direction, component=heads), float(expected))
+    at = {"direction": "rl_to_in", "component": "blocks.6.attn.head.1", "role": "decision"}
+    one = found.sel(at)
+    assert one["beyond"]
+    np.testing.assert_allclose(
+        one["margin"],
+        abs(one["effect_mean"])
+        - max(float(one["floor"]), float(np.abs(one["control_random"].mean("example")).mean())),
+    )
+    higher = noise.copy(deep=True)
+    higher["noise_effect"].loc[{"component": "blocks.0.attn.head.3", "role": "decision"}] = -2.0
+    assert not summarise(effects, noise=higher).sel(at)["beyond"]
+    unknown = noise.copy(deep=True)
+    unknown["noise_effect"].loc[{"component": heads, "role": "decision"}] = np.nan
+    assert not summarise(effects, noise=unknown).sel(at)["beyond"]  # none is known
+
+
+def test_whose_change_it_is_stands_in_words(summary):
+    for component, words in (
+        ("blocks.6.mlp", "as another example's"),
+        ("blocks.6.attn.head.1", "more than another example's"),
+    ):
+        for direction in ("rl_to_in", "in_to_rl"):
+            one = summary.sel(direction=direction, component=component, role="decision")
+            assert in_words(float(one["p_specific"]), float(one["p_general"])) == words
+            own, other = (float(one[name].mean()) for name in ("effect", "control_other"))
+            assert (abs(own) > 1.5 * abs(other)) == words.startswith("more")
+    assert in_words(0.9, 0.01) == "less than another example's"
+    assert in_words(float("nan"), 0.1) == "–"
 
 
 def test_a_refused_map_holds_no_recovery():
-    nulls = {"bf16": bootstrap_mean(np.linspace(-0.1, 0.3, 9)), "random": bootstrap_mean(np.empty(0))}
-    found = summarise(synthetic_map(size=0.05), nulls=nulls, refused="too small", resamples=200)
+    nulls = {"bf16": mean_interval(np.linspace(-0.1, 0.3, 41)), "random": mean_interval(np.empty(0))}
+    found = summarise(synthetic_map(size=0.05), nulls=nulls, refused="too small")
     assert found.attrs["refused"] == "too small"
-    for name in ("recovery", "excess", "control_other_recovery"):
+    assert not found["beyond"].any()
+    for name in ("recovery", "random_recovery", "excess", "control_other_recovery", "specific"):
         for suffix in ("", "_low", "_high"):
             assert np.isnan(found[name + suffix]).all()
     assert not np.isnan(found["effect_mean"].sel(role="all", component="blocks.0.mlp")).any()
@@ -69,20 +121,22 @@ def test_a_refused_map_holds_no_recovery():
 
 def test_strongest(summary):
     table = strongest(summary, "rl_to_in", k=5)
-    assert table["component"].tolist()[:3] == ["blocks.6.mlp", "blocks.1.attn", "blocks.6.attn.head.1"]
-    assert table["role"].tolist()[:3] == ["decision", "question", "decision"]
+    assert table["component"].tolist()[:2] == ["blocks.6.mlp", "blocks.6.attn.head.1"]
+    assert table["role"].tolist()[:2] == ["decision", "decision"]
+    assert "blocks.1.attn" not in set(table["component"])  # random directions do as much
+    assert (np.diff(table["margin"]) <= 0).all()
     assert len(table) == 5
     assert not set(table["point"]) & {"resid_pre", "z"}
 
 
 def test_strongest_names_the_directions():
-    summary = summarise(synthetic_map(layers=2), resamples=100)
+    summary = summarise(synthetic_map(layers=2))
     with pytest.raises(FrankenlensError, match="Did you mean 'rl_to_in'"):
         strongest(summary, "rl_in")
 
 
 def test_the_table_is_tidy(tmp_path):
-    summary = summarise(synthetic_map(layers=3, heads=2, examples=12), resamples=50)
+    summary = summarise(synthetic_map(layers=3, heads=2, examples=12))
     cell_table(summary).to_csv(tmp_path / "map.csv", index=False)
     rows = list(csv.DictReader((tmp_path / "map.csv").read_text(encoding="utf-8").splitlines()))
     assert len(rows) == 2 * summary.sizes["component"] * summary.sizes["role"]

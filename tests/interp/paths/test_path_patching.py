@@ -24,6 +24,7 @@ from interp.paths import (
     receivers_of,
     senders_of,
 )
+from interp.paths.job import Job
 from interp.prompts import PromptBuilder, collate
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
@@ -352,16 +353,35 @@ def test_the_donor_may_be_another_prompt_of_the_same_model(family: str) -> None:
     assert np.abs(expected).max() > 100 * pair.tolerance
 
 
-def test_the_control_takes_the_donors_value_on_the_partner() -> None:
+def test_the_control_takes_the_change_of_the_partner() -> None:
+    """Donor minus recipient on the other prompt; the effect of it, in both, is that of the senders' own there."""
     pair = duo("qwen2_5_vl")
     alike = [pair.prompts[0], pair.swapped[0]]  # same words, other images
     metric = LogitDifference(torch.tensor([30, 30]), torch.tensor([40, 40]))
     settings: Any = dict(donor=pair.donor, progress=False)
     got = path_effects(pair.recipient, alike, metric, PATHS, **settings)
-    crossed = path_effects(pair.recipient, alike, metric, PATHS, donor_prompts=alike[::-1], **settings)
+    parsed = [Path.parse(path) for path in PATHS]
+    run = Job(pair.recipient, alike, metric, parsed, pair.donor, None, "all", "frozen").start(
+        [0, 1], others=True
+    )
+    hooks = {"blocks.0.mlp": "blocks.0.hook_mlp_out", "blocks.0.attn": "blocks.0.hook_attn_out"}
+    batch = collate(alike[::-1])
+    with torch.no_grad():
+        theirs, ours = (
+            vlm.run_with_cache(batch.inputs, list(hooks.values()))[1] for vlm in (pair.donor, pair.recipient)
+        )
+    senders = {str(path.sender): path.sender for path in parsed}
+    known = set(hooks) & set(senders)
+    assert known
+    for name in known:
+        expected = (theirs[hooks[name]] - ours[hooks[name]]).float()
+        assert (run.sent(senders[name], other=True) - expected).abs().max() <= pair.tolerance
+        assert (run.sent(senders[name]) - expected).abs().max() > 100 * pair.tolerance
     for name in ("direct", "whole"):
-        assert np.abs(got[f"{name}_other"] - crossed[name]).max() <= pair.tolerance
         assert np.abs(got[f"{name}_other"] - got[name]).max() > 100 * pair.tolerance
+    single = path_effects(pair.recipient, alike, metric, PATHS, batch_size=1, **settings)
+    for name in ("direct_other", "whole_other"):
+        assert np.abs(single[name] - got[name]).max() <= pair.tolerance
     alone = path_effects(pair.recipient, pair.prompts[:1], pair.metric.select([0]), PATHS[:2], **settings)
     assert alone["direct_other"].isnull().all()
 

@@ -270,7 +270,7 @@ def frozen() -> Made:
 
 @cache
 def mapped(refused: bool = False) -> xr.Dataset:
-    return summarise(synthetic_map(), nulls={} if refused else NULLS, resamples=50)
+    return summarise(synthetic_map(), nulls={} if refused else NULLS)
 
 
 def imaged() -> Made:

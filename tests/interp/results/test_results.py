@@ -11,7 +11,7 @@ from tests.interp.map.synthetic import synthetic_result
 
 @pytest.fixture(scope="module")
 def summary():
-    return synthetic_result(layers=3, heads=2, examples=12, resamples=50)
+    return synthetic_result(layers=3, heads=2, examples=12)
 
 
 def test_a_dataset_comes_back_as_it_was(summary, tmp_path):

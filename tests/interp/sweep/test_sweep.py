@@ -326,6 +326,33 @@ def test_left_padding_gives_what_right_padding_gives(family: str) -> None:
         np.testing.assert_allclose(found["left"][number, 0], expected, rtol=0, atol=pair.tolerance)
 
 
+def test_what_is_resampled_depends_on_neither_the_batches_nor_the_order() -> None:
+    """Of the decoder and of the vision tower; at batch size 1 too, where no other row stands beside it."""
+    pair = duo("qwen2_vl")
+    builder, images = pair.prompts[0].builder, pair.given.images(4)
+    given = [
+        builder.build(Example(str(i), tuple(images[i : i + 1]), QUESTIONS[0], "5"), TRACES[0])
+        for i in range(4)
+    ]
+    wanted = [
+        Intervention(hook, "resample") for hook in ("blocks.1.hook_mlp_out", "vision.blocks.1.hook_mlp_out")
+    ]
+    metric = LogitDifference(torch.tensor([30, 31, 32, 33]), torch.tensor([40, 41, 42, 43]))
+    found = sweep(pair.recipient, given, wanted, metric, progress=False)
+    assert (abs(found.value - found.clean) > 100 * pair.tolerance).any("example").all()
+    order = [2, 0, 3, 1]
+    for rows, size in (([0, 1, 2, 3], 1), (order, 3), (order, 1)):
+        other = sweep(
+            pair.recipient,
+            [given[r] for r in rows],
+            wanted,
+            metric.select(rows),
+            batch_size=size,
+            progress=False,
+        )
+        np.testing.assert_allclose(other.value, found.value[..., rows], rtol=0, atol=pair.tolerance)
+
+
 @pytest.mark.parametrize("family", EACH_KIND)
 def test_mean_and_resample(family: str) -> None:
     pair = duo(family)

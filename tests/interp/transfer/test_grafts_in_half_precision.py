@@ -125,7 +125,7 @@ def test_a_transfer_refuses_rows_by_name_and_prints_what_each_holds(duo) -> None
     own = [Variant("copy", (_graft(recipient),), "factor"), *doses(recipient, (0.25, 2.0), (2,))]
     variants = [*own, *controls(own, partition, ["random"])]
     found = transfer(recipient, donor, variants, {"m": _right}, progress=False)
-    table = transfer_table(found, resamples=50)
+    table = transfer_table(found)
     rows = table.set_index("variant")
     for name in ("0.25 x update", "rank 2 update"):
         assert f"hold {rows.loc[name, 'norm_ratio']:.2f} of its norm" in rows.loc[name, "lacking"]
@@ -149,7 +149,7 @@ def test_a_transfer_refuses_rows_by_name_and_prints_what_each_holds(duo) -> None
     assert "Refused, not run: 0.25 x update: weights in" in told and "--dtype float32" in told
     all_of_it = transfer(recipient, donor, own, {"m": _right}, rounded=True, progress=False)
     assert not all_of_it["refused"].any() and all_of_it["right"].notnull().all()
-    told = " ".join(finding(transfer_table(all_of_it, resamples=50), [("m", "")]))
+    told = " ".join(finding(transfer_table(all_of_it), [("m", "")]))
     assert "Refused" not in told and "Run although it is not what it says: 0.25 x update" in told
     assert float(all_of_it["norm_ratio"].sel(variant="0.25 x update")) == pytest.approx(
         float(rows.loc["0.25 x update", "norm_ratio"])

@@ -187,7 +187,7 @@ def test_the_control_of_an_address_stands_beside_it_in_the_table(pair: Pair) -> 
     before = weights_sha256(pair.in_.model)
     found = transfer(pair.in_, pair.rl, variants, {"is RL's": is_rls}, progress=False)
     assert weights_sha256(pair.in_.model) == before
-    table = transfer_table(found, resamples=100).set_index("variant")
+    table = transfer_table(found).set_index("variant")
     row = table.loc["projector random update"]
     assert (row["kind"], row["control_of"]) == ("control", "projector")
     assert (row["value"], row["excess"]) == (0, 1) and np.isnan(row["p_adjusted"])
@@ -239,7 +239,7 @@ def test_an_identical_pair_changes_nothing_and_has_no_recovery(pair: Pair) -> No
     found = transfer(
         pair.in_, pair.in_, orders(thirds(9), pair.in_)[:2], {"accuracy": metric}, progress=False
     )
-    table = transfer_table(found, resamples=200)
+    table = transfer_table(found)
     assert (table["change"] == 0).all()
     assert table["recovery"].isna().all()
     assert table["recovery_why"].str.contains("not told from 0").all()
@@ -317,9 +317,7 @@ def _made(n: int = 60) -> tuple[xr.Dataset, np.ndarray]:
 
 def test_the_table_is_statsmodels_and_closed_forms() -> None:
     found, right = _made()
-    table = transfer_table(found, {"reasoning": ("sum", "same")}, resamples=500).set_index(
-        ["task", "variant"]
-    )
+    table = transfer_table(found, {"reasoning": ("sum", "same")}).set_index(["task", "variant"])
     assert set(table.index.get_level_values(0)) == {"sum", "same", "reasoning, mean", "all questions"}
     row = table.loc[("sum", "I:R:R")]
     own, in_, rl = right[3, :60], right[1, :60], right[2, :60]
@@ -356,7 +354,7 @@ def test_the_table_is_statsmodels_and_closed_forms() -> None:
 
 def test_recovery_is_refused_where_rl_is_not_told_from_in() -> None:
     found, _ = _made()
-    table = transfer_table(found, resamples=500)
+    table = transfer_table(found)
     same = table.loc[table["task"] == "same"]
     assert same["recovery"].isna().all()
     assert same["recovery_why"].str.startswith("RL − IN = 0.00").all()
@@ -365,7 +363,7 @@ def test_recovery_is_refused_where_rl_is_not_told_from_in() -> None:
 
 def test_the_shape_of_table_2() -> None:
     found, right = _made()
-    wide = as_table_2(transfer_table(found, {"reasoning": ("sum", "same")}, resamples=200))
+    wide = as_table_2(transfer_table(found, {"reasoning": ("sum", "same")}))
     assert list(wide) == ["metric", "task", "Base", "IN", "I:R:R", "R:I:I", "RL"]
     assert list(wide["task"]) == ["sum", "same", "reasoning, mean", "all questions"]
     assert wide.loc[0, "R:I:I"] == pytest.approx(100 * right[4, :60].mean())
@@ -382,7 +380,7 @@ def test_several_metrics_stand_side_by_side(pair: Pair) -> None:
 
     metrics = {"M_vis": metric("v", 9), "M_rea": metric("r", 12)}
     found = transfer(pair.in_, pair.rl, factors(pair.in_)[:1], metrics, {"Base": pair.in_}, progress=False)
-    table = transfer_table(found, resamples=100)
+    table = transfer_table(found)
     assert dict(table.groupby("metric")["n"].first()) == {"M_vis": 9, "M_rea": 12}
     calls = iter(range(10))
 

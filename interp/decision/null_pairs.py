@@ -1,0 +1,284 @@
+"""Pairs in which nothing was learnt: what a denominator, and a cell of a map, must lie above."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooks import HookedVLM
+from hooks.errors import FrankenlensError
+from interp.decision.result import DecisionSet
+from interp.decision.traces import next_tokens, trace_logits
+from interp.metrics import LogitDifference, Metric, SoftDifference, evaluate
+from interp.pair.pair import Pair
+from interp.prompts import Prompt
+from interp.statistics import MIN_EXAMPLES, Interval, mean_interval
+from interp.statistics.distributions import log_probabilities, symmetric_kl
+from interp.updates import Realized, as_large, random_update, wide_type
+
+Change = Callable[[str, Tensor], Tensor]
+"""A parameter's name and value to its new value."""
+NOISE_PAIRS = 4
+"""Random updates that say what a pair that learnt nothing looks like."""
+
+
+@torch.no_grad()
+def null_pair_denominator(
+    pair: Pair,
+    decisions: DecisionSet,
+    seed: int = 0,
+    batch_size: int = 32,
+    n_draws: int = NOISE_PAIRS,
+    **settings: Any,
+) -> dict[str, Interval]:
+    """The denominator of pairs in which nothing was learnt.
+
+    Two kinds of such pairs: `bf16`, RL and RL rounded to bfloat16 (nothing to learn from where RL is kept in it
+    already, so left out there); `random`, IN and IN with an update of the same norm as RL's in every tensor, but in a
+    random direction (`RandomUpdate`). Each with the same metric at the same decisions, and (`, own decisions`) at the
+    decisions found for itself: a difference that is selected is never 0 on average, whatever made it. For `decisive`
+    those are the pair's own first divergences.
+
+    Arguments:
+        seed: of the first random direction; the others have those that follow (`random_changes`).
+        n_draws: random pairs; the one that reaches highest is given, once for each reading.
+        settings: as in `interp.statistics.mean_interval`.
+
+    Returns:
+        Intervals; `random`'s say how much of RL's norm the weights hold (`Null`).
+
+    Raises:
+        FrankenlensError: n_draws is below 1; a random update is not as large as RL's in the type of the weights.
+    """
+    if n_draws < 1:
+        raise FrankenlensError(f"n_draws is {n_draws}; at least one random pair must stand beside the pair")
+    changes = [(name, *one) for name, one in null_changes(pair, seed).items()]
+    later = random_changes(pair, range(seed + 1, seed + n_draws))
+    changes += [("random", pair.in_, change) for change in later]
+    traces = {"bf16": (decisions.rl_values, decisions.rl_traces)}
+    traces["random"] = (decisions.in_values, decisions.in_traces)
+    own = _own_soft if decisions.choice == "soft" else _own_first
+    found: dict[str, Interval] = {}
+    for label, vlm, change in changes:
+        before, written = traces[label]
+        with changed_weights(vlm.model, change):
+            after = evaluate(vlm, decisions.prompts, decisions.metric, batch_size)
+            own_before = own(vlm, written, batch_size)
+        held = change.held if isinstance(change, RandomUpdate) else None
+        of = {"clusters": decisions.clusters, **settings}
+        new = {label: Null.of(after - before, held, **of)}
+        new |= {f"{label}, own decisions": Null.of(own_before(), held, **settings)}
+        for name, null in new.items():
+            if name not in found or not _end(found[name]) >= _end(null):
+                found[name] = null
+    return found
+
+
+def _end(null: Interval) -> float:
+    """How high it reaches; too few examples for an interval: their mean is all there is to compare with."""
+    if isinstance(null, Null) and not np.isnan(null.reach):
+        return null.reach
+    return float(null.value if np.isnan(null.high) else null.high)
+
+
+def null_changes(pair: Pair, seed: int = 0) -> dict[str, tuple[HookedVLM, Change]]:
+    """By name, a model of the pair and a change of its weights (for `changed_weights`) from which nothing is learnt.
+
+    `bf16`: RL rounded to bfloat16 (not where it is kept in it already). `random`: IN with a random update as large as
+    RL's (`RandomUpdate`).
+
+    Arguments:
+        seed: of the random directions.
+    """
+
+    def rounded(name: str, weight: Tensor) -> Tensor:
+        return weight.to(torch.bfloat16).to(weight.dtype)
+
+    changes: dict[str, tuple[HookedVLM, Change]] = {
+        "bf16": (pair.rl, rounded),
+        "random": (pair.in_, RandomUpdate(pair, seed)),
+    }
+    if pair.rl.model.dtype == torch.bfloat16:
+        del changes["bf16"]
+    return changes
+
+
+def random_changes(pair: Pair, seeds: Sequence[int]) -> list[RandomUpdate]:
+    """`RandomUpdate` of each seed."""
+    return [RandomUpdate(pair, seed) for seed in seeds]
+
+
+class RandomUpdate:
+    """A `Change` of one of the models: an update of the norm of RL's in every tensor, in a random direction.
+
+    In half precision it is RL's own update with its entries shuffled, brought to its norm where they round
+    (`interp.updates.as_large`).
+
+    Arguments:
+        pair: IN and RL.
+        seed: of the directions; they are drawn anew each time the change is made to the first parameter.
+
+    Attributes:
+        held: what the weights hold of the update, all tensors together.
+    """
+
+    def __init__(self, pair: Pair, seed: int) -> None:
+        self._ours, self._theirs = (dict(vlm.model.named_parameters()) for vlm in (pair.in_, pair.rl))
+        self._first = next(iter(self._ours))
+        self._seed, self._generator = seed, torch.Generator()
+        self.held = Realized()
+
+    def __call__(self, name: str, weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        if name == self._first:
+            self._generator.manual_seed(self._seed)
+            self.held = Realized()
+        wide = wide_type(weight)
+        ours, theirs = (own[name].detach().to(weight.device, wide) for own in (self._ours, self._theirs))
+        update = random_update(theirs - ours, weight.dtype, self._generator)
+        new = as_large(weight, update, self._seed + zlib.crc32(name.encode()))
+        self.held += Realized.of(weight, new, update, directed=False)
+        return new
+
+
+@dataclass(frozen=True)
+class Null(Interval):
+    """The denominator of a pair that learnt nothing.
+
+    Attributes:
+        held: what weights hold of the random update; None where there is none.
+        reach: how high it lies, for the rule that hides recoveries: the upper end of an interval that takes
+            `MIN_EXAMPLES`, too few to print one.
+    """
+
+    held: Realized | None = None
+    reach: float = float("nan")
+
+    @classmethod
+    def beside(cls, interval: Interval, held: Realized | None) -> Null:
+        """An interval, and the update that it is of."""
+        return cls(**vars(interval), held=held)
+
+    @classmethod
+    def of(cls, values: Float[np.ndarray, " example"], held: Realized | None, **settings: Any) -> Null:
+        """Of values per example; `settings` as in `interp.statistics.mean_interval`."""
+        lenient = mean_interval(values, **{**settings, "fewest": MIN_EXAMPLES})
+        return cls(**vars(mean_interval(values, **settings)), held=held, reach=_end(lenient))
+
+
+def own_decisions(
+    vlm: HookedVLM, before: HookedVLM, traces: Sequence[Prompt], choice: str, batch_size: int
+) -> tuple[list[Prompt], Metric]:
+    """The decisions of a model that was changed, found as those of a pair are: its own, whatever the pair's are.
+
+    Arguments:
+        vlm: as it is now.
+        before: the model that it was made from.
+        traces: what `before` wrote.
+        choice: of the pair's decisions. `soft`: everywhere on the traces; else the first divergence from each.
+
+    Returns:
+        The prompts that have one, and the metric: now against before.
+    """
+    if choice != "soft":
+        return _first_divergences(vlm, traces, batch_size)
+    runs = [trace_logits(one, traces, batch_size) for one in (vlm, before)]
+    weights = tuple(now.softmax(-1) - then.softmax(-1) for (_, now), (_, then) in zip(*runs, strict=True))
+    start = torch.tensor([trace.n_prompt_tokens - 1 for trace in traces], dtype=torch.long)
+    return list(traces), SoftDifference(weights, start)
+
+
+def _first_divergences(
+    vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int
+) -> tuple[list[Prompt], LogitDifference]:
+    prompts, now, before = [], [], []
+    for trace, logits in trace_logits(vlm, traces, batch_size):
+        written, chosen = torch.tensor(trace.trace_ids), next_tokens(trace, logits)
+        if places := torch.nonzero(chosen != written).flatten().tolist():
+            prompts.append(trace.truncated(trace.n_prompt_tokens + places[0]))
+            now.append(int(chosen[places[0]]))
+            before.append(int(written[places[0]]))
+    ids = (torch.tensor(some, dtype=torch.long) for some in (now, before))
+    return prompts, LogitDifference(*ids)
+
+
+def _own_first(vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int) -> Callable[[], np.ndarray]:
+    """At the first divergence of the model as it is now from its traces: log odds of the two tokens.
+
+    Returns:
+        A function that subtracts the log odds under the weights that the model has when it is called.
+    """
+    prompts, metric = _first_divergences(vlm, traces, batch_size)
+    values = evaluate(vlm, prompts, metric, batch_size)
+    return lambda: values - evaluate(vlm, prompts, metric, batch_size)
+
+
+def _own_soft(vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int) -> Callable[[], np.ndarray]:
+    """As `_own_first`, for the soft metric: its denominator is KL(p || q) + KL(q || p), summed over the trace."""
+    now = [logits.clone() for _, logits in trace_logits(vlm, traces, batch_size)]
+
+    def difference() -> np.ndarray:
+        before = (logits for _, logits in trace_logits(vlm, traces, batch_size))
+        both = (map(log_probabilities, some) for some in zip(now, before, strict=True))
+        return np.array([float(symmetric_kl(p, q).sum()) for p, q in both])
+
+    return difference
+
+
+def recovery_refused(decisions: DecisionSet, nulls: Mapping[str, Interval], **settings: Any) -> str:
+    """Why no recovery may be printed; `""` if it may.
+
+    A recovery is a share of the denominator, so without a denominator clear of those of pairs without a change, noise
+    too would draw a full map.
+    """
+    own = decisions.denominator(**{"fewest": MIN_EXAMPLES, **settings})
+    if not np.isfinite([own.low, own.high]).all():
+        found = f"{int(own.n)} of {decisions.n_prompts} prompts have the decision {decisions.choice!r}"
+        return f"the denominator has no interval ({found}); {decisions.ways_on}"
+    if bool(own.includes(0.0)):
+        found = f"{int(own.n)} of {decisions.n_prompts} prompts"
+        return f"the interval of the denominator, {_shown(own)} of {found}, includes 0; {decisions.ways_on}"
+    for name, null in nulls.items():
+        if bool(own.low <= _end(null)):
+            held = null.held if isinstance(null, Null) else None
+            size = f", whose update has {held.norm_ratio:.2f} of the norm of RL's" if held else ""
+            return (
+                f"the denominator, {_shown(own)}, is not above that of a pair that learnt nothing "
+                f"({name}), {_shown(null)}{size}"
+            )
+    return ""
+
+
+@contextmanager
+def changed_weights(model: nn.Module, change: Change) -> Iterator[None]:
+    """Every parameter replaced by `change(name, parameter)` inside the context, and put back bit for bit after it.
+
+    Raises:
+        FrankenlensError: a `RandomUpdate` that is not as large as it should be in the type of the weights.
+    """
+    kept: dict[str, Tensor] = {}
+    try:
+        for name, parameter in model.named_parameters():
+            kept[name] = parameter.detach().clone()
+            parameter.data.copy_(change(name, parameter.detach()))
+        if isinstance(change, RandomUpdate):
+            dtype = next(model.parameters()).dtype
+            change.held.require("the random update beside RL's", dtype)
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            if name in kept:
+                parameter.data.copy_(kept[name])
+
+
+def _shown(interval: Interval) -> str:
+    if np.isnan(interval.low):
+        return f"{float(interval.value):.3g} [no interval]"
+    return f"{float(interval.value):.3g} [{float(interval.low):.3g}, {float(interval.high):.3g}]"

@@ -1,0 +1,177 @@
+"""Donors whose change is put together by hand, for what a single component does not show.
+
+    query-key   the queries and keys of one key/value head's group are RL's, values and output matrices IN's
+    joint       one MLP writes a flag that nothing reads, a later one reads it and writes: neither does anything alone
+    backup      one MLP writes; a later one writes the same where the first one's flag is missing
+    cancelling  the values of a group of heads are scaled up, their output matrices down: nothing is computed otherwise
+
+The flag is a direction that the later MLP's input hardly has on the prompts given, and that its rewired neuron reads
+quadratically (gate and up at once).
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooks import FrankenlensError, HookedVLM, weight_slices
+from interp.prompts import Prompt, collate
+
+WIRED = ("query-key", "joint", "backup", "cancelling")
+SCALE = 2.0
+"""Of values, of the kind cancelling."""
+ON = 3.0
+"""What the rewired neuron's gate and up read where the flag is set."""
+_RIDGE = 1e-4
+
+
+def wired_names(in_: HookedVLM, kind: str, seed: int) -> tuple[str, ...]:
+    """The components that a kind changes, drawn at random: a group of heads with what they share, or two MLPs.
+
+    Raises:
+        FrankenlensError: the model has no such components.
+    """
+    rng = random.Random(seed)
+    if kind in ("query-key", "cancelling"):
+        layer = rng.randrange(in_.n_layers)
+        sites = [site for site in in_.anatomy.text.blocks[layer].sites if not site.cross]
+        if not sites:
+            raise FrankenlensError(
+                f"pairs of kind {kind}: block {layer} does not attend; leave {kind} out of the kinds."
+            )
+        group, size = rng.randrange(sites[0].n_kv_heads), sites[0].n_heads // sites[0].n_kv_heads
+        heads = [f"blocks.{layer}.attn.head.{group * size + i}" for i in range(size)]
+        return (*heads, f"blocks.{layer}.attn.kv_head.{group}")
+    first, second = sorted(rng.sample(range(in_.n_layers), 2))
+    return f"blocks.{first}.mlp", f"blocks.{second}.mlp"
+
+
+@torch.no_grad()
+def wired(
+    in_: HookedVLM, rl: HookedVLM, kind: str, names: Sequence[str], prompts: Sequence[Prompt], seed: int
+) -> HookedVLM:
+    """A copy of IN that is changed in these components alone.
+
+    Args:
+        in_, rl: the pair.
+        kind: of `WIRED`.
+        names: what `wired_names` returned.
+        prompts: on which joint and backup are fitted.
+        seed: of what is written.
+
+    Raises:
+        FrankenlensError: an MLP that is not made of gate, up and down matrices.
+    """
+    model = copy.deepcopy(in_.model)
+    if kind in ("query-key", "cancelling"):
+        _attention(model, in_, rl, kind, names)
+    else:
+        _flagged(model, in_, kind, names, prompts, seed)
+    return HookedVLM(model, in_.processor, check=False)
+
+
+def _attention(model: nn.Module, in_: HookedVLM, rl: HookedVLM, kind: str, names: Sequence[str]) -> None:
+    own, theirs = dict(model.named_parameters()), dict(rl.model.named_parameters())
+    block = in_.anatomy.text.blocks[int(names[0].split(".")[1])]
+    site = next(site for site in block.sites if not site.cross)
+    values = f"{site.v.module}." if site.v is not None else ""
+    out = f"{site.out}." if site.out is not None else ""
+    if not values or not out or site.k is None or site.k.module == site.v.module:  # type: ignore[union-attr]
+        raise FrankenlensError(
+            f"pairs of kind {kind}: {block.path} has no matrices of its own for keys and values; leave {kind} out."
+        )
+    for piece in (piece for name in names for piece in weight_slices(in_.model, in_.anatomy, name)):
+        mine = piece.of(own[piece.parameter])
+        if kind == "query-key" and not piece.parameter.startswith((values, out)):
+            mine.copy_(piece.of(theirs[piece.parameter]))
+        if kind == "cancelling" and piece.parameter.startswith(values):
+            mine.mul_(SCALE)
+        if kind == "cancelling" and piece.parameter.startswith(out):
+            mine.div_(SCALE)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What an MLP of IN reads and does on real tokens."""
+
+    stream: Float[Tensor, "token d_model"]
+    reads: Float[Tensor, "token d_model"]
+    inside: Float[Tensor, "token d_mlp"]
+    writes: Float[Tensor, "token d_model"]
+
+
+def _flagged(
+    model: nn.Module, in_: HookedVLM, kind: str, names: Sequence[str], prompts: Sequence[Prompt], seed: int
+) -> None:
+    layers = [int(name.split(".")[1]) for name in names]
+    parts: list[dict[str, Tensor]] = [_matrices(model, in_, layer) for layer in layers]
+    first, second = (_seen(in_, layer, prompts) for layer in layers)
+    flag, reader, level = _flag(second)
+    written = torch.randn(flag.shape, generator=torch.Generator().manual_seed(seed)).to(flag)
+    written *= second.writes.norm(dim=-1).mean() / written.norm()
+    in_first = flag + written if kind == "backup" else flag
+    parts[0]["down"] += torch.outer(in_first, _constant(first)).to(parts[0]["down"])
+    neuron = int((second.inside.abs().mean(0) * parts[1]["down"].norm(dim=0)).argmin())
+    for name in ("gate", "up"):
+        parts[1][name][neuron] = (reader * (ON / level)).to(parts[1][name])
+    on = float(nn.functional.silu(torch.tensor(ON))) * ON
+    if kind == "backup":
+        parts[1]["down"] += torch.outer(written, _constant(second)).to(parts[1]["down"])
+    parts[1]["down"][:, neuron] = (written / on * (-1 if kind == "backup" else 1)).to(parts[1]["down"])
+
+
+def _flag(seen: _Seen) -> tuple[Tensor, Tensor, float]:
+    """What is added to the stream, the direction of the MLP's input that shows it, and how high it stands there."""
+    size = seen.stream.square().mean(-1, keepdim=True).sqrt()
+    normed = seen.stream / size
+    gain = (seen.reads * normed).sum(0) / normed.square().sum(0)
+    strength, directions = torch.linalg.eigh(seen.reads.T @ seen.reads / len(seen.reads))
+    reader = directions[:, 0]
+    level = float(max(10 * strength[0].clamp_min(0).sqrt(), 0.3 * strength.mean().sqrt()))
+    along = reader / gain
+    return along * (level * float(size.mean()) / float(reader @ (gain * along))), reader, level
+
+
+def _constant(seen: _Seen) -> Float[Tensor, " d_mlp"]:
+    """Weights on an MLP's neurons that come to 1 on every token, as nearly as can be."""
+    gram = seen.inside.T @ seen.inside
+    ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+    return torch.linalg.solve(gram + ridge, seen.inside.sum(0))
+
+
+def _seen(in_: HookedVLM, layer: int, prompts: Sequence[Prompt]) -> _Seen:
+    batch = collate(prompts).to(in_.device)
+    names = [f"blocks.{layer}.{leaf}" for leaf in ("hook_resid_mid", "mlp.hook_post", "hook_mlp_out")]
+    kept: list[Tensor] = []
+    module = in_.model.get_submodule(in_.anatomy.text.blocks[layer].mlp)
+    handle = module.register_forward_pre_hook(lambda module, args: kept.append(args[0].detach()))
+    try:
+        _, cache = in_.run_with_cache(batch.inputs, names, use_cache=False)
+    finally:
+        handle.remove()
+    real = batch.mask("all")
+    stream, inside, writes = (cache[name][real].double() for name in names)
+    return _Seen(stream, kept[0].reshape(*real.shape, -1)[real].double(), inside, writes)
+
+
+def _matrices(model: nn.Module, in_: HookedVLM, layer: int) -> dict[str, Tensor]:
+    """gate, up [d_mlp d_model] and down [d_model d_mlp]."""
+    pieces = weight_slices(in_.model, in_.anatomy, f"blocks.{layer}.mlp")
+    own = dict(model.named_parameters())
+    found: dict[str, Tensor] = {
+        part: own[piece.parameter]
+        for piece in pieces
+        for part in ("gate", "up", "down")
+        if piece.parameter.endswith(f".{part}_proj.weight")
+    }
+    if len(found) < 3:
+        raise FrankenlensError(
+            f"blocks.{layer}.mlp is not made of gate, up and down matrices; leave joint and backup out of the kinds."
+        )
+    return found

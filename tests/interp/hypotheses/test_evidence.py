@@ -1,0 +1,195 @@
+"""Claims on data that hang together, say nothing of how they vary, or are looked at again and again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hooks import FrankenlensError
+from interp.hypotheses import Claim, Family, Ledger, Looks, Measured, judge, one_sided, population_of
+from interp.hypotheses.claim import ClaimError
+from interp.hypotheses.verdict import Verdict
+from interp.questions.examples import Example, cluster_of, once_each
+from interp.questions.tasks import sample
+
+
+def measured(effect: np.ndarray, total: float = 1.0) -> Measured:
+    return Measured(effect, np.zeros(len(effect)), np.full(len(effect), total), "nats")
+
+
+def verdict(claim: Claim, effect: np.ndarray, **settings) -> Verdict:
+    return judge(
+        Family("f", (claim,)),
+        {claim.name: claim},
+        {claim.name: measured(effect)},
+        {},
+        resamples=5,
+        **settings,
+    )[0]
+
+
+ACCURACY: dict[str, Any] = {"quantity": "accuracy", "body": "weights"}
+
+
+def test_the_same_questions_four_times_are_no_more_than_once() -> None:
+    effect = np.random.default_rng(0).normal(0.15, 0.3, 24)
+    claim = Claim("c", "blocks.3", at_least=0.0)
+    again, of = np.tile(effect, 4), [str(i) for i in range(24)] * 4
+    assert verdict(claim, again).verdict == "supported"  # taken for 96 questions
+    found = verdict(claim, again, clusters=of)
+    assert (found.verdict, found.n, found.units) == ("undecided", 96, 24)
+    assert "24 clusters" in found.reason
+    more = np.random.default_rng(1).normal(0.02, 0.3, 40)
+    once = verdict(claim, more)
+    four = verdict(claim, np.tile(more, 4), clusters=[str(i) for i in range(40)] * 4)
+    assert four.p == pytest.approx(once.p, rel=1e-9)
+    assert (float(four.interval.low), float(four.interval.high)) == pytest.approx(
+        (float(once.interval.low), float(once.interval.high)), rel=1e-6
+    )
+
+
+def test_a_question_under_several_ids_is_asked_once() -> None:
+    given = sample("sum", 5, seed=0, split="map")
+    again = [replace(example, id=f"{example.id} again") for example in given]
+    kept, others = once_each([*given, *again])
+    assert ([e.id for e in kept], others) == ([e.id for e in given], 5)
+    assert [cluster_of(e) for e in again] == [cluster_of(e) for e in given]
+    shared = Example("x", given[0].images, "another question?", "1")
+    assert cluster_of(shared) == cluster_of(given[0])
+    assert cluster_of(replace(shared, cluster="scene 1")) != cluster_of(shared)
+    texts = [
+        Example("a", (), "1 + 1?", "2"),
+        Example("b", (), "1 + 1?", "2"),
+        Example("c", (), "1 + 2?", "3"),
+    ]
+    assert len({cluster_of(e) for e in texts}) == 2
+    assert population_of([*given, shared, *texts]).endswith("in this mix; 7 clusters")
+
+
+@pytest.mark.parametrize(
+    ("effect", "claim", "expected"),
+    [
+        (np.zeros(500), {"at_most": 0.05}, 0.95**500),
+        (np.zeros(60), {"at_most": 0.05}, 0.95**60),
+        (np.zeros(40), {"at_most": 0.05}, 0.95**40),
+        (np.ones(60), {"at_least": 0.05}, (1 - 0.95 / 2) ** 60),
+        (np.full(60, -1.0), {"at_most": -0.05}, (1 - 0.95 / 2) ** 60),
+    ],
+)
+def test_perfect_results_are_decided_by_the_exact_chance(effect, claim, expected: float) -> None:
+    found = verdict(Claim("c", "blocks.3", **ACCURACY, **claim), effect)
+    assert found.p == pytest.approx(expected, rel=1e-9)
+    assert found.verdict == ("supported" if expected <= 0.05 else "undecided")
+    assert np.isfinite([found.interval.low, found.interval.high]).all()
+
+
+def test_none_of_500_says_no_less_than_one() -> None:
+    claim = Claim("c", "blocks.3", **ACCURACY, at_most=0.05)
+    none, one = np.zeros(500), np.eye(500)[0]
+    assert verdict(claim, none).verdict == verdict(claim, one).verdict == "supported"
+    assert verdict(claim, none).p < verdict(claim, one).p
+    constant = verdict(Claim("c", "blocks.3", at_least=0.2), np.full(60, 0.5))
+    assert constant.verdict == "supported"
+    assert constant.p == pytest.approx((1 - 0.3 / (0.3 + 1.2)) ** 60)
+
+
+def test_the_exact_test_of_two_values_is_scipys() -> None:
+    scores = np.r_[np.full(3, -0.95), np.full(57, 0.05)]
+    above, below = one_sided(scores)
+    assert above >= stats.binomtest(57, 60, 0.95, alternative="greater").pvalue - 1e-12
+    assert below >= stats.binomtest(57, 60, 0.95, alternative="less").pvalue - 1e-12
+    rng = np.random.default_rng(0)
+    for share in (0.05, 0.1, 0.3):
+        drawn = np.where(rng.random((20_000, 25)) < share, 1.0, 0.0) - share
+        for side in one_sided(drawn, far=(share, 1 - share)):
+            assert (side <= 0.05).mean() <= 0.055
+
+
+def test_values_that_are_infinite_or_missing_have_their_own_reasons() -> None:
+    claim = Claim("c", "blocks.3", at_least=0.1)
+    effect = np.random.default_rng(0).normal(0.3, 0.1, 40)
+    effect[3] = np.inf
+    found = verdict(claim, effect)
+    assert found.verdict == "undecided" and "1 of 40 examples have an infinite value" in found.reason
+    assert verdict(claim, np.full(40, np.nan)).reason == "no example has a value"
+    assert "20 examples have a value" in verdict(claim, effect[10:30]).reason
+
+
+# --- looks -----------------------------------------------------------------------------------------------------------
+
+
+def asked(n: int, first: int = 0) -> list[Example]:
+    return [Example(str(i), (), f"{i} + 1?", str(i + 1)) for i in range(first, first + n)]
+
+
+def looked(ledger: Ledger, family: Family, examples: list[Example], effect: np.ndarray) -> Verdict:
+    claims = {claim.name: claim for claim in family.claims}
+    looks = ledger.looks("pair", family, claims, examples)
+    (found,) = judge(family, claims, {"c": measured(effect)}, {"c": "held out"}, looks=looks, resamples=2)
+    ledger.write("pair", family, claims, examples, {"c": found.verdict})
+    return found
+
+
+CLAIM = Claim("c", "blocks.3", at_least=0.0)
+
+
+def test_a_later_look_is_exploratory_and_the_same_prompts_are_the_same_look(tmp_path: Path) -> None:
+    family, path = Family("f", (CLAIM,)), tmp_path / "looks.jsonl"
+    rng = np.random.default_rng(0)
+    weak, strong = rng.normal(0.0, 1, 40), rng.normal(1.0, 1, 40)
+    assert looked(Ledger(path), family, asked(40), weak).verdict == "undecided"
+    again = looked(Ledger(path), family, asked(40), weak)
+    assert (again.look, again.origin, len(path.read_text().splitlines())) == (1, "held out", 1)
+    second = looked(Ledger(path), family, asked(40, 100), strong)
+    assert (second.look, second.verdict, second.origin) == (2, "undecided", "exploratory")
+    assert second.p < 1e-4 and "look 2" in second.reason and "look      2" in second.text
+    moved = Family("f", (replace(CLAIM, at_least=-0.1, name="c"),))  # another bound is another look
+    assert looked(Ledger(path), moved, asked(40), strong).verdict == "undecided"
+    elsewhere = Family("f", (replace(CLAIM, component="blocks.4"),))
+    assert looked(Ledger(path), elsewhere, asked(40), strong).look == 1
+    assert looked(Ledger(path), elsewhere, asked(40, 100), strong).verdict == "supported"  # as the first was
+
+
+def test_prompts_that_grow_keep_those_they_had(tmp_path: Path) -> None:
+    family, ledger = Family("f", (CLAIM,), n_max=100), Ledger(tmp_path / "looks.jsonl")
+    values = np.random.default_rng(1).normal(0.35, 1, 100)
+    first = looked(ledger, family, asked(50), values[:50])
+    plain = judge(family, {"c": CLAIM}, {"c": measured(values[:50])}, {}, resamples=2)[0]
+    assert plain.p < first.p and first.look == 1
+    with pytest.raises(FrankenlensError, match="50 of them are not among these 60"):
+        looked(ledger, family, asked(60, 50), values[:60])
+    with pytest.raises(FrankenlensError, match="n_max 100"):
+        looked(ledger, family, asked(101), np.zeros(101))
+    last = looked(ledger, family, asked(100), values)
+    assert (last.look, last.verdict) == (2, "supported")
+    with pytest.raises(ClaimError, match="n_max"):
+        Family("f", (CLAIM,), n_max=0)
+    (tmp_path / "broken").write_text("{")
+    with pytest.raises(FrankenlensError, match="cannot be read"):
+        Ledger(tmp_path / "broken")
+
+
+def test_ten_looks_err_as_one() -> None:
+    """A claim on its bound: undeclared looks at new prompts, and prompts that grow to ten times as many."""
+    rng, pairs = np.random.default_rng(2), 4000
+    values = rng.normal(0, 1, (pairs, 360))
+    shares = tuple(np.arange(1, 11) / 10)
+    from interp.statistics import levels
+
+    bounds = levels(shares, 0.05)
+    grown = np.stack([one_sided(values[:, : 36 * k])[0] for k in range(1, 11)])
+    assert (grown <= 0.05).any(0).mean() > 0.15  # until it works
+    assert (grown <= bounds[:, None]).any(0).mean() <= 0.06
+    fresh = np.stack([one_sided(values[:, 36 * k : 36 * k + 36])[0] for k in range(10)])
+    assert (fresh <= 0.05).any(0).mean() > 0.3
+    for case in range(60):  # by the ledger's rule, what the first look does not support stays unsupported
+        said = judge(
+            Family("f", (CLAIM,)), {"c": CLAIM}, {"c": measured(values[case, 36:72])}, {}, resamples=2,
+            looks={"c": Looks(2, "undecided")},
+        )[0]  # fmt: skip
+        assert said.verdict == "undecided"

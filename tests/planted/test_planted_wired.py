@@ -1,0 +1,73 @@
+"""Donors put together by hand do what they are said to, by plain logits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from experiments import embedded
+from interp.pair.pair import Pair
+from interp.planting import Draws, Plant, planted, wired
+from interp.prompts import collate
+from interp.questions.tasks import REASONING, sample
+
+
+@pytest.fixture(scope="module")
+def pair():
+    opened = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def prompts(pair):
+    return [pair.builder.build(one) for task in REASONING for one in sample(task, 1, seed=3, split="map")]
+
+
+@torch.no_grad()
+def _apart(pair, donor, plant: Plant, prompts) -> float:
+    """Total variation of next-token probabilities, mean over real tokens."""
+    changed = planted(pair.in_, donor, plant)
+    batch = collate(prompts)
+    p, q = (vlm.model(**batch.inputs).logits.softmax(-1) for vlm in (pair.in_, changed))
+    changed.close()
+    return float((p - q).abs().sum(-1)[batch.mask("all")].mean()) / 2
+
+
+def _sizes(pair, prompts, kind: str) -> tuple[float, list[float]]:
+    """Of all components together, and of each alone."""
+    plant = replace(Draws(pair.in_, pair.rl).plant(kind, 0), noise="none")
+    donor = wired(pair.in_, pair.rl, kind, plant.components, prompts, plant.seed)
+    alone = [_apart(pair, donor, replace(plant, components=(name,)), prompts) for name in plant.components]
+    together = _apart(pair, donor, plant, prompts)
+    donor.close()
+    return together, alone
+
+
+def test_two_that_act_only_together(pair, prompts) -> None:
+    together, alone = _sizes(pair, prompts, "joint")
+    assert together > 5 * max(alone) and together > 0.02
+
+
+def test_a_backup_takes_over(pair, prompts) -> None:
+    """Each alone does what both do: without the first, the second writes the same."""
+    together, alone = _sizes(pair, prompts, "backup")
+    assert min(alone) > 0.5 * together > 0.01
+
+
+def test_changes_that_cancel(pair, prompts) -> None:
+    together, alone = _sizes(pair, prompts, "cancelling")
+    assert together < 1e-5 and max(alone) > 100 * 1e-5
+
+
+def test_queries_and_keys_alone(pair) -> None:
+    """All that differs from IN is rows of W_Q, W_K and their biases, and these are RL's."""
+    plant = Draws(pair.in_, pair.rl).plant("query-key", 0)
+    donor = wired(pair.in_, pair.rl, "query-key", plant.components, [], plant.seed)
+    own, new, theirs = (dict(vlm.model.named_parameters()) for vlm in (pair.in_, donor, pair.rl))
+    moved = [name for name in own if not torch.equal(own[name], new[name])]
+    assert moved and all(".q_proj." in name or ".k_proj." in name for name in moved)
+    for name in moved:
+        rows = (own[name] != new[name]).reshape(len(own[name]), -1).any(1)
+        assert torch.equal(new[name][rows], theirs[name][rows])
+    donor.close()
