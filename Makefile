@@ -14,7 +14,7 @@ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'
 endef
 
-.PHONY: demo test test-slow check architectures benchmarks notebooks figures
+.PHONY: demo test test-slow fuzz check architectures benchmarks notebooks figures
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -35,6 +35,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Without the type checks of the default suite, which would refuse input of wrong types before we do.
+fuzz: $(INSTALLED)  ## 2,000 inputs of every kind that a user can give, and all bombs for the graders
+	FUZZ=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o addopts=--import-mode=importlib \
+	    tests/fuzz tests/interp/questions/test_grading_bombs.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from hooks.errors import FrankenlensError, nearest
+from hooks.errors import FrankenlensError, nearest, shown
 
 # command -> module with its `COMMAND`, what it asks; imported only when asked for
 COMMANDS = {
@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FrankenlensError as error:
         print(f"frankenlens: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a file or folder that the user named, in whichever way it cannot be used
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"frankenlens: {place}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("frankenlens: interrupted; nothing unfinished was left in --out as a result", file=sys.stderr)
         return 130
@@ -59,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, rest: Sequence[str]) -> None:
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS)
-        raise FrankenlensError(f"there is no command {name!r}, only {', '.join(COMMANDS)}. {hint}".strip())
+        raise FrankenlensError(
+            f"there is no command {shown(name)}, only {', '.join(COMMANDS)}. {hint}".strip()
+        )
     from experiments.options import from_command_line
 
     command = import_module(COMMANDS[name][0]).COMMAND

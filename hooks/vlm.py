@@ -1,7 +1,8 @@
 """HookedVLM: an unchanged Hugging Face vision-language model with its hook points open."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from hooks.anatomy.watching import has_pixels
 from hooks.cache import ActivationCache, Keeper
 from hooks.capabilities import missing
 from hooks.engine import Hook, HookContext, HookFunction, hook_by_keyword
-from hooks.errors import FrankenlensError, nearest
+from hooks.errors import FrankenlensError, nearest, shown
 from hooks.layout import laid_out
 from hooks.loading import load_model
 from hooks.nnsight.traceable import Traceable
@@ -37,6 +38,7 @@ from hooks.standing import Standing, lock_of
 from hooks.unopened import unopened_anatomy
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+_EXPERT = re.compile("[0-9]{1,6}")
 FwdHooks = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
 
 
@@ -332,16 +334,20 @@ class HookedVLM(Traceable):
         """
         if wanted is None:
             return list(self.hook_points)
-        if callable(wanted):
+        if callable(wanted) and not isinstance(wanted, type):
             selected = [name for name in self.hook_points if wanted(name)]
             if not selected:
                 raise FrankenlensError(
                     "the names filter selects no hook point; `vlm.hook_points` lists them."
                 )
             return selected
+        if not isinstance(wanted, Iterable) or isinstance(wanted, bytes):
+            raise FrankenlensError(
+                f"{shown(wanted)} names no hook points; give a name, a list of names, or a function of a name."
+            )
         names = [wanted] if isinstance(wanted, str) else list(wanted)
         for name in names:
-            if name in self.absent:
+            if isinstance(name, str) and name in self.absent:
                 raise FrankenlensError(
                     f"{name} is absent in {type(self.model).__name__}: {self.absent[name]}"
                 )
@@ -354,8 +360,16 @@ class HookedVLM(Traceable):
         Raises:
             FrankenlensError: there is none of that name.
         """
+        if not isinstance(name, str):
+            raise FrankenlensError(
+                f"{shown(name)} is no hook point, which has a name; `vlm.hook_points` lists them."
+            )
         whole, _, expert = name.rpartition(".")
-        if whole in self.hook_points and self.hook_points[whole].place == "expert_out" and expert.isdecimal():
+        if (
+            whole in self.hook_points
+            and self.hook_points[whole].place == "expert_out"
+            and _EXPERT.fullmatch(expert)
+        ):
             point = self.hook_points[whole]
             if point.experts is not None and int(expert) < point.experts.n_experts:
                 return point.of_expert(int(expert))
@@ -367,7 +381,7 @@ class HookedVLM(Traceable):
                 if unseen and is_visual(self.model.config)
                 else nearest(name, self.hook_points)
             )
-            raise FrankenlensError(f"{name!r} is no hook point of this model. {hint}")
+            raise FrankenlensError(f"{shown(name)} is no hook point of this model. {hint}".strip())
         return self.hook_points[name]
 
     def verify(self, inputs: Mapping[str, Any] | None = None, progress: bool = True) -> dict[str, float]:
@@ -420,6 +434,14 @@ class HookedVLM(Traceable):
         self._closed = True
 
     def _hooks_of(self, fwd_hooks: FwdHooks) -> list[Hook]:
+        if isinstance(fwd_hooks, str) or not isinstance(fwd_hooks, Iterable):
+            raise FrankenlensError(f"{shown(fwd_hooks)} are no hooks; give a list of pairs (name, function).")
+        fwd_hooks = list(fwd_hooks)
+        for one in fwd_hooks:
+            if not isinstance(one, Sequence) or isinstance(one, str) or len(one) != 2 or not callable(one[1]):
+                raise FrankenlensError(
+                    f"{shown(one)} is no hook; give a pair of a name and a function fn(activation, hook)."
+                )
         distinct = {id(fn): fn for _, fn in fwd_hooks}
         called = {key: hook_by_keyword(fn) for key, fn in distinct.items()}
         return [

@@ -195,7 +195,7 @@ def load(config: LocalizeConfig) -> FunctionPairs:
         asked = FunctionPairs([], questions=examples, left_out=left_out)
     else:
         functions = config.functions or PAPER_FUNCTIONS
-        asked = folder_pairs(config.data, functions, config.n, distinct=not config.paper)
+        asked = folder_pairs(config.data, functions, config.n, not config.paper, **config.access)
         for reason, count in asked.left_out.items():
             print(f"{config.data}: left out {count}: {reason}", file=sys.stderr)
     return asked.asking([one for task in config.tasks for one in sample(task, config.n, config.seed, "map")])

@@ -34,7 +34,7 @@ from interp.map import component_map, strongest, summarise
 from interp.pair.pair import Pair
 from interp.questions.examples import Example, with_looked_at
 from interp.questions.readers import Seen
-from interp.results.files import load_dataset
+from interp.results.files import load_dataset, require_parts
 from interp.results.page import Account, Section, told
 from interp.statistics import interval_text
 from interp.steering import pair_directions, steer_both
@@ -104,7 +104,7 @@ def check(config: LockstepConfig) -> None:
     if config.temperature:
         _sampling(config)
     if config.map is not None:
-        load_dataset(config.map)
+        _map(config.map)
 
 
 def load(config: LockstepConfig) -> Questions:
@@ -158,6 +158,23 @@ def measure(pair: Pair, asked: Questions, config: LockstepConfig) -> Iterator[Se
     )
 
 
+def _map(path: Path) -> xr.Dataset:
+    """The summary of a component map on disk.
+
+    Raises:
+        FrankenlensError: it is none.
+    """
+    cells = ("component", "role", "direction")
+    parts = {
+        name + end: cells for name in ("effect_mean", "recovery", "excess") for end in ("", "_low", "_high")
+    }
+    parts |= {"n": cells, "point": ("component",), **dict.fromkeys(cells, ())}
+    summary = require_parts(load_dataset(path), path, parts, "map")
+    if "refused" not in summary.attrs:
+        raise FrankenlensError(f"{path} is no result of `frankenlens map`; give one.")
+    return summary
+
+
 @dataclass(frozen=True)
 class _Chosen:
     """What is moved, on which questions it was chosen, and on which it is tried."""
@@ -175,7 +192,7 @@ def _chosen(pair: Pair, examples: Sequence[Example], config: LockstepConfig) -> 
         return _Chosen(sets, [], examples, f"components given: {', '.join(config.components)}", {})
     if config.map is not None:
         used, fresh, left_out = [], examples, {}
-        summary, how = load_dataset(config.map), f"strongest of {config.map.name}"
+        summary, how = _map(config.map), f"strongest of {config.map.name}"
     else:
         used, fresh = examples[::2], examples[1::2]
         summary, n = _small_map(pair, used, config)

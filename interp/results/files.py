@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -19,7 +19,7 @@ from typing import Any
 
 import xarray as xr
 
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line
 from hooks.whereabouts import require_file
 
 _VERSIONS = ("frankenlens", "torch", "transformers", "numpy", "scipy", "xarray")
@@ -100,11 +100,45 @@ def load_dataset(path: Path | str) -> xr.Dataset:
     require_file(path, "map.nc of a result: `frankenlens map --out DIR` writes DIR/map.nc")
     try:
         dataset = xr.load_dataset(path, engine="h5netcdf")
-    except OSError as error:
-        raise FrankenlensError(f"{path} is not a NetCDF 4 file: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # h5py, h5netcdf and xarray each raise their own at what is damaged
+        raise FrankenlensError(
+            f"{path} is not a NetCDF 4 file that can be read: {one_line(error)}"
+        ) from error
     if "provenance" not in dataset.attrs:
         raise FrankenlensError(
             f"{path} has no provenance, so it is not a result of frankenlens. From Python, save it with "
             "save_dataset(dataset, path, provenance(...)), both of interp.results."
         )
+    try:
+        made = json.loads(dataset.attrs["provenance"])
+    except (TypeError, ValueError, RecursionError):
+        made = None
+    if not isinstance(made, dict):
+        raise FrankenlensError(
+            f"{path}: its provenance is no JSON object; the file is damaged, so make it again."
+        )
+    return dataset
+
+
+def require_parts(
+    dataset: xr.Dataset, path: Path | str, parts: Mapping[str, Sequence[str]], made_by: str
+) -> xr.Dataset:
+    """The same result, if it has the variables and coordinates that are to be read of it.
+
+    Args:
+        dataset: as `load_dataset` returns it.
+        path: where it was read, for the message.
+        parts: name of a variable or coordinate to its axes.
+        made_by: the command whose result has them.
+
+    Raises:
+        FrankenlensError: names what it lacks.
+    """
+    for name, axes in parts.items():
+        if name not in dataset.variables or not set(axes) <= set(map(str, dataset[name].dims)):
+            raise FrankenlensError(
+                f"{path} has no {name} [{' '.join(axes)}], so it is no result of `frankenlens {made_by}`; give one."
+            )
     return dataset

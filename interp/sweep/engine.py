@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from hashlib import sha256
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.errors import shown
 from interp.metrics import Metric
 from interp.prompts import Prompt, collate
 from interp.prompts.pairing import image_shapes
@@ -27,6 +29,7 @@ from interp.sweep.places import LEADING, Where, of_vision, where_label, where_ma
 from interp.sweep.shards import ShardStore
 
 SHARD = 512  # interventions
+_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})\s{0,8}([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 def sweep(
@@ -312,13 +315,18 @@ def parse_bytes(size: int | str | None) -> int | None:
     Raises:
         FrankenlensError: it is neither.
     """
-    if size is None or isinstance(size, int):
-        return size
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", size, re.IGNORECASE)
-    if match is None:
-        raise FrankenlensError(f'{size!r} is no size; give bytes, or such as "500MB" or "2GiB"')
-    number, letter, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(letter.upper() or " "))
+    if size is None:
+        return None
+    if isinstance(size, Integral) and not isinstance(size, bool) and 0 < size < 2**63:  # type: ignore[operator]
+        return int(size)
+    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    found = 0
+    if match is not None:
+        number, letter, binary = match.groups()
+        found = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(letter.upper() or " "))
+    if not 0 < found < 2**63:
+        raise FrankenlensError(f'{shown(size)} is no size; give bytes, or such as "500MB" or "2GiB"')
+    return found
 
 
 def _about(

@@ -12,17 +12,21 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks import FrankenlensError, HookedVLM, WeightSlice, weight_slices
+from hooks import Address, FrankenlensError, HookedVLM, WeightSlice, weight_slices
+from hooks.errors import shown
 from hooks.weights import buffer_slices, require_unpacked, saved_buffers, wholes
 from interp import updates
 from interp.updates import Realized, as_large, random_update, wide_type
 
+LARGEST = 1e30
+"""Of a coefficient: what it makes of weights is no number."""
 FORMS = ("delta", "low_rank", "random")
 _EXACT = 2048  # up to this many rows or columns, the low-rank form is an exact SVD
 
@@ -56,10 +60,21 @@ class Graft:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.addresses or isinstance(self.addresses, str):
+        if not isinstance(self.addresses, (tuple, list)) or not self.addresses:
             raise FrankenlensError("a graft needs a tuple of addresses, such as ('blocks.0-9', 'projector')")
+        object.__setattr__(self, "addresses", tuple(str(Address.parse(one)) for one in self.addresses))
         if self.form not in FORMS:
-            raise FrankenlensError(f"there is no form {self.form!r} of a graft; choose {', '.join(FORMS)}")
+            raise FrankenlensError(
+                f"there is no form {shown(self.form)} of a graft; choose {', '.join(FORMS)}"
+            )
+        c = self.coefficient
+        if isinstance(c, bool) or not isinstance(c, Real) or not abs(c) < LARGEST:  # type: ignore[operator]
+            raise FrankenlensError(f"coefficient={shown(c)} of a graft: give a finite number")
+        for name, value in (("rank", self.rank), ("seed", self.seed)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise FrankenlensError(f"{name}={shown(value)} of a graft: give a whole number")
+        if self.seed is None or not 0 <= self.seed < 2**62:
+            raise FrankenlensError(f"seed={shown(self.seed)} of a graft: give a whole number from 0 on")
         if self.form == ("low_rank" if self.rank is None else "delta"):
             raise FrankenlensError(
                 "rank= goes with form='low_rank' (or 'random', its control), and only with it"

@@ -8,12 +8,13 @@ import threading
 from hooks.errors import FrankenlensError
 from hooks.extras import require_installed
 from interp.questions.grading.equality import MATHEMATICS, equal, holds_words
-from interp.questions.grading.grade import Grade
+from interp.questions.grading.grade import Grade, always_told
 from interp.questions.grading.normal import normal, plain
-from interp.questions.grading.statement import LONGEST, statement_of
+from interp.questions.grading.statement import statement_of
 from interp.questions.grading.symbols import Unparsed
 from interp.questions.grading.units import unit_of
 
+LONGEST = 1000  # characters of mathematics
 DEEPEST = 200  # brackets and signs, each of which may lie within the others
 TIMEOUT = 5  # seconds, whole ones: math-verify's alarm counts no others
 
@@ -24,6 +25,7 @@ _NOTHING = re.compile(
 )
 
 
+@always_told
 def judge_math(answer: str, reference: str, timeout: int = TIMEOUT) -> Grade:
     r"""Whether answer and reference are equal as mathematics; both may be LaTeX, with or without `$`.
 
