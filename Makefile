@@ -14,7 +14,7 @@ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'
 endef
 
-.PHONY: demo test test-slow fuzz check architectures benchmarks notebooks figures
+.PHONY: demo test test-slow fuzz kills check architectures benchmarks notebooks figures
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -40,6 +40,9 @@ test-slow: $(INSTALLED)
 fuzz: $(INSTALLED)  ## 2,000 inputs of every kind that a user can give, and all bombs for the graders
 	FUZZ=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o addopts=--import-mode=importlib \
 	    tests/fuzz tests/interp/questions/test_grading_bombs.py
+
+kills: $(INSTALLED)  ## every command killed at 20 moments and run again, and interrupted at 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s tests/experiments/test_kills.py tests/experiments/test_interrupted.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -32,11 +32,14 @@ COMMANDS = {
 }
 
 
+INTERRUPTED = "frankenlens: interrupted; what is finished is kept, and the same command goes on there"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Returns:
-        0, or 2 after a mistake of the user's, told in one line on standard error.
+        0; 2 after a mistake of the user's or on a full disk, 130 after Ctrl-C, told in one line on standard error.
     """
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if name in ("-h", "--help"):
@@ -50,12 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FrankenlensError as error:
         print(f"frankenlens: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # a file or folder that the user named, in whichever way it cannot be used
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"frankenlens: {place}{error.strerror or error}", file=sys.stderr)
+    except Exception as error:
+        from interp.results.whole import disk_full, is_full
+
+        if is_full(error):
+            told = str(disk_full("what is being written"))
+        elif isinstance(
+            error, OSError
+        ):  # a file or folder that the user named, in whichever way it cannot be used
+            place = f"{error.filename}: " if error.filename else ""
+            told = f"{place}{error.strerror or error}"
+        else:
+            raise
+        print(f"frankenlens: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("frankenlens: interrupted; nothing unfinished was left in --out as a result", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
     return 0
 

@@ -21,6 +21,7 @@ from hooks.cache import ActivationCache, Keeper
 from hooks.capabilities import missing
 from hooks.engine import Hook, HookContext, HookFunction, hook_by_keyword
 from hooks.errors import FrankenlensError, nearest, shown
+from hooks.exclusive import exclusively
 from hooks.layout import laid_out
 from hooks.loading import load_model
 from hooks.nnsight.traceable import Traceable
@@ -34,7 +35,7 @@ from hooks.refusals import (
     refuse_inference_weights,
 )
 from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
-from hooks.standing import Standing, lock_of
+from hooks.standing import Standing
 from hooks.unopened import unopened_anatomy
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -83,7 +84,7 @@ class HookedVLM(Traceable):
         own: Any = getattr(model, "_orig_mod", model)
         self.model: PreTrainedModel = own
         self.processor = processor
-        with lock_of(own):
+        with exclusively(own, "the opening"):
             self._open(own, processor, inputs, check)
 
     def _open(
@@ -213,7 +214,7 @@ class HookedVLM(Traceable):
         """The model copied and opened as this one was; hooks that stand stay where they are."""
         self.require_open()
         memo[id(self)] = new = copy.copy(self)
-        with self._standing.exclusive():
+        with self._standing.exclusive("a copy"):
             new.model = copy.deepcopy(self.model, memo)
         new.processor = copy.deepcopy(self.processor, memo)
         new._standing = Standing(new.model, self._standing.packed, self._standing.clock.inner)
@@ -244,7 +245,7 @@ class HookedVLM(Traceable):
         """Run the model on processor tensors, with whatever hooks are on. Returns Hugging Face's own output."""
         self.require_open()
         run: Any = self.model
-        with self._standing.exclusive():
+        with self._standing.exclusive("a run"):
             return run(**self._to_device(inputs), **kwargs)
 
     def run_with_cache(
@@ -314,7 +315,8 @@ class HookedVLM(Traceable):
         with self.attached(layer):
             self._standing.clock.begin(None if ids is None else ids.shape[1])
             model: Any = self.model
-            output = model.generate(**self._to_device(inputs), **kwargs)
+            with self.exclusive("a generation"):
+                output = model.generate(**self._to_device(inputs), **kwargs)
         _require_fired(layer)
         return output
 
@@ -449,6 +451,18 @@ class HookedVLM(Traceable):
             for wanted, fn in fwd_hooks
             for name in self.names(wanted)
         ]
+
+    def exclusive(self, what: str) -> AbstractContextManager[None]:
+        """No other thread or task runs the model through an opened one, or changes what stands on it; contexts nest.
+
+        Args:
+            what: is done meanwhile, for the message of a refusal.
+
+        Raises:
+            FrankenlensError: another task has it; or another thread, which does not come to an end (others are waited
+                for).
+        """
+        return self._standing.exclusive(what)
 
     def attached(self, layer: list[Hook]) -> AbstractContextManager[None]:
         """Keep hooks on that are made already, after those that stand; `hooks` makes them from functions."""

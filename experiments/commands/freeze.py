@@ -185,7 +185,7 @@ def _papers(pair: Pair, in_path: str, config: FreezeConfig, trl: dict[str, Any])
     """Trained on the user's questions, measured on the paper's, of which IN describes what has to be described."""
     train_on, left_out = usable(pair, DataSettings(config.train, config.train_images), "training")
     questions = paper_questions(config, config.seed, METRICS)
-    running = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+    running: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
     examples = described(pair, questions.examples, **running)
     require_readable(pair, pair.builder, examples, config)
     every = [prompt.example for prompt in train_on]

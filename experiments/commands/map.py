@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from experiments.frame import Command
+from experiments.frame import Command, kept
 from experiments.options import require_known
 from experiments.settings import Questions, QuestionSettings, load_pair, load_questions
 from hooks.errors import FrankenlensError
@@ -57,10 +57,13 @@ def measure(pair: Pair, asked: Questions, config: MapConfig) -> Iterator[Section
     Raises:
         FrankenlensError: no prompt qualifies; the message says why not.
     """
-    decisions = find_decisions(pair, asked.examples, config.decision, progress=True, **config.running)
+    keep, running = kept(pair, asked.examples, config), config.running
+    decisions = find_decisions(pair, asked.examples, config.decision, progress=True, keep=keep, **running)
     decisions.require_some()
     directions = list(DIRECTIONS) if config.direction == "both" else [config.direction]
-    effects = component_map(pair, decisions, directions, config.points, batch_size=config.batch_size)
+    effects = component_map(
+        pair, decisions, directions, config.points, batch_size=config.batch_size, keep=keep
+    )
     nulls = null_pair_denominator(pair, decisions, config.seed, config.batch_size)
     refused = recovery_refused(decisions, nulls)
     summary = summarise(effects, nulls=nulls, refused=refused, seed=config.seed)

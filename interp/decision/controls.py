@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
+from hooks.swapped import like, swapped
 from interp.decision.result import DecisionSet
 from interp.decision.traces import next_tokens, trace_logits
 from interp.metrics import LogitDifference, evaluate
@@ -79,21 +80,20 @@ def _last_logits(
     here = {name: tensor.to(prefix.model.device) for name, tensor in inputs.items()}
     positions = position_ids(prefix.model, here)
     images = {name: tensor for name, tensor in here.items() if name not in NEEDS_PIXELS_ONCE}
-    cache = prefix.model(
-        input_ids=here["input_ids"][:, :-1],
-        attention_mask=here["attention_mask"][:, :-1],
-        position_ids=positions[..., :-1],
-        use_cache=True,
-        logits_to_keep=1,
+    before = {
+        "input_ids": here["input_ids"][:, :-1],
+        "attention_mask": here["attention_mask"][:, :-1],
+        "position_ids": positions[..., :-1],
         **images,
-    ).past_key_values
+    }
+    cache = prefix(before, use_cache=True, logits_to_keep=1).past_key_values
     last = {
         "input_ids": here["input_ids"][:, -1:],
         "attention_mask": here["attention_mask"],
         "position_ids": positions[..., -1:],
     }
     last = {name: tensor.to(weights.model.device) for name, tensor in last.items()}
-    return weights.model(**last, past_key_values=cache, use_cache=True).logits[:, -1]
+    return weights(last, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
 def position_ids(model: Any, inputs: Mapping[str, Tensor]) -> Int[Tensor, "*axes batch pos"]:
@@ -278,21 +278,20 @@ def changed_weights(model: nn.Module, change: Change) -> Iterator[None]:
     """Every parameter replaced by `change(name, parameter)` inside the context, and put back bit for bit after it.
 
     Raises:
-        FrankenlensError: a `RandomUpdate` that is not as large as it should be in the type of the weights.
+        FrankenlensError: a `RandomUpdate` that is not as large as it should be in the type of the weights; another task
+            or thread uses the model.
     """
-    kept: dict[str, Tensor] = {}
-    try:
+
+    def values() -> Iterator[tuple[Tensor, Tensor]]:
         for name, parameter in model.named_parameters():
-            kept[name] = parameter.detach().clone()
-            parameter.data.copy_(change(name, parameter.detach()))
+            own = parameter.detach()
+            yield parameter, like(change(name, own.clone()).to(own))
+
+    with swapped(model, values, "changed weights"):
         if isinstance(change, RandomUpdate):
             dtype = next(model.parameters()).dtype
             change.held.require("the random update beside RL's", dtype)
         yield
-    finally:
-        for name, parameter in model.named_parameters():
-            if name in kept:
-                parameter.data.copy_(kept[name])
 
 
 def _shown(interval: Interval) -> str:

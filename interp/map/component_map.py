@@ -7,6 +7,7 @@ recoveries with intervals.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,7 @@ from interp.prompts import Prompt, collate
 from interp.prompts.pairing import PatchBatch, image_shapes, partners
 from interp.prompts.roles import ROLES
 from interp.questions.examples import with_looked_at
+from interp.results.store import Store, fingerprint, part
 
 if TYPE_CHECKING:
     from interp.decision import DecisionSet
@@ -47,6 +49,7 @@ def component_map(
     roles: Sequence[str] | None = None,
     batch_size: int = 16,
     progress: bool = True,
+    keep: Store | None = None,
 ) -> xr.Dataset:
     """Patch every component of a pair at every role, on the prompts of `decisions`.
 
@@ -58,6 +61,8 @@ def component_map(
             named.
         roles: of `ROLES`, "decision" and "all"; by default those that occur.
         batch_size: prompts a forward.
+        progress: show a bar.
+        keep: where it is kept what is finished, batch by batch.
 
     Returns:
         Variables effect and control_other [direction component role example] (patched - recipient, in the metric's
@@ -75,7 +80,7 @@ def component_map(
     prompts = {"in": decisions.prompts, "rl": decisions.prompts}
     models = {"in": pair.in_, "rl": pair.rl}
     ways = {d: DIRECTIONS[d] for d in directions}
-    found = _map(models, prompts, decisions.metric, ways, points, roles, batch_size, progress)
+    found = _map(models, prompts, decisions.metric, ways, points, roles, batch_size, progress, keep)
     return with_looked_at(found, decisions.examples)
 
 
@@ -140,6 +145,7 @@ def _map(
     roles: Sequence[str] | None,
     batch_size: int,
     progress: bool,
+    keep: Store | None = None,
 ) -> xr.Dataset:
     first = next(iter(prompts.values()))
     if not first:
@@ -163,25 +169,13 @@ def _map(
     ends = np.full((2, len(directions), len(first)), np.nan)
     total = _n_runs(wanted, roles) * len(directions) * -(-len(first) // batch_size)
     with tqdm(total=total, desc="patching", unit="run", disable=not progress) as bar:
-        for rows in batches_of(first, batch_size):
-            select = metric.select(rows)
-            ready, donors = {}, {}
-            for name, vlm in models.items():
-                batch = collate([prompts[name][i] for i in rows]).to(vlm.device)
-                ready[name] = PatchBatch(batch, select.reads(batch), partners(batch))
-                donors[name] = Donor(vlm, batch, cached_names(vlm, wanted), select)
-            for d, (donor, recipient) in enumerate(directions.values()):
-                cells = cells_of(donors[donor], donors[recipient], ready[recipient], wanted, roles)
-                found = run_cells(models[recipient], ready[recipient], select, cells, bar)
-                for cell, values in zip(cells, found, strict=True):
-                    if cell.kind == "self":
-                        itself[d, cell.component] = np.fmax(
-                            itself[d, cell.component], np.fmax.reduce(np.abs(values), axis=None)
-                        )
-                    else:
-                        kept = effect if cell.kind == "donor" else other
-                        kept[d, cell.component, cell.role, rows] = values
-                ends[0, d, rows], ends[1, d, rows] = donors[recipient].metric, donors[donor].metric
+        for number, rows in enumerate(batches_of(first, batch_size)):
+            some = {name: [own[i] for i in rows] for name, own in prompts.items()}
+            job = _Batch(models, some, metric.select(rows), directions, wanted, roles, bar)
+            of = fingerprint([component.name for component in wanted], roles, list(directions), job.about)
+            found = part(keep, f"map-{number:06d}", job.run, of)
+            effect[..., rows], other[..., rows] = found["effect"], found["other"]
+            itself, ends[..., rows] = np.fmax(itself, found["itself"]), found["ends"]
         bar.total = bar.n  # roles that no row of a batch has are not run
         bar.refresh()
     found = _dataset(
@@ -190,6 +184,47 @@ def _map(
     told = {why: n for vlm in models.values() for why, n in lacking(vlm, points, images).items()}
     found.attrs["lacking"] = json.dumps(told)
     return found
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Prompts that run together, in every direction."""
+
+    models: Mapping[str, HookedVLM]
+    prompts: Mapping[str, Sequence[Prompt]]
+    metric: Metric
+    directions: Mapping[str, tuple[str, str]]
+    wanted: Sequence[Component]
+    roles: Sequence[str]
+    bar: tqdm
+
+    @property
+    def about(self) -> list[list[list[int]]]:
+        """The tokens of all prompts."""
+        return [[list(prompt.ids) for prompt in some] for some in self.prompts.values()]
+
+    def run(self) -> dict[str, np.ndarray]:
+        """effect and other [direction component role row], itself [direction component], ends [2 direction row]."""
+        n = len(next(iter(self.prompts.values())))
+        shape = (len(self.directions), len(self.wanted), len(self.roles), n)
+        effect, other = np.full(shape, np.nan), np.full(shape, np.nan)
+        itself, ends = np.full(shape[:2], np.nan), np.full((2, shape[0], n), np.nan)
+        ready, donors = {}, {}
+        for name, vlm in self.models.items():
+            batch = collate(self.prompts[name]).to(vlm.device)
+            ready[name] = PatchBatch(batch, self.metric.reads(batch), partners(batch))
+            donors[name] = Donor(vlm, batch, cached_names(vlm, self.wanted), self.metric)
+        for d, (donor, recipient) in enumerate(self.directions.values()):
+            cells = cells_of(donors[donor], donors[recipient], ready[recipient], self.wanted, self.roles)
+            found = run_cells(self.models[recipient], ready[recipient], self.metric, cells, self.bar)
+            for cell, values in zip(cells, found, strict=True):
+                if cell.kind == "self":
+                    itself[d, cell.component] = np.fmax.reduce(np.abs(values), axis=None)
+                else:
+                    kept = effect if cell.kind == "donor" else other
+                    kept[d, cell.component, cell.role] = values
+            ends[0, d], ends[1, d] = donors[recipient].metric, donors[donor].metric
+        return {"effect": effect, "other": other, "itself": itself, "ends": ends}
 
 
 def roles_of(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str]:

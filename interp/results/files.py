@@ -5,6 +5,7 @@ A result is an `xarray.Dataset` whose attribute `provenance` holds, as JSON, wha
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -15,14 +16,20 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import h5netcdf
 import xarray as xr
+from xarray.backends import H5NetCDFStore
 
 from hooks.errors import FrankenlensError, one_line
 from hooks.whereabouts import require_file
+from interp.results.lock import LOCK, locked
+from interp.results.whole import sealed, told, unsealed, write_whole
 
 _VERSIONS = ("frankenlens", "torch", "transformers", "numpy", "scipy", "xarray")
+_STAGING, _READY = ".staging-", ".publishing"
+_SAVE = "From Python, save it with save_dataset(dataset, path, provenance(...)), both of interp.results."
 
 
 def provenance(
@@ -51,66 +58,117 @@ def provenance(
 
 @contextmanager
 def publishing(folder: Path | str) -> Iterator[Path]:
-    """A staging folder whose files appear in `folder` together, each by one rename, once the block has ended well.
+    """A staging folder whose files appear in `folder` together, once the block has ended well.
 
-    If the block raises, `folder` is left as it was: no reader ever sees half a file, nor a new figure beside
-    an old table because the page failed.
+    If the block raises, `folder` is left as it was: no reader ever sees half a file, nor a new figure beside an old
+    table because the page failed. The staging folder is renamed first, and its files then moved one by one; where that
+    is cut off, whoever next reads a result there, or writes, moves the rest.
 
     Raises:
-        FrankenlensError: `folder` cannot be made or written to.
+        FrankenlensError: `folder` cannot be made or written to, another run writes to it, the disk is full, or a folder
+            stands where a file is to be.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
-    except OSError as error:
-        raise FrankenlensError(
-            f"Cannot write to {folder}: {error.strerror}. Choose another --out."
-        ) from error
-    try:
-        yield staging
-        for path in sorted(staging.iterdir()):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(staging)
+    with locked(folder):
+        settle(folder)
+        with told(folder):
+            staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+            try:
+                yield staging
+                _require_free(staging, folder)
+                os.replace(staging, folder / _READY)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+            settle(folder)
+
+
+def settle(folder: Path) -> None:
+    """Finish what was being published when a run was killed, and remove what was not complete.
+
+    Raises:
+        FrankenlensError: another run writes there, or a folder stands where a file is to be.
+    """
+    ready = folder / _READY
+    if not ready.is_dir() and not any(folder.glob(f"{_STAGING}*")):
+        return
+    with locked(folder):
+        for left in folder.glob(f"{_STAGING}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if ready.is_dir():
+            _require_free(ready, folder)
+            with told(folder):
+                for path in sorted(ready.iterdir()):
+                    os.replace(path, folder / path.name)
+                ready.rmdir()
+
+
+def is_occupied(folder: Path) -> bool:
+    """Whether something stands there that is not left over from a run that was killed before it published."""
+    if not folder.is_dir():
+        return os.path.lexists(folder)
+    return any(path.name != LOCK and not path.name.startswith(_STAGING) for path in folder.iterdir())
+
+
+def _require_free(staging: Path, folder: Path) -> None:
+    for path in sorted(staging.iterdir()):
+        target = folder / path.name
+        blocked = os.path.lexists(target) if path.is_dir() else target.is_dir() and not target.is_symlink()
+        if blocked:
+            raise FrankenlensError(
+                f"{target} is {'there already' if path.is_dir() else 'a folder'}, where {path.name} is to be written; "
+                "remove it, or choose another --out. Nothing was written."
+            )
 
 
 def save_dataset(dataset: xr.Dataset, path: Path | str, provenance: Mapping[str, Any] | None = None) -> None:
-    """Write NetCDF 4, floats compressed; inside `publishing`, all or nothing.
+    """Write NetCDF 4, floats compressed, with a checksum behind it that other readers pass over; all or nothing.
 
     Args:
         dataset: the result; as it was, afterwards.
         path: the file.
         provenance: what the function `provenance` returns, where the attribute is not set yet; without either,
             `load_dataset` will not take the file for a result.
+
+    Raises:
+        FrankenlensError: the disk is full, or the place cannot be written to.
     """
     if provenance is not None:
         dataset = dataset.assign_attrs(provenance=json.dumps(provenance))
     packed = {str(name): {"zlib": True} for name, data in dataset.data_vars.items() if data.dtype.kind == "f"}
-    dataset.to_netcdf(path, engine="h5netcdf", encoding=packed)
+    # Made in memory: HDF5 that cannot write its file raises, and then ends the process.
+    whole = io.BytesIO()
+    with h5netcdf.File(whole, "w") as file:
+        dataset.dump_to_store(H5NetCDFStore(file), encoding=packed)
+    write_whole(Path(path), sealed(whole.getvalue()))
 
 
 def load_dataset(path: Path | str) -> xr.Dataset:
     """Read a result into memory.
 
     Raises:
-        FrankenlensError: there is no such file, or it is not a result.
+        FrankenlensError: there is no such file, it is not a result, or it is damaged.
     """
     path = Path(path)
+    if (path.parent / _READY).is_dir():
+        settle(path.parent)
     require_file(path, "map.nc of a result: `frankenlens map --out DIR` writes DIR/map.nc")
     try:
-        dataset = xr.load_dataset(path, engine="h5netcdf")
+        data = path.read_bytes()
+    except OSError as error:
+        raise FrankenlensError(f"{path} cannot be read: {error.strerror}") from error
+    whole = unsealed(data)
+    if whole is None:
+        _refuse(path, data)
+    try:
+        dataset = xr.load_dataset(io.BytesIO(whole), engine="h5netcdf")
     except MemoryError:
         raise
-    except Exception as error:  # h5py, h5netcdf and xarray each raise their own at what is damaged
+    except Exception as error:  # h5py, h5netcdf and xarray each raise their own
         raise FrankenlensError(
             f"{path} is not a NetCDF 4 file that can be read: {one_line(error)}"
         ) from error
     if "provenance" not in dataset.attrs:
-        raise FrankenlensError(
-            f"{path} has no provenance, so it is not a result of frankenlens. From Python, save it with "
-            "save_dataset(dataset, path, provenance(...)), both of interp.results."
-        )
+        raise FrankenlensError(f"{path} has no provenance, so it is not a result of frankenlens. {_SAVE}")
     try:
         made = json.loads(dataset.attrs["provenance"])
     except (TypeError, ValueError, RecursionError):
@@ -142,3 +200,15 @@ def require_parts(
                 f"{path} has no {name} [{' '.join(axes)}], so it is no result of `frankenlens {made_by}`; give one."
             )
     return dataset
+
+
+def _refuse(path: Path, data: bytes) -> NoReturn:
+    """Say why a file without a checksum that holds is not read."""
+    if not data.startswith(b"\x89HDF\r\n\x1a\n"):
+        raise FrankenlensError(f"{path} is not a NetCDF 4 file, or is damaged; make it again.")
+    if b"\nfrankenlens sha256 " in data[-128:]:
+        raise FrankenlensError(f"{path} is damaged: its checksum does not hold. Make it again.")
+    raise FrankenlensError(
+        f"{path} has no checksum at its end, so no provenance that could be relied on: it is cut short, or no "
+        f"result of frankenlens. Make it again. {_SAVE}"
+    )

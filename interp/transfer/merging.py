@@ -36,7 +36,7 @@ from hooks.errors import FrankenlensError, nearest, shown
 from hooks.extras import require_installed
 from hooks.stored.names import Names
 from interp.comparison import Checkpoint, align
-from interp.results.files import publishing
+from interp.results.files import is_occupied, publishing
 from interp.updates import Realized
 
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
@@ -260,7 +260,7 @@ def merge(
 
     if dtype not in (None, "float32"):
         raise FrankenlensError(f'dtype={dtype!r}: give "float32", or nothing for the type of the models')
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_occupied(out):
         raise FrankenlensError(f"{out} is not empty; choose another folder for the merged checkpoint")
     opened = [Checkpoint(folder) for folder in ([] if base is None else [base]) + list(models)]
     names = align(*opened)

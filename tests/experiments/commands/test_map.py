@@ -15,7 +15,7 @@ from interp.questions.examples import fingerprint
 from interp.questions.tasks import REASONING, sample
 from interp.results.files import load_dataset
 
-FILES = ["map.csv", "map.nc", "map.png", "report.html"]
+FILES = ["finished", "map.csv", "map.nc", "map.png", "report.html"]
 SMALL = {
     "n": 16,
     "points": ("mlp_out", "projector"),
