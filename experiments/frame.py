@@ -211,7 +211,7 @@ def require_begun_alike(file: Path, settings: Mapping[str, Any]) -> None:
         FrankenlensError: names the settings that differ.
     """
     wanted = json.loads(json.dumps(settings))
-    if file.exists():
+    if os.path.exists(file):
         begun = _begun(file)
         other = sorted(name for name in wanted if begun.get(name) != wanted[name])
         if other:
@@ -234,8 +234,8 @@ def _begun(file: Path) -> Mapping[str, Any]:
 
 def _require_writable(out: Path) -> None:
     """Told before the work is done, not after it; `out` itself is made when there is something to write."""
-    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    place = next(folder for folder in (out, *out.absolute().parents) if os.path.exists(folder))
+    if not os.path.isdir(place) or not os.access(place, os.W_OK):
         raise FrankenlensError(
             f"Cannot write to {out}: {place} is no folder that you may write to. Choose another --out."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -224,7 +225,7 @@ def require_there(config: ModelSettings) -> None:
             require_file(path, _FILES[name], as_option(name))
         elif name in _FOLDERS:
             require_folder(path, _FOLDERS[name], as_option(name))
-        elif not path.exists() and not is_public(str(path)):
+        elif not os.path.exists(path) and not is_public(str(path)):
             raise FrankenlensError(absent(path, *_ROWS[name], as_option(name)))
 
 
@@ -262,7 +263,7 @@ def _require_data(config: ModelSettings) -> None:
         raise FrankenlensError(
             "--copies holds public data sets: name one as --data (mathvista, math-500, gsm8k), or leave --copies out."
         )
-    if copies is not None and not copies.is_dir():
+    if copies is not None and not os.path.isdir(copies):
         raise FrankenlensError(f"--copies {copies} is no folder; give one that holds {', '.join(COPIES)}.")
     Fields.parse(getattr(config, "fields", ()))
 
@@ -388,7 +389,7 @@ def _copy(name: str, config: DataSettings) -> dict[str, Any]:
     if config.copies is None:
         return {}
     kinds = ("", ".parquet", ".json", ".jsonl", ".arrow")
-    found = next((path for kind in kinds if (path := config.copies / f"{name}{kind}").exists()), None)
+    found = next((path for kind in kinds if os.path.exists(path := config.copies / f"{name}{kind}")), None)
     if found is None:
         raise Unreachable(
             f"--copies {config.copies} holds no {name}: put {name}.parquet there, or what save_to_disk wrote as {name}."

@@ -91,7 +91,7 @@ def _is_of(cls: type, packages: tuple[str, ...]) -> bool:
 def _unwrapped(value: Any) -> Any:
     if isinstance(value, classmethod | staticmethod):
         return type(value)(_PLAIN[value.__func__]) if value.__func__ in _PLAIN else value
-    if isinstance(value, property) and value.fget in _PLAIN:
+    if isinstance(value, property) and value.fget is not None and value.fget in _PLAIN:
         return property(_PLAIN[value.fget], value.fset, value.fdel, value.__doc__)
     return _PLAIN.get(value, value) if inspect.isfunction(value) else value
 

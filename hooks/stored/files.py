@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,12 +68,12 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         "a local checkpoint folder with config.json in it (a repository is downloaded by `hf download OWNER/NAME "
         "--local-dir FOLDER`)",
     )
-    if (folder / "adapter_config.json").is_file():
+    if os.path.isfile(folder / "adapter_config.json"):
         raise FrankenlensError(
             f"{folder} is a PEFT adapter, not a checkpoint: where models are run, it is given as RL beside its IN "
             "(Pair.from_pretrained, --rl); where files are read, merge it (merge_and_unload) and save the whole model."
         )
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise FrankenlensError(
             f"{folder}: no config.json, so this is not a checkpoint written by save_pretrained."
         )
@@ -85,18 +86,18 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     if named is not None:
         require_inside(folder / "config.json", [named], (".safetensors", ".json"))
         single, index = folder / named, folder / named
-    shards = shards_of(index) if index.suffix == ".json" and index.is_file() else []
-    if shards and single.is_file() and single != index and single.name not in shards:
+    shards = shards_of(index) if index.suffix == ".json" and os.path.isfile(index) else []
+    if shards and os.path.isfile(single) and single != index and single.name not in shards:
         raise FrankenlensError(
             f"{folder} holds two sets of weights, {single.name} and the {len(shards)} shards of {index.name}; delete "
             "the one that is not meant (it is left over from an earlier save)."
         )
-    if not shards and not (single.suffix == ".safetensors" and single.is_file()):
+    if not shards and not (single.suffix == ".safetensors" and os.path.isfile(single)):
         raise FrankenlensError(
             f"{folder}: {_instead(folder)}. Only safetensors are read: load it once in a place you trust and call "
             "model.save_pretrained(folder)."
         )
-    missing = [name for name in shards if not (folder / name).is_file()]
+    missing = [name for name in shards if not os.path.isfile(folder / name)]
     if missing:
         raise FrankenlensError(
             f"{folder}: {index.name} names {', '.join(missing[:SHOWN])}, which is missing; download it again."

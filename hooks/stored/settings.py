@@ -114,7 +114,8 @@ def _require_buildable(file: Path, config: Mapping[str, Any], n_stored: int) -> 
 def _parts_of(kind: str | None) -> tuple[str, ...]:
     """The entries of a configuration that are configurations."""
     try:
-        own = CONFIG_MAPPING[kind].sub_configs if kind in CONFIG_MAPPING else {}  # type: ignore[index, operator]
+        of_kind: Any = CONFIG_MAPPING[kind] if kind is not None and kind in CONFIG_MAPPING else None
+        own = getattr(of_kind, "sub_configs", {})
     except (KeyError, AttributeError, ImportError):
         own = {}
     return tuple({*own, *_LANGUAGE, "vision_config"})

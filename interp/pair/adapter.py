@@ -123,7 +123,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
                 "which is not merged here: merge it where it was trained, and give the whole model."
             )
     file = folder / _FILE
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise FrankenlensError(
             f"{folder}: a PEFT adapter without {_FILE}. Only safetensors are read: save it again with "
             "save_pretrained(folder, safe_serialization=True)."

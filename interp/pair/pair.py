@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -291,7 +292,7 @@ def _with_adapter(
 
 def _require_adapter_tokenizer(vlm: HookedVLM, folder: Path, templates: bool, accept: Sequence[str]) -> None:
     """An adapter's folder may hold the tokenizer it was trained with; then it must be IN's."""
-    if not (folder / "tokenizer_config.json").is_file():
+    if not os.path.isfile(folder / "tokenizer_config.json"):
         return
     own, tokenizer = _processor(vlm, "IN"), _own_tokenizer(folder)
     differences = tokenizer_differences(tokenizer_of(own), tokenizer)

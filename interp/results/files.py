@@ -89,12 +89,12 @@ def settle(folder: Path) -> None:
         FrankenlensError: another run writes there, or a folder stands where a file is to be.
     """
     ready = folder / _READY
-    if not ready.is_dir() and not any(folder.glob(f"{_STAGING}*")):
+    if not os.path.isdir(ready) and not any(folder.glob(f"{_STAGING}*")):
         return
     with locked(folder):
         for left in folder.glob(f"{_STAGING}*"):
             shutil.rmtree(left, ignore_errors=True)
-        if ready.is_dir():
+        if os.path.isdir(ready):
             _require_free(ready, folder)
             with told(folder):
                 for path in sorted(ready.iterdir()):
@@ -104,7 +104,7 @@ def settle(folder: Path) -> None:
 
 def is_occupied(folder: Path) -> bool:
     """Whether something stands there that is not left over from a run that was killed before it published."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return os.path.lexists(folder)
     return any(path.name != LOCK and not path.name.startswith(_STAGING) for path in folder.iterdir())
 
@@ -112,11 +112,15 @@ def is_occupied(folder: Path) -> bool:
 def _require_free(staging: Path, folder: Path) -> None:
     for path in sorted(staging.iterdir()):
         target = folder / path.name
-        blocked = os.path.lexists(target) if path.is_dir() else target.is_dir() and not target.is_symlink()
+        blocked = (
+            os.path.lexists(target)
+            if os.path.isdir(path)
+            else os.path.isdir(target) and not target.is_symlink()
+        )
         if blocked:
             raise FrankenlensError(
-                f"{target} is {'there already' if path.is_dir() else 'a folder'}, where {path.name} is to be written; "
-                "remove it, or choose another --out. Nothing was written."
+                f"{target} is {'there already' if os.path.isdir(path) else 'a folder'}, where {path.name} is to be "
+                "written; remove it, or choose another --out. Nothing was written."
             )
 
 
@@ -149,7 +153,7 @@ def load_dataset(path: Path | str) -> xr.Dataset:
         FrankenlensError: there is no such file, it is not a result, or it is damaged.
     """
     path = Path(path)
-    if (path.parent / _READY).is_dir():
+    if os.path.isdir(path.parent / _READY):
         settle(path.parent)
     require_file(path, "map.nc of a result: `frankenlens map --out DIR` writes DIR/map.nc")
     try:

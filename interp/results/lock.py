@@ -59,7 +59,7 @@ def make_folder(folder: Path) -> list[Path]:
     Raises:
         FrankenlensError: it cannot be made.
     """
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    missing = [one for one in (folder, *folder.parents) if not os.path.exists(one)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

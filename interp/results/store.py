@@ -82,7 +82,7 @@ class Store:
         path = self._path(name)
         whole = {"name": path.name, "of": self._of(of), "value": _plain(value)}
         make_folder(self.folder)
-        if not (self.folder / ABOUT).exists():
+        if not os.path.exists(self.folder / ABOUT):
             self._write_about()
         write_whole(path, sealed(json.dumps(whole).encode()))
 
@@ -107,14 +107,14 @@ class Store:
     def _require_own(self) -> None:
         """The folder's parts are of this work; what is left of a part that was being written is removed."""
         path = self.folder / ABOUT
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):
             return
         for left in self.folder.glob(".*.part.*"):
             if not _is_alive(left.name.rpartition(".")[2]):
                 left.unlink(missing_ok=True)
         if not os.path.lexists(path):
             return
-        if path.is_dir():
+        if os.path.isdir(path):
             raise FrankenlensError(f"{path} is a folder, where a file is kept; remove it.")
         found = _about(path)
         if found is None:  # the parts say themselves what they are of
@@ -174,7 +174,7 @@ def _is_alive(pid: str) -> bool:
 
 def _require_place(folder: Path) -> None:
     place = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    if not os.path.isdir(place) or not os.access(place, os.W_OK):
         raise FrankenlensError(
             f"cannot write to {folder}: {place} is no folder that you may write to; choose another one"
         )

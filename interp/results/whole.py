@@ -134,7 +134,7 @@ def read_record(path: Path) -> Any:
     Raises:
         FrankenlensError: a folder stands in its place.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise FrankenlensError(f"{path} is a folder, where a file is kept; remove it.")
     if not os.path.lexists(path):
         return None

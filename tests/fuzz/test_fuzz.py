@@ -78,7 +78,7 @@ def test_hook_names(vlm: HookedVLM, data: st.DataObject) -> None:
         st.one_of(anything, known, st.tuples(known, texts).map("".join), st.lists(known, max_size=3))
     )
     answered(lambda: vlm.names(name))
-    answered(lambda: vlm.point(name))
+    answered(lambda: vlm.point(name))  # type: ignore[arg-type]
     hooks = data.draw(
         st.one_of(anything, st.lists(st.tuples(st.one_of(known, anything), anything), max_size=2))
     )

@@ -15,7 +15,7 @@ from hooks.extras import require_installed
 from interp.questions.examples import Example
 from interp.questions.grading import extract
 from interp.questions.readers.draw import Draw, take
-from interp.questions.readers.pictures import PIXELS, Access, image_of
+from interp.questions.readers.pictures import PIXELS, Access, images_of
 from interp.questions.readers.report import ReadReport, RowError, counted
 from interp.questions.readers.rows import gradable, text_of
 
@@ -97,7 +97,7 @@ def read_gsm8k(
 
 
 def _mathvista(index: int, row: Row) -> Example:
-    image, choices = row[IMAGE], row.get("choices")
+    images, choices = row[IMAGE], row.get("choices")
     known = row["metadata"] or {}
     meta: dict[str, Any] = {key: known[key] for key in ("category", "task", "source") if known.get(key)}
     meta |= {"unit": row.get("unit"), "question": row.get("question")}
@@ -113,7 +113,7 @@ def _mathvista(index: int, row: Row) -> Example:
         meta["grader"] = "math" if row["answer_type"] == "list" else "text"
     question, answer = text_of(row, "query"), text_of(row, "answer")
     task = str(known.get("category") or "mathvista")
-    return Example(f"mathvista-{row['pid']}", (image,), question, answer, task, meta=meta)
+    return Example(f"mathvista-{row['pid']}", images, question, answer, task, meta=meta)
 
 
 def _math500(index: int, row: Row) -> Example:
@@ -167,7 +167,7 @@ def _read(
         if IMAGE in columns:
             if row[IMAGE] is None:
                 raise RowError(f"the field {IMAGE!r} holds no image")
-            row[IMAGE], said = image_of(row[IMAGE], root, access)
+            row[IMAGE], said = images_of([row[IMAGE]], root, access)
             remarks.update(said)
         return gradable(to_example(place, row))
 
@@ -183,7 +183,7 @@ def _read(
 
 
 def _undecoded(rows: Any) -> Any:
-    """The rows with images as their bytes, which `image_of` reads as it reads all others."""
+    """The rows with images as their bytes, which `images_of` reads as it reads all others."""
     import datasets
 
     if isinstance(rows.features.get(IMAGE), datasets.Image):

@@ -14,7 +14,7 @@ from hooks.errors import FrankenlensError, nearest
 from interp.questions.examples import Example
 from interp.questions.grading.settings import NUMBERS
 from interp.questions.readers.draw import Draw, take
-from interp.questions.readers.pictures import PIXELS, Access, image_of
+from interp.questions.readers.pictures import PIXELS, Access, images_of
 from interp.questions.readers.report import ReadReport, RowError, counted, shown
 from interp.questions.readers.rows import gradable, text_if_any, text_of, without_markers
 from interp.questions.readers.tables import Row, rows_of
@@ -75,7 +75,8 @@ def read_jsonl(
     A row may also name its grader, and have the fields of `META`; a row whose own reference its grader does not
     accept is not read. Questions without images need no field for them; where some rows have the field and others do
     not, those others are not read: `[]` or `null` says that a question has no image (`null` is counted in the notes).
-    Nor is a row that repeats another's id. Of the rows that are drawn, and of no others, the images are decoded.
+    Nor is a row that repeats another's id. Of the rows that are drawn, and of no others, the images
+    are decoded, once now and again when they are used (`interp.questions.on_demand`).
 
     Arguments:
         path: JSON lines (one object a line); or the same rows as a JSON array, CSV or parquet.
@@ -195,11 +196,10 @@ def _example(
     values = given if isinstance(given, list) else [] if given is None else [given]
     question = without_markers(text_of(row, fields.question), len(values))
     text_if_any(row, fields.id)
-    opened = [image_of(value, root, access) for value in values]
-    remarks = [remark for _, some in opened for remark in some]
+    images, remarks = images_of(values, root, access)
     example = Example(
         id=name,
-        images=tuple(image for image, _ in opened),
+        images=images,
         question=question,
         answer=text_of(row, fields.answer),
         task=text_if_any(row, fields.task) or "",

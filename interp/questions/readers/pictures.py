@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from interp.questions.images import as_seen, remarks
+from interp.questions.on_demand import Images, OnDemand
 from interp.questions.readers.report import RowError, shown
 
 KINDS = 'a path, a data URI, base64, or {"bytes": ..., "path": ...}'
@@ -57,6 +59,30 @@ class Access:
 
     anywhere: bool = False
     pixels: int = PIXELS
+
+
+def images_of(values: Sequence[Any], root: Path, access: Access | None = None) -> tuple[Images, list[str]]:
+    """The images that values of a row stand for, and what is to be remarked about them.
+
+    Each is decoded once, so that a row whose image cannot be read is told now, and again when it is used.
+
+    Arguments and errors: as `image_of`.
+    """
+    each: list[OnDemand] = []
+    said: list[str] = []
+    for value in values:
+        first, some = image_of(value, root, access)
+        each.append(OnDemand(partial(_image, value, root, access), first, _named(value)))
+        said += some
+    return Images(each), said
+
+
+def _image(value: Any, root: Path, access: Access | None) -> Image.Image:
+    return image_of(value, root, access)[0]
+
+
+def _named(value: Any) -> str:
+    return "in a row" if isinstance(value, (bytes, Image.Image)) else shown(value)
 
 
 def image_of(value: Any, root: Path, access: Access | None = None) -> tuple[Image.Image, list[str]]:

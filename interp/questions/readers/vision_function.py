@@ -18,7 +18,7 @@ from PIL import Image
 from hooks.errors import FrankenlensError
 from interp.questions.examples import Example
 from interp.questions.grading import judge
-from interp.questions.readers.pictures import PIXELS, Access, image_of
+from interp.questions.readers.pictures import PIXELS, Access, images_of
 from interp.questions.readers.report import Failure, ReadReport, RowError, counted
 from interp.questions.readers.rows import gradable, text_of, without_markers
 from interp.questions.readers.tables import Row, rows_of
@@ -141,7 +141,7 @@ def _pair(name: str, n: int, row: Row, root: Path, remarks: Counter[str], access
     question = without_markers(text_of(row, "prompt"), 1)
     how, both = _HOW[function], []
     for side in ("target", "source"):
-        image, said = image_of(row.get(f"{side}_image"), root, access)
+        images, said = images_of([row.get(f"{side}_image")], root, access)
         remarks.update(said)
         meta = {
             **how.grader,
@@ -153,7 +153,7 @@ def _pair(name: str, n: int, row: Row, root: Path, remarks: Counter[str], access
             meta["iou"] = known.get("iou_threshold", 0.5)
         answer = _answer(known, how.answer.format(side))
         identity = name if side == "target" else f"{name}-source"
-        both.append(gradable(Example(identity, (image,), question, answer, function, meta=meta)))
+        both.append(gradable(Example(identity, images, question, answer, function, meta=meta)))
     return both[0], both[1]
 
 

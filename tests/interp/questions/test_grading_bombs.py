@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from hooks.errors import FrankenlensError
 from interp.questions import Example
-from interp.questions.grading import Grade, judge, judge_math, judge_number, judge_text
+from interp.questions.grading import Grade, apart, judge, judge_math, judge_number, judge_text
 from interp.questions.grading.magnitude import too_large
 
 _SIGNS = r"! - # * _ ` ~ . , ; : = < > | / \ ^ ( [ { $ 1 0 9 A x é 一 ² ½ √ 1- 1. 1, 1:2 1,000,"
@@ -82,7 +83,10 @@ def test_a_long_trace_is_graded_by_its_end(grader: str, answer: str) -> None:
             f"<think>{PROSE}</think>\n{answer}",
             f"{PROSE}</think>{PROSE}{answer}",
         ):
-            assert judge(text, example).right is right, judge(text, example)
+            found = judge(text, example)
+            # "So x = 12." does not say that it is the answer; it holds the last number, and the last option
+            untold = answer == "So x = 12." and grader in ("math", "text")
+            assert found.right in ((None, right and None) if untold else (right,)), found
 
 
 @pytest.mark.parametrize(
@@ -191,3 +195,42 @@ def test_what_fails_inside_is_ungraded_and_what_is_no_text_refused(monkeypatch: 
         with pytest.raises((FrankenlensError, TypeError)):  # TypeError: of the tests' own type checks
             judge_number(answer, "3")  # type: ignore[arg-type]
     assert judge_number("1" * 399, "2").right is False or judge_number("1" * 399, "2").right is None
+
+
+# what no alarm interrupts
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped here")
+def test_a_process_that_comes_to_no_end_is_ended_and_the_next_answers() -> None:
+    assert judge_math("x + 1", "1 + x").right is True
+    (worker,) = apart._KEPT
+    os.kill(worker._process.pid, signal.SIGSTOP)  # as one that is within a step of years
+    found = judge_math("x + 1", "x + 2", timeout=1)
+    assert found.right is None and found.why == "it was not worked out within 2 s"
+    assert worker._process.returncode == -signal.SIGKILL
+    assert judge_math("x + 1", "x + 2").right is False
+    os.kill(apart._KEPT[0]._process.pid, signal.SIGKILL)  # as the system does where memory runs out
+    assert judge_math("x + 1", "1 + x").right in (True, None)
+    assert judge_math("x + 1", "1 + x").right is True
+
+
+def test_an_interruption_leaves_no_answer_for_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert judge_math("x + 1", "1 + x").right is True
+    (worker,) = apart._KEPT
+
+    def interrupted(timeout: float) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker, "_said", type("Said", (), {"get": staticmethod(interrupted)}))
+    with pytest.raises(KeyboardInterrupt):
+        judge_math("x + 1", "x + 1.0001")
+    assert judge_math("x + 1", "1 + x").right is True and judge_math("x + 1", "x").right is False
+
+
+def test_memory_is_limited_in_the_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    apart._end()
+    monkeypatch.setattr(apart, "MEMORY", 1 << 20)
+    found = judge_math("x + 1", "1 + x")
+    assert found.right is None and found.why
+    monkeypatch.undo()
+    assert judge_math("x + 1", "1 + x").right is True

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import base64
+import copy
+import gc
 import io
 import json
 import os
+import pickle
 import resource
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from experiments.settings import DataSettings, load_examples
 from hooks.errors import FrankenlensError
 from interp.localization import folder_pairs
+from interp.questions import Example, fingerprint, on_demand
 from interp.questions.readers import Draw, pictures, read_jsonl
 
 
@@ -183,3 +189,68 @@ def test_pairs_stay_in_their_folder(folder: Path) -> None:
     with pytest.raises(FrankenlensError, match="is outside of .*--images-anywhere"):
         folder_pairs(folder, ["counting"], 4)
     assert len(folder_pairs(folder, ["counting"], 4, images_anywhere=True).pairs) == 1
+
+
+# images are decoded when they are used
+
+
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for two of the pictures."""
+    monkeypatch.setattr(on_demand, "KEPT", 2 * 3 * 400 * 300)
+
+
+def noise(folder: Path, n: int) -> list[Path]:
+    rng, paths = np.random.default_rng(0), []
+    for i in range(n):
+        paths.append(folder / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (300, 400, 3), np.uint8)).save(paths[-1])
+    return paths
+
+
+def test_decoded_images_are_kept_up_to_a_limit_and_decoded_again(folder: Path, little: None) -> None:
+    paths = noise(folder, 8)
+    inline = "data:image/png;base64," + base64.b64encode(paths[0].read_bytes()).decode()
+    assert read(folder, [path.name for path in paths]) == {}
+    examples, _ = read_jsonl(folder / "d.jsonl")
+    pixels = [np.asarray(Image.open(path)) for path in paths]
+    for _ in range(2):
+        for example, expected in zip(examples, pixels, strict=True):
+            assert np.array_equal(np.asarray(example.images[0]), expected)
+            assert on_demand._DECODED._bytes <= on_demand.KEPT
+    made = [
+        Example(e.id, (Image.open(p),), e.question, e.answer) for e, p in zip(examples, paths, strict=True)
+    ]
+    assert [fingerprint(one) for one in examples] == [fingerprint(one) for one in made]
+    sent = pickle.loads(pickle.dumps(examples[0]))  # to another machine, which has no such file
+    assert isinstance(sent.images, tuple) and sent == examples[0] == copy.deepcopy(examples[0])
+    assert examples[0] != replace(examples[0], images=examples[1].images)
+    assert read(folder, [inline]) == {}
+    assert fingerprint(read_jsonl(folder / "d.jsonl")[0][0]) == fingerprint(made[0])
+    del examples
+    gc.collect()
+    assert on_demand._DECODED._bytes == 0 and not on_demand._DECODED._images
+
+
+def test_an_image_that_changes_or_goes_is_refused_when_it_is_used(folder: Path, little: None) -> None:
+    paths = noise(folder, 4)
+    assert read(folder, [path.name for path in paths]) == {}
+    examples, _ = read_jsonl(folder / "d.jsonl")
+    paths[0].write_bytes(paths[1].read_bytes())
+    paths[1].unlink()
+    with pytest.raises(FrankenlensError, match=r"image '0\.png' is another one than when the rows were read"):
+        examples[0].images[0]
+    with pytest.raises(FrankenlensError, match=r"1\.png does not exist; it could be read when the rows were"):
+        examples[1].images[0]
+
+
+def test_of_many_photos_four_are_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = picture((400, 300))
+    for i in range(60):
+        (folder / f"{i}.png").write_bytes(whole)
+    assert read(folder, [f"{i}.png" for i in range(60)]) == {}
+    opened: list[Any] = []
+    own = pictures.as_seen
+    monkeypatch.setattr(pictures, "as_seen", lambda image: opened.append(1) or own(image))
+    examples, _ = load_examples(DataSettings(data=folder / "d.jsonl", n=4), 0)
+    assert len(examples) == 4 and len(opened) == 4
