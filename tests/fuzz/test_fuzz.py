@@ -6,6 +6,7 @@ A few inputs of each kind in the default suite; `make fuzz` tries 2,000 (and FUZ
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hooks import Address, HookedVLM
 from interp.hypotheses import Claim, Family, read_claims
 from interp.questions import Example
 from interp.questions.grading import GRADERS, Grade, judge
+from interp.questions.grading.mathematics import TIMEOUT
 from interp.questions.readers import read_jsonl
 from interp.regions import parse_partition
 from interp.sweep import Intervention
@@ -260,6 +262,24 @@ def test_graders(grader: str, answer: str, reference: str, meta: dict[str, Any])
     answered(
         lambda: judge(answer, Example("1", (), "q", "12", meta={"grader": grader, "choices": ["12", "red"]}))
     )
+
+
+EXPRESSIONS = (
+    r"x 2 10 ^ ^{ } { \frac{ \sqrt{ \sin \pi ( ) [ , ] + - = < \le ! \cdot / | \infty i e \cup \sum_{ _ \int"
+)
+expressions = st.one_of(texts, st.lists(st.sampled_from(EXPRESSIONS.split()), max_size=14).map(" ".join))
+
+
+@fuzzed
+@given(
+    expressions,
+    st.one_of(expressions, st.sampled_from(["x^2+1", r"\frac{1}{3}", r"[0, \infty)", "x < 2", "12"])),
+)
+def test_mathematics(answer: str, reference: str) -> None:
+    before = time.monotonic()
+    found = answered(lambda: judge(answer, Example("1", (), "q", reference, meta={"grader": "math"})))
+    assert found is not None and (found.right is not None or found.why)
+    assert time.monotonic() - before < TIMEOUT + 2  # of a process of its own, and a second to end it
 
 
 OPTIONS = (

@@ -14,7 +14,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -66,17 +66,17 @@ class _Worker:
             start_new_session=True,  # Ctrl-C is for the process that asks
         )
         self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._listen, args=(self._said,), daemon=True).start()
         here = Path(__file__).parent
         places = [str(here.parents[1]), str(here.parent), str(here)]
         about = {"path": sys.path, "packages": list(zip(_PACKAGES, places, strict=True)), "memory": MEMORY}
         self.ask(about, BEGINNING)
 
-    def _listen(self) -> None:
+    def _listen(self, said: queue.SimpleQueue[str]) -> None:
         with suppress(ValueError, OSError):
             for line in self._process.stdout or ():
-                self._said.put(line)
-        self._said.put("")
+                said.put(line)
+        said.put("")
 
     @property
     def is_alive(self) -> bool:
@@ -95,7 +95,7 @@ class _Worker:
             self._process.stdin.flush()
             line = self._said.get(timeout=seconds)
             answer = json.loads(line) if line else {"unparsed": "the process that worked it out has ended"}
-            told = bool(line)
+            told = bool(line) and not answer.get("last")
         except queue.Empty:
             raise Unparsed(f"it was not worked out within {seconds:.0f} s") from None
         except OSError as error:
@@ -150,36 +150,48 @@ if hasattr(os, "register_at_fork"):
 
 
 def serve(memory: int) -> None:
-    """Answer questions until there are no more; in the process."""
+    """Answer questions until there are no more, or one took all memory; in the process."""
     from interp.questions.grading import symbols
 
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no answer
+    symbols.equal_expressions(["x + 1"], ["1 + x"], int(BEGINNING))  # imports, whose time is no question's
     _limit(memory)
-    answers.write('{"equal": null}\n')
-    answers.flush()
-    for line in sys.stdin:
-        asked = json.loads(line)
-        _limit(memory, asked["timeout"])
-        try:
-            answer = {"equal": symbols.equal_expressions(asked["found"], asked["wanted"], asked["timeout"])}
-        except Exception as error:
-            known = isinstance(error, symbols.Unparsed)
-            answer = {"unparsed": str(error) if known else f"it failed: {type(error).__name__}: {error}"}
+    answer: dict[str, Any] = {"equal": None}
+    while not answer.get("last"):
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return
+        answer = _answer(symbols.equal_expressions, **json.loads(line))
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
 
 
-def _limit(memory: int, seconds: int | None = None) -> None:
-    """Memory, and time of the processor: who asked may be gone, and ends nothing any more."""
+def _answer(
+    equal: Callable[..., bool | None], found: list[str], wanted: list[str], timeout: int
+) -> dict[str, Any]:
+    _limit(seconds=timeout)
+    try:
+        return {"equal": equal(found, wanted, timeout)}
+    except Unparsed as error:
+        spent = isinstance(error.__cause__, (MemoryError, OSError))
+        return {"unparsed": str(error), "last": spent}
+    except Exception as error:
+        return {"unparsed": f"it failed: {type(error).__name__}: {error}", "last": True}
+
+
+def _limit(memory: int | None = None, seconds: int | None = None) -> None:
+    """Memory, or time of the processor: who asked may be gone, and ends nothing any more."""
     try:
         import resource
     except ImportError:  # Windows
         return
     with suppress(OSError, ValueError):
-        if seconds is None:
+        if memory is not None:
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        else:
+        if seconds is not None:
             used = resource.getrusage(resource.RUSAGE_SELF)
             until = int(used.ru_utime + used.ru_stime) + 2 * seconds + 5
             resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
