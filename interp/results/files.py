@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import h5netcdf
 import xarray as xr
@@ -28,6 +28,7 @@ from interp.results.lock import LOCK, locked
 from interp.results.whole import sealed, told, unsealed, write_whole
 
 _VERSIONS = ("frankenlens", "torch", "transformers", "numpy", "scipy", "xarray")
+_HDF5 = b"\x89HDF\r\n\x1a\n"
 _STAGING, _READY = ".staging-", ".publishing"
 _SAVE = "From Python, save it with save_dataset(dataset, path, provenance(...)), both of interp.results."
 
@@ -160,9 +161,7 @@ def load_dataset(path: Path | str) -> xr.Dataset:
         data = path.read_bytes()
     except OSError as error:
         raise FrankenlensError(f"{path} cannot be read: {error.strerror}") from error
-    whole = unsealed(data)
-    if whole is None:
-        _refuse(path, data)
+    whole = _whole(path, data)
     try:
         dataset = xr.load_dataset(io.BytesIO(whole), engine="h5netcdf")
     except MemoryError:
@@ -206,13 +205,30 @@ def require_parts(
     return dataset
 
 
-def _refuse(path: Path, data: bytes) -> NoReturn:
-    """Say why a file without a checksum that holds is not read."""
-    if not data.startswith(b"\x89HDF\r\n\x1a\n"):
+def _whole(path: Path, data: bytes) -> bytes:
+    """A result without its checksum. One that never had any is taken if it ends where it says that it does.
+
+    So it is where other programs wrote it, or frankenlens before there were checksums. No single damage makes one of
+    these of ours: what is cut off or changed behind the data leaves something, and the data are under the checksum.
+
+    Raises:
+        FrankenlensError: it is damaged.
+    """
+    found = unsealed(data)
+    if found is not None:
+        return found
+    if not data.startswith(_HDF5):
         raise FrankenlensError(f"{path} is not a NetCDF 4 file, or is damaged; make it again.")
-    if b"\nfrankenlens sha256 " in data[-128:]:
-        raise FrankenlensError(f"{path} is damaged: its checksum does not hold. Make it again.")
-    raise FrankenlensError(
-        f"{path} has no checksum at its end, so no provenance that could be relied on: it is cut short, or no "
-        f"result of frankenlens. Make it again. {_SAVE}"
-    )
+    if len(data) != _end_of_hdf5(data):
+        raise FrankenlensError(
+            f"{path} is damaged: its checksum does not hold, or it is cut short. Make it again."
+        )
+    return data
+
+
+def _end_of_hdf5(data: bytes) -> int:
+    """Where the file ends by its superblock (HDF5 File Format Specification, II.A); -1 where that says nothing."""
+    version = data[len(_HDF5)] if len(data) > 64 else -1
+    at, width = (40, data[13]) if version in (0, 1) else (28, data[9])
+    at += 4 if version == 1 else 0
+    return int.from_bytes(data[at : at + 8], "little") if version in (0, 1, 2, 3) and width == 8 else -1

@@ -181,9 +181,20 @@ def test_other_programs_read_a_result_with_its_checksum(result: xr.Dataset, tmp_
     ours = load_dataset(tmp_path / "own.nc")
     xr.testing.assert_identical(ours.drop_attrs(), result.drop_attrs())
     xr.testing.assert_identical(xr.load_dataset(tmp_path / "own.nc", engine="h5netcdf"), ours)
-    ours.to_netcdf(tmp_path / "again.nc", engine="h5netcdf")
-    with pytest.raises(FrankenlensError, match="no checksum at its end"):
-        load_dataset(tmp_path / "again.nc")
+    again = tmp_path / "again.nc"
+    ours.to_netcdf(again, engine="h5netcdf")  # as results were before there were checksums
+    xr.testing.assert_identical(load_dataset(again), ours)
+    again.write_bytes(again.read_bytes()[:-1])
+    with pytest.raises(FrankenlensError, match="cut short"):
+        load_dataset(again)
+    sealed = (tmp_path / "own.nc").read_bytes()
+    seal = len(b"\nfrankenlens sha256 ") + 64 + 1
+    for end in range(1, seal):  # whatever is left of the checksum
+        (tmp_path / "own.nc").write_bytes(sealed[:-end])
+        with pytest.raises(FrankenlensError, match="is damaged"):
+            load_dataset(tmp_path / "own.nc")
+    (tmp_path / "own.nc").write_bytes(sealed[:-seal])  # all of the data, and nothing but the data
+    xr.testing.assert_identical(load_dataset(tmp_path / "own.nc"), ours)
 
 
 def test_values_come_back_to_the_last_bit(tmp_path: Path) -> None:
