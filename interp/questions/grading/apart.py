@@ -14,8 +14,10 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,32 @@ def equal_expressions(found: Sequence[str], wanted: Sequence[str], timeout: int)
     """As `interp.questions.grading.symbols.equal_expressions`, in another process and from any thread.
 
     Raises:
-        Unparsed: as there; or it took a second longer than `timeout`, all in all, or more memory than `MEMORY`.
+        Unparsed: as there; or it took a second longer than `timeout`, longer than `within` allows, or all of `MEMORY`.
     """
+    asked, left = {"found": list(found), "wanted": list(wanted), "timeout": timeout}, _LEFT.get()
     with _LOCK:
-        return _worker().ask(
-            {"found": list(found), "wanted": list(wanted), "timeout": timeout}, timeout + 1.0
-        )
+        worker, begun = _worker(), time.monotonic()
+        seconds = timeout + 1.0 if left is None else min(timeout + 1.0, left[0])
+        if seconds <= 0:
+            raise Unparsed("all that is to be worked out takes too long")
+        try:
+            return worker.ask(asked, seconds)
+        finally:
+            if left is not None:
+                left[0] -= time.monotonic() - begun
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """All questions that are asked inside, together, take so long at most, once the process has begun."""
+    before = _LEFT.set([seconds])
+    try:
+        yield
+    finally:
+        _LEFT.reset(before)
+
+
+_LEFT: ContextVar[list[float] | None] = ContextVar("frankenlens_left", default=None)
 
 
 class _Worker:
@@ -97,7 +119,7 @@ class _Worker:
             answer = json.loads(line) if line else {"unparsed": "the process that worked it out has ended"}
             told = bool(line) and not answer.get("last")
         except queue.Empty:
-            raise Unparsed(f"it was not worked out within {seconds:.0f} s") from None
+            raise Unparsed(f"it was not worked out within {seconds:.1f} s") from None
         except OSError as error:
             raise Unparsed(f"the process that works it out does not run: {error}") from error
         finally:
@@ -140,11 +162,11 @@ def _forget() -> None:
     """A process that was forked has none of its own yet, and leaves its parent's alone."""
     global _LOCK
     _LOCK = threading.Lock()
-    _LEFT.extend(_KEPT)
+    _PARENTS.extend(_KEPT)
     _KEPT.clear()
 
 
-_LEFT: list[_Worker] = []
+_PARENTS: list[_Worker] = []
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from hooks.extras import require_installed
+from interp.questions.grading.apart import within
 from interp.questions.grading.equality import MATHEMATICS, equal, holds_words
 from interp.questions.grading.grade import Grade, always_told
 from interp.questions.grading.normal import normal, plain
@@ -50,9 +51,10 @@ def judge_math(answer: str, reference: str, timeout: int = TIMEOUT) -> Grade:
             None, read, f"an answer of {len(read)} characters, or of so many brackets, is not worked out"
         )
     try:
-        right = equal(_cleaned(read), wanted, timeout)
-        if statement.exclaimed and right != equal(_cleaned(f"{read}!"), wanted, timeout):
-            right = None
+        with within(timeout + 1.0):
+            right = equal(_cleaned(read), wanted, timeout)
+            if statement.exclaimed and right != equal(_cleaned(f"{read}!"), wanted, timeout):
+                right = None
     except Unparsed as error:
         return Grade(None, read, str(error))
     if right is None:

@@ -206,12 +206,21 @@ def test_a_process_that_comes_to_no_end_is_ended_and_the_next_answers() -> None:
     (worker,) = apart._KEPT
     os.kill(worker._process.pid, signal.SIGSTOP)  # as one that is within a step of years
     found = judge_math("x + 1", "x + 2", timeout=1)
-    assert found.right is None and found.why == "it was not worked out within 2 s"
+    assert found.right is None and found.why == "it was not worked out within 2.0 s"
     assert worker._process.returncode == -signal.SIGKILL
     assert judge_math("x + 1", "x + 2").right is False
     os.kill(apart._KEPT[0]._process.pid, signal.SIGKILL)  # as the system does where memory runs out
     assert judge_math("x + 1", "1 + x").right in (True, None)
     assert judge_math("x + 1", "1 + x").right is True
+
+
+def test_a_list_of_slow_parts_takes_no_longer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart._Worker, "ask", lambda *_: time.sleep(0.2))
+    parts = [f"x^{{{n}}}+y" for n in range(3, 40)]
+    before = time.monotonic()
+    found = judge_math(", ".join(parts), ", ".join(f"2{part}" for part in parts), timeout=1)
+    assert found.right is None and "takes too long" in found.why
+    assert 2 <= time.monotonic() - before < 5
 
 
 def test_an_interruption_leaves_no_answer_for_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
