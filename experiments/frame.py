@@ -27,7 +27,7 @@ from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 from interp.questions.examples import Example, fingerprint
 from interp.results.files import provenance, publishing, settle
-from interp.results.lock import is_locked, locked, make_folder
+from interp.results.lock import is_locked, locked, making
 from interp.results.page import Section, save_sections
 from interp.results.store import Store
 from interp.results.whole import write_whole
@@ -218,8 +218,8 @@ def require_begun_alike(file: Path, settings: Mapping[str, Any]) -> None:
             raise FrankenlensError(
                 f"{file} holds a run with other settings ({', '.join(other)}); choose another --out, or delete it."
             )
-    make_folder(file.parent)
-    write_whole(file, json.dumps(wanted, indent=1).encode())
+    with making(file.parent):
+        write_whole(file, json.dumps(wanted, indent=1).encode())
 
 
 def _begun(file: Path) -> Mapping[str, Any]:

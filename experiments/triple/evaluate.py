@@ -17,6 +17,7 @@ from experiments.triple.model import THINK
 from experiments.triple.replies import Reply, greedy_replies
 from interp.questions.examples import Example
 from interp.questions.tasks import PERCEPTION, REASONING, Split, grade, sample
+from interp.results.lock import making
 from interp.results.whole import read_record, write_record, write_whole
 
 TASK_NAMES = (*PERCEPTION, *REASONING)
@@ -169,8 +170,8 @@ def runs(folders: Mapping[str, Path]) -> list[tuple[str, Path, str]]:
 
 def write_json(value: Any, path: Path) -> None:
     """Writes JSON atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+    with making(path.parent):
+        write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -34,17 +34,14 @@ def locked(folder: Path | str) -> Iterator[None]:
         FrankenlensError: another run has the folder, whose process and machine are named; or it cannot be made.
     """
     folder = Path(folder).absolute()
-    made = make_folder(folder)
-    own = folder.resolve()
-    try:
+    with making(folder):
+        own = folder.resolve()
         first = _note(own)
         try:
             with _taken(folder) if first else nullcontext():
                 yield
         finally:
             _forget(own)
-    finally:
-        remove_empty(made)
 
 
 def is_locked(folder: Path | str) -> bool:
@@ -53,24 +50,34 @@ def is_locked(folder: Path | str) -> bool:
         return _HELD.get(Path(folder).resolve(), (0, 0))[0] == threading.get_ident()
 
 
-def make_folder(folder: Path) -> list[Path]:
-    """Make a folder and those above it; those that were not there, the outermost first.
+@contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """A folder and those above it are made, and removed again if nothing came to be in them.
 
     Raises:
         FrankenlensError: it cannot be made.
     """
+    made = _made(folder)
+    try:
+        yield
+    finally:
+        _remove_empty(made)
+
+
+def _made(folder: Path) -> list[Path]:
+    """Those that were not there, the outermost first."""
     missing = [one for one in (folder, *folder.parents) if not os.path.exists(one)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        remove_empty(missing[::-1])
+        _remove_empty(missing[::-1])
         raise FrankenlensError(
             f"Cannot write to {folder}: {error.strerror}. Choose another --out."
         ) from error
     return missing[::-1]
 
 
-def remove_empty(folders: list[Path]) -> None:
+def _remove_empty(folders: list[Path]) -> None:
     """Of folders, the outermost first, those in which there is nothing."""
     for one in reversed(folders):
         with suppress(OSError):

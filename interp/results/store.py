@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from hooks.errors import FrankenlensError
-from interp.results.lock import make_folder
+from interp.results.lock import making
 from interp.results.whole import read_sealed, sealed, write_whole
 
 ABOUT = "about.json"
@@ -81,10 +81,10 @@ class Store:
         """
         path = self._path(name)
         whole = {"name": path.name, "of": self._of(of), "value": _plain(value)}
-        make_folder(self.folder)
-        if not os.path.exists(self.folder / ABOUT):
-            self._write_about()
-        write_whole(path, sealed(json.dumps(whole).encode()))
+        with making(self.folder):
+            if not os.path.exists(self.folder / ABOUT):
+                self._write_about()
+            write_whole(path, sealed(json.dumps(whole).encode()))
 
     def part(self, name: str, compute: Callable[[], Any], of: str = "") -> Any:
         """What was kept by this name, or what is computed now and kept; either way as it is read from disk."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hooks.errors import FrankenlensError
+from interp.results.lock import making
 
 _FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
 _SEAL = re.compile(rb"\nfrankenlens sha256 ([0-9a-f]{64})\n\Z")
@@ -122,10 +123,9 @@ def write_record(path: Path, value: Any) -> None:
     Raises:
         FrankenlensError: the disk is full, or the place cannot be written to.
     """
-    with told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     record = {"record": value, "sha256": _of_record(value)}
-    write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
+    with making(path.parent):
+        write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def read_record(path: Path) -> Any:

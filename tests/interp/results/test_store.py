@@ -409,5 +409,7 @@ def test_a_full_disk_is_one_error_and_leaves_what_was_there(
             _publish(out, {"map.csv": "new" * 1000}, result)
         with pytest.raises(FrankenlensError, match="No space is left for"):
             store.save("x", ["more"] * 1000)
+        with pytest.raises(FrankenlensError, match="No space is left for"):
+            Store(out / "further" / "store", {"a" * 4000: 1}).save("x", [1])
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert store.load("x") == [1]
