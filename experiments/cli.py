@@ -32,7 +32,7 @@ COMMANDS = {
 }
 
 
-INTERRUPTED = "frankenlens: interrupted; what is finished is kept, and the same command goes on there"
+INTERRUPTED = "interrupted; what is finished is kept, and the same command goes on there"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,29 +48,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"frankenlens {version('frankenlens')}")
         return 0
+    code, told = _outcome(name, rest)
+    if told:  # only now that what failed is gone, and its progress bars have ended their lines
+        print(f"frankenlens: {told}", file=sys.stderr)
+    return code
+
+
+def _outcome(name: str, rest: Sequence[str]) -> tuple[int, str]:
+    """The exit code, and what is to be told."""
     try:
         _run(name, rest)
     except FrankenlensError as error:
-        print(f"frankenlens: {error}", file=sys.stderr)
-        return 2
+        return 2, str(error)
     except Exception as error:
         from interp.results.whole import disk_full, is_full
 
         if is_full(error):
-            told = str(disk_full("what is being written"))
-        elif isinstance(
-            error, OSError
-        ):  # a file or folder that the user named, in whichever way it cannot be used
-            place = f"{error.filename}: " if error.filename else ""
-            told = f"{place}{error.strerror or error}"
-        else:
+            return 2, str(disk_full("what is being written"))
+        if not isinstance(error, OSError):
             raise
-        print(f"frankenlens: {told}", file=sys.stderr)
-        return 2
+        place = (
+            f"{error.filename}: " if error.filename else ""
+        )  # that the user named, and that cannot be used
+        return 2, f"{place}{error.strerror or error}"
     except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        return 130
-    return 0
+        return 130, INTERRUPTED
+    return 0, ""
 
 
 def _run(name: str, rest: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ The disk is a tmpfs where mounts are allowed (as root), else a stand-in that rai
 """
 
 import errno
+import gc
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -73,7 +74,8 @@ class Disk:
 
     def close(self) -> None:
         if self.is_mounted:
-            subprocess.run(["umount", str(self.folder)], check=True)
+            gc.collect()  # what failed may hold files open
+            subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
 
 
 @pytest.fixture
