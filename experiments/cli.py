@@ -49,9 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"frankenlens {version('frankenlens')}")
         return 0
     code, told = _outcome(name, rest)
-    if told:  # only now that what failed is gone, and its progress bars have ended their lines
+    if told:
+        _end_bars()
         print(f"frankenlens: {told}", file=sys.stderr)
     return code
+
+
+def _end_bars() -> None:
+    """Let the progress bars of what failed end their lines, so that an error has one of its own."""
+    bars = getattr(
+        getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ()
+    )  # tqdm has no public list
+    for bar in list(bars):
+        bar.close()
 
 
 def _outcome(name: str, rest: Sequence[str]) -> tuple[int, str]:

@@ -24,6 +24,7 @@ from experiments.settings import (
     QuestionSettings,
     load_pair,
     load_questions,
+    require_there,
 )
 from hooks.address import Address
 from hooks.errors import FrankenlensError
@@ -106,6 +107,7 @@ def check(config: LockstepConfig) -> None:
     if config.temperature:
         _sampling(config)
     if config.map is not None:
+        require_there(config)
         _map(config.map)
 
 

@@ -16,7 +16,7 @@ import xarray as xr
 
 from experiments.frame import Command
 from experiments.options import Only, default
-from experiments.settings import Questions, QuestionSettings, load_pair, load_questions
+from experiments.settings import Questions, QuestionSettings, load_pair, load_questions, require_there
 from hooks.errors import FrankenlensError
 from interp.decision import Choice, DecisionSet, find_decisions, null_pair_denominator, recovery_refused
 from interp.map import DIRECTIONS, attribute
@@ -67,6 +67,7 @@ def check(config: PathsConfig) -> None:
     if config.senders and config.map is not None:
         raise FrankenlensError("--senders names the senders and --map chooses them; give one of the two.")
     if config.map is not None:
+        require_there(config)
         _map(config.map)
     for name in config.senders:
         parse_sender(name)
