@@ -36,7 +36,7 @@ GRADERS: dict[str, tuple[str, dict[str, Any]]] = {
     "box": ("1,2,30,40", {}),
     "math": ("x^2+1", {}),
 }
-FEW = UNITS[:: max(1, len(UNITS) * len(GRADERS) // int(os.environ.get("FUZZ", "60")))]
+FEW = UNITS[:: max(1, len(UNITS) * len(GRADERS) // int(os.environ.get("FUZZ", "20")))]
 
 
 def seconds(grader: str, answer: str) -> float:
@@ -62,6 +62,7 @@ def test_bombs_take_no_second(grader: str, length: int) -> None:
             assert seconds(grader, answer) < 1, (unit, length)
 
 
+@pytest.mark.slow
 def test_time_grows_no_faster_than_length() -> None:
     for unit in ("!", "1 ", "\\boxed{", "<answer>", "the answer is ", "not A "):
         short, long = (min(seconds("choice", bomb(unit, n)) for _ in range(2)) for n in (LENGTH, 8 * LENGTH))
@@ -94,9 +95,9 @@ def test_a_long_trace_is_graded_by_its_end(grader: str, answer: str) -> None:
     ["The answer is 12.", r"\boxed{12}", "<answer>\n12\n</answer>", "<answer> 12 </answer>", "#### 12"],
 )
 def test_an_answer_that_much_is_said_behind_is_found(answer: str) -> None:
-    for lines in (10, 60, 100, 500):
+    for lines in (10, 60, 500):
         behind = "The picture shows a cat on a mat, and a dog beside it.\n" * lines
-        for place in range(0, 4000, 333):  # wherever the parts that are read begin and end
+        for place in range(0, 4000, 571):  # wherever the parts that are read begin and end
             text = f"{PROSE}{answer}\n{behind}{'.' * 7 + 'x' * place}"
             assert judge_number(text, "12").right is True, (lines, place)
             assert judge_number(text, "1").right is False
