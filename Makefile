@@ -41,8 +41,9 @@ fuzz: $(INSTALLED)  ## 2,000 inputs of every kind that a user can give, and all 
 	FUZZ=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o addopts=--import-mode=importlib \
 	    tests/fuzz tests/interp/questions/test_grading_bombs.py
 
-kills: $(INSTALLED)  ## every command killed at 20 moments and run again, and interrupted at 20
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s tests/experiments/test_kills.py tests/experiments/test_interrupted.py
+kills: $(INSTALLED)  ## long commands killed at 20 moments and run again, and interrupted at 20; all on a full disk
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s tests/experiments/test_kills.py \
+	    tests/experiments/test_interrupted.py tests/experiments/test_disk_full.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
