@@ -41,10 +41,10 @@ def laid_out(vlm: Opened, inputs: Mapping[str, Any]) -> tuple[dict[str, HookPoin
         vlm: the opened model, with the points of its table.
         inputs: what it is opened with.
     """
-    points, absent = _read(vlm, {name: calls[-1] for name, calls in _shapes(vlm, inputs).items()})
+    points, absent = readings(vlm, {name: calls[-1] for name, calls in _shapes(vlm, inputs).items()})
     # A tower may attend once for each image.
     shapes = {name: calls[0] for name, calls in _shapes(vlm, _two(inputs)).items() if len(calls) == 1}
-    again, other = _read(vlm, shapes)
+    again, other = readings(vlm, shapes)
     for name in shapes:
         if name in points and again.get(name) != points[name]:
             absent[name] = other.get(name, f"with two prompts its tensor is {list(shapes[name])}.")
@@ -54,7 +54,9 @@ def laid_out(vlm: Opened, inputs: Mapping[str, Any]) -> tuple[dict[str, HookPoin
     return {name: point for name, point in points.items() if name not in absent}, absent
 
 
-def _read(vlm: Opened, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, HookPoint], dict[str, str]]:
+def readings(
+    vlm: Opened, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, HookPoint], dict[str, str]]:
     """The points as tensors of these shapes are, and those that no reading fits."""
     points: dict[str, HookPoint] = {}
     absent: dict[str, str] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from hooks.anatomy.precise import in_float32, runs_in_float32
 from hooks.anatomy.watching import forward
 from hooks.errors import FrankenlensError
 from hooks.opened import Opened
-from hooks.selfcheck_attention import SQUARES, unlike_attention
+from hooks.selfcheck_attention import SQUARES, Bare, bare_run, unlike_attention
 from hooks.selfcheck_experts import unproved_contributions
+from hooks.selfcheck_once import Once, at_once
 from hooks.selfcheck_sums import split_from_the_stream, unequal
 from hooks.selfcheck_writes import Seen, Writes, apart, looked_at, tolerance
 
@@ -81,29 +82,45 @@ def _words(model: Any) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def self_check(vlm: Opened, inputs: Mapping[str, Any]) -> dict[str, str]:
+class Checked(NamedTuple):
+    """The absent points, name → reason.
+
+    Attributes:
+        absent: all of them.
+        by_structure: those that no model of this structure has; None where a point did not hold as it was expected to,
+            so that nothing is known of other models.
+    """
+
+    absent: dict[str, str]
+    by_structure: dict[str, str] | None
+
+
+def self_check(vlm: Opened, inputs: Mapping[str, Any]) -> Checked:
     """Prove every listed point: written back it moves nothing, it has a gradient, and the stream is its writers' sum.
 
     What is written is proved on the model as it is, by its bits; equations in float32 too, on its own weights.
-
-    Returns:
-        The absent points, name → reason.
 
     Raises:
         FrankenlensError: the decoder's residual stream cannot be read and written.
     """
     with undisturbed(vlm.model):
-        with torch.no_grad():
-            bare = _logits(vlm, inputs)
-        proof = Writes(vlm, inputs, bare)
+        bare = bare_run(vlm, inputs)
+        proof = Writes(vlm, inputs, bare.logits)
         shown = [name for name, point in vlm.hook_points.items() if point.place != "expert_out"]
-        seen, absent = proof.sound([name for name in shown if vlm.hook_points[name].leaf not in SQUARES])
-        _require_stream(vlm, absent)
-        absent |= unequal(vlm, seen) | _inexact(vlm, inputs, seen)
-        absent |= _without_effect(proof, [name for name in shown if name not in absent], seen)
+        once = at_once(vlm, inputs, bare, shown)
+        if once is None:
+            seen, absent = proof.sound([name for name in shown if vlm.hook_points[name].leaf not in SQUARES])
+            _require_stream(vlm, absent)
+            absent |= unequal(vlm, seen)
+        else:
+            seen, absent = once.seen, {}
+        absent |= inexact(vlm, inputs, seen, bare, once)
+        structure = None if once is None else dict(absent)
+        known = None if once is None else once.live
+        absent |= without_effect(proof, [name for name in shown if name not in absent], seen, known)
         live = {name for name in shown if name not in absent}
-        absent |= unproved_contributions(vlm, inputs, live, bare, proof.allowed)
-    return {name: absent[name] for name in vlm.hook_points if name in absent}
+        absent |= unproved_contributions(vlm, inputs, live, bare.logits, proof.allowed)
+    return Checked({name: absent[name] for name in vlm.hook_points if name in absent}, structure)
 
 
 def _require_stream(vlm: Opened, absent: Mapping[str, str]) -> None:
@@ -114,43 +131,55 @@ def _require_stream(vlm: Opened, absent: Mapping[str, str]) -> None:
         )
 
 
-def _inexact(vlm: Opened, inputs: Mapping[str, Any], seen: Seen) -> dict[str, str]:
+def inexact(
+    vlm: Opened, inputs: Mapping[str, Any], seen: Seen, bare: Bare, once: Once | None
+) -> dict[str, str]:
     """Points that are not what their equations say in float32, and ways of attention that are not the model's.
 
     Args:
         vlm: the opened model.
         inputs: what it is run on.
         seen: what stands at streams and writers that can be written back, in the model's own precision.
+        bare: the model without hooks.
+        once: what one run has proved in the model's own precision.
     """
     with in_float32(vlm.model, runs_in_float32(vlm.anatomy)) as precision:
         given = precision.given(inputs)
-        wide = looked_at(vlm, given, list(seen)) if precision.acts else seen
-        found = unequal(vlm, wide)
-        found |= split_from_the_stream(vlm, given, [name for name in wide if name not in found])
-        return found | unlike_attention(vlm, given, precision)
+        found: dict[str, str] = {}
+        if precision.acts:
+            found = unequal(vlm, looked_at(vlm, given, list(seen)))
+            bare = bare_run(vlm, given)
+        found |= split_from_the_stream(vlm, given, [name for name in seen if name not in found])
+        if precision.acts or once is None:
+            found |= unlike_attention(vlm, given, bare.outs, precision)
+        return found
 
 
-def _without_effect(proof: Writes, names: Sequence[str], seen: Seen) -> dict[str, str]:
-    """The points that the logits do not depend on, by their gradient; where none can be taken, by zeroing them."""
+def without_effect(
+    proof: Writes, names: Sequence[str], seen: Seen, live: frozenset[str] | None = None
+) -> dict[str, str]:
+    """The points that the logits do not depend on, by their gradient; where none can be taken, by zeroing them.
+
+    Args:
+        proof: the model and its logits.
+        names: the points.
+        seen: what stands at them.
+        live: those with a gradient, where that is known; each of the others has fired.
+    """
     vlm = proof.vlm
-    fired, live = set(names), set()
+    fired, found = set(names), set()
     try:
-        logits, taps = proof.with_gradients(names, seen)
-        fired = set(taps)
-        generator = torch.Generator().manual_seed(0)
-        direction = torch.randn(logits.shape, generator=generator).to(logits.device, logits.dtype)
-        gradients = torch.autograd.grad(
-            logits, list(taps.values()), grad_outputs=direction, allow_unused=True
-        )
-        live = {name for name, g in zip(taps, gradients, strict=True) if g is not None and bool(g.any())}
+        if live is None:
+            live, fired = proof.with_gradients(names, seen)
+        found |= live
         # A router whose weights are normalized over one expert decides, without a gradient.
-        left = [n for n in names if n not in live and vlm.hook_points[n].place == "router_logits"]
+        left = [n for n in names if n not in found and vlm.hook_points[n].place == "router_logits"]
     except torch.OutOfMemoryError:  # says nothing about a point
         raise
     except (RuntimeError, NotImplementedError):
         left = list(names)
-    live |= {name for name, change in _changes(vlm, proof.inputs, left, proof.bare).items() if change > 0}
-    return {name: _reason(vlm, name, name in fired) for name in names if name not in live}
+    found |= {name for name, change in _changes(vlm, proof.inputs, left, proof.bare).items() if change > 0}
+    return {name: _reason(vlm, name, name in fired) for name in names if name not in found}
 
 
 def zero_every_point(vlm: Opened, inputs: Mapping[str, Any], progress: bool = True) -> dict[str, float]:

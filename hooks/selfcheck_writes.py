@@ -17,7 +17,7 @@ from hooks.opened import Opened
 
 Seen = Mapping[str, Sequence[Tensor]]
 """What stood at each point, call by call."""
-_KEPT = re.compile(r"hook_(resid_\w+|\w+_out(_\d+)?|post|z)$")
+KEPT = re.compile(r"hook_(embed|resid_\w+|\w+_out(_\d+)?|post|z)$")
 """Points whose numbers are looked at; those of each head or expert would take many times the memory."""
 
 
@@ -30,6 +30,11 @@ def tolerance(logits: Float[Tensor, "..."]) -> float:
     scale = max(1.0, said.abs().max().item()) if said.numel() else 1.0
     wide = logits.dtype in (torch.float32, torch.float64)
     return scale * (1e-5 if wide else 16 * torch.finfo(logits.dtype).eps)
+
+
+def tolerance_of_a_write(bare: Float[Tensor, "..."]) -> float:
+    """How far logits may move when own values are written back: a copy may be summed in another order."""
+    return tolerance(bare) if eps_of(bare) < 1e-6 else tolerance(bare) / 8
 
 
 def apart(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> float:
@@ -50,8 +55,7 @@ class Writes:
         self, vlm: Opened, inputs: Mapping[str, Any], bare: Float[Tensor, "batch pos vocab"]
     ) -> None:
         self.vlm, self.inputs, self.bare = vlm, inputs, bare
-        # Bit for bit, but that a copy may lie otherwise in memory and be summed in another order.
-        self.allowed = tolerance(bare) if eps_of(bare) < 1e-6 else tolerance(bare) / 8
+        self.allowed = tolerance_of_a_write(bare)
 
     @torch.no_grad()
     def back(self, names: Sequence[str], seen: dict[str, list[Tensor]]) -> float:
@@ -59,7 +63,7 @@ class Writes:
         seen.clear()
 
         def write_back(activation: Tensor, hook: Any) -> Tensor:
-            if _KEPT.search(hook.name):
+            if KEPT.search(hook.name):
                 seen.setdefault(hook.name, []).append(activation.clone())
             return activation.clone()
 
@@ -119,10 +123,8 @@ class Writes:
             return ""
         return f"writing its own value back moved the logits by {moved:.2e} (allowed {self.allowed:.2e})."
 
-    def with_gradients(
-        self, names: Sequence[str], seen: Seen
-    ) -> tuple[Float[Tensor, "batch pos vocab"], dict[str, Tensor]]:
-        """Logits with gradients, and what stands at each point for them to be taken of.
+    def with_gradients(self, names: Sequence[str], seen: Seen) -> tuple[frozenset[str], set[str]]:
+        """The points that the logits have a gradient at, and those that fired.
 
         Args:
             names: the points.
@@ -138,7 +140,15 @@ class Writes:
             return own.clone()  # the model may edit it in place
 
         with torch.enable_grad(), self.vlm.hooks([(name, write_back) for name in names]):
-            return forward(self.vlm.model, self.inputs), taps
+            return live_taps(forward(self.vlm.model, self.inputs), taps), set(taps)
+
+
+def live_taps(logits: Float[Tensor, "batch pos vocab"], taps: Mapping[str, Tensor]) -> frozenset[str]:
+    """Of tensors, those that the logits have a gradient at, along a random direction."""
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    along = direction.to(logits.device, logits.dtype)
+    gradients = torch.autograd.grad(logits, list(taps.values()), grad_outputs=along, allow_unused=True)
+    return frozenset(name for name, g in zip(taps, gradients, strict=True) if g is not None and bool(g.any()))
 
 
 def why_not(attempt: Callable[[], Any]) -> str:

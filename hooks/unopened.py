@@ -49,7 +49,7 @@ def unopened_anatomy(model: PreTrainedModel, processor: Any = None) -> Anatomy:
     Raises:
         FrankenlensError: the architecture does not run from its configuration alone.
     """
-    if _types(model.config) in READ_OFF:
+    if is_read_off(model.config):
         return declared_anatomy(model)
     try:
         with torch.no_grad():
@@ -70,6 +70,11 @@ def unopened_anatomy(model: PreTrainedModel, processor: Any = None) -> Anatomy:
         return found
     why = "no image was there to see it by: give the model's processor"
     return replace(found, absent={**found.absent, "vision": why, "projector": why})
+
+
+def is_read_off(config: Any) -> bool:
+    """Whether the module tree of a model of this configuration says where its parts are."""
+    return _types(config) in READ_OFF
 
 
 def _types(config: Any) -> tuple[str, ...]:

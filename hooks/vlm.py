@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from hooks.anatomy import Anatomy, find_anatomy
 from hooks.anatomy.drawing import drawn
-from hooks.anatomy.observed import require_all_blocks
 from hooks.anatomy.watching import has_pixels
 from hooks.cache import ActivationCache, Keeper
 from hooks.capabilities import missing
@@ -25,7 +23,18 @@ from hooks.exclusive import exclusively
 from hooks.layout import laid_out
 from hooks.loading import load_model
 from hooks.nnsight.traceable import Traceable
-from hooks.points import HookPoint, hook_point_table, unknown_points
+from hooks.opening import (
+    STRUCTURES,
+    Taken,
+    as_table,
+    device_of,
+    on_device,
+    structure_key,
+    taken_for,
+    watched,
+    weightless,
+)
+from hooks.points import HookPoint
 from hooks.positions import At, check_at
 from hooks.processors import image_token_of, is_visual, load_processor
 from hooks.refusals import (
@@ -35,6 +44,7 @@ from hooks.refusals import (
     refuse_inference_weights,
 )
 from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
+from hooks.selfcheck_taken import holds
 from hooks.standing import Standing
 from hooks.unopened import unopened_anatomy
 
@@ -93,19 +103,26 @@ class HookedVLM(Traceable):
         self.image_token_id = image_token_of(model, processor)
         self._closed = False
         refuse_adapted(model)
-        weightless = _weightless(model)
+        bare = weightless(model)
         if check:
             refuse_inference_weights(model)
-        if weightless and check:
+        if bare and check:
             raise FrankenlensError(
                 f"{type(model).__name__} has no weights (they are on the meta device), so it does not run and nothing "
                 "can be proved; load them, or open it with check=False to see its points."
             )
-        given = {} if weightless else _on_device(model, inputs or opening_inputs(model, processor))
+        given = {} if bare else on_device(model, inputs or opening_inputs(model, processor))
         self.opening: Mapping[str, Any] = given
-        self.anatomy = (
-            unopened_anatomy(model, processor) if weightless else _watched(model, given, self.image_token_id)
-        )
+        if bare:
+            self._take(as_table(unopened_anatomy(model, processor)))
+            return
+        key = structure_key(model, given, self.image_token_id) if check else None
+        if not self._is_what_it_is_taken_for(given, key):
+            self._watch(given, check, key)
+
+    def _take(self, taken: Taken) -> None:
+        """Open the model as what it is taken for."""
+        self.anatomy = taken.anatomy
         packed = frozenset(
             site.module
             for tower in self.anatomy.towers.values()
@@ -114,20 +131,44 @@ class HookedVLM(Traceable):
             if tower.packed
         )
         inner = "" if self.anatomy.entry_key == "" else self.anatomy.entry
-        self._standing = Standing(model, packed, inner)
-        self.hook_points: dict[str, HookPoint] = hook_point_table(self.anatomy)
-        self.absent: dict[str, str] = unknown_points(self.anatomy)
-        if not weightless:
-            self._look(given, check)
+        self._standing = Standing(self.model, packed, inner)
+        self.hook_points: dict[str, HookPoint] = dict(taken.points)
+        self.absent: dict[str, str] = dict(taken.absent)
 
-    def _look(self, given: Mapping[str, Any], check: bool) -> None:
-        """Keep the points whose tensors are what they are said to be."""
+    def _is_what_it_is_taken_for(self, given: Mapping[str, Any], key: Hashable | None) -> bool:
+        """Open it as what is known of its structure or its type, if it proves to be that."""
+        taken = None if key is None else taken_for(self.model, given, key)
+        if taken is None:
+            return False
+        self._take(taken)
+        dead = holds(self, given, taken.proved)
+        if dead is None:
+            return False
+        if not taken.proved:
+            STRUCTURES.keep(key, replace(taken, points=dict(self.hook_points), proved=True))
+        self._leave_out(dead)
+        return True
+
+    def _watch(self, given: Mapping[str, Any], check: bool, key: Hashable | None) -> None:
+        """Find its parts by watching it, and keep the points whose tensors are what they are said to be."""
+        self._take(as_table(watched(self.model, given, self.image_token_id)))
         with undisturbed(self.model):
             self.hook_points, odd = laid_out(self, given)
         self.absent |= odd
         if check:
-            self.absent |= self_check(self, given)
-            self.hook_points = {name: p for name, p in self.hook_points.items() if name not in self.absent}
+            checked = self_check(self, given)
+            if checked.by_structure is not None:
+                points = {n: p for n, p in self.hook_points.items() if n not in checked.by_structure}
+                absent = self.absent | checked.by_structure
+                taken = Taken(self.anatomy, points, absent, proved=True)
+                # Running a model may leave marks on it: it is known before and after.
+                for one in (key, structure_key(self.model, given, self.image_token_id)):
+                    STRUCTURES.keep(one, taken)
+            self._leave_out(checked.absent)
+
+    def _leave_out(self, absent: Mapping[str, str]) -> None:
+        self.absent |= absent
+        self.hook_points = {name: p for name, p in self.hook_points.items() if name not in absent}
 
     @classmethod
     def from_pretrained(
@@ -164,7 +205,7 @@ class HookedVLM(Traceable):
     @property
     def device(self) -> torch.device:
         """The device that inputs go to."""
-        return _device_of(self.module(self.anatomy.embed) if self.anatomy.embed else self.model)
+        return device_of(self.module(self.anatomy.embed) if self.anatomy.embed else self.model)
 
     @property
     def n_layers(self) -> int:
@@ -477,48 +518,6 @@ class HookedVLM(Traceable):
             raise FrankenlensError(
                 "this HookedVLM is closed; open the model again with HookedVLM(model, processor)."
             )
-
-
-def _weightless(model: PreTrainedModel) -> bool:
-    """Whether all weights are on the meta device, and accelerate does not bring them when they are used."""
-    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
-    return not offloaded and all(weight.is_meta for weight in model.parameters())
-
-
-def _on_device(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    device = _device_of(model)
-    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    """Where a module runs: a model's embedding, if it says where that is."""
-    try:
-        own = module.get_input_embeddings() if isinstance(module, PreTrainedModel) else module
-        weight = next(own.parameters())
-    except (NotImplementedError, AttributeError, StopIteration):  # transformers does not know where they are
-        own, weight = module, next(module.parameters())
-    execution = getattr(
-        getattr(own, "_hf_hook", None), "execution_device", None
-    )  # of accelerate, if offloaded
-    return weight.device if execution is None else torch.device(execution)
-
-
-def _watched(model: PreTrainedModel, inputs: Mapping[str, Any], token: int | None) -> Anatomy:
-    """The anatomy, with one clear error whatever happens inside the model."""
-    try:
-        with undisturbed(model):
-            found = find_anatomy(model, inputs, token)
-        if is_visual(model.config) and not has_pixels(inputs):
-            require_all_blocks(model, found)
-        return found
-    except FrankenlensError:
-        raise
-    except Exception as error:
-        raise FrankenlensError(
-            f"{type(model).__name__} does not run on the prompt that it is opened with ({', '.join(inputs)}): "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]} Give processor tensors of your own: "
-            "HookedVLM(model, processor, inputs=...)."
-        ) from error
 
 
 def _require_fired(layer: Sequence[Hook]) -> None:

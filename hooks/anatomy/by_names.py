@@ -54,6 +54,8 @@ def declared_anatomy(model: PreTrainedModel) -> Anatomy:
         "" if unembed is None else names[unembed],
         *projector,
         {layer: names[merger] for layer, merger in mergers},
+        entry=names[decoder],
+        entry_key="inputs_embeds",
     )
 
 
@@ -94,7 +96,9 @@ def _tower(root: nn.Module, names: dict[nn.Module, str], config: Any) -> Tower |
     stack = max(lists, key=len)
     blocks = tuple(_block(block, names, heads if isinstance(heads, int) else None) for block in stack)
     packed = "cu_seqlens" in inspect.signature(stack[0].forward).parameters
-    return Tower(names[root], blocks, packed, ndim=2 if packed else 3)
+    out = blocks[0].site and blocks[0].site.out
+    width = _sizes(root.get_submodule(out.removeprefix(f"{names[root]}.")))[1] if out else 0
+    return Tower(names[root], blocks, packed, width=width, ndim=2 if packed else 3)
 
 
 def _block(block: nn.Module, names: dict[nn.Module, str], heads: int | None) -> Block:
@@ -118,7 +122,7 @@ def _block(block: nn.Module, names: dict[nn.Module, str], heads: int | None) -> 
         writers.append(_writer(role, mlp, names, before[1:], last=own))
     if before and len(writers) == 2:  # each behind a norm of its own: one reads what the other has written
         writers = [replace(writer, state=state) for state, writer in enumerate(writers)]
-    return Block(names[block], "hidden_states", tuple(writers), () if site is None else (site,))
+    return Block(names[block], None, tuple(writers), () if site is None else (site,))
 
 
 def _writer(
@@ -149,7 +153,10 @@ def _site(attention: nn.Module, names: dict[nn.Module, str], heads: int | None) 
         parts = [Slice(names[fused], n, 1, start, n * d, total) for n, start in starts]
     elif None not in separate:
         n_kv = _sizes(separate[1])[1] // d
-        parts = [Slice(names[m], n) for m, n in zip(separate, (heads, n_kv, n_kv), strict=True)]
+        parts = [
+            Slice(names[m], n, length=_sizes(m)[1], width=_sizes(m)[1])
+            for m, n in zip(separate, (heads, n_kv, n_kv), strict=True)
+        ]
     else:
         return Site(names[attention], heads, heads, d, d, out=names[out], rotary=rotary)
     q, k, v = parts

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -196,23 +197,35 @@ _LOCK = threading.RLock()
 @contextmanager
 def attention_watched(record: Record) -> Iterator[None]:
     """Record every call of an attention function that transformers hands out meanwhile, in this thread."""
+
+    def looked_at(
+        function: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs
+    ):
+        result = function(module, query, key, value, *args, **kwargs)
+        out = result[0] if isinstance(result, tuple) else result
+        if not record.paused:
+            record.attended.append(Attended(module, record.tick(), query, key, value, copied(out)))
+        return result
+
+    with attention_called_by(looked_at):
+        yield
+
+
+@contextmanager
+def attention_called_by(caller: Callable[..., Any]) -> Iterator[None]:
+    """For the length of the context, `caller` is given each attention function with what it is called with.
+
+    Args:
+        caller: is handed the function that transformers hands out in this thread, then the arguments of its call
+            (module, query, key, value, ...); returns what the function would.
+    """
     own = threading.get_ident()
     with _LOCK:
         original = AttentionInterface.get_interface
 
         def get_interface(self: AttentionInterface, implementation: str, default: Callable) -> Callable:
             function = original(self, implementation, default)
-            if threading.get_ident() != own:
-                return function
-
-            def looked_at(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
-                result = function(module, query, key, value, *args, **kwargs)
-                out = result[0] if isinstance(result, tuple) else result
-                if not record.paused:
-                    record.attended.append(Attended(module, record.tick(), query, key, value, copied(out)))
-                return result
-
-            return looked_at
+            return partial(caller, function) if threading.get_ident() == own else function
 
         AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
         try:
