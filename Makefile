@@ -14,7 +14,7 @@ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'
 endef
 
-.PHONY: demo test test-slow calibration check architectures benchmarks notebooks figures planted-marks
+.PHONY: demo test test-slow fuzz kills calibration check architectures benchmarks notebooks figures planted-marks
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -38,6 +38,15 @@ test-slow: $(INSTALLED)
 
 calibration: $(INSTALLED)  ## how often printed intervals cover, and tests err: nine shapes of data x n x clusters
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/planted/test_calibration.py -m "slow or not slow" -s
+
+# Without the type checks of the default suite, which would refuse input of wrong types before we do.
+fuzz: $(INSTALLED)  ## 2,000 inputs of every kind that a user can give, and all bombs for the graders
+	FUZZ=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o addopts=--import-mode=importlib \
+	    tests/fuzz tests/interp/questions/test_grading_bombs.py
+
+kills: $(INSTALLED)  ## long commands killed at 20 moments and run again, and interrupted at 20; all on a full disk
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s tests/experiments/test_kills.py \
+	    tests/experiments/test_interrupted.py tests/experiments/test_disk_full.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

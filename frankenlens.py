@@ -13,9 +13,13 @@ them, there is one ImportError that says whose, and what to do.
 
 from __future__ import annotations
 
+import atexit
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -174,9 +178,52 @@ __all__ = ["__version__", "main", *_WHERE]  # pyright: ignore[reportUnsupportedD
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `frankenlens`, as `experiments.cli.main`."""
-    _require_own()
-    return import_module("experiments.cli").main(argv)
+    """The command `frankenlens`, as `experiments.cli.main`; Ctrl-C, while it is imported too, is one line and 130."""
+    came: list[int] = []
+    with _interruptions(came):
+        try:
+            _require_own()
+            code = import_module("experiments.cli").main(argv)
+        except BaseException:  # where Ctrl-C cuts an import off, other errors may come of it
+            if not came:
+                raise
+            code = 2
+        if came and code not in (0, 130):
+            print("frankenlens: interrupted", file=sys.stderr)
+            code = 130
+    return code
+
+
+@contextmanager
+def _interruptions(came: list[int]) -> Iterator[None]:
+    """Note every Ctrl-C before it is raised; where Python cannot raise it, it comes again a little later."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, frame: Any) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    def lost(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            later = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
+            later.daemon = True
+            later.start()
+        else:
+            own_hook(unraisable)
+
+    own_hook, sys.unraisablehook = sys.unraisablehook, lost
+    signal.signal(signal.SIGINT, note)
+    atexit.register(
+        signal.signal, signal.SIGINT, signal.SIG_IGN
+    )  # Python's own way out has nothing to interrupt
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = own_hook
 
 
 if not TYPE_CHECKING:  # pyright would take any name for one of these

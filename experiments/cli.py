@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from hooks.errors import FrankenlensError, nearest
+from hooks.errors import FrankenlensError, nearest, shown
 
 # command -> module with its `COMMAND`, what it asks; imported only when asked for
 COMMANDS = {
@@ -32,11 +32,14 @@ COMMANDS = {
 }
 
 
+INTERRUPTED = "interrupted; what is finished is kept, and the same command goes on there"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Returns:
-        0, or 2 after a mistake of the user's, told in one line on standard error.
+        0; 2 after a mistake of the user's or on a full disk, 130 after Ctrl-C, told in one line on standard error.
     """
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if name in ("-h", "--help"):
@@ -45,21 +48,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"frankenlens {version('frankenlens')}")
         return 0
+    code, told = _outcome(name, rest)
+    if told:
+        _end_bars()
+        print(f"frankenlens: {told}", file=sys.stderr)
+    return code
+
+
+def _end_bars() -> None:
+    """Let the progress bars of what failed end their lines, so that an error has one of its own."""
+    bars = getattr(
+        getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ()
+    )  # tqdm has no public list
+    for bar in list(bars):
+        bar.close()
+
+
+def _outcome(name: str, rest: Sequence[str]) -> tuple[int, str]:
+    """The exit code, and what is to be told."""
     try:
         _run(name, rest)
     except FrankenlensError as error:
-        print(f"frankenlens: {error}", file=sys.stderr)
-        return 2
+        return 2, str(error)
+    except Exception as error:
+        from interp.results.whole import disk_full, is_full
+
+        if is_full(error):
+            return 2, str(disk_full("what is being written"))
+        if not isinstance(error, OSError):
+            raise
+        place = (
+            f"{error.filename}: " if error.filename else ""
+        )  # that the user named, and that cannot be used
+        return 2, f"{place}{error.strerror or error}"
     except KeyboardInterrupt:
-        print("frankenlens: interrupted; nothing unfinished was left in --out as a result", file=sys.stderr)
-        return 130
-    return 0
+        return 130, INTERRUPTED
+    return 0, ""
 
 
 def _run(name: str, rest: Sequence[str]) -> None:
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS)
-        raise FrankenlensError(f"there is no command {name!r}, only {', '.join(COMMANDS)}. {hint}".strip())
+        raise FrankenlensError(
+            f"there is no command {shown(name)}, only {', '.join(COMMANDS)}. {hint}".strip()
+        )
     from experiments.options import from_command_line
 
     command = import_module(COMMANDS[name][0]).COMMAND

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -21,11 +22,15 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 from tqdm.auto import tqdm
 
 from experiments.contract import admitted
-from experiments.settings import ModelSettings, require_sound, require_there
+from experiments.settings import ModelSettings, PairSettings, require_sound, require_there
 from hooks.errors import FrankenlensError
-from interp.questions.examples import Example, cluster_of
-from interp.results.files import provenance, publishing
+from interp.pair.pair import Pair
+from interp.questions.examples import Example, cluster_of, fingerprint
+from interp.results.files import provenance, publishing, settle
+from interp.results.lock import is_locked, locked, making
 from interp.results.page import Section, save_sections
+from interp.results.store import Store
+from interp.results.whole import write_whole
 
 Item = TypeVar("Item")
 
@@ -105,12 +110,17 @@ class Command(Generic[Settings, Models, Question]):
             The sections of the page; none in processes other than the first, where there are several.
 
         Raises:
-            FrankenlensError: see `prepare`; or what is opened is not what the command needs, or nothing can be measured
-                of it.
+            FrankenlensError: see `prepare`; another run writes to `config.out`; what is opened is not what the command
+                needs, or nothing can be measured of it; the disk is full.
         """
         measure = self.prepare(config)
         if not is_first_process():
             return []
+        with locked(config.out):
+            settle(config.out)
+            return self._measured(measure, config)
+
+    def _measured(self, measure: Callable[[Models], Iterator[Section]], config: Settings) -> list[Section]:
         sections: list[Section] = []
         failure: Exception | None = None
         with closing(self.open(config)) as models:
@@ -158,6 +168,42 @@ def finished(out: Path, **about: Any) -> Path:
     return out / "finished" / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+OF_PLACE = ("out", "in_", "rl", "base", "data", "images", "template", "map")
+"""Settings that say where something is: the parts depend on what is there."""
+
+
+def kept(pair: Pair, examples: Iterable[Example], config: PairSettings, **also: Any) -> Store | None:
+    """The store for what is finished of a command before the whole is; the same command goes on there.
+
+    None where nobody holds the lock of `config.out`: what is measured from Python is not kept by itself.
+
+    Args:
+        pair: the models.
+        examples: what is asked.
+        config: the settings.
+        also: what the numbers depend on besides.
+    """
+    if not is_locked(config.out):
+        return None
+    about = {
+        "command": type(config).__name__,
+        "models": pair.provenance(),
+        "settings": {name: value for name, value in config.options.items() if name not in OF_PLACE},
+        "prompts": [pair.builder.template, pair.builder.system, pair.builder.instruction],
+        "questions": [
+            (example.id, example.task, fingerprint(example), _of_meta(example)) for example in examples
+        ],
+        **also,
+    }
+    return Store(finished(config.out, **about), {"version": version("frankenlens"), **about})
+
+
+def _of_meta(example: Example) -> str:
+    """What else is known of an example: a description may stand in its prompt."""
+    text = json.dumps(example.meta, sort_keys=True, default=str)
+    return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()
+
+
 def require_begun_alike(file: Path, settings: Mapping[str, Any]) -> None:
     """Write down with which settings a run begins, or refuse to go on with one that was begun with others.
 
@@ -165,23 +211,31 @@ def require_begun_alike(file: Path, settings: Mapping[str, Any]) -> None:
         FrankenlensError: names the settings that differ.
     """
     wanted = json.loads(json.dumps(settings))
-    if file.exists():
-        begun = json.loads(file.read_text(encoding="utf-8"))
+    if os.path.exists(file):
+        begun = _begun(file)
         other = sorted(name for name in wanted if begun.get(name) != wanted[name])
         if other:
             raise FrankenlensError(
                 f"{file} holds a run with other settings ({', '.join(other)}); choose another --out, or delete it."
             )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
-    os.replace(temporary, file)
+    with making(file.parent):
+        write_whole(file, json.dumps(wanted, indent=1).encode())
+
+
+def _begun(file: Path) -> Mapping[str, Any]:
+    try:
+        begun = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise FrankenlensError(f"{file} is damaged ({error}); delete it, or choose another --out.") from error
+    if not isinstance(begun, dict):
+        raise FrankenlensError(f"{file} is damaged; delete it, or choose another --out.")
+    return begun
 
 
 def _require_writable(out: Path) -> None:
     """Told before the work is done, not after it; `out` itself is made when there is something to write."""
-    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    place = next(folder for folder in (out, *out.absolute().parents) if os.path.exists(folder))
+    if not os.path.isdir(place) or not os.access(place, os.W_OK):
         raise FrankenlensError(
             f"Cannot write to {out}: {place} is no folder that you may write to. Choose another --out."
         )

@@ -7,15 +7,20 @@ it means anything, and `require_agreement` refuses the rest by name.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from hooks.errors import FrankenlensError, nearest
+from hooks.errors import FrankenlensError, nearest, shown
 
 _SPEC = "default"
+_PATHS = ("in_", "rl", "base")  # or names of repositories
+LONGEST_NAME, LONGEST_PATH = 255, 4000
+"""Bytes of a file's name, and characters of a path, on the file systems that are common."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,9 @@ Config = TypeVar("Config")
 def from_command_line(settings: type[Config], args: Sequence[str], prog: str) -> Config:
     """What a command line says, and no more: an option that is not on it is not given to the settings either."""
     if not issubclass(settings, Options):
-        return tyro.cli(settings, prog=prog, args=list(args))
+        own = tyro.cli(settings, prog=prog, args=list(args))
+        require_names(own)
+        return own
     defaults = settings().options
     found = tyro.cli(settings, prog=prog, args=list(args), default=settings(**defaults))
     named = {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
@@ -129,7 +136,28 @@ def require_known(name: str, given: Iterable[str], choices: Iterable[str]) -> No
         if one not in known:
             hint = nearest(one, known)
             raise FrankenlensError(
-                f"{as_option(name)} has {one!r}; choose of {', '.join(known)}. {hint}".strip()
+                f"{as_option(name)} has {shown(one)}; choose of {', '.join(known)}. {hint}".strip()
+            )
+
+
+def require_names(config: Any) -> None:
+    """Refuse what can be no file, folder or repository: names that no file system takes.
+
+    Raises:
+        FrankenlensError: quotes the first.
+    """
+    for name, value in asdict(config).items():
+        if not isinstance(value, Path) and (name not in _PATHS or not isinstance(value, str)):
+            continue
+        text = str(value)
+        parts = Path(text).parts
+        if (
+            "\0" in text
+            or len(text) > LONGEST_PATH
+            or any(len(os.fsencode(part)) > LONGEST_NAME for part in parts)
+        ):
+            raise FrankenlensError(
+                f"{as_option(name)} is {shown(text)}; no file is called that (at most {LONGEST_NAME} bytes a name)."
             )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from experiments.options import default, either
 from experiments.settings import Questions, QuestionSettings, load_examples
@@ -14,6 +15,7 @@ from interp.fine_grained import PAPER, PAPER_N, described_by_model
 from interp.fine_grained.paper import BOXED, INSTRUCTION, SEED, SYSTEM, TAGGED, TOKENS, as_in_paper
 from interp.pair.pair import Pair
 from interp.questions.examples import Example
+from interp.results.store import Store
 
 ASKED = (
     "the paper's sample (RandomState(123), 100 a metric), step by step and boxed, one system message for all models "
@@ -73,11 +75,12 @@ def paper_questions(config: QuestionSettings, seed: int, metrics: Sequence[str])
     return Questions(examples, dropped)
 
 
-def described(pair: Pair, examples: Sequence[Example], max_new_tokens: int, batch_size: int) -> list[Example]:
+def described(
+    pair: Pair, examples: Sequence[Example], max_new_tokens: int, batch_size: int, keep: Store | None = None
+) -> list[Example]:
     """The examples of M_v2r described by IN, who is not asked to solve anything; the others as they are."""
     chosen = [example for example in examples if example.task == "v2r"]
     builder = pair.builder.with_instruction("")
-    found = iter(
-        described_by_model(pair.in_, builder, chosen, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    )
+    running: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    found = iter(described_by_model(pair.in_, builder, chosen, keep=keep, **running))
     return [next(found) if example.task == "v2r" else example for example in examples]

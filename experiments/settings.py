@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,8 +12,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from experiments import embedded
-from experiments.options import Options, as_option, require_agreement
-from hooks.errors import FrankenlensError
+from experiments.options import Options, as_option, require_agreement, require_names
+from hooks.errors import FrankenlensError, one_line, shown
 from hooks.whereabouts import absent, require_checkpoint, require_file, require_folder
 from interp.pair.pair import Pair
 from interp.prompts.roles import TraceFormat
@@ -29,6 +30,7 @@ from interp.questions.readers import (
 )
 from interp.questions.readers.draw import Split
 from interp.questions.readers.hub import Unreachable
+from interp.questions.readers.pictures import PIXELS
 from interp.questions.readers.tables import KINDS
 from interp.questions.tasks import REASONING, sample
 
@@ -129,6 +131,8 @@ class DataSettings:
         images: folder that relative image paths start from; by default that of the data.
         fields: names of the fields of the data, where they are others: question=problem answer=solution image=images
             (and id, task, reasoning).
+        images_anywhere: rows may name images outside of that folder, by absolute paths or by "..".
+        max_pixels: of an image; a row with a larger one is left out.
         encoding: of the data's text: gbk, latin-1, ...; by default UTF-8, or the UTF-16 that a file shows.
         split: half of the data, explore or confirm: what is found on the one is confirmed on the other, whatever n and
             seed.
@@ -142,12 +146,19 @@ class DataSettings:
 
     data: Path | None = None
     images: Path | None = None
+    images_anywhere: bool = False
+    max_pixels: int = PIXELS
     fields: tuple[str, ...] = ()
     encoding: str | None = None
     split: Split = "all"
     n: int = 160
     copies: Path | None = None
     cluster: str = IMAGE
+
+    @property
+    def access(self) -> dict[str, Any]:
+        """Which images may be opened: the arguments that all readers take."""
+        return {"images_anywhere": self.images_anywhere, "max_pixels": self.max_pixels}
 
 
 @dataclass(frozen=True)
@@ -177,22 +188,30 @@ class Questions:
         return not any(example.images for example in self.examples)
 
 
+_WHOLE = {"n": 10**7, "batch_size": 10**6, "max_new_tokens": 10**6, "max_pixels": 2**40}
+"""Options that are whole numbers from 1 on, and what is more than anybody means by them."""
+
+
 def require_sound(config: ModelSettings) -> None:
     """Refuse settings that contradict each other, before anything is loaded.
 
     Raises:
         FrankenlensError: says which, and what to give instead.
     """
+    require_names(config)
     if (config.in_ is None) != (config.rl is None):
         raise FrankenlensError("--in and --rl go together: give both, or neither for the pair that ships.")
     for name in ("in_", "rl", "base"):
         if (given := getattr(config, name)) is not None:
             require_checkpoint(given, as_option(name))
     _require_data(config)
-    for name in ("n", "batch_size", "max_new_tokens"):
+    for name, most in _WHOLE.items():
         given = getattr(config, name, None)
-        if given is not None and given < 1:
-            raise FrankenlensError(f"{as_option(name)} is {given}; give at least 1.")
+        if given is not None and not 1 <= given <= most:
+            side = "at least 1" if given < 1 else f"at most {most:,}"
+            raise FrankenlensError(f"{as_option(name)} is {shown(given)}; give {side}.")
+    if not 0 <= config.seed < 2**32:
+        raise FrankenlensError(f"--seed is {shown(config.seed)}; give a number from 0 to {2**32 - 1}.")
     if isinstance(config, PairSettings):
         _require_format(config)
     require_agreement(config)
@@ -210,7 +229,7 @@ def require_there(config: ModelSettings) -> None:
             require_file(path, _FILES[name], as_option(name))
         elif name in _FOLDERS:
             require_folder(path, _FOLDERS[name], as_option(name))
-        elif not path.exists() and not is_public(str(path)):
+        elif not os.path.exists(path) and not is_public(str(path)):
             raise FrankenlensError(absent(path, *_ROWS[name], as_option(name)))
 
 
@@ -248,7 +267,7 @@ def _require_data(config: ModelSettings) -> None:
         raise FrankenlensError(
             "--copies holds public data sets: name one as --data (mathvista, math-500, gsm8k), or leave --copies out."
         )
-    if copies is not None and not copies.is_dir():
+    if copies is not None and not os.path.isdir(copies):
         raise FrankenlensError(f"--copies {copies} is no folder; give one that holds {', '.join(COPIES)}.")
     Fields.parse(getattr(config, "fields", ()))
 
@@ -280,7 +299,12 @@ def _opened(config: PairSettings, base: str | None) -> Pair:
 
 
 def _template(config: PairSettings) -> str | None:
-    return None if config.template is None else config.template.read_text(encoding="utf-8")
+    if config.template is None:
+        return None
+    try:
+        return config.template.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise FrankenlensError(f"--template {config.template} cannot be read: {one_line(error)}") from error
 
 
 def load_examples(
@@ -314,7 +338,7 @@ def load_examples(
         _require_unseen(examples, dropped, seen)
         return examples, dropped
     examples, report = _read(str(config.data), config, Draw(config.n, seed, config.split, seen, legacy))
-    if report.failures or report.renamed or report.notes:
+    if report.failures or report.notes:
         print(report, file=sys.stderr)
     examples, again = once_each(examples)
     dropped = {f"row {failure.row}: {failure.reason}": 1 for failure in report.failures[:LISTED]}
@@ -355,13 +379,13 @@ def _read(name: str, config: DataSettings, draw: Draw) -> tuple[list[Example], R
     if which == "mathvista":
         if category not in ("", *MATHVISTA):
             raise FrankenlensError(f"--data {name}: MathVista has {', '.join(MATHVISTA)}, no {category!r}.")
-        return read_mathvista(**_copy(which, config), category=category or None, draw=draw)
+        return read_mathvista(**_copy(which, config), category=category or None, draw=draw, **config.access)
     if name in ("math-500", "gsm8k"):
         return {"math-500": read_math500, "gsm8k": read_gsm8k}[name](**_copy(name, config), draw=draw)
     named = Fields.parse(config.fields)
     if config.cluster != IMAGE:
         named = replace(named, cluster=config.cluster)
-    return read_jsonl(name, config.images, named, encoding=config.encoding, draw=draw)
+    return read_jsonl(name, config.images, named, encoding=config.encoding, draw=draw, **config.access)
 
 
 def _copy(name: str, config: DataSettings) -> dict[str, Any]:
@@ -373,7 +397,7 @@ def _copy(name: str, config: DataSettings) -> dict[str, Any]:
     if config.copies is None:
         return {}
     kinds = ("", ".parquet", ".json", ".jsonl", ".arrow")
-    found = next((path for kind in kinds if (path := config.copies / f"{name}{kind}").exists()), None)
+    found = next((path for kind in kinds if os.path.exists(path := config.copies / f"{name}{kind}")), None)
     if found is None:
         raise Unreachable(
             f"--copies {config.copies} holds no {name}: put {name}.parquet there, or what save_to_disk wrote as {name}."

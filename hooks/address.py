@@ -14,14 +14,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from hooks.errors import FrankenlensError, nearest
+from hooks.errors import FrankenlensError, nearest, shown
 
 WHOLE = ("embed", "projector", "ln_final", "unembed", "vision", "rest")
 _BLOCKS = re.compile(
-    r"(?:(?P<tower>vision|tower_\d+)\.)?blocks\.(?P<layers>\d+(?:-\d+)?)"
+    r"(?:(?P<tower>vision|tower_[0-9]{1,4})\.)?blocks\.(?P<layers>[0-9]{1,4}(?:-[0-9]{1,4})?)"
     r"(?:\.(?P<sub>attn|cross_attn|mixer|mlp)"
-    r"(?:\.(?P<unit>head|kv_head|neuron|expert)\.(?P<units>\d+(?:-\d+)?))?)?"
+    r"(?:\.(?P<unit>head|kv_head|neuron|expert)\.(?P<units>[0-9]{1,8}(?:-[0-9]{1,8})?))?)?"
 )
+MOST = 5_000_000
+"""Single components of a range, at most: the neurons of the largest models are half of that."""
 _UNITS = {
     "attn": ("head", "kv_head"),
     "cross_attn": ("head", "kv_head"),
@@ -68,11 +70,15 @@ class Address:
         """
         if isinstance(text, Address):
             return text
+        if not isinstance(text, str):
+            raise FrankenlensError(f"{shown(text)} is not an address, which is a text. {_examples()}")
         if text in WHOLE:
             return cls(text, "vision" if text == "vision" else "text")
         match = _BLOCKS.fullmatch(text)
         if match is None:
-            raise FrankenlensError(f"{text!r} is not an address. {nearest(text, _EXAMPLES) or _examples()}")
+            raise FrankenlensError(
+                f"{shown(text)} is not an address. {nearest(text, _EXAMPLES) or _examples()}"
+            )
         sub, unit = match["sub"], match["unit"]
         if unit is not None and unit not in _UNITS[sub]:
             have = " / ".join(_UNITS[sub]) or "no parts of its own"
@@ -96,10 +102,19 @@ class Address:
         return ".".join(parts)
 
     def expand(self) -> Iterator["Address"]:
-        """Every single component that this address covers, layer by layer."""
+        """Every single component that this address covers, layer by layer.
+
+        Raises:
+            FrankenlensError: there are more than `MOST`.
+        """
         if self.layers is None:
             yield self
             return
+        spans = [last - first + 1 for first, last in (self.layers, self.units or (0, 0))]
+        if spans[0] * spans[1] > MOST:
+            raise FrankenlensError(
+                f"{self} covers {spans[0] * spans[1]:,} components, more than a model has."
+            )
         for layer in range(self.layers[0], self.layers[1] + 1):
             if self.units is None:
                 yield replace(self, layers=(layer, layer))

@@ -111,8 +111,8 @@ def tapped(module: Any, tap: AttentionTap) -> Iterator[None]:
     shim._attn_implementation_internal = _PACKED_NAME if flash else _StandIn(tap.implementation)
     shim._frankenlens_tap = tap
     stays(shim, original)
-    module.config = shim
     try:
+        module.config = shim
         yield
     finally:
         module.config = original

@@ -1,5 +1,8 @@
 """Loading a checkpoint: safetensors only, nothing random in it, one clear error when something is missing."""
 
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,30 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line
 from hooks.extras import require_installed
 from hooks.processors import needs_own_code, own_code_message
-from hooks.stored.files import SHOWN, entries, require_one_precision, require_shape, weight_files
+from hooks.stored.files import (
+    SHOWN,
+    Entry,
+    entries,
+    require_one_precision,
+    require_shape,
+    shards_of,
+    weight_files,
+)
+from hooks.stored.settings import require_sound_settings
 from hooks.whereabouts import not_found, require_checkpoint
+
+LARGER = 16
+"""How many numbers for a byte in its files a model may have; packed in two bits, it has four."""
+FREE = 1 << 28
+"""Numbers that a model may have whatever its files hold: a gigabyte."""
+_QUIET = {
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 
 
 def load_model(
@@ -40,11 +62,17 @@ def load_model(
         require_installed("device_map", "accelerate")
     hub = {name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in kwargs}
     require_checkpoint(path_or_id)
-    if Path(path_or_id).is_dir():
-        _require_sound(Path(path_or_id) / hub.get("subfolder", ""), kwargs.get("variant"))
+    is_folder, stored = os.path.isdir(path_or_id), {}
+    if is_folder:
+        stored = _require_sound(Path(path_or_id) / hub.get("subfolder", ""), kwargs.get("variant"))
+    else:
+        _require_sound_repository(str(path_or_id), hub)
     auto: Any = AutoModelForImageTextToText
     try:
-        auto = auto_class(AutoConfig.from_pretrained(path_or_id, trust_remote_code=trust_remote_code, **hub))
+        config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=trust_remote_code, **hub)
+        auto = auto_class(config)
+        if is_folder and not trust_remote_code:
+            _require_modest(path_or_id, auto, config, stored)
         loaded: Any = auto.from_pretrained(
             path_or_id,
             dtype=dtype,
@@ -54,14 +82,14 @@ def load_model(
             output_loading_info=True,
             **{**kwargs, "ignore_mismatched_sizes": True},  # they are named below
         )
-    except torch.OutOfMemoryError:
+    except (FrankenlensError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # a configuration can make transformers raise anything
         if needs_own_code(error):
             raise FrankenlensError(own_code_message(str(path_or_id))) from error
         if message := not_found(path_or_id, error, hub):
             raise FrankenlensError(message) from error
-        first = str(error).strip().splitlines()[0]
+        first = one_line(error)
         kind = "image-text-to-text" if auto is AutoModelForImageTextToText else "causal language"
         raise FrankenlensError(f"{path_or_id}: not loaded as a model of the kind {kind}: {first}") from error
     model, info = loaded
@@ -73,16 +101,69 @@ def load_model(
             f"{path_or_id}: {len(names)} weights are absent from the checkpoint and would be random: "
             f"{', '.join(names[:SHOWN])} …"
         )
-    if not Path(path_or_id).is_dir():
+    if not is_folder:
         found = cached_file(str(path_or_id), "config.json", local_files_only=True, **hub)
         _require_sound(Path(str(found)).parent, kwargs.get("variant"))
     return model.eval()
 
 
-def _require_sound(folder: Path, variant: str | None) -> None:
+def _require_sound(folder: Path, variant: str | None) -> dict[str, Entry]:
     """Refuse a checkpoint that would be read otherwise than it was meant, from the headers of its files."""
-    files = weight_files(folder, variant)
-    require_one_precision(folder, {key: one for file in files for key, one in entries(file).items()})
+    stored = {key: one for file in weight_files(folder, variant) for key, one in entries(file).items()}
+    require_sound_settings(folder, len(stored))
+    require_one_precision(folder, stored)
+    return stored
+
+
+def _require_sound_repository(name: str, hub: Mapping[str, Any]) -> None:
+    """Refuse a repository by its small files, before its weights are there."""
+    files = ("config.json", "adapter_config.json", "model.safetensors.index.json")
+    try:
+        if cached_file(name, files[0], **hub, **_QUIET) is None:
+            return
+        found = {file: cached_file(name, file, **hub, **_QUIET) for file in files}
+    except (OSError, ValueError, TypeError):
+        return  # no such repository, or no network: transformers says so in its own words
+    if found["adapter_config.json"]:
+        raise FrankenlensError(
+            f"{name} is a PEFT adapter, not a checkpoint: download it, and give its folder as RL beside its IN."
+        )
+    if found["config.json"]:
+        require_sound_settings(Path(found["config.json"]).parent)
+    if found["model.safetensors.index.json"]:
+        shards_of(Path(found["model.safetensors.index.json"]))
+
+
+def _require_modest(path: str | Path, auto: Any, config: Any, stored: Mapping[str, Entry]) -> None:
+    """Refuse a configuration of a far larger model than its files hold, before memory is spent on it.
+
+    Built without weights, and only where sizes that it names are those of no tensor.
+    """
+    if _fits(config, stored):
+        return
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    wanted = sum(weight.numel() for weight in model.state_dict().values())
+    held = sum(one.size for one in stored.values())
+    if wanted > max(FREE, LARGER * held):
+        raise FrankenlensError(
+            f"{path}: config.json describes a model of {wanted:,} numbers, and its files hold {held:,} bytes: they are "
+            "not of one checkpoint; download or save it again, whole."
+        )
+
+
+def _fits(config: Any, stored: Mapping[str, Entry]) -> bool:
+    """Whether widths and depths of a configuration are found in the files."""
+    sizes = {size for one in stored.values() for size in one.shape}
+    depth = max((int(n) for key in stored for n in re.findall(r"\.(\d{1,6})\.", key)), default=-1) + 1
+    for part in (config, config.get_text_config(), getattr(config, "vision_config", None)):
+        widths = [getattr(part, name, None) for name in ("hidden_size", "intermediate_size", "vocab_size")]
+        layers = getattr(part, "num_hidden_layers", None)
+        if any(isinstance(one, int) and one not in sizes for one in widths):
+            return False
+        if isinstance(layers, int) and layers > depth:
+            return False
+    return True
 
 
 def auto_class(config: Any) -> Any:

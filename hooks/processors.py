@@ -7,7 +7,7 @@ stands in for, so that what it saves loads as the ordinary processor wherever to
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,8 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
 
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line
+from hooks.stored.settings import require_sound_settings, settings_of
 from hooks.whereabouts import not_found, require_checkpoint
 
 _VIDEO = "video_processor"
@@ -57,19 +58,23 @@ def load_processor(
     hub = {"local_files_only": local_files_only, **kwargs}
     name = str(path_or_id)
     require_checkpoint(path_or_id)
+    if os.path.isdir(name):
+        require_sound_settings(Path(name) / str(kwargs.get("subfolder", "")))
     try:
         declared = None if is_torchvision_available() else _declared_class(name, trust_remote_code, hub)
         if declared is not None and _VIDEO in declared.get_attributes():
-            processor = image_only(declared).from_pretrained(name, **hub)
+            processor = image_only(declared).from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
         else:
             processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
-    except (OSError, ImportError, TypeError, ValueError) as error:
+    except FrankenlensError:
+        raise
+    except Exception as error:  # files of a processor can make transformers and tokenizers raise anything
         if needs_own_code(error):
             raise FrankenlensError(own_code_message(name)) from error
         if message := not_found(name, error, hub):
             raise FrankenlensError(message) from error
         raise FrankenlensError(
-            f"cannot load the processor of {name!r}: {_first_line(error)}\n"
+            f"cannot load the processor of {name!r}: {one_line(error)}\n"
             "Put the processor's files (processor_config.json or preprocessor_config.json, tokenizer files, "
             "chat template) next to the weights: AutoProcessor.from_pretrained(<original model>)"
             ".save_pretrained(<folder>)." + _torchvision_hint()
@@ -179,10 +184,8 @@ def _declared_class(name: str, trust_remote_code: bool, hub: dict[str, Any]) -> 
     }
     for file in _DECLARING_FILES:
         found = cached_file(name, file, **hub, **quiet)
-        declared = (
-            json.loads(Path(found).read_text(encoding="utf-8")).get("processor_class") if found else None
-        )
-        if declared is not None:
+        declared = settings_of(Path(found)).get("processor_class") if found else None
+        if isinstance(declared, str):
             return processor_class_from_name(declared)
     if cached_file(name, "config.json", **hub, **quiet) is None:
         return None
@@ -205,10 +208,6 @@ def own_code_message(name: str) -> str:
         f"{name} comes with code of its own, which is run only when you ask for it: read it, and give "
         "trust_remote_code=True."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _torchvision_hint() -> str:

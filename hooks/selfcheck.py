@@ -225,8 +225,8 @@ def undisturbed(model: Any) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     stateful = [module for module in model.modules() if hasattr(module, "rope_deltas")]
     offsets = [module.rope_deltas for module in stateful]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module, flag in training.items():

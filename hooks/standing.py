@@ -1,38 +1,16 @@
-"""The hooks that stand on a model: layer over layer, for one thread at a time, past what was compiled."""
+"""The hooks that stand on a model: layer over layer, for one thread and task at a time, past what was compiled."""
 
-import threading
-import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import nn
 
 from hooks.engine import Hook, attached
+from hooks.exclusive import Hold, exclusive_of, exclusively, require_same_thread
 from hooks.positions import Clock
-
-
-class _Locks:
-    """A lock a model. They stay in their process: nnsight sends this module along with a block that runs elsewhere."""
-
-    def __init__(self) -> None:
-        self._of: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-        self._new = threading.Lock()
-
-    def of(self, model: nn.Module) -> threading.RLock:
-        with self._new:
-            return self._of.setdefault(model, threading.RLock())
-
-    def __reduce__(self) -> tuple:
-        return _Locks, ()
-
-
-_LOCKS = _Locks()
-
-
-def lock_of(model: nn.Module) -> threading.RLock:
-    """The one lock of a model: whoever runs it with hooks, or needs it to run without, holds it for that long."""
-    return _LOCKS.of(model)
+from hooks.swapped import abandon
+from hooks.uninterrupted import Uninterrupted
 
 
 class Standing:
@@ -50,11 +28,9 @@ class Standing:
         self._layers: list[list[Hook]] = []
         self._installed = ExitStack()
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """No other thread runs the model through an opened model, or changes what stands on it; contexts nest."""
-        with lock_of(self._model):
-            yield
+    def exclusive(self, what: str) -> AbstractContextManager[None]:
+        """No other thread or task runs the model through an opened model, or changes what stands on it."""
+        return exclusively(self._model, what)
 
     @contextmanager
     def attached(self, layer: list[Hook]) -> Iterator[None]:
@@ -62,19 +38,42 @@ class Standing:
 
         Code that was compiled does not look at hooks that were attached after it, and what is compiled under hooks
         would keep them: for the length of the context nothing compiled runs, and nothing is compiled.
+
+        Raises:
+            FrankenlensError: another task or thread uses the model (`hooks.exclusive`); the context is left in another
+                thread than it was entered in.
         """
-        with self.exclusive(), torch.compiler.set_stance("force_eager"):
-            self._layers.append(layer)
-            try:
+        hold, eager = Hold("hooks"), ExitStack()
+        try:
+            exclusive_of(self._model).take(hold)
+            with Uninterrupted():
+                eager.enter_context(torch.compiler.set_stance("force_eager"))
+                self._layers = [*self._layers, layer]
                 self._install(self._layers)
-                yield
-            finally:
+            yield
+        finally:
+            try:
+                self._detach(layer, hold, eager)
+            except KeyboardInterrupt:
+                self._detach(layer, hold, eager)
+                raise
+            require_same_thread(hold)
+
+    def _detach(self, layer: list[Hook], hold: Hold, eager: ExitStack) -> None:
+        """Take a layer off; once more changes nothing."""
+        uses = exclusive_of(self._model)
+        uses.until_on_top(hold)
+        with Uninterrupted():
+            if any(other is layer for other in self._layers):
                 self._layers = [other for other in self._layers if other is not layer]
                 self._install(self._layers)
+            eager.close()
+            uses.drop(hold)
 
     def clear(self) -> None:
-        """Take every hook away."""
-        with self.exclusive():
+        """Take every hook away, and the weights that a thread put in which has ended."""
+        abandon(self._model)
+        with self.exclusive("closing"), Uninterrupted():
             self._layers = []
             self._installed.close()
 

@@ -1,7 +1,8 @@
 """HookedVLM: an unchanged Hugging Face vision-language model with its hook points open."""
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from hooks.anatomy.watching import has_pixels
 from hooks.cache import ActivationCache, Keeper
 from hooks.capabilities import missing
 from hooks.engine import Hook, HookContext, HookFunction, hook_by_keyword
-from hooks.errors import FrankenlensError, nearest
+from hooks.errors import FrankenlensError, nearest, shown
+from hooks.exclusive import exclusively
 from hooks.layout import laid_out
 from hooks.loading import load_model
 from hooks.nnsight.traceable import Traceable
@@ -43,10 +45,11 @@ from hooks.refusals import (
 )
 from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
 from hooks.selfcheck_taken import holds
-from hooks.standing import Standing, lock_of
+from hooks.standing import Standing
 from hooks.unopened import unopened_anatomy
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+_EXPERT = re.compile("[0-9]{1,6}")
 FwdHooks = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
 
 
@@ -91,7 +94,7 @@ class HookedVLM(Traceable):
         own: Any = getattr(model, "_orig_mod", model)
         self.model: PreTrainedModel = own
         self.processor = processor
-        with lock_of(own):
+        with exclusively(own, "the opening"):
             self._open(own, processor, inputs, check)
 
     def _open(
@@ -252,7 +255,7 @@ class HookedVLM(Traceable):
         """The model copied and opened as this one was; hooks that stand stay where they are."""
         self.require_open()
         memo[id(self)] = new = copy.copy(self)
-        with self._standing.exclusive():
+        with self._standing.exclusive("a copy"):
             new.model = copy.deepcopy(self.model, memo)
         new.processor = copy.deepcopy(self.processor, memo)
         new._standing = Standing(new.model, self._standing.packed, self._standing.clock.inner)
@@ -283,7 +286,7 @@ class HookedVLM(Traceable):
         """Run the model on processor tensors, with whatever hooks are on. Returns Hugging Face's own output."""
         self.require_open()
         run: Any = self.model
-        with self._standing.exclusive():
+        with self._standing.exclusive("a run"):
             return run(**self._to_device(inputs), **kwargs)
 
     def run_with_cache(
@@ -353,7 +356,8 @@ class HookedVLM(Traceable):
         with self.attached(layer):
             self._standing.clock.begin(None if ids is None else ids.shape[1])
             model: Any = self.model
-            output = model.generate(**self._to_device(inputs), **kwargs)
+            with self.exclusive("a generation"):
+                output = model.generate(**self._to_device(inputs), **kwargs)
         _require_fired(layer)
         return output
 
@@ -373,16 +377,20 @@ class HookedVLM(Traceable):
         """
         if wanted is None:
             return list(self.hook_points)
-        if callable(wanted):
+        if callable(wanted) and not isinstance(wanted, type):
             selected = [name for name in self.hook_points if wanted(name)]
             if not selected:
                 raise FrankenlensError(
                     "the names filter selects no hook point; `vlm.hook_points` lists them."
                 )
             return selected
+        if not isinstance(wanted, Iterable) or isinstance(wanted, bytes):
+            raise FrankenlensError(
+                f"{shown(wanted)} names no hook points; give a name, a list of names, or a function of a name."
+            )
         names = [wanted] if isinstance(wanted, str) else list(wanted)
         for name in names:
-            if name in self.absent:
+            if isinstance(name, str) and name in self.absent:
                 raise FrankenlensError(
                     f"{name} is absent in {type(self.model).__name__}: {self.absent[name]}"
                 )
@@ -395,8 +403,16 @@ class HookedVLM(Traceable):
         Raises:
             FrankenlensError: there is none of that name.
         """
+        if not isinstance(name, str):
+            raise FrankenlensError(
+                f"{shown(name)} is no hook point, which has a name; `vlm.hook_points` lists them."
+            )
         whole, _, expert = name.rpartition(".")
-        if whole in self.hook_points and self.hook_points[whole].place == "expert_out" and expert.isdecimal():
+        if (
+            whole in self.hook_points
+            and self.hook_points[whole].place == "expert_out"
+            and _EXPERT.fullmatch(expert)
+        ):
             point = self.hook_points[whole]
             if point.experts is not None and int(expert) < point.experts.n_experts:
                 return point.of_expert(int(expert))
@@ -408,7 +424,7 @@ class HookedVLM(Traceable):
                 if unseen and is_visual(self.model.config)
                 else nearest(name, self.hook_points)
             )
-            raise FrankenlensError(f"{name!r} is no hook point of this model. {hint}")
+            raise FrankenlensError(f"{shown(name)} is no hook point of this model. {hint}".strip())
         return self.hook_points[name]
 
     def verify(self, inputs: Mapping[str, Any] | None = None, progress: bool = True) -> dict[str, float]:
@@ -461,6 +477,14 @@ class HookedVLM(Traceable):
         self._closed = True
 
     def _hooks_of(self, fwd_hooks: FwdHooks) -> list[Hook]:
+        if isinstance(fwd_hooks, str) or not isinstance(fwd_hooks, Iterable):
+            raise FrankenlensError(f"{shown(fwd_hooks)} are no hooks; give a list of pairs (name, function).")
+        fwd_hooks = list(fwd_hooks)
+        for one in fwd_hooks:
+            if not isinstance(one, Sequence) or isinstance(one, str) or len(one) != 2 or not callable(one[1]):
+                raise FrankenlensError(
+                    f"{shown(one)} is no hook; give a pair of a name and a function fn(activation, hook)."
+                )
         distinct = {id(fn): fn for _, fn in fwd_hooks}
         called = {key: hook_by_keyword(fn) for key, fn in distinct.items()}
         return [
@@ -468,6 +492,18 @@ class HookedVLM(Traceable):
             for wanted, fn in fwd_hooks
             for name in self.names(wanted)
         ]
+
+    def exclusive(self, what: str) -> AbstractContextManager[None]:
+        """No other thread or task runs the model through an opened one, or changes what stands on it; contexts nest.
+
+        Args:
+            what: is done meanwhile, for the message of a refusal.
+
+        Raises:
+            FrankenlensError: another task has it; or another thread, which does not come to an end (others are waited
+                for).
+        """
+        return self._standing.exclusive(what)
 
     def attached(self, layer: list[Hook]) -> AbstractContextManager[None]:
         """Keep hooks on that are made already, after those that stand; `hooks` makes them from functions."""

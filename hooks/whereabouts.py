@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hooks.errors import FrankenlensError, nearest
+from hooks.errors import FrankenlensError, nearest, shown_path
 
 CHECKPOINT = (
     "a checkpoint's folder (config.json and *.safetensors in it), or a repository of the hub as OWNER/NAME"
@@ -27,13 +27,13 @@ def require_file(path: str | Path, give: str, option: str = "") -> None:
     Raises:
         FrankenlensError: "no such file: PATH", with the nearest folder that exists and what it holds.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise FrankenlensError(absent(path, "file", give, option))
 
 
 def require_folder(path: str | Path, give: str, option: str = "") -> None:
     """Refuse a folder that is not there; arguments and error as of `require_file`."""
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         raise FrankenlensError(absent(path, "folder", give, option))
 
 
@@ -43,7 +43,7 @@ def require_checkpoint(name: str | Path, option: str = "") -> None:
     Raises:
         FrankenlensError: "no such folder: PATH", as of `require_file`.
     """
-    if not Path(name).is_dir() and (looks_like_path(name) or Path(name).exists()):
+    if not os.path.isdir(name) and (looks_like_path(name) or os.path.exists(name)):
         raise FrankenlensError(absent(name, "folder", CHECKPOINT, option))
 
 
@@ -63,9 +63,10 @@ def absent(path: str | Path, what: str, give: str, option: str = "") -> str:
         option: of the command line that named it.
     """
     path, named = Path(path), f" ({option})" if option else ""
-    if path.exists():
-        other = "folder" if path.is_dir() else "file"
-        return f"{path}{named} is a {other}, not a {what}; give {give}."
+    name = shown_path(path)
+    if os.path.exists(path):
+        other = "folder" if os.path.isdir(path) else "file" if os.path.isfile(path) else "pipe or a device"
+        return f"{name}{named} is a {other}, not a {what}; give {give}."
     there = _nearest_folder(path)
     held = sorted(one.name for one in there.iterdir()) if os.access(there, os.R_OK) else []
     missing = path.absolute().relative_to(there.absolute()).parts[0]
@@ -74,7 +75,7 @@ def absent(path: str | Path, what: str, give: str, option: str = "") -> str:
     told = hint or f"It holds {shown}."
     home = " (~ is not read here: write the folder out)" if str(path).startswith("~") else ""
     return (
-        f"no such {what}: {path}{named}{home}. The nearest folder that exists is {there}. {told} Give {give}."
+        f"no such {what}: {name}{named}{home}. The nearest folder that exists is {there}. {told} Give {give}."
     )
 
 
@@ -88,7 +89,7 @@ def not_found(name: str | Path, error: Exception, hub: dict[str, Any] | None = N
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    if Path(name).is_dir() or not isinstance(error, OSError) or _is_cached(str(name), hub or {}):
+    if os.path.isdir(name) or not isinstance(error, OSError) or _is_cached(str(name), hub or {}):
         return None
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
@@ -122,4 +123,4 @@ def _is_cached(name: str, hub: dict[str, Any]) -> bool:
 
 
 def _nearest_folder(path: Path) -> Path:
-    return next(folder for folder in path.absolute().parents if folder.is_dir())
+    return next(folder for folder in path.absolute().parents if os.path.isdir(folder))

@@ -281,9 +281,9 @@ def evaluate(
         batch = collate([prompts[row] for row in rows], "left").to(vlm.model.device)
         part = metric.select(rows)
         if isinstance(part, LogitDifference) and part.position is None:
-            logits = vlm.model(**batch.inputs, logits_to_keep=1).logits
+            logits = vlm(batch.inputs, logits_to_keep=1).logits
             scored = part.of_next(logits[:, -1].float())
         else:
-            scored = part(vlm.model(**batch.inputs).logits.float(), batch)
+            scored = part(vlm(batch.inputs).logits.float(), batch)
         values[first : first + len(rows)] = scored.cpu().numpy()
     return values

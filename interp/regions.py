@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, shown
 
+LONGEST = 10_000
+"""Layers of a region, at most."""
 NAMES = ("Early", "Mid", "Late")
 Span = tuple[int, int]
 """First and last layer, inclusive."""
@@ -90,8 +93,11 @@ def of_sizes(sizes: Sequence[int], names: Sequence[str] = NAMES, name: str | Non
         >>> print(fl.of_sizes([2, 7], ["reads", "writes"]))
         2/7: reads 0-1, writes 2-8
     """
-    if len(sizes) != len(names) or min(sizes, default=0) < 1:
-        raise FrankenlensError(f"{list(sizes)} and {list(names)}: give one size of at least 1 per region")
+    whole = all(isinstance(size, Integral) and 1 <= size <= LONGEST for size in sizes)
+    if len(sizes) != len(names) or not sizes or not whole:
+        raise FrankenlensError(
+            f"{shown(list(sizes))} and {shown(list(names))}: give one size of at least 1 per region"
+        )
     ends = np.cumsum(sizes).tolist()
     spans = {region: (end - size, end - 1) for region, size, end in zip(names, sizes, ends, strict=True)}
     return Partition(name or "/".join(map(str, sizes)), spans)
@@ -133,13 +139,15 @@ def parse_partition(text: str, n_layers: int) -> Partition:
         >>> print(fl.parse_partition("8/12/8", 28))
         8/12/8: Early 0-7, Mid 8-19, Late 20-27
     """
+    if not isinstance(text, str):
+        raise FrankenlensError(f'{shown(text)} is no partition; give paper, code or sizes such as "8/12/8"')
     if text in ("paper", "code"):
         return thirds(n_layers, text)
     try:
-        sizes = [int(size) for size in text.split("/")]
+        sizes = [int(size) for size in text.split("/", LONGEST)]
     except ValueError:
         raise FrankenlensError(
-            f'{text!r} is no partition; give paper, code or sizes such as "8/12/8"'
+            f'{shown(text)} is no partition; give paper, code or sizes such as "8/12/8"'
         ) from None
     names = NAMES if len(sizes) == 3 else [f"region {i}" for i in range(len(sizes))]
     partition = of_sizes(sizes, names)

@@ -366,7 +366,7 @@ def test_the_command_runs_from_another_folder(python, tmp_path):
     _run([command, "map", "--out", "map", *small], tmp_path)
     page = (tmp_path / "map" / "report.html").read_text(encoding="utf-8")
     assert "<style" in page and len(page) > 10_000
-    assert {path.suffix for path in (tmp_path / "map").iterdir()} == {".html", ".png", ".csv", ".nc"}
+    assert {path.suffix for path in (tmp_path / "map").glob("*.*")} == {".html", ".png", ".csv", ".nc"}
 
 
 def test_pytest_finds_the_plugin_and_collects_a_file_of_claims(python, tmp_path):

@@ -6,13 +6,16 @@ array, and beartype alone checks those at a twentieth of the time.
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, get_type_hints
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
 _CHECKED: dict[Any, Callable[..., Any]] = {}
+_PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {}
 _jaxtyped = jaxtyping.jaxtyped
 _checking: Any = beartype(conf=BeartypeConf(violation_type=TypeError))  # as jaxtyping's own errors are
 
@@ -48,7 +51,49 @@ def jaxtyped(fn: Any = None, *, typechecker: Any) -> Any:
         return fn
     if not inspect.isfunction(fn) or names_an_array(fn):
         return _jaxtyped(fn, typechecker=typechecker)
-    return fn if fn.__closure__ is not None else _checking(fn)
+    if fn.__closure__ is not None:
+        return fn
+    found = _checking(fn)
+    _PLAIN[found] = fn
+    return found
+
+
+@contextmanager
+def unchecked(*others: str) -> Iterator[None]:
+    """The project without these type checks, as users run it; so are the names that modules of `others` imported."""
+    packages = ("frankenlens", "hooks", "interp", "experiments", *others)
+    modules = [
+        one
+        for name, one in list(sys.modules.items())
+        if any(f"{name}.".startswith(f"{p}.") for p in packages)
+    ]
+    classes = {c for one in modules for c in vars(one).values() if inspect.isclass(c) and _is_of(c, packages)}
+    replaced: list[tuple[Any, str, Any]] = []
+    for space in (*modules, *classes):
+        for name, value in list(vars(space).items()):
+            plain = _unwrapped(value)
+            if plain is not value:
+                replaced.append((space, name, value))
+                setattr(space, name, plain)
+    jaxtyping.config.update("jaxtyping_disable", True)  # asked at each call
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+        for space, name, value in replaced:
+            setattr(space, name, value)
+
+
+def _is_of(cls: type, packages: tuple[str, ...]) -> bool:
+    return any(f"{cls.__module__}.".startswith(f"{package}.") for package in packages)
+
+
+def _unwrapped(value: Any) -> Any:
+    if isinstance(value, classmethod | staticmethod):
+        return type(value)(_PLAIN[value.__func__]) if value.__func__ in _PLAIN else value
+    if isinstance(value, property) and value.fget is not None and value.fget in _PLAIN:
+        return property(_PLAIN[value.fget], value.fset, value.fdel, value.__doc__)
+    return _PLAIN.get(value, value) if inspect.isfunction(value) else value
 
 
 def names_an_array(fn: Callable[..., Any]) -> bool:

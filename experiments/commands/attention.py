@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pandas as pd
 import xarray as xr
 
-from experiments.frame import Command
+from experiments.frame import Command, kept
 from experiments.options import a_task, default, require_known
 from experiments.settings import (
     CORRECTIONS,
@@ -103,6 +103,7 @@ def measure(pair: Pair, asked: Questions, config: AttentionConfig) -> Iterator[S
         target=config.queries,
         source=config.keys,
         nulls=null_changes(pair, config.seed) if config.nulls else None,
+        keep=kept(pair, asked.examples, config),
         **config.running,
     )
     _require_traces(found)

@@ -174,7 +174,13 @@ def planned(pair: Pair, config: FreezeConfig) -> Plan:
     elif config.data is None:
         recipe = TripleRecipe(require_triple(in_path), config.training, config.n, trl)
     else:
-        train_on = DataSettings(config.train, config.train_images, config.fields, config.encoding)
+        train_on = DataSettings(
+            config.train,
+            config.train_images,
+            fields=config.fields,
+            encoding=config.encoding,
+            **config.access,
+        )
         recipe = own_recipe(pair, in_path, config.training, trl, train_on, config, config)
         require_readable(pair, pair.builder, [prompt.example for prompt in recipe.prompts], config)
     _require_same_settings(config, pair, trl)
@@ -183,9 +189,11 @@ def planned(pair: Pair, config: FreezeConfig) -> Plan:
 
 def _papers(pair: Pair, in_path: str, config: FreezeConfig, trl: dict[str, Any]) -> PaperRecipe:
     """Trained on the user's questions, measured on the paper's, of which IN describes what has to be described."""
-    train_on, left_out = usable(pair, DataSettings(config.train, config.train_images), "training")
+    train_on, left_out = usable(
+        pair, DataSettings(config.train, config.train_images, **config.access), "training"
+    )
     questions = paper_questions(config, config.seed, METRICS)
-    running = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+    running: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
     examples = described(pair, questions.examples, **running)
     require_readable(pair, pair.builder, examples, config)
     every = [prompt.example for prompt in train_on]

@@ -40,6 +40,7 @@ from interp.metrics import LogitDifference
 from interp.pair.pair import Pair
 from interp.prompts import Prompt
 from interp.questions.examples import with_looked_at
+from interp.results.lock import making
 from interp.results.page import Account, Section
 from interp.statistics import interval_text
 
@@ -177,9 +178,9 @@ def _tuned(
         for name, vlm in models.items()
     }
     if config.lenses is not None:
-        config.lenses.mkdir(parents=True, exist_ok=True)
-        for name, lens in lenses.items():
-            lens.save(config.lenses / f"{name}.safetensors")
+        with making(config.lenses):
+            for name, lens in lenses.items():
+                lens.save(config.lenses / f"{name}.safetensors")
     return lenses, sorted(order[half:])
 
 

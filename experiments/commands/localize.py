@@ -17,7 +17,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from experiments.contract import askable, require_readable
-from experiments.frame import Command
+from experiments.frame import Command, kept
 from experiments.options import Only, default, either, require_known
 from experiments.papers import PaperSettings
 from experiments.settings import IMAGE, NoImages, is_public, load_examples, load_triple
@@ -56,6 +56,7 @@ from interp.questions.readers.hub import Unreachable
 from interp.questions.tasks import TASKS, sample
 from interp.regions import Partition, parse_partition
 from interp.results.page import Account, Section
+from interp.results.store import Store, under
 
 PAPER_N = 100  # pairs a function
 _CHANGED = {
@@ -195,7 +196,7 @@ def load(config: LocalizeConfig) -> FunctionPairs:
         asked = FunctionPairs([], questions=examples, left_out=left_out)
     else:
         functions = config.functions or PAPER_FUNCTIONS
-        asked = folder_pairs(config.data, functions, config.n, distinct=not config.paper)
+        asked = folder_pairs(config.data, functions, config.n, not config.paper, **config.access)
         for reason, count in asked.left_out.items():
             print(f"{config.data}: left out {count}: {reason}", file=sys.stderr)
     return asked.asking([one for task in config.tasks for one in sample(task, config.n, config.seed, "map")])
@@ -231,8 +232,9 @@ def measure(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> Iterato
     tables: dict[str, pd.DataFrame] = {}
     figures: dict[str, Figure] = {}
     found: list[xr.Dataset] = []
+    keep = kept(pair, asked.examples, config)
     if swaps:
-        results = _swapped(vlm, builder, asked, swaps, config)
+        results = _swapped(vlm, builder, asked, swaps, config, keep)
         among = "all" if config.paper else "differing"
         results = {
             kind: with_changes(found, _pairs_of(asked, kind), config.change)
@@ -242,7 +244,7 @@ def measure(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> Iterato
         figures["localize_swap"] = plot_swaps(tables["localize_swap"], partition)
         found.append(results[COUNTERFACTUAL])
     if config.parts:
-        found.append(_ablated(vlm, builder, asked, config))
+        found.append(_ablated(vlm, builder, asked, config, keep))
         tables["localize_ablation"] = accuracy(found[-1])
         figures |= _ablation_figures(tables["localize_ablation"], partition)
     of = tables.get("localize_swap"), tables.get("localize_ablation")
@@ -265,11 +267,13 @@ def _swapped(
     asked: FunctionPairs,
     swaps: dict[str, list[Swap]],
     config: LocalizeConfig,
+    keep: Store | None,
 ) -> dict[str, xr.Dataset]:
     """Kind of pairs to what all swaps do to them."""
     every = list(dict.fromkeys(swap for some in swaps.values() for swap in some))
+    settings: dict[str, Any] = {"resize": config.resize, **config.running}
     return {
-        kind: vision_swap(vlm, builder, pairs, every, resize=config.resize, **config.running)
+        kind: vision_swap(vlm, builder, pairs, every, keep=under(keep, f"swap-{kind}"), **settings)
         for kind, pairs in {COUNTERFACTUAL: asked.pairs, **asked.controls}.items()
     }
 
@@ -279,12 +283,13 @@ def _pairs_of(asked: FunctionPairs, kind: str) -> Pairs:
 
 
 def _ablated(
-    vlm: HookedVLM, builder: PromptBuilder, asked: FunctionPairs, config: LocalizeConfig
+    vlm: HookedVLM, builder: PromptBuilder, asked: FunctionPairs, config: LocalizeConfig, keep: Store | None
 ) -> xr.Dataset:
     every = dict.fromkeys(one for kind in config.kinds for one in layers_of(vlm, config.parts, kind))
     chosen = [one for one in every if one.kind != "skip" or "skip" in config.kinds]
     prompts = [builder.build(example) for example in asked.questions]
-    return ablate(vlm, prompts, chosen, seed=config.seed, **config.running)
+    own = under(keep, "ablate")
+    return ablate(vlm, prompts, chosen, seed=config.seed, keep=own, **config.running)
 
 
 def _builder(pair: Pair, config: LocalizeConfig, asked: FunctionPairs) -> PromptBuilder:

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import xarray as xr
 
-from experiments.frame import Command
+from experiments.frame import Command, kept
 from experiments.options import Only, default
 from experiments.settings import (
     CORRECTIONS,
@@ -23,6 +24,7 @@ from experiments.settings import (
     QuestionSettings,
     load_pair,
     load_questions,
+    require_there,
 )
 from hooks.address import Address
 from hooks.errors import FrankenlensError
@@ -34,8 +36,9 @@ from interp.map import component_map, strongest, summarise
 from interp.pair.pair import Pair
 from interp.questions.examples import Example, with_looked_at
 from interp.questions.readers import Seen
-from interp.results.files import load_dataset
+from interp.results.files import load_dataset, require_parts
 from interp.results.page import Account, Section, told
+from interp.results.store import Store, under
 from interp.statistics import interval_text
 from interp.steering import pair_directions, steer_both
 from interp.steering.plots import plot_dose
@@ -104,7 +107,8 @@ def check(config: LockstepConfig) -> None:
     if config.temperature:
         _sampling(config)
     if config.map is not None:
-        load_dataset(config.map)
+        require_there(config)
+        _map(config.map)
 
 
 def load(config: LockstepConfig) -> Questions:
@@ -124,7 +128,8 @@ def measure(pair: Pair, asked: Questions, config: LockstepConfig) -> Iterator[Se
     Raises:
         FrankenlensError: no question is left, or a component does not exist.
     """
-    chosen = _chosen(pair, asked.examples, config)
+    keep = kept(pair, asked.examples, config, looked_at=_digest(config))
+    chosen = _chosen(pair, asked.examples, config, keep)
     settings: dict[str, Any] = {
         **config.running,
         "sampling": _sampling(config) if config.temperature else None,
@@ -132,16 +137,19 @@ def measure(pair: Pair, asked: Questions, config: LockstepConfig) -> Iterator[Se
         "seed": config.seed,
         "when": config.when,
     }
-    found = confirm(pair, chosen.fresh, chosen.sets, **settings)
+    found = confirm(pair, chosen.fresh, chosen.sets, keep=under(keep, "confirm"), **settings)
     table = confirmation(found, config.correction)
     shown = str(table["function"].iloc[-1])
     tables = {"lockstep": table}
     figures = {"lockstep": plot_confirmation(table, shown), "lockstep_traces": plot_followed(table, shown)}
     findings = _finding(table, shown)
     if config.steer is not None:
-        directions = pair_directions(pair, chosen.used, config.steer, config.when, **config.running)
+        own = under(keep, "directions")
+        directions = pair_directions(pair, chosen.used, config.steer, config.when, keep=own, **config.running)
         settings["correction"] = config.correction
-        steered, doses = steer_both(pair, chosen.fresh, directions, config.coefficients, **settings)
+        steered, doses = steer_both(
+            pair, chosen.fresh, directions, config.coefficients, keep=under(keep, "steer"), **settings
+        )
         tables["steering"], figures["steering"] = doses, plot_dose(doses, shown)
         findings += _steering_finding(doses, shown)
         found = found.merge(steered, join="outer", compat="no_conflicts")
@@ -158,6 +166,23 @@ def measure(pair: Pair, asked: Questions, config: LockstepConfig) -> Iterator[Se
     )
 
 
+def _map(path: Path) -> xr.Dataset:
+    """The summary of a component map on disk.
+
+    Raises:
+        FrankenlensError: it is none.
+    """
+    cells = ("component", "role", "direction")
+    parts = {
+        name + end: cells for name in ("effect_mean", "recovery", "excess") for end in ("", "_low", "_high")
+    }
+    parts |= {"n": cells, "point": ("component",), **dict.fromkeys(cells, ())}
+    summary = require_parts(load_dataset(path), path, parts, "map")
+    if "refused" not in summary.attrs:
+        raise FrankenlensError(f"{path} is no result of `frankenlens map`; give one.")
+    return summary
+
+
 @dataclass(frozen=True)
 class _Chosen:
     """What is moved, on which questions it was chosen, and on which it is tried."""
@@ -169,16 +194,21 @@ class _Chosen:
     left_out: Mapping[str, int]
 
 
-def _chosen(pair: Pair, examples: Sequence[Example], config: LockstepConfig) -> _Chosen:
+def _digest(config: LockstepConfig) -> str:
+    """Of the map that components are taken from."""
+    return "" if config.map is None else sha256(config.map.read_bytes()).hexdigest()
+
+
+def _chosen(pair: Pair, examples: Sequence[Example], config: LockstepConfig, keep: Store | None) -> _Chosen:
     if config.components:
         sets = {"components": config.components}
         return _Chosen(sets, [], examples, f"components given: {', '.join(config.components)}", {})
     if config.map is not None:
         used, fresh, left_out = [], examples, {}
-        summary, how = load_dataset(config.map), f"strongest of {config.map.name}"
+        summary, how = _map(config.map), f"strongest of {config.map.name}"
     else:
         used, fresh = examples[::2], examples[1::2]
-        summary, n = _small_map(pair, used, config)
+        summary, n = _small_map(pair, used, config, under(keep, "chosen"))
         how = f"strongest of a map on the decisive tokens of {n} of {len(used)} other questions"
         left_out = {"used to choose the components": len(used)}
     direction = "rl_to_in" if "rl_to_in" in summary["direction"].to_numpy() else "in_to_rl"
@@ -189,9 +219,11 @@ def _chosen(pair: Pair, examples: Sequence[Example], config: LockstepConfig) -> 
     return _Chosen(sets, used, fresh, f"{how}: {picked}", left_out)
 
 
-def _small_map(pair: Pair, used: Sequence[Example], config: LockstepConfig) -> tuple[xr.Dataset, int]:
+def _small_map(
+    pair: Pair, used: Sequence[Example], config: LockstepConfig, keep: Store | None
+) -> tuple[xr.Dataset, int]:
     """Of the strongest points, at all tokens together, and of how many questions."""
-    decisions = find_decisions(pair, used, "decisive", progress=True, **config.running)
+    decisions = find_decisions(pair, used, "decisive", progress=True, keep=keep, **config.running)
     if not len(decisions):
         reasons = "; ".join(f"{n}: {reason}" for reason, n in decisions.excluded.items())
         raise FrankenlensError(
@@ -199,7 +231,7 @@ def _small_map(pair: Pair, used: Sequence[Example], config: LockstepConfig) -> t
             f"than --n {config.n}, or the components themselves (--components), such as a map of the decision first or "
             "soft finds (`frankenlens map --decision soft`, then --map)."
         )
-    effects = component_map(pair, decisions, ["rl_to_in"], _POINTS, ["all"], config.batch_size)
+    effects = component_map(pair, decisions, ["rl_to_in"], _POINTS, ["all"], config.batch_size, keep=keep)
     return summarise(effects), len(decisions)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.frame import Command
+from experiments.frame import Command, kept
 from experiments.options import require_known
 from experiments.settings import Questions, QuestionSettings, load_pair, load_questions
 from hooks.errors import FrankenlensError
@@ -57,11 +57,12 @@ def measure(pair: Pair, asked: Questions, config: MapConfig) -> Iterator[Section
     Raises:
         FrankenlensError: no prompt qualifies; the message says why not.
     """
-    decisions = find_decisions(pair, asked.examples, config.decision, progress=True, **config.running)
+    keep, running = kept(pair, asked.examples, config), config.running
+    decisions = find_decisions(pair, asked.examples, config.decision, progress=True, keep=keep, **running)
     decisions.require_some()
     directions = list(DIRECTIONS) if config.direction == "both" else [config.direction]
     settings: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
-    effects = component_map(pair, decisions, directions, config.points, **settings)
+    effects = component_map(pair, decisions, directions, config.points, keep=keep, **settings)
     roles = [str(role) for role in effects["role"].to_numpy()]
     noise = noise_cells(pair, decisions, directions, config.points, roles, **settings)
     nulls = null_pair_denominator(pair, decisions, config.seed, config.batch_size)

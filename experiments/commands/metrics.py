@@ -14,7 +14,7 @@ from typing import Literal
 import pandas as pd
 import xarray as xr
 
-from experiments.frame import Command
+from experiments.frame import Command, kept
 from experiments.options import Only, default, require_known
 from experiments.papers import ASKED, PaperSettings, described, paper_questions, refuse_own_data
 from experiments.settings import Questions, load_questions, load_triple
@@ -37,6 +37,7 @@ from interp.pair.pair import Pair
 from interp.questions.examples import Example, with_looked_at
 from interp.questions.tasks.description import describe_scene
 from interp.results.page import Account, Section
+from interp.results.store import under
 from interp.statistics import adjust, interval_text
 
 SYNTHETIC = "{description} , {question}"
@@ -103,15 +104,20 @@ def measure(pair: Pair, asked: Questions, config: MetricsConfig) -> Iterator[Sec
     order = [name for name in ("base", "in", "rl") if name in pair.models]
     left_out: Counter[str] = Counter()
     examples = asked.examples
+    keep = kept(pair, examples, config)
+    told = under(keep, "described")
     if config.paper:
-        examples = described(pair, examples, **config.running)
+        examples = described(pair, examples, keep=told, **config.running)
     elif config.describe == "model":
         builder = pair.builder.with_instruction("")
-        examples = described_by_model(pair.in_, builder, examples, **config.running)
+        examples = described_by_model(pair.in_, builder, examples, keep=told, **config.running)
     found: list[xr.Dataset] = []
-    for names, some in _groups(examples, config, left_out):
+    for number, (names, some) in enumerate(_groups(examples, config, left_out)):
         ready = questions(pair.builder, some, template=template, metrics=names)
-        answers = [ask(pair.models[name], ready, **config.running) for name in order]
+        answers = [
+            ask(pair.models[name], ready, keep=under(keep, f"{number}-{name}"), **config.running)
+            for name in order
+        ]
         found.append(xr.concat(answers, pd.Index(order, name="model")))
         left_out.update(_missing(found[-1]))
     table = _shares(found)

@@ -12,10 +12,11 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from experiments.frame import Command
 from experiments.options import Only, default
-from experiments.settings import Questions, QuestionSettings, load_pair, load_questions
+from experiments.settings import Questions, QuestionSettings, load_pair, load_questions, require_there
 from hooks.errors import FrankenlensError
 from interp.decision import Choice, DecisionSet, find_decisions, null_pair_denominator, recovery_refused
 from interp.map import DIRECTIONS, attribute
@@ -25,7 +26,7 @@ from interp.paths import Receiver, paths_between, strongest_senders
 from interp.paths.pair import pair_paths, path_table, sender_table
 from interp.paths.path import Between, parse_sender
 from interp.paths.plots import plot_path_graph, plot_path_map
-from interp.results.files import load_dataset
+from interp.results.files import load_dataset, require_parts
 from interp.results.page import Account, Section
 from interp.statistics import Interval, interval_text
 
@@ -65,6 +66,9 @@ def check(config: PathsConfig) -> None:
         raise FrankenlensError(f"--top is {config.top}; give at least 1.")
     if config.senders and config.map is not None:
         raise FrankenlensError("--senders names the senders and --map chooses them; give one of the two.")
+    if config.map is not None:
+        require_there(config)
+        _map(config.map)
     for name in config.senders:
         parse_sender(name)
     for name in config.receivers:
@@ -116,6 +120,16 @@ def _require_addresses(config: PathsConfig, pair: Pair) -> None:
         paths_between(pair.in_, config.senders or None, config.receivers or None, config.between)
 
 
+def _map(path: Path) -> xr.Dataset:
+    """A component map on disk.
+
+    Raises:
+        FrankenlensError: it is none.
+    """
+    parts = {"effect": ("component", "role", "direction", "example"), "point": ("component",), "role": ()}
+    return require_parts(load_dataset(path), path, {**parts, "component": ()}, "map")
+
+
 def _senders(pair: Pair, decisions: DecisionSet, config: PathsConfig) -> tuple[list[str], str]:
     """Addresses, and how they were chosen."""
     if config.senders:
@@ -124,7 +138,7 @@ def _senders(pair: Pair, decisions: DecisionSet, config: PathsConfig) -> tuple[l
         effects = attribute(pair, decisions, points=("mlp_out", "head"), roles=[config.where], progress=False)
         how = "attribution patching on the same prompts"
     else:
-        effects, how = load_dataset(config.map), f"the component map {config.map.name}"
+        effects, how = _map(config.map), f"the component map {config.map.name}"
     names = strongest_senders(effects, config.top, config.where)
     return (
         names,

@@ -28,6 +28,7 @@ from interp.planting.plots import plot_found
 from interp.planting.table import HELD, by_effect, by_pair, found_table, null_table
 from interp.questions.examples import Example, fingerprint
 from interp.results.page import Account, Section, told
+from interp.results.store import Store
 from interp.statistics import interval_text
 
 FIRST = "rl"
@@ -162,8 +163,7 @@ def _made(pair: Pair, asked: Questions, config: PlantedConfig) -> PlantedPairs:
     own = pair.builder
     wording = {"template": own.template, "system": own.system, "instruction": own.instruction}
     running: dict[str, Any] = {**config.running, "trace_format": pair.trace_format, **wording}
-    folder = finished(
-        config.out,
+    about: dict[str, Any] = dict(
         models={name: one["weights_sha256"] for name, one in pair.provenance().items()},
         methods=config.methods,
         settings=[str(getattr(config, name)) for name in ("n", "changed", "seed", "dtype")],
@@ -173,13 +173,14 @@ def _made(pair: Pair, asked: Questions, config: PlantedConfig) -> PlantedPairs:
         training=repr((plants.SUPERVISED, plants.REINFORCED)),
         questions=None if config.data is None else sorted(map(fingerprint, asked.examples)),
     )
+    keep = Store(finished(config.out, **about), about)
 
     def prompts(seed: int) -> list[Example]:
         if config.data is None:
             return load_examples(config, seed)[0]
         return random.Random(seed).sample(list(asked.examples), min(config.n, len(asked.examples)))
 
-    return PlantedPairs(pair, draws, prompts, methods, running, checkpoints(config)[0], folder)
+    return PlantedPairs(pair, draws, prompts, methods, running, checkpoints(config)[0], keep)
 
 
 def section(

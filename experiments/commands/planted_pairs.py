@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from experiments.retraining import plants
 from experiments.retraining.triple import require_triple
-from hooks import HookedVLM
-from interp.pair.pair import Pair
+from hooks import FrankenlensError, HookedVLM
+from interp.pair.pair import Pair, weights_sha256
 from interp.planting import (
     MOST,
     TRAINED,
@@ -28,6 +28,7 @@ from interp.planting import (
     wired,
 )
 from interp.questions.examples import Example
+from interp.results.store import Store
 
 OTHER_PROMPTS = 50 * MOST
 """Added to a pair's seed for the prompts that say whether its plants can be seen: not those that methods look at."""
@@ -44,7 +45,7 @@ class PlantedPairs:
         methods: what is tried, by name.
         running: how the models are run: arguments of `interp.planting.trial`.
         in_path: IN, for plants that are trained.
-        folder: of what is finished, named after everything that it depends on (`experiments.frame.finished`).
+        keep: where it is kept what is finished, in a folder named after everything that it depends on.
     """
 
     pair: Pair
@@ -53,16 +54,17 @@ class PlantedPairs:
     methods: Mapping[str, Method]
     running: Mapping[str, Any]
     in_path: str
-    folder: Path
+    keep: Store
 
     def noise(self, i: int) -> pd.DataFrame:
         """How far a noise pair's output moves: one row, component ""."""
         plant = Plant(seed=self.draws.seed_of(VISIBILITY, i))
-        file = self.folder / f"{VISIBILITY}-{i}.csv"
-        if not file.is_file():
+
+        def measure() -> pd.DataFrame:
             effect = self._effect(self.pair.rl, plant)
-            _write(pd.DataFrame([{"pair": f"{VISIBILITY} {i}", "component": "", "effect": effect}]), file)
-        return _read_effects(file)
+            return pd.DataFrame([{"pair": f"{VISIBILITY} {i}", "component": "", "effect": effect}])
+
+        return self.keep.part(f"{VISIBILITY}-{i}", measure)
 
     def tried(self, kind: str, i: int) -> tuple[pd.DataFrame, pd.DataFrame]:
         """What every method found on a pair, and the effect of each of its changed components alone.
@@ -70,13 +72,8 @@ class PlantedPairs:
         Raises:
             FrankenlensError: fewer components than are to change.
         """
-        files = [self.folder / f"{kind}-{i}-{what}.csv" for what in ("plants", "scores")]
-        if not files[1].is_file():
-            effects, scores = self._try(kind, i)
-            _write(effects, files[0])
-            _write(scores, files[1])
-        scores = pd.read_csv(files[1])
-        return scores.assign(refused=scores["refused"].astype(object).fillna("")), _read_effects(files[0])
+        effects, scores = self.keep.part(f"{kind}-{i}", lambda: self._try(kind, i))
+        return scores, effects.astype({"pair": str, "component": str, "effect": float})
 
     def _try(self, kind: str, i: int) -> tuple[pd.DataFrame, pd.DataFrame]:
         plant, among = self.draws.plant(kind, i), self.draws.among(kind)
@@ -98,8 +95,8 @@ class PlantedPairs:
 
     def marked(self, kind: str, i: int) -> pd.DataFrame:
         """The map's marks on a pair (`interp.planting.marks`)."""
-        file = self.folder / f"{kind}-{i}-marks.csv"
-        if not file.is_file():
+
+        def measure() -> pd.DataFrame:
             plant, among = self.draws.plant(kind, i), self.draws.among(kind)
             donor, examples = self._donor(kind, i, plant), self.prompts(plant.seed)
             try:
@@ -109,8 +106,9 @@ class PlantedPairs:
                     donor.close()
             found.insert(0, "pair", f"{kind} {i}")
             found.insert(1, "kind", kind)
-            _write(found, file)
-        return read_marks(file)
+            return found
+
+        return self.keep.part(f"{kind}-{i}-marks", measure)
 
     def _effect(self, donor: HookedVLM, plant: Plant) -> float:
         examples = self.prompts(plant.seed + OTHER_PROMPTS)
@@ -123,24 +121,23 @@ class PlantedPairs:
             return wired(self.pair.in_, self.pair.rl, kind, plant.components, prompts, plant.seed)
         if kind not in TRAINED:
             return self.pair.rl
-        folder, in_folder = self.folder / f"{kind}-{i}-model", require_triple(self.in_path)
-        return plants.train_components(in_folder, plant.components, kind == "reinforced", plant.seed, folder)
+        folder, in_folder = self.keep.folder / f"{kind}-{i}-model", require_triple(self.in_path)
 
+        def trained() -> HookedVLM:
+            rl = kind == "reinforced"
+            return plants.train_components(in_folder, plant.components, rl, plant.seed, folder)
 
-def _write(table: pd.DataFrame, file: Path) -> None:
-    """All or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}")
-    table.to_csv(temporary, index=False)
-    os.replace(temporary, file)
-
-
-def read_marks(file: Path) -> pd.DataFrame:
-    """What `marked` wrote; cells of the sort "null" are no missing values."""
-    numbers = ("effect", "random", "floor", "margin")
-    return pd.read_csv(file, keep_default_na=False, na_values={key: ["", "nan"] for key in numbers})
-
-
-def _read_effects(file: Path) -> pd.DataFrame:
-    kept = {"pair": str, "component": str, "effect": float}
-    return pd.read_csv(file, dtype=kept, keep_default_na=False)
+        known = self.keep.load(folder.name)
+        try:
+            vlm = trained()
+            sound = known is None or weights_sha256(vlm.model) == known
+        except FrankenlensError:
+            if known is None:
+                raise
+            vlm, sound = None, False
+        if vlm is None or not sound:
+            warnings.warn(f"{folder} is damaged and is made again", stacklevel=2)
+            shutil.rmtree(folder)
+            vlm = trained()
+        self.keep.save(folder.name, weights_sha256(vlm.model))
+        return vlm

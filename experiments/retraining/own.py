@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -29,6 +28,7 @@ from interp.pair.pair import Pair, weights_sha256
 from interp.prompts import Prompt, PromptBuilder
 from interp.questions.examples import Example, cluster_of
 from interp.questions.grading import judge, reference_fault
+from interp.results.whole import read_record, write_record
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,10 +133,10 @@ class OwnRecipe:
             "questions": questions,
             "max_new_tokens": self.max_new_tokens,
         }
-        record = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else None
+        record = read_record(kept)
         if record is None or record["about"] != about:
             record = {"about": about, **measured(vlm)}
-            write_json(record, kept)
+            write_record(kept, record)
         if own:
             vlm.close()
         return record

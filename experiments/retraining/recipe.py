@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from experiments.triple.rl import require_grpo
 from hooks import FrankenlensError, HookedVLM
-from hooks.errors import nearest
+from hooks.errors import nearest, one_line
 from hooks.whereabouts import require_file
 from interp.freezing import Frozen, freeze
+from interp.results.csv import write_csv
 
 MANAGED = {
     "output_dir": "--out",
@@ -105,7 +106,7 @@ def require_kept(frozen: Frozen | None, folder: Path, saved: Any = None) -> None
     if frozen is None:
         return
     report = frozen.report(saved)
-    report.to_csv(folder / "freezing.csv", index=False)
+    write_csv(report, folder / "freezing.csv")
     moved = report.loc[report["frozen"] & ~report["identical"], "tensor"].tolist()
     if moved:
         raise FrankenlensError(
@@ -131,8 +132,8 @@ def read_trl(path: Path | None) -> dict[str, Any]:
     require_file(path, "a YAML or JSON file of GRPOConfig's arguments", "--trl")
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise FrankenlensError(f"--trl {path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise FrankenlensError(f"--trl {path} cannot be read: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise FrankenlensError(
             f"--trl {path} must hold a mapping of GRPOConfig's arguments, such as bf16: true"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from experiments.triple import checkpoints, evaluate
 from experiments.triple.clock import CpuClock
 from experiments.triple.rl import RL, train_rl
 from hooks import FrankenlensError, HookedVLM
+from hooks.stored.settings import require_sound_settings
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,13 @@ def require_triple(path: str) -> Path:
         FrankenlensError: it is another model's.
     """
     folder = Path(path)
-    fits = folder.is_dir() and AutoConfig.from_pretrained(folder).model_type == "qwen2_5_vl"
+    fits = os.path.isfile(folder / "config.json")
+    if fits:
+        require_sound_settings(folder)
+    fits = fits and AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type == "qwen2_5_vl"
     if fits:
         vocabulary = checkpoints.build_tokenizer().get_vocab()
-        fits = AutoTokenizer.from_pretrained(folder).get_vocab() == vocabulary
+        fits = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab() == vocabulary
     if not fits:
         raise FrankenlensError(
             f"{path} is not an IN of `frankenlens train-triple`, and only such a model can be trained on the synthetic "

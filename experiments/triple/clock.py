@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
+
+from interp.results.whole import write_whole
 
 
 class CpuClock:
@@ -40,6 +41,4 @@ class CpuClock:
     def write(self) -> None:
         """Writes the time, atomically."""
         self._written = time.monotonic()
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"cpu_seconds": round(self.seconds, 1)}) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_whole(self.path, (json.dumps({"cpu_seconds": round(self.seconds, 1)}) + "\n").encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -18,6 +17,8 @@ from experiments.triple.model import THINK
 from experiments.triple.replies import Reply, greedy_replies
 from interp.questions.examples import Example
 from interp.questions.tasks import PERCEPTION, REASONING, Split, grade, sample
+from interp.results.lock import making
+from interp.results.whole import read_record, write_record, write_whole
 
 TASK_NAMES = (*PERCEPTION, *REASONING)
 GROUPS: Mapping[str, tuple[str, ...]] = {"perception": PERCEPTION, "reasoning": REASONING}
@@ -76,9 +77,9 @@ def measure(folder: Path, n: int, *, start: str = "", kept: Path | None = None) 
         "n": n,
         "start": start,
     }
-    if kept is not None and kept.exists():
-        record = json.loads(kept.read_text(encoding="utf-8"))
-        if record["about"] == about:
+    if kept is not None:
+        record = read_record(kept)
+        if record is not None and record["about"] == about:
             return Score(**record["score"]), np.array([[c == "1" for c in row] for row in record["hits"]])
     model, processor = load(folder)
     examples = test_examples(n)
@@ -86,7 +87,7 @@ def measure(folder: Path, n: int, *, start: str = "", kept: Path | None = None) 
     result, hits = score(replies, examples)
     if kept is not None:
         rows = ["".join("01"[hit] for hit in row) for row in hits.astype(int).tolist()]
-        write_json({"about": about, "score": asdict(result), "hits": rows}, kept)
+        write_record(kept, {"about": about, "score": asdict(result), "hits": rows})
     return result, hits
 
 
@@ -169,10 +170,8 @@ def runs(folders: Mapping[str, Path]) -> list[tuple[str, Path, str]]:
 
 def write_json(value: Any, path: Path) -> None:
     """Writes JSON atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with making(path.parent):
+        write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ from experiments.triple.supervised import (
     turns_loss,
 )
 from hooks.errors import FrankenlensError
+from interp.results.lock import locked
 
 BASE_MIX = ("colour_at", "shape_at", "count", "count", "exists")
 """Perception tasks as Base meets them; counting is the hardest and comes twice."""
@@ -79,13 +80,18 @@ def run(config: TrainTriple) -> dict[str, Any]:
     """Trains what is not there yet and measures all of it; returns what `results.json` holds.
 
     Raises:
-        FrankenlensError: if `seeds` is below 1, `out` holds a run with other settings, or TRL is not installed.
+        FrankenlensError: if `seeds` is below 1, `out` holds a run with other settings, another run writes to it, or TRL
+            is not installed.
     """
     if config.seeds < 1:
         raise FrankenlensError(f"seeds is {config.seeds}; at least one RL run is needed")
     require_grpo()
     torch.set_num_threads(config.threads)
-    config.out.mkdir(parents=True, exist_ok=True)
+    with locked(config.out):
+        return _trained(config)
+
+
+def _trained(config: TrainTriple) -> dict[str, Any]:
     require_begun_alike(config.out / "settings.json", _settings(config))
     folders = {"base": _stage(config, "base", _make_base), "in": _stage(config, "in", _make_in)}
     for seed in range(config.seeds):

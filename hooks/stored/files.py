@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line, shown
+from hooks.stored.settings import settings_of
 from hooks.whereabouts import require_folder
 
 DTYPES = {
@@ -58,20 +60,20 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         variant: as in transformers: `model.VARIANT.safetensors`.
 
     Raises:
-        FrankenlensError: no such folder, an adapter, no configuration, no safetensors, a missing shard, or two sets of
-            weights.
+        FrankenlensError: no such folder, an adapter, no configuration, no safetensors, an index that names anything
+            but safetensors inside the folder, a missing shard, or two sets of weights.
     """
     require_folder(
         folder,
         "a local checkpoint folder with config.json in it (a repository is downloaded by `hf download OWNER/NAME "
         "--local-dir FOLDER`)",
     )
-    if (folder / "adapter_config.json").is_file():
+    if os.path.isfile(folder / "adapter_config.json"):
         raise FrankenlensError(
             f"{folder} is a PEFT adapter, not a checkpoint: where models are run, it is given as RL beside its IN "
             "(Pair.from_pretrained, --rl); where files are read, merge it (merge_and_unload) and save the whole model."
         )
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise FrankenlensError(
             f"{folder}: no config.json, so this is not a checkpoint written by save_pretrained."
         )
@@ -80,21 +82,22 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         folder / f"model{middle}.safetensors",
         folder / f"model.safetensors.index{middle}.json",
     )
-    named = _config(folder).get("transformers_weights")
+    named = settings_of(folder / "config.json").get("transformers_weights")
     if named is not None:
+        require_inside(folder / "config.json", [named], (".safetensors", ".json"))
         single, index = folder / named, folder / named
-    shards = _shards(index) if index.suffix == ".json" and index.is_file() else []
-    if shards and single.is_file() and single != index and single.name not in shards:
+    shards = shards_of(index) if index.suffix == ".json" and os.path.isfile(index) else []
+    if shards and os.path.isfile(single) and single != index and single.name not in shards:
         raise FrankenlensError(
             f"{folder} holds two sets of weights, {single.name} and the {len(shards)} shards of {index.name}; delete "
             "the one that is not meant (it is left over from an earlier save)."
         )
-    if not shards and not (single.suffix == ".safetensors" and single.is_file()):
+    if not shards and not (single.suffix == ".safetensors" and os.path.isfile(single)):
         raise FrankenlensError(
             f"{folder}: {_instead(folder)}. Only safetensors are read: load it once in a place you trust and call "
             "model.save_pretrained(folder)."
         )
-    missing = [name for name in shards if not (folder / name).is_file()]
+    missing = [name for name in shards if not os.path.isfile(folder / name)]
     if missing:
         raise FrankenlensError(
             f"{folder}: {index.name} names {', '.join(missing[:SHOWN])}, which is missing; download it again."
@@ -113,7 +116,7 @@ def entries(file: Path) -> dict[str, Entry]:
             pass
     except Exception as error:  # safetensors raises a class of its own
         raise FrankenlensError(
-            f"{file} cannot be read as safetensors: {error}; download it again."
+            f"{file} cannot be read as safetensors: {one_line(error)}; download it again."
         ) from error
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -136,7 +139,7 @@ def require_one_precision(folder: Path, stored: Mapping[str, Entry]) -> None:
     Raises:
         FrankenlensError: names the tensor, or the setting, and the way out.
     """
-    config = _config(folder)
+    config = settings_of(folder / "config.json")
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
     said = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
     packed = [key for key, entry in stored.items() if _QUANTIZED.match(entry.kind) or _PACKED.search(key)]
@@ -174,13 +177,44 @@ def require_shape(folder: Path | str, name: str, stored: Sequence[int], wanted: 
     )
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def shards_of(index: Path) -> list[str]:
+    """The files that an index names.
 
-
-def _shards(index: Path) -> list[str]:
-    names: Iterable[str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    Raises:
+        FrankenlensError: it is no index, or names anything but safetensors files inside its folder.
+    """
+    named = settings_of(index).get("weight_map")
+    if not isinstance(named, Mapping) or not named:
+        raise FrankenlensError(
+            f"{index}: weight_map is {shown(named)}, not an object that says in which file each tensor lies; download "
+            "it again."
+        )
+    names = list(named.values())
+    require_inside(index, names)
     return sorted(set(names))
+
+
+def require_inside(file: Path, names: Sequence[Any], suffixes: Sequence[str] = (".safetensors",)) -> None:
+    """Refuse names of weights that are no safetensors, or lie elsewhere than in the folder of the file that names them.
+
+    A name that is a link is followed: a cache is made of them.
+
+    Raises:
+        FrankenlensError: quotes the first.
+    """
+    for name in names:
+        if not isinstance(name, str) or not name.endswith(tuple(suffixes)):
+            raise FrankenlensError(
+                f"{file} names {shown(name)} for weights; only safetensors are read: load it once in a place you "
+                "trust and call model.save_pretrained(folder)."
+            )
+        leaves = any(
+            kind(name).is_absolute() or ".." in kind(name).parts for kind in (PurePosixPath, PureWindowsPath)
+        )
+        if leaves or PureWindowsPath(name).drive or "\0" in name:
+            raise FrankenlensError(
+                f"{file} names {shown(name)}, which is outside of its folder; weights lie beside their index."
+            )
 
 
 def _instead(folder: Path) -> str:

@@ -29,6 +29,7 @@ from interp.pair.pair import Pair
 from interp.prompts import Prompt, collate
 from interp.prompts.roles import ROLES
 from interp.questions.examples import Example, cluster_of, clusters_of
+from interp.results.store import Store, fingerprint, part, under
 from interp.statistics import adjust, difference_interval, mean_interval, mean_test
 
 MODELS = ("in", "rl")
@@ -53,6 +54,7 @@ def attention_shift(
     max_new_tokens: int = 128,
     batch_size: int = 16,
     progress: bool = True,
+    keep: Store | None = None,
 ) -> xr.Dataset:
     """Attention mass from the target's to the source's tokens, of both models on both models' greedy traces.
 
@@ -67,6 +69,7 @@ def attention_shift(
         max_new_tokens: longest trace.
         batch_size: prompts that run together.
         progress: show bars.
+        keep: where it is kept what the models write, and what each attends to.
 
     Returns:
         mass [model trace layer head example], n_target and n_source [trace example] (tokens), why [trace example] (""
@@ -87,16 +90,25 @@ def attention_shift(
     counts = np.zeros((2, 2, len(prompts)), dtype=int)
     why = np.full((2, len(prompts)), "", dtype=object)
     for t, name in enumerate(MODELS):
-        written = greedy(pair.models[name], prompts, max_new_tokens, 2 * batch_size, progress)
+        written = greedy(
+            pair.models[name], prompts, max_new_tokens, 2 * batch_size, progress, under(keep, name)
+        )
         traces = [prompt.with_tokens(ids) for prompt, ids in zip(prompts, written, strict=True)]
         for row, trace in enumerate(traces):
             counts[:, t, row] = trace.roles.count(target), trace.roles.count(source)
             why[t, row] = _why(trace, target, source)
         rows = [row for row in range(len(traces)) if not why[t, row]]
         some = [traces[row] for row in rows]
-        for m, (vlm, change) in enumerate(readers.values()):
-            with _as_changed(vlm, change):
-                found = attention_mass(vlm, some, target, source, batch_size, progress)
+        of = fingerprint([list(one.ids) for one in some], target, source)
+        for m, (reader, (vlm, change)) in enumerate(readers.items()):
+
+            def read(
+                vlm: HookedVLM = vlm, change: Change | None = change, some: Sequence[Prompt] = some
+            ) -> np.ndarray:
+                with _as_changed(vlm, change):
+                    return attention_mass(vlm, some, target, source, batch_size, progress)
+
+            found = part(keep, f"{name}-read-{reader}", read, of)
             mass[m, t, :, :, rows] = np.moveaxis(found, -1, 0)
     return xr.Dataset(
         {

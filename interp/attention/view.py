@@ -52,9 +52,10 @@ class AttentionView:
         return path
 
     def _repr_html_(self) -> str:
-        # A frame of its own: the notebook's styles and the page's do not meet.
+        # A frame of its own: styles do not meet, and the page reaches nothing of the notebook.
         source = html.escape(self.page, quote=True)
-        return f'<iframe srcdoc="{source}" style="width:100%;height:{self.height}px;border:0"></iframe>'
+        style = f"width:100%;height:{self.height}px;border:0"
+        return f'<iframe srcdoc="{source}" style="{style}" sandbox="allow-scripts"></iframe>'
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hooks.anatomy import Anatomy
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line
 from hooks.loading import auto_class
 from hooks.processors import load_processor
 from hooks.stored.files import (
@@ -30,6 +30,7 @@ from hooks.stored.files import (
 )
 from hooks.stored.inventory import Inventory
 from hooks.stored.names import Names
+from hooks.stored.settings import require_sound_settings
 from hooks.unopened import unopened_anatomy
 from interp.comparison.stored import Reader, Stored
 
@@ -59,6 +60,7 @@ class Checkpoint:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         stored = {key: one for file in weight_files(self.folder) for key, one in entries(file).items()}
+        require_sound_settings(self.folder, len(stored))
         require_one_precision(self.folder, stored)
         wanted: dict[str, Tensor] = self.model.state_dict()
         self.ties: dict[str, str] = {}
@@ -118,12 +120,13 @@ class Checkpoint:
     def model(self) -> PreTrainedModel:
         """The model without weights, on the meta device."""
         try:
-            config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
             with torch.device("meta"):
                 return auto_class(config).from_config(config)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise FrankenlensError(f"{self.folder}: no language model that is known: {first}") from error
+        except Exception as error:  # a configuration can make transformers raise anything
+            raise FrankenlensError(
+                f"{self.folder}: no language model that is known: {one_line(error)}"
+            ) from error
 
     @cached_property
     def anatomy(self) -> Anatomy:

@@ -70,21 +70,20 @@ def _last_logits(
     here = {name: tensor.to(prefix.model.device) for name, tensor in inputs.items()}
     positions = position_ids(prefix.model, here)
     images = {name: tensor for name, tensor in here.items() if name not in NEEDS_PIXELS_ONCE}
-    cache = prefix.model(
-        input_ids=here["input_ids"][:, :-1],
-        attention_mask=here["attention_mask"][:, :-1],
-        position_ids=positions[..., :-1],
-        use_cache=True,
-        logits_to_keep=1,
+    before = {
+        "input_ids": here["input_ids"][:, :-1],
+        "attention_mask": here["attention_mask"][:, :-1],
+        "position_ids": positions[..., :-1],
         **images,
-    ).past_key_values
+    }
+    cache = prefix(before, use_cache=True, logits_to_keep=1).past_key_values
     last = {
         "input_ids": here["input_ids"][:, -1:],
         "attention_mask": here["attention_mask"],
         "position_ids": positions[..., -1:],
     }
     last = {name: tensor.to(weights.model.device) for name, tensor in last.items()}
-    return weights.model(**last, past_key_values=cache, use_cache=True).logits[:, -1]
+    return weights(last, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
 def position_ids(model: Any, inputs: Mapping[str, Tensor]) -> Int[Tensor, "*axes batch pos"]:

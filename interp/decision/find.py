@@ -23,6 +23,7 @@ from interp.prompts import Prompt
 from interp.prompts.roles import count_faults
 from interp.questions.examples import Example
 from interp.questions.grading import Ungraded, grade
+from interp.results.store import Store, under
 
 Choice = Literal["first", "decisive", "soft"]
 Grader = Callable[[str | None, Example], bool]
@@ -49,6 +50,7 @@ def find_decisions(
     max_new_tokens: int = 128,
     batch_size: int = 32,
     progress: bool = False,
+    keep: Store | None = None,
 ) -> DecisionSet:
     """The decision RL changed, on each prompt that has one.
 
@@ -60,6 +62,7 @@ def find_decisions(
         grader: (answer as the trace format reads it, or None; example) -> right or wrong.
         max_new_tokens: longest trace.
         progress: show bars.
+        keep: where it is kept what the models write.
 
     Raises:
         FrankenlensError: an unknown choice, or no examples.
@@ -70,7 +73,7 @@ def find_decisions(
             f"got {len(examples)} examples and {choice!r}"
         )
     prompts = [pair.builder.build(example) for example in examples]
-    run = _run(pair, prompts, grader, max_new_tokens, batch_size, progress)
+    run = _run(pair, prompts, grader, max_new_tokens, batch_size, progress, keep)
     divergences, unstable = [], 0
     for trace, in_logits, rl_logits in _both(pair, run.rl_traces, batch_size, progress):
         found, ties = diverging(trace, next_tokens(trace, rl_logits), next_tokens(trace, in_logits))
@@ -84,7 +87,8 @@ def find_decisions(
             chosen = {row: found[0] for row, found in enumerate(divergences) if found}
             excluded = Counter({"no divergence": len(prompts) - len(chosen)})
         else:
-            chosen, excluded = _decisive(pair, run, divergences, grader, max_new_tokens, batch_size, progress)
+            forcing = (grader, max_new_tokens, batch_size, progress, keep)
+            chosen, excluded = _decisive(pair, run, divergences, *forcing)
         decisions = tuple(_decision(run.rl_traces[row], row, at) for row, at in sorted(chosen.items()))
         metric = _difference(decisions)
     cut = [decision.prompt for decision in decisions]
@@ -114,11 +118,12 @@ def _run(
     max_new_tokens: int,
     batch_size: int,
     progress: bool,
+    keep: Store | None,
 ) -> _Run:
     traces, correct = {}, {}
     graded = np.ones(len(prompts), dtype=bool)
     for name, vlm in (("rl", pair.rl), ("in", pair.in_)):
-        written = greedy(vlm, prompts, max_new_tokens, batch_size, progress)
+        written = greedy(vlm, prompts, max_new_tokens, batch_size, progress, under(keep, name))
         traces[name] = tuple(p.with_tokens(ids) for p, ids in zip(prompts, written, strict=True))
         grades = [_grade(grader, p) for p in traces[name]]
         correct[name] = np.array([grade is True for grade in grades])
@@ -151,6 +156,7 @@ def _decisive(
     max_new_tokens: int,
     batch_size: int,
     progress: bool,
+    keep: Store | None,
 ) -> tuple[dict[int, Divergence], Counter[str]]:
     """Scan the divergences in order, the k-th of all open prompts in one batch."""
     wanted = run.rl_correct & ~run.in_correct & run.graded
@@ -167,7 +173,8 @@ def _decisive(
     for k in range(max((len(divergences[row]) for row in waiting), default=0)):
         waiting = [row for row in waiting if row not in chosen and len(divergences[row]) > k]
         forced = [_forced(run.rl_traces[row], divergences[row][k].index) for row in waiting]
-        right = _ends_right(pair.in_, forced, grader, max_new_tokens, batch_size, progress)
+        again = under(keep, f"forced-{k}")
+        right = _ends_right(pair.in_, forced, grader, max_new_tokens, batch_size, progress, again)
         chosen.update({row: divergences[row][k] for row, good in zip(waiting, right, strict=True) if good})
         unknown = {row for row, good in zip(waiting, right, strict=True) if good is None}
         excluded[ungraded] += len(unknown)
@@ -190,6 +197,7 @@ def _ends_right(
     max_new_tokens: int,
     batch_size: int,
     progress: bool,
+    keep: Store | None,
 ) -> Iterable[bool | None]:
     open_rows = [i for i, p in enumerate(forced) if p.trace_ids[-1] not in p.builder.end_ids]
     room = {i: max_new_tokens - len(forced[i].trace_ids) for i in open_rows}
@@ -197,7 +205,7 @@ def _ends_right(
     ended = list(forced)
     if open_rows:
         longest = max(room[i] for i in open_rows)
-        written = greedy(vlm, [forced[i] for i in open_rows], longest, batch_size, progress)
+        written = greedy(vlm, [forced[i] for i in open_rows], longest, batch_size, progress, keep)
         for i, ids in zip(open_rows, written, strict=True):
             ended[i] = forced[i].with_tokens(ids[: room[i]])
     return [_grade(grader, prompt) for prompt in ended]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
+from hooks.swapped import like, swapped
 from interp.decision.result import DecisionSet
 from interp.decision.traces import next_tokens, trace_logits
 from interp.metrics import LogitDifference, Metric, SoftDifference, evaluate
@@ -261,21 +262,20 @@ def changed_weights(model: nn.Module, change: Change) -> Iterator[None]:
     """Every parameter replaced by `change(name, parameter)` inside the context, and put back bit for bit after it.
 
     Raises:
-        FrankenlensError: a `RandomUpdate` that is not as large as it should be in the type of the weights.
+        FrankenlensError: a `RandomUpdate` that is not as large as it should be in the type of the weights; another task
+            or thread uses the model.
     """
-    kept: dict[str, Tensor] = {}
-    try:
+
+    def values() -> Iterator[tuple[Tensor, Tensor]]:
         for name, parameter in model.named_parameters():
-            kept[name] = parameter.detach().clone()
-            parameter.data.copy_(change(name, parameter.detach()))
+            own = parameter.detach()
+            yield parameter, like(change(name, own.clone()).to(own))
+
+    with swapped(model, values, "changed weights"):
         if isinstance(change, RandomUpdate):
             dtype = next(model.parameters()).dtype
             change.held.require("the random update beside RL's", dtype)
         yield
-    finally:
-        for name, parameter in model.named_parameters():
-            if name in kept:
-                parameter.data.copy_(kept[name])
 
 
 def _shown(interval: Interval) -> str:

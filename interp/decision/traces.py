@@ -36,7 +36,7 @@ def trace_logits(
         steps = [len(row.trace_ids) for row in rows]
         kept = max(steps) + 1  # left padding: the last columns are the traces
         inputs = collate(rows, "left").to(vlm.model.device).inputs
-        logits = vlm.model(**inputs, logits_to_keep=kept).logits.float().cpu()
+        logits = vlm(inputs, logits_to_keep=kept).logits.float().cpu()
         for i, row in enumerate(rows):
             yield row, logits[i, kept - 1 - steps[i] : kept - 1]
 

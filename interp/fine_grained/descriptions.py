@@ -9,6 +9,7 @@ from hooks import FrankenlensError, HookedVLM
 from interp.fine_grained.replies import replies
 from interp.prompts import Prompt, PromptBuilder
 from interp.questions.examples import Example
+from interp.results.store import Store
 
 REQUEST = "Describe the image in detail: every object, number, word and relation that can be seen."
 MODEL = "model"
@@ -43,10 +44,12 @@ def described_by_model(
     max_new_tokens: int = 256,
     batch_size: int = 32,
     progress: bool = True,
+    keep: Store | None = None,
 ) -> list[Example]:
     """The examples with `meta["description"]` in the words of a model that is shown the images and not the question.
 
-    The description is the answer of its reply, or the whole reply where its form has none.
+    The description is the answer of its reply, or the whole reply where its form has none. Replies are kept where there
+    is a store.
 
     Raises:
         FrankenlensError: the tokenizer does not know the words of the request.
@@ -60,7 +63,7 @@ def described_by_model(
                 prompts[row] = builder.build(replace(example, question=request))
             except FrankenlensError as error:
                 out[row] = _undescribed(example, str(error))
-    for row, reply in replies(vlm, prompts, max_new_tokens, batch_size, progress).items():
+    for row, reply in replies(vlm, prompts, max_new_tokens, batch_size, progress, keep).items():
         out[row] = _described(examples[row], reply.answer or reply.text, MODEL)
     return out
 

@@ -23,6 +23,7 @@ from interp.fine_grained.replies import replies
 from interp.prompts import PromptBuilder
 from interp.questions.examples import Example, cluster_of
 from interp.questions.grading import Grade, judge
+from interp.results.store import Store, under
 from interp.transfer.transfer import Metric, Outcomes, Together
 
 Judge = Callable[[str | None, Example], Grade]
@@ -85,6 +86,7 @@ def ask(
     max_new_tokens: int = 128,
     batch_size: int = 32,
     progress: bool = True,
+    keep: Store | None = None,
 ) -> xr.Dataset:
     """A model's answers to the questions, graded.
 
@@ -98,6 +100,7 @@ def ask(
         max_new_tokens: longest reply.
         batch_size: prompts a forward.
         progress: show bars.
+        keep: where it is kept what the model writes.
 
     Returns:
         right [variant example] (1, 0, NaN), answer, why and note [variant example]; value [metric example] (1, 0, NaN)
@@ -108,7 +111,8 @@ def ask(
     answer, why, note = (np.full(shape, "", dtype=object) for _ in range(3))
     for k, variant in enumerate(asked.variants):
         why[k] = asked.why[variant]
-        found = replies(vlm, asked.prompts[variant], max_new_tokens, batch_size, progress)
+        own = under(keep, variant)
+        found = replies(vlm, asked.prompts[variant], max_new_tokens, batch_size, progress, own)
         for row, reply in found.items():
             answer[k, row] = reply.answer or ""
             verdict = Grade(False, "", reply.cut) if reply.cut else judge(reply.answer, asked.examples[row])

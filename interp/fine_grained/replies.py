@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hooks import HookedVLM
 from interp.pair.generation import greedy
 from interp.prompts import Prompt
+from interp.results.store import Store, under
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,16 @@ def replies(
     max_new_tokens: int = 128,
     batch_size: int = 32,
     progress: bool = False,
+    keep: Store | None = None,
 ) -> dict[int, Reply]:
-    """Greedy replies by row; images of shapes that cannot be joined never share a batch."""
+    """Greedy replies by row, kept where there is a store; images of shapes that do not join never share a batch."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, prompt in prompts.items():
         groups.setdefault(_shape(prompt), []).append(row)
     found: dict[int, Reply] = {}
-    for rows in groups.values():
-        written = greedy(vlm, [prompts[row] for row in rows], max_new_tokens, batch_size, progress)
+    for number, rows in enumerate(groups.values()):
+        some, own = [prompts[row] for row in rows], under(keep, str(number))
+        written = greedy(vlm, some, max_new_tokens, batch_size, progress, own)
         found |= {row: _reply(prompts[row], ids) for row, ids in zip(rows, written, strict=True)}
     return found
 

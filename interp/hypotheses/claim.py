@@ -6,13 +6,12 @@ it lies, and at which level it is judged.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from hooks.address import Address
-from hooks.errors import FrankenlensError, nearest
+from hooks.errors import FrankenlensError, nearest, shown
 from interp.prompts.roles import ROLES
 from interp.regions import NAMES
 
@@ -27,6 +26,8 @@ CHOICES = {
     "role": (*ROLES, "decision", "all"),
 }
 ALPHA = 0.05
+LARGEST = 1e300
+"""Of a number in a claim."""
 ORIGINS = ("held out", "exploratory", "not stated")
 """How a claim relates to its prompts: found on others; found on some of them; nobody said what it was found on."""
 
@@ -86,7 +87,14 @@ class Claim:
     def __post_init__(self) -> None:
         for name in ("component", "more_than"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            several = tuple(value) if isinstance(value, list | tuple) else (value,)
+            if not all(isinstance(one, str) for one in several):
+                raise ClaimError(f"{name} is {shown(value)}; give an address, or several", name)
+            object.__setattr__(self, name, several)
+        if self.found_on is not None and not isinstance(self.found_on, frozenset | set | list | tuple):
+            raise ClaimError(
+                f"found_on is {shown(self.found_on)}; give a set of ids or fingerprints", "found_on"
+            )
         if not isinstance(self.name, str) or not self.name.strip():
             raise ClaimError("a claim needs a name", "name")
         self._require_choices()
@@ -152,8 +160,10 @@ class Claim:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                hint = nearest(str(value), choices)
-                raise ClaimError(f"{name} {value!r}: choose of {', '.join(choices)}. {hint}".strip(), name)
+                hint = nearest(value, choices)
+                raise ClaimError(
+                    f"{name} {shown(value)}: choose of {', '.join(choices)}. {hint}".strip(), name
+                )
         if self.body == "weights" and self.role != "all":
             raise ClaimError(f"weights are moved for all tokens; leave role {self.role!r} out", "role")
         if self.quantity == "accuracy" and self.body != "weights":
@@ -178,8 +188,9 @@ class Claim:
             raise ClaimError(f"it {what}; give at_least or at_most", given[-1] if given else "name")
         for name in (*given, "alpha", *(["expected"] if self.expected is not None else [])):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ClaimError(f"{name} is {value!r}, which is no number", name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not abs(value) < LARGEST:  # no NaN either
+                raise ClaimError(f"{name} is {shown(value)}, which is no number", name)
         if not 0 < self.alpha < 1:
             raise ClaimError(f"alpha is {self.alpha:g}; it lies between 0 and 1, e.g. 0.05", "alpha")
         if self.expected is not None and self.sign * (self.expected - self.bound) <= 0:
@@ -217,6 +228,9 @@ class Family:
     n_max: int | None = None
 
     def __post_init__(self) -> None:
+        several = isinstance(self.claims, list | tuple)
+        if not several or not all(isinstance(one, Claim) for one in self.claims):
+            raise ClaimError(f"claims is {shown(self.claims)}; give a list of Claim", "claims")
         object.__setattr__(self, "claims", tuple(self.claims))
         if self.n_max is not None and (
             isinstance(self.n_max, bool) or self.n_max != int(self.n_max) or self.n_max < 1
@@ -227,7 +241,7 @@ class Family:
         chosen = {"correction": get_args(Correction), "decision": ("decisive", "first", "soft")}
         for name, choices in chosen.items():
             if getattr(self, name) not in choices:
-                raise ClaimError(f"{name} {getattr(self, name)!r}: choose of {', '.join(choices)}", name)
+                raise ClaimError(f"{name} {shown(getattr(self, name))}: choose of {', '.join(choices)}", name)
         twice = _twice([claim.name for claim in self.claims])
         if twice:
             raise ClaimError(f"two claims are named {twice!r}", "claims")

@@ -31,7 +31,12 @@ def examples_of(result: Path | str) -> frozenset[str]:
     for name in ("id", "example"):
         if name in dataset.coords:
             ids = frozenset(map(str, dataset[name].to_numpy().ravel()))
-            looked_at = json.loads(dataset.attrs["provenance"]).get("counts", {}).get("examples", 0)
+            counts = json.loads(dataset.attrs["provenance"]).get("counts")
+            looked_at = counts.get("examples", 0) if isinstance(counts, dict) else 0
+            if not isinstance(looked_at, int):
+                raise FrankenlensError(
+                    f"{result}: its provenance does not say how many examples were looked at"
+                )
             if looked_at > len(ids):
                 raise FrankenlensError(
                     f"{result} names {len(ids)} of the {looked_at} examples that were looked at, so the others would "

@@ -195,7 +195,6 @@ def _activations(
             values["decision", moved, which] = np.full(n, np.nan)
     batches = list(batches_of(prompts, batch_size))
     bar.total += 2 * len(wanted) * len(batches)
-    bar.refresh()
     for rows in batches:
         metric = decisions.metric.select(rows)
         ready, runs = {}, {}

@@ -7,7 +7,8 @@ lost, or the model runs another implementation, that layer alone goes through th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from hooks import FrankenlensError, HookedVLM
 from hooks.anatomy import Block
 from hooks.engine import HookContext, HookFunction
+from hooks.uninterrupted import registered
 from interp.knockout.cut import Cut, Knockout, blocks_of, cut_layers, require_cuts, together
 from interp.knockout.places import Place, Unfolding, parts_of, place_label
 from interp.pair.generation import greedy_batch
@@ -134,14 +136,12 @@ def knocked_out(vlm: HookedVLM, cut: Cut, batch: PromptBatch, generating: bool =
                 masks.setdefault(block, []).append(one)
             else:
                 hooks.append((_hook_name(one, layer), cutting.dense(one)))
-    with ExitStack() as stack:
-        embed = vlm.module(vlm.anatomy.embed)
-        stack.callback(embed.register_forward_pre_hook(cutting.on_ids).remove)
-        for block, some in masks.items():
-            hide = cutting.masked(some, block.n_heads)
-            handle = vlm.module(block.attention).register_forward_pre_hook(hide, with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.enter_context(vlm.hooks(hooks))
+    cut_off = [partial(vlm.module(vlm.anatomy.embed).register_forward_pre_hook, cutting.on_ids)]
+    for block, some in masks.items():
+        hide = cutting.masked(some, block.n_heads)
+        register = vlm.module(block.attention).register_forward_pre_hook
+        cut_off.append(partial(register, hide, with_kwargs=True))
+    with vlm.exclusive("a knockout"), registered(*cut_off), vlm.hooks(hooks):
         yield cutting
 
 

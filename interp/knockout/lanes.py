@@ -94,7 +94,7 @@ def run_cuts(
     riding: list[Lane] = []
     rows = len(run.batch)
     stream = run.pre(waiting[0].start, span)[:0]
-    with torch.no_grad(), segment_attention_on(run.attentions):
+    with torch.no_grad(), segment_attention_on(run.vlm, run.attentions):
         for layer in range(waiting[0].start, len(run.blocks)):
             while waiting and waiting[0].start == layer:
                 riding.append(waiting.pop(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.engine import HookContext
+from hooks.uninterrupted import registered
 from hooks.vlm import FwdHooks
 from interp.lens.head import OutputHead, head_of, verify
 from interp.lens.tokens import Tokens
@@ -145,14 +147,12 @@ def run_at(
     vocab: Any = unembed.weight
     probe = columns.unique()[-max(1, CHUNK // (len(batch) * vocab.shape[0])) :].to(vlm.device)
     some = "logits_to_keep" in inspect.signature(vlm.model.forward).parameters
-    handle = unembed.register_forward_hook(lambda module, args, output: raw.append(output.clone()))
+    see = partial(unembed.register_forward_hook, lambda module, args, output: raw.append(output.clone()))
     hooks: list[Any] = [*further, *((name, keep) for name in names)]
     hooks.append((last, lambda activation, hook: whole.append(activation.clone())))
-    try:
-        extra = {"logits_to_keep": probe} if some else {}
+    extra = {"logits_to_keep": probe} if some else {}
+    with vlm.exclusive("a lens"), registered(see):
         output = vlm.run_with_hooks(batch.inputs, hooks, use_cache=False, **extra)
-    finally:
-        handle.remove()
     if len(raw) != 1:
         raise FrankenlensError(
             f"{type(vlm.model).__name__} runs its unembedding {len(raw)} times in one forward pass."

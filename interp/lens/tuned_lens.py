@@ -8,15 +8,16 @@ KL(output || lens), in nats, by Adam.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,6 +27,7 @@ from interp.lens.streams import Streams, read_streams, resolve_layers
 from interp.lens.tokens import Tokens, Where, tokens_of
 from interp.pair.pair import weights_sha256
 from interp.prompts import Prompt
+from interp.results.whole import write_whole
 from interp.statistics import distributions
 
 _KIND = "frankenlens tuned lens 1"
@@ -85,17 +87,23 @@ class TunedLens:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; how it was made and the model's fingerprint are in its metadata."""
+        """Write one safetensors file, all or nothing; how it was made and the model's fingerprint are in its metadata.
+
+        Raises:
+            FrankenlensError: the disk is full, or the place cannot be written to.
+        """
         about = {"kind": _KIND, "fingerprint": self.fingerprint, "layers": json.dumps(self.layers)}
+        about |= {"made": json.dumps(self.made)}
         tensors = {"weight": self.weight.cpu().contiguous(), "bias": self.bias.cpu().contiguous()}
-        save_file(tensors, path, metadata=about | {"made": json.dumps(self.made)})
+        data = save(tensors, metadata=about | {"sha256": _checksum(tensors, about)})
+        write_whole(Path(path), data)
 
     @classmethod
     def load(cls, path: str | Path, vlm: HookedVLM) -> TunedLens:
         """Read a lens that was trained on this very model.
 
         Raises:
-            FrankenlensError: no such file, no tuned lens, or a lens of another model.
+            FrankenlensError: no such file, no tuned lens, a damaged one, or a lens of another model.
         """
         require_file(path, "a lens that TunedLens.save wrote")
         try:
@@ -106,12 +114,24 @@ class TunedLens:
             raise FrankenlensError(f"{path}: cannot be read as safetensors: {error}") from error
         if about.get("kind") != _KIND or set(tensors) != {"weight", "bias"}:
             raise FrankenlensError(f"{path} is no tuned lens; TunedLens.save writes one.")
+        found = about.pop("sha256", None)
+        if found != _checksum(tensors, about):
+            raise FrankenlensError(f"{path} is damaged: its checksum does not hold; train the lens again.")
         layers = tuple(json.loads(about["layers"]))
         lens = cls(
             tensors["weight"], tensors["bias"], layers, about["fingerprint"], json.loads(about["made"])
         )
         lens.require(vlm)
         return lens
+
+
+def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """Of the numbers and of all that is said of them."""
+    digest = sha256(json.dumps(dict(about), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def train_tuned_lens(

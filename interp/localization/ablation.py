@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from interp.prompts import Prompt, PromptBatch, collate
 from interp.prompts.pairing import content
 from interp.questions.examples import cluster_of
 from interp.questions.grading import Ungraded, grade
+from interp.results.store import Store, fingerprint, under
+from interp.results.store import part as finished_part
 
 KINDS = ("skip", "zero", "mean", "resample")
 
@@ -132,12 +135,14 @@ def ablate(
     batch_size: int = 32,
     seed: int = 0,
     progress: bool = True,
+    keep: Store | None = None,
 ) -> xr.Dataset:
     """Answers of the whole model and under every ablation, graded.
 
     An answer that cannot be read or graded counts as wrong under an ablation (breaking the form is an effect, and is
     counted in `parsed`, the reason in `fault`); prompts whose clean trace does not parse or cannot be graded are left
-    out of every ablation, with the reason in `why`.
+    out of every ablation, with the reason in `why`. What is written is kept, ablation by ablation, where there is a
+    store.
 
     Returns:
         right [ablation example] and clean [example], NaN where left out; parsed [ablation example]; fault [ablation
@@ -150,7 +155,7 @@ def ablate(
         raise FrankenlensError("an ablation needs at least one prompt and one component")
     for ablation in ablations:
         _require(vlm, ablation)
-    traces = greedy(vlm, prompts, max_new_tokens, batch_size, progress)
+    traces = greedy(vlm, prompts, max_new_tokens, batch_size, progress, under(keep, "clean"))
     answers = [_answer(prompt, ids) for prompt, ids in zip(prompts, traces, strict=True)]
     graded = [_graded(answer, prompt, grader) for answer, prompt in zip(answers, prompts, strict=True)]
     why = [
@@ -163,17 +168,23 @@ def ablate(
     right = np.full((len(ablations), len(prompts)), np.nan)
     parsed, fault = right.copy(), np.full(right.shape, "", dtype=object)
     longer = [prompt.with_tokens(ids) for prompt, ids in zip(prompts, traces, strict=True)]
-    pools, number = _pools(vlm, longer, ablations, batch_size, seed), _numbers(longer)
+    pools, number = cache(partial(_pools, vlm, longer, ablations, batch_size, seed)), _numbers(longer)
     kept.sort(key=lambda row: len(prompts[row]))
     steps = [kept[i : i + batch_size] for i in range(0, len(kept), batch_size)]
     with tqdm(total=len(steps) * len(ablations), desc="ablate", disable=not progress, delay=1) as bar:
         for some in steps:
-            batch = collate([prompts[row] for row in some], "left").to(vlm.device)
+            batch = [prompts[row] for row in some]
             for k, ablation in enumerate(ablations):
-                hooks = ablation_hooks(
-                    ablation, batch, pools.get(ablation.hook), [number[row] for row in some], seed
-                )
-                for row, ids in zip(some, greedy_batch(vlm, batch, max_new_tokens, hooks), strict=True):
+
+                def write(ablation: Ablation = ablation, rows: list[int] = some) -> list[list[int]]:
+                    whole = collate([prompts[row] for row in rows], "left").to(vlm.device)
+                    pool, owners = pools().get(ablation.hook), [number[row] for row in rows]
+                    hooks = ablation_hooks(ablation, whole, pool, owners, seed)
+                    return greedy_batch(vlm, whole, max_new_tokens, hooks)
+
+                of = fingerprint([list(one.ids) for one in batch], ablation.name, seed, some, max_new_tokens)
+                written = finished_part(keep, f"{some[0]:06d}-{k:06d}", write, of)
+                for row, ids in zip(some, written, strict=True):
                     answer = _answer(prompts[row], ids)
                     grade_, fault[k, row] = _graded(answer, prompts[row], grader)
                     right[k, row] = np.nan_to_num(grade_)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from interp.questions.examples import Example
 from interp.questions.readers import read_vision_functions
@@ -92,27 +93,29 @@ def synthetic_pairs(tasks: Sequence[str], n: int, seed: int = 0) -> FunctionPair
     return FunctionPairs(pairs, controls, [target for target, _ in pairs], left_out=dict(left_out))
 
 
-def folder_pairs(folder: Path, functions: Sequence[str], n: int, distinct: bool = True) -> FunctionPairs:
+def folder_pairs(
+    folder: Path, functions: Sequence[str], n: int, distinct: bool = True, **access: Any
+) -> FunctionPairs:
     """The first n pairs of every function of the paper's folders, and the images themselves; the targets as questions.
 
     Args:
         folder, functions, distinct: as in `interp.questions.readers.read_vision_functions`.
         n: pairs a function.
+        access: `images_anywhere` and `max_pixels` of the same.
 
     Raises:
         FrankenlensError: the folders cannot be read.
     """
-    found, reports = read_vision_functions(folder, functions, distinct=distinct)
+    found, reports = read_vision_functions(folder, functions, distinct=distinct, n=n, **access)
     pairs: Pairs = []
     own: Pairs = []
     left_out: dict[str, int] = {}
     notes: list[str] = []
     for name, report in reports.items():
         left_out |= dict(Counter(f"{name}: {failure.reason}" for failure in report.failures))
-        if len(found[name]) > n:
-            left_out[f"{name}: rows beyond the first {n} (--n)"] = len(found[name]) - n
+        left_out |= {f"{name}: rows {reason}": count for reason, count in report.passed.items()}
         notes += [f"{name}: {note}" for note in report.notes]
-        pairs += found[name][:n]
+        pairs += found[name]
         own += [(target, target) for target, _ in found[name][: min(n, SELF)]]
     questions = [target for target, _ in pairs]
     return FunctionPairs(pairs, {"itself": own}, questions, True, left_out, notes)

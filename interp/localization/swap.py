@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from interp.prompts import Prompt, PromptBatch, PromptBuilder, collate
 from interp.prompts.pairing import image_shapes
 from interp.questions.examples import Example, cluster_of
 from interp.questions.grading import Ungraded, grade
+from interp.results.store import Store, fingerprint, part, under
 
 WHAT = ("kv", "resid")
 Hooks = list[tuple[str, HookFunction]]
@@ -108,6 +110,7 @@ def vision_swap(
     max_new_tokens: int = 128,
     batch_size: int = 32,
     progress: bool = True,
+    keep: Store | None = None,
 ) -> xr.Dataset:
     """What becomes of the answer when some layers see the source image, for every pair and swap.
 
@@ -121,6 +124,7 @@ def vision_swap(
         max_new_tokens: longest answer.
         batch_size: pairs that run together.
         progress: show a bar.
+        keep: where it is kept what is written, swap by swap.
 
     Returns:
         outcome [swap example], as numbers of `OUTCOMES` ("source": the source's answer was taken; "broke": some third
@@ -142,16 +146,19 @@ def vision_swap(
     steps = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     with tqdm(total=len(steps) * (len(swaps) + 2), desc="swap", disable=not progress, delay=1) as bar:
         for some in steps:
-            sides = [collate([prompts[row][side] for row in some], "left").to(vlm.device) for side in (0, 1)]
-            for side, batch in enumerate(sides):
-                clean[side, some] = _answers(batch, greedy_batch(vlm, batch, max_new_tokens))
+            job = _Job(vlm, tuple([prompts[row][side] for row in some] for side in (0, 1)), swaps)
+            kept = under(keep, f"{some[0]:06d}")
+            for side, name in enumerate(("target", "source")):
+                write = partial(job.clean, side, max_new_tokens)
+                written = part(kept, name, write, job.of(max_new_tokens))
+                clean[side, some] = _answers(job.prompts[side], written)
                 bar.update()
             for row in some:
                 differs[row], why[row] = _compared(clean[0, row], clean[1, row], pairs[row][0], grader)
-            states = _states(vlm, sides[0], sides[1], swaps)
             for number, swap in enumerate(swaps):
-                ids = greedy_batch(vlm, sides[0], max_new_tokens, swap_hooks(vlm, swap, sides[0], *states))
-                for row, answer in zip(some, _answers(sides[0], ids), strict=True):
+                write = partial(job.swapped, swap, max_new_tokens)
+                written = part(kept, f"{number:06d}", write, job.of(max_new_tokens, swap.name))
+                for row, answer in zip(some, _answers(job.prompts[0], written), strict=True):
                     text[number, row] = "" if answer is None else answer
                     if not why[row]:
                         score = _scored(answer, clean[0, row], clean[1, row], pairs[row], grader)
@@ -221,10 +228,42 @@ def _states(
     return own, dict(vlm.run_with_cache(source.inputs, names, use_cache=False)[1])
 
 
-def _answers(batch: PromptBatch, written: Sequence[Sequence[int]]) -> list[str | None]:
+@dataclass(frozen=True)
+class _Job:
+    """Targets and sources that run together; what a model must run for is run when it is first asked for."""
+
+    vlm: HookedVLM
+    prompts: tuple[list[Prompt], ...]
+    swaps: Sequence[Swap]
+
+    @cached_property
+    def sides(self) -> list[PromptBatch]:
+        """Targets and sources."""
+        return [collate(some, "left").to(self.vlm.device) for some in self.prompts]
+
+    @cached_property
+    def states(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """See `_states`."""
+        return _states(self.vlm, self.sides[0], self.sides[1], self.swaps)
+
+    def clean(self, side: int, max_new_tokens: int) -> list[list[int]]:
+        """What is written after one side as it is."""
+        return greedy_batch(self.vlm, self.sides[side], max_new_tokens)
+
+    def swapped(self, swap: Swap, max_new_tokens: int) -> list[list[int]]:
+        """What is written after the targets under a swap."""
+        hooks = swap_hooks(self.vlm, swap, self.sides[0], *self.states)
+        return greedy_batch(self.vlm, self.sides[0], max_new_tokens, hooks)
+
+    def of(self, *settings: Any) -> str:
+        """A fingerprint of the prompts' tokens and some settings."""
+        return fingerprint([[list(prompt.ids) for prompt in some] for some in self.prompts], settings)
+
+
+def _answers(prompts: Sequence[Prompt], written: Sequence[Sequence[int]]) -> list[str | None]:
     return [
         prompt.builder.read_trace(prompt.with_tokens(ids)).answer
-        for prompt, ids in zip(batch.prompts, written, strict=True)
+        for prompt, ids in zip(prompts, written, strict=True)
     ]
 
 

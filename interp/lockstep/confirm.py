@@ -23,6 +23,7 @@ from interp.map.component_map import DIRECTIONS
 from interp.pair.pair import Pair
 from interp.questions.examples import Example, cluster_of, clusters_of
 from interp.questions.grading import grade
+from interp.results.store import Store, fingerprint, under
 from interp.statistics import (
     adjust,
     change_interval,
@@ -62,6 +63,7 @@ def confirm(
     max_new_tokens: int = 128,
     batch_size: int = 32,
     progress: bool = True,
+    keep: Store | None = None,
 ) -> xr.Dataset:
     """Answers with components moved in (RL's into IN) and out (IN's into RL) in lockstep, and with random ones.
 
@@ -79,6 +81,7 @@ def confirm(
         sampling: None for greedy.
         max_new_tokens, batch_size: of the generation.
         progress: a bar.
+        keep: where it is kept what is written.
 
     Returns:
         right [direction condition example] (NaN: the grader cannot tell, or the example could not be run), why (the
@@ -106,13 +109,16 @@ def confirm(
     with tqdm(total=2 + shape[0] * shape[1], desc="confirm", disable=not progress, delay=1) as bar:
         own = {}
         for name, vlm in models.items():
-            own[name] = alone(vlm, asked.runnable, **settings)
+            own[name] = alone(vlm, asked.runnable, keep=under(keep, name), **settings)
             bar.update()
         for d, direction in enumerate(directions):
             donor, recipient = DIRECTIONS[direction]
             for c, condition in enumerate(conditions):
                 moved = Moved(condition.components, when)
-                written = lockstep(models[donor], models[recipient], asked.runnable, moved, **settings)
+                what = fingerprint(condition.components, when)[:8]
+                kept = under(keep, f"{direction}-{c:04d}-{what}")
+                both = models[donor], models[recipient]
+                written = lockstep(*both, asked.runnable, moved, keep=kept, **settings)
                 parents = {
                     "donor": follow(models[donor], written, [w.tokens for w in own[donor]], batch_size),
                     "recipient": follow(

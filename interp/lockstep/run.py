@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +22,7 @@ from interp.lockstep.refusals import require_fits, require_sound
 from interp.lockstep.sampling import Chooser, Sampling
 from interp.lockstep.transplant import Transplant
 from interp.prompts import Prompt, PromptBatch, collate
+from interp.results.store import Store, fingerprint, part
 
 _CROWDED = 0.75  # finished rows are kept in the batch until fewer than this share of it is still written
 
@@ -62,6 +64,7 @@ def lockstep(
     sampling: Sampling | None = None,
     batch_size: int = 32,
     progress: bool = False,
+    keep: Store | None = None,
 ) -> list[Written]:
     """What the recipient writes with the donor's activations in it, both reading the same tokens, each with its cache.
 
@@ -76,6 +79,7 @@ def lockstep(
         sampling: None for greedy.
         batch_size: prompts that run together.
         progress: a bar.
+        keep: where it is kept what is written, batch by batch; one for each donor, recipient and `moved`.
 
     Returns:
         One per prompt, in their order.
@@ -93,7 +97,9 @@ def lockstep(
             recipient, donor, batch, Transplant(donor, recipient, moved, places), places, chooser, rows
         )
 
-    return write_all(prompts, start, max_new_tokens, sampling, batch_size, "lockstep" if progress else "")
+    return write_all(
+        prompts, start, max_new_tokens, sampling, batch_size, "lockstep" if progress else "", keep
+    )
 
 
 @torch.no_grad()
@@ -104,6 +110,7 @@ def alone(
     sampling: Sampling | None = None,
     batch_size: int = 32,
     progress: bool = False,
+    keep: Store | None = None,
 ) -> list[Written]:
     """What a model writes by itself, chosen as in `lockstep` (a seeded row draws the same); arguments as there.
 
@@ -115,7 +122,9 @@ def alone(
     def start(batch: PromptBatch, chooser: Chooser, rows: Sequence[int]) -> Run:
         return Run(vlm, None, batch, Intervention(), Places(batch, ()), chooser, rows)
 
-    return write_all(prompts, start, max_new_tokens, sampling, batch_size, "generate" if progress else "")
+    return write_all(
+        prompts, start, max_new_tokens, sampling, batch_size, "generate" if progress else "", keep
+    )
 
 
 Start = Callable[[PromptBatch, Chooser, Sequence[int]], "Run"]
@@ -128,6 +137,7 @@ def write_all(
     sampling: Sampling | None,
     batch_size: int,
     bar: str = "",
+    keep: Store | None = None,
 ) -> list[Written]:
     """Write after every prompt, prompts of similar length together.
 
@@ -136,6 +146,7 @@ def write_all(
         start: makes the run of a batch.
         max_new_tokens, sampling, batch_size: as in `lockstep`.
         bar: name of a progress bar; "" for none.
+        keep: as in `lockstep`.
     """
     if not prompts:
         return []
@@ -145,11 +156,30 @@ def write_all(
     with tqdm(total=len(prompts), desc=bar, unit="prompt", disable=not bar, delay=1) as shown:
         for first in range(0, len(prompts), batch_size):
             rows = by_length[first : first + batch_size]
-            run = start(collate([prompts[row] for row in rows], "left"), chooser, rows)
-            run.write(max_new_tokens)
-            found |= {row: run.result(i, max_new_tokens) for i, row in enumerate(rows)}
+            some = [prompts[row] for row in rows]
+
+            def write(some: Sequence[Prompt] = some, rows: Sequence[int] = rows) -> list[dict[str, Any]]:
+                run = start(collate(some, "left"), chooser, rows)
+                run.write(max_new_tokens)
+                return [_plain(run.result(i, max_new_tokens)) for i in range(len(rows))]
+
+            of = fingerprint(max_new_tokens, sampling, rows, [list(prompt.ids) for prompt in some])
+            for row, own in zip(rows, part(keep, f"{first:06d}", write, of), strict=True):
+                found[row] = _of_plain(prompts[row], own)
             shown.update(len(rows))
     return [found[row] for row in range(len(prompts))]
+
+
+def _plain(written: Written) -> dict[str, Any]:
+    """All but the prompt."""
+    return {one.name: getattr(written, one.name) for one in fields(written) if one.name != "prompt"}
+
+
+def _of_plain(prompt: Prompt, kept: dict[str, Any]) -> Written:
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()
+    }
+    return Written(prompt.with_tokens(values["tokens"]), **values)
 
 
 class Run:

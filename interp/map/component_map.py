@@ -7,11 +7,14 @@ recoveries with intervals.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Int
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
@@ -26,10 +29,11 @@ from interp.map.components import (
 )
 from interp.metrics import Metric
 from interp.pair.agreement import entering, model_differences
-from interp.prompts import Prompt, collate
+from interp.prompts import Prompt, PromptBatch, collate
 from interp.prompts.pairing import PatchBatch, beside, image_shapes, partners
 from interp.prompts.roles import ROLES
 from interp.questions.examples import cluster_of, with_looked_at
+from interp.results.store import Store, fingerprint, part
 
 if TYPE_CHECKING:
     from interp.decision import DecisionSet
@@ -52,6 +56,7 @@ def component_map(
     roles: Sequence[str] | None = None,
     batch_size: int = 16,
     progress: bool = True,
+    keep: Store | None = None,
     *,
     n_random: int = RANDOM,
     further: Sequence[str] = FURTHER,
@@ -67,6 +72,8 @@ def component_map(
             named.
         roles: of `ROLES`, "decision" and "all"; by default those that occur.
         batch_size: prompts a forward.
+        progress: show a bar.
+        keep: where it is kept what is finished, batch by batch.
         n_random: random directions of every cell and example.
         further: which of the two further controls are run as well, of `FURTHER`; NaN where one is not.
         seed: of the random directions.
@@ -94,7 +101,7 @@ def component_map(
     models = {"in": pair.in_, "rl": pair.rl}
     ways = {d: DIRECTIONS[d] for d in directions}
     kinds = ("donor", "random", *further)
-    settings = {"kinds": kinds, "n_random": n_random, "seed": seed}
+    settings = {"kinds": kinds, "n_random": n_random, "seed": seed, "keep": keep}
     found = _map(models, prompts, decisions.metric, ways, points, roles, batch_size, progress, **settings)
     return with_looked_at(found, decisions.examples)
 
@@ -169,6 +176,7 @@ def _map(
     kinds: Sequence[str] = KINDS,
     n_random: int = RANDOM,
     seed: int = 0,
+    keep: Store | None = None,
 ) -> xr.Dataset:
     """`kinds`: what is put in a cell's place; what is not asked for stays NaN."""
     if n_random < 1:
@@ -203,28 +211,91 @@ def _map(
     _, recipient = next(iter(directions.values()))
     partner = partners(prompts[recipient]) if "other" in kinds else torch.full((len(first),), -1)
     with tqdm(total=total, desc="patching", unit="run", disable=not progress) as bar:
-        for rows in batches_of(first, batch_size):
-            select = metric.select(rows)
-            ready, donors = {}, {}
-            for name, vlm in models.items():
-                batch = collate([prompts[name][i] for i in rows]).to(vlm.device)
-                ready[name] = PatchBatch(batch, select.reads(batch), partner[rows].to(vlm.device))
-                others = beside(prompts[name], rows, partner)
-                donors[name] = Donor(vlm, batch, cached_names(vlm, wanted), select, others)
-            for d, (donor, recipient) in enumerate(directions.values()):
-                ways = (donors[donor], donors[recipient], ready[recipient])
-                cells = cells_of(*ways, wanted, roles, kinds, seeds)
-                found = run_cells(models[recipient], ready[recipient], select, cells, bar)
-                for cell, values in zip(cells, found, strict=True):
-                    draw = (cell.draw,) if cell.kind == "random" else ()
-                    kept[cell.kind][(d, *draw, cell.component, cell.role, rows)] = values
-                ends[0, d, rows], ends[1, d, rows] = donors[recipient].metric, donors[donor].metric
+        for number, rows in enumerate(batches_of(first, batch_size)):
+            some = {name: [own[i] for i in rows] for name, own in prompts.items()}
+            others = {name: beside(own, rows, partner) for name, own in prompts.items()}
+            job = _Batch(
+                models,
+                some,
+                others,
+                partner[rows],
+                metric.select(rows),
+                directions,
+                wanted,
+                roles,
+                kinds,
+                seeds,
+                bar,
+            )
+            of = fingerprint(
+                [one.name for one in wanted], roles, list(directions), list(kinds), list(seeds), job.about
+            )
+            found = part(keep, f"map-{number:06d}", job.run, of)
+            for kind in KINDS:
+                kept[kind][..., rows] = found[kind]
+            ends[..., rows] = found["ends"]
         bar.total = bar.n  # roles that no row of a batch has are not run
         bar.refresh()
     found = _dataset(kept, ends, list(directions), wanted, roles, [p.example for p in first], metric)
     told = {why: n for vlm in models.values() for why, n in lacking(vlm, points, images).items()}
     found.attrs["lacking"] = json.dumps(told)
     return found
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Prompts that run together, in every direction.
+
+    Attributes:
+        others: by model, the rows' partners, and of each row which of them (`interp.prompts.pairing`).
+        seeds: of the random directions.
+    """
+
+    models: Mapping[str, HookedVLM]
+    prompts: Mapping[str, Sequence[Prompt]]
+    others: Mapping[str, PromptBatch | None]
+    partner: Int[Tensor, " row"]
+    metric: Metric
+    directions: Mapping[str, tuple[str, str]]
+    wanted: Sequence[Component]
+    roles: Sequence[str]
+    kinds: Sequence[str]
+    seeds: Sequence[int]
+    bar: tqdm
+
+    @property
+    def about(self) -> list[list[list[int]]]:
+        """The tokens of all prompts, and of their partners."""
+        own = [[list(prompt.ids) for prompt in some] for some in self.prompts.values()]
+        beside = [[list(p.ids) for p in some.prompts] for some in self.others.values() if some is not None]
+        return own + beside
+
+    def run(self) -> dict[str, np.ndarray]:
+        """By kind [direction component role row], the random ones [direction draw component role row]; and the ends
+        [2 direction row], recipient and donor as they are.
+        """
+        n = len(next(iter(self.prompts.values())))
+        shape = (len(self.directions), len(self.wanted), len(self.roles), n)
+        found = {
+            kind: np.full((shape[0], len(self.seeds), *shape[1:]) if kind == "random" else shape, np.nan)
+            for kind in KINDS
+        }
+        ends = np.full((2, shape[0], n), np.nan)
+        ready, donors = {}, {}
+        for name, vlm in self.models.items():
+            batch = collate(self.prompts[name]).to(vlm.device)
+            ready[name] = PatchBatch(batch, self.metric.reads(batch), self.partner.to(vlm.device))
+            names = cached_names(vlm, self.wanted)
+            donors[name] = Donor(vlm, batch, names, self.metric, self.others[name])
+        for d, (donor, recipient) in enumerate(self.directions.values()):
+            ways = (donors[donor], donors[recipient], ready[recipient])
+            cells = cells_of(*ways, self.wanted, self.roles, self.kinds, self.seeds)
+            changes = run_cells(self.models[recipient], ready[recipient], self.metric, cells, self.bar)
+            for cell, values in zip(cells, changes, strict=True):
+                draw = (cell.draw,) if cell.kind == "random" else ()
+                found[cell.kind][(d, *draw, cell.component, cell.role)] = values
+            ends[0, d], ends[1, d] = donors[recipient].metric, donors[donor].metric
+        return {**found, "ends": ends}
 
 
 def roles_of(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str]:

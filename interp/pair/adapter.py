@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks.anatomy.watching import forward
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, shown
 from hooks.selfcheck import undisturbed
 from hooks.selfcheck_writes import tolerance
+from hooks.stored.files import entries
 from hooks.stored.names import Names
+from hooks.stored.settings import require_sound_settings, settings_of
 
 LOST = 0.05
 """Share of an update (of its norm) that may be lost where merged weights are rounded to their type."""
@@ -47,7 +50,7 @@ class Merged:
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a path is the folder of a PEFT adapter."""
-    return (Path(path) / "adapter_config.json").is_file()
+    return os.path.isfile(os.path.join(path, "adapter_config.json"))
 
 
 def merge_adapter(
@@ -103,16 +106,29 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter's file.
 
     Raises:
-        FrankenlensError: there is no safetensors file, or tensors in it are empty.
+        FrankenlensError: there is no safetensors file, it is damaged, tensors in it are empty, or the adapter's
+            settings cannot be read or name code that would be imported.
     """
     from safetensors.torch import load_file
 
+    require_sound_settings(folder)
+    settings = settings_of(folder / "adapter_config.json")
+    for name in (
+        "megatron_config",
+        "megatron_core",
+    ):  # PEFT imports the module that is named beside the first
+        if settings.get(name) not in (None, "megatron.core"):
+            raise FrankenlensError(
+                f"{folder}/adapter_config.json: {name} is {shown(settings[name])}, an adapter of Megatron's layers, "
+                "which is not merged here: merge it where it was trained, and give the whole model."
+            )
     file = folder / _FILE
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise FrankenlensError(
             f"{folder}: a PEFT adapter without {_FILE}. Only safetensors are read: save it again with "
             "save_pretrained(folder, safe_serialization=True)."
         )
+    entries(file)
     tensors = load_file(file)
     empty = [name for name, tensor in tensors.items() if not tensor.numel()]
     if empty or not tensors:
@@ -147,7 +163,7 @@ def _adapted(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> Any:
         raise FrankenlensError(
             f"{folder / _FILE}: its config names {error}, which is not in it. {_GATHER}"
         ) from error
-    except (ValueError, RuntimeError, TypeError, OSError) as error:
+    except Exception as error:  # its settings can make PEFT raise anything
         raise FrankenlensError(
             f"{folder}: not the adapter of this model; PEFT says: {_line(error)}"
         ) from error

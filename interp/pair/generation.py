@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from hooks import FrankenlensError, HookedVLM
 from hooks.vlm import FwdHooks
 from interp.prompts import Prompt, PromptBatch, collate
+from interp.results.store import Store, fingerprint, part
 
 
 @torch.no_grad()
@@ -21,10 +22,12 @@ def greedy(
     max_new_tokens: int = 128,
     batch_size: int = 32,
     progress: bool = False,
+    keep: Store | None = None,
 ) -> list[list[int]]:
     """The tokens that the model writes after each prompt (and after its trace, if it has one).
 
-    Special tokens that no answer holds (`PromptBuilder.suppressed_ids`) are never chosen.
+    Special tokens that no answer holds (`PromptBuilder.suppressed_ids`) are never chosen. What was written is
+    kept, batch by batch, where there is a store to keep it in.
 
     Returns:
         Token ids per prompt, in the order of `prompts`. The last one ends the turn unless `max_new_tokens` ran out.
@@ -42,8 +45,13 @@ def greedy(
     with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress) as bar:
         for first in range(0, len(prompts), batch_size):
             rows = by_length[first : first + batch_size]
-            batch = collate([prompts[row] for row in rows], "left").to(vlm.device)
-            for row, ids in zip(rows, greedy_batch(vlm, batch, max_new_tokens), strict=True):
+            some = [prompts[row] for row in rows]
+
+            def write(some: Sequence[Prompt] = some) -> list[list[int]]:
+                return greedy_batch(vlm, collate(some, "left").to(vlm.device), max_new_tokens)
+
+            of = fingerprint(max_new_tokens, rows, [list(prompt.ids) for prompt in some])
+            for row, ids in zip(rows, part(keep, f"{first:06d}", write, of), strict=True):
                 written[row] = ids
             bar.update(len(rows))
     return written
@@ -83,10 +91,11 @@ def through_end(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
 def plain_greedy(model: PreTrainedModel, end_ids: Sequence[int], pad_id: int) -> Iterator[None]:
     """Put aside a checkpoint's generation settings (temperature, repetition penalty, ...), which bend the arg max."""
     own = model.generation_config
-    model.generation_config = GenerationConfig(
+    plain = GenerationConfig(
         do_sample=False, num_beams=1, eos_token_id=list(end_ids) or None, pad_token_id=pad_id
     )
     try:
+        model.generation_config = plain
         yield
     finally:
         model.generation_config = own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from hooks import HookedVLM
-from hooks.errors import FrankenlensError, nearest
+from hooks.errors import FrankenlensError, nearest, one_line
 from hooks.extras import require_installed
 from hooks.processors import load_processor, tokenizer_of
 from hooks.whereabouts import require_checkpoint
@@ -179,7 +180,8 @@ def weights_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        # A copy: NumPy's view of a graft's tensor would end its sharing memory with the donor's (hooks.swapped.like).
+        flat = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1)
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -290,11 +292,22 @@ def _with_adapter(
 
 def _require_adapter_tokenizer(vlm: HookedVLM, folder: Path, templates: bool, accept: Sequence[str]) -> None:
     """An adapter's folder may hold the tokenizer it was trained with; then it must be IN's."""
-    if not (folder / "tokenizer_config.json").is_file():
+    if not os.path.isfile(folder / "tokenizer_config.json"):
         return
-    own, tokenizer = _processor(vlm, "IN"), AutoTokenizer.from_pretrained(str(folder))
+    own, tokenizer = _processor(vlm, "IN"), _own_tokenizer(folder)
     differences = tokenizer_differences(tokenizer_of(own), tokenizer)
     if templates and tokenizer.chat_template is not None:
         differences += template_differences(own, tokenizer)
     if differences := entering(differences, accept):
         refuse_pair("the adapter", differences)
+
+
+def _own_tokenizer(folder: Path) -> Any:
+    """The tokenizer that lies beside an adapter; none of its code is run."""
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # its files can make transformers and tokenizers raise anything
+        raise FrankenlensError(
+            f"{folder}: the tokenizer beside the adapter cannot be read: {one_line(error)}. Delete its files there "
+            "if it is IN's, or put IN's in their place."
+        ) from error

@@ -113,7 +113,6 @@ def path_effects(
                 bar.update()
             ends[0, rows], ends[1, rows] = clean.cpu().numpy(), run.donor.metric
         bar.total = bar.n  # without a control in a batch whose examples are all unlike
-        bar.refresh()
     return _dataset(recipient, wanted, senders, found, ends, prompts, metric, where_label(where), between)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line
 from hooks.processors import tokenizer_of
 from interp.prompts.pieces import Pieces
 from interp.prompts.prompt import TOKEN_TENSORS, Prompt
@@ -202,9 +202,15 @@ class PromptBuilder:
         messages = [{"role": "user", "content": said(self.instruction + question, images)}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": said(self.system, [])})
-        return self.processor.apply_chat_template(  # type: ignore[return-value]
-            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            return self.processor.apply_chat_template(  # type: ignore[return-value]
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # Jinja's own, what the template raises, what its sandbox refuses
+            raise FrankenlensError(
+                f"example {example.id!r}: the chat template cannot be filled in: {one_line(error)}. Give another: "
+                "template= (of a command: --template)."
+            ) from error
 
     def _has_bos(self, text: str) -> bool:
         """The template wrote the beginning-of-sequence token itself, so the tokenizer must not add another."""
@@ -214,10 +220,12 @@ class PromptBuilder:
         images = {"images": [list(example.images)]} if example.images else {}
         try:
             encoded = self.processor(text=[text], **images, **arguments, return_tensors="pt")
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except (FrankenlensError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # each processor raises its own
             raise FrankenlensError(
                 f"example {example.id!r}: {type(self.processor).__name__} refuses its {len(example.images)} images "
-                f"and text: {error}"
+                f"and text: {one_line(error)}"
             ) from error
         inputs = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))

@@ -13,6 +13,7 @@ from PIL import Image
 
 from hooks.errors import FrankenlensError
 from interp.questions.images import as_seen
+from interp.questions.on_demand import Images
 
 LOOKED_AT = "looked_at"
 CONTENT = "looked_at_content"
@@ -24,7 +25,8 @@ class Example:
 
     Attributes:
         id: unique within its data set; results are labelled by it.
-        images: in the order in which the question refers to them; kept as `interp.questions.images.as_seen` gives them.
+        images: in the order in which the question refers to them, as `interp.questions.images.as_seen` gives them; a
+            tuple, or what decodes those of a file when they are used (`interp.questions.on_demand`).
         question: the user's text, without template or image placeholders.
         answer: the reference answer, compared exactly (`interp.questions.tasks.grade`).
         task: name of the task, `""` where there is only one.
@@ -37,7 +39,7 @@ class Example:
     """
 
     id: str
-    images: tuple[Image.Image, ...]
+    images: Sequence[Image.Image]
     question: str
     answer: str
     task: str = ""
@@ -46,7 +48,8 @@ class Example:
     cluster: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "images", tuple(self._seen(*one) for one in enumerate(self.images, 1)))
+        if not isinstance(self.images, Images):
+            object.__setattr__(self, "images", tuple(self._seen(*one) for one in enumerate(self.images, 1)))
 
     def _seen(self, n: int, image: Any) -> Image.Image:
         try:

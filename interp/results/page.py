@@ -17,6 +17,7 @@ import xarray as xr
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
+from interp.results.csv import write_csv
 from interp.results.files import save_dataset
 from interp.results.marks import Scale
 from interp.results.palette import MIXED
@@ -135,9 +136,9 @@ def save_sections(sections: Sequence[Section], folder: Path, made: Mapping[str, 
     shown = []
     for section in sections:
         for name, table in section.tables.items():
-            section.account.columns(table).to_csv(folder / f"{name}.csv", index=False)
+            write_csv(section.account.columns(table), folder / f"{name}.csv")
         if section.cells is not None:
-            section.cells.to_csv(folder / f"{section.name}.csv", index=False)
+            write_csv(section.cells, folder / f"{section.name}.csv")
         if section.dataset is not None:
             dataset = section.dataset.copy()
             dataset.attrs |= {"provenance": json.dumps(made), "account": section.account.text}

@@ -19,6 +19,7 @@ from interp.lockstep.sampling import Sampling
 from interp.prompts import PromptBuilder
 from interp.questions.examples import Example, cluster_of, clusters_of
 from interp.questions.grading import grade
+from interp.results.store import Store, fingerprint, under
 from interp.statistics import (
     adjust,
     change_interval,
@@ -54,6 +55,7 @@ def dose_response(
     max_new_tokens: int = 128,
     batch_size: int = 32,
     progress: bool = True,
+    keep: Store | None = None,
 ) -> xr.Dataset:
     """A model's answers at every coefficient of every direction, and of random directions of equal length.
 
@@ -68,7 +70,7 @@ def dose_response(
         n_random: random directions beside each.
         seed: of those.
         when: at which tokens.
-        grader, sampling, max_new_tokens, batch_size, progress: as in `interp.lockstep.confirm`.
+        grader, sampling, max_new_tokens, batch_size, progress, keep: as in `interp.lockstep.confirm`.
 
     Returns:
         right [condition coefficient example], why, answer; clean [example] (the model as it is). Coordinates group,
@@ -93,14 +95,15 @@ def dose_response(
     texts["why"][:] = np.array(asked.why, dtype=object)
     clean = np.full(len(examples), np.nan)
     with tqdm(total=1 + shape[0] * shape[1], desc="dose", disable=not progress, delay=1) as bar:
-        clean[asked.rows] = [graded(one, grader)[0] for one in alone(vlm, asked.runnable, **settings)]
+        own = alone(vlm, asked.runnable, keep=under(keep, "clean"), **settings)
+        clean[asked.rows] = [graded(one, grader)[0] for one in own]
         bar.update()
         for c, condition in enumerate(conditions):
             for k, coefficient in enumerate(coefficients):
                 steering = Steering(condition.direction, coefficient, when)
-                for row, one in zip(
-                    asked.rows, steer(vlm, asked.runnable, steering, **settings), strict=True
-                ):
+                kept = under(keep, f"{c:04d}-{k:04d}-{_digest(steering)}")
+                written = steer(vlm, asked.runnable, steering, keep=kept, **settings)
+                for row, one in zip(asked.rows, written, strict=True):
                     right[c, k, row], texts["why"][c, k, row] = graded(one, grader)
                     texts["answer"][c, k, row] = "" if one.answer is None else one.answer
                 bar.update()
@@ -125,6 +128,12 @@ def dose_response(
         },
         attrs={"seed": seed, "when": ", ".join(when)},
     )
+
+
+def _digest(steering: Steering) -> str:
+    """A short name of what is added where."""
+    vector = steering.direction.vector.double().tolist()
+    return fingerprint(steering.direction.site, vector, steering.coefficient, steering.when)[:8]
 
 
 def dose_table(found: xr.Dataset, correction: str = "holm", **settings) -> pd.DataFrame:

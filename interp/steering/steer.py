@@ -19,6 +19,7 @@ from interp.lockstep.refusals import require_fits
 from interp.lockstep.run import Run, Written, write_all
 from interp.lockstep.sampling import Chooser, Sampling
 from interp.prompts import Prompt, PromptBatch
+from interp.results.store import Store
 from interp.steering.directions import Direction, require_site
 
 HOOKED = ("prefill", "generated", "image", "question")
@@ -52,6 +53,7 @@ def steer(
     sampling: Sampling | None = None,
     batch_size: int = 32,
     progress: bool = False,
+    keep: Store | None = None,
 ) -> list[Written]:
     """What a model writes with directions added; the roles of what is written are followed as it is.
 
@@ -59,7 +61,7 @@ def steer(
         vlm: the model.
         prompts: from one builder.
         steering: what is added where; several add up.
-        max_new_tokens, sampling, batch_size, progress: as in `interp.lockstep.lockstep`.
+        max_new_tokens, sampling, batch_size, progress, keep: as in `interp.lockstep.lockstep`.
 
     Raises:
         FrankenlensError: before anything runs: a site or a role that does not exist, a direction of another size, or a
@@ -75,7 +77,7 @@ def steer(
         places = Places(batch, steering)
         return Run(vlm, None, batch, _Adding(steering, places), places, chooser, rows)
 
-    return write_all(prompts, start, max_new_tokens, sampling, batch_size, "steer" if progress else "")
+    return write_all(prompts, start, max_new_tokens, sampling, batch_size, "steer" if progress else "", keep)
 
 
 def steer_hooks(
@@ -117,8 +119,10 @@ class _Adding(Intervention):
     @contextmanager
     def writing(self) -> Iterator[None]:
         self._writes = True
-        yield
-        self._writes = False
+        try:
+            yield
+        finally:
+            self._writes = False
 
     def _hook(self, spec: int, one: Steering):
         def add(activation: Tensor, hook: HookContext) -> Tensor | None:

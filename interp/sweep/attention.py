@@ -17,6 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from hooks import HookedVLM
+
 _NAME = "frankenlens_segment"
 _SHORT = 32
 """Segments up to this many tokens attend densely to the shared prefix; longer ones copy it and use SDPA."""
@@ -63,19 +65,31 @@ class Special:
 
 
 @contextmanager
-def segment_attention_on(modules: Sequence[Any]) -> Iterator[None]:
-    """Send these attention modules here, as `module.config._frankenlens_segment` says, until the context ends."""
-    originals = [module.config for module in modules]
-    try:
-        for module, original in zip(modules, originals, strict=True):
-            shim = copy.copy(original)
-            shim._attn_implementation_internal = _NAME
-            shim._frankenlens_segment = None
-            module.config = shim
-        yield
-    finally:
-        for module, original in zip(modules, originals, strict=True):
-            module.config = original
+def segment_attention_on(vlm: HookedVLM, modules: Sequence[Any]) -> Iterator[None]:
+    """Send these attention modules here, as `module.config._frankenlens_segment` says, until the context ends.
+
+    Meanwhile the model's blocks are called one by one, so no other thread or task may run it.
+    """
+    with vlm.exclusive("a sweep"):
+        originals = [module.config for module in modules]
+        try:
+            for module, original in zip(modules, originals, strict=True):
+                shim = copy.copy(original)
+                shim._attn_implementation_internal = _NAME
+                shim._frankenlens_segment = None
+                module.config = shim
+            yield
+        finally:
+            try:
+                _send_back(modules, originals)
+            except KeyboardInterrupt:
+                _send_back(modules, originals)
+                raise
+
+
+def _send_back(modules: Sequence[Any], originals: Sequence[Any]) -> None:
+    for module, original in zip(modules, originals, strict=True):
+        module.config = original
 
 
 def segment_attention(

@@ -8,7 +8,7 @@ matrix product from there on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hooks.engine import as_added, head_results
 from hooks.plain import plain_weight
+from hooks.uninterrupted import registered
 from interp.sweep.activations import activation_of
 from interp.sweep.attention import segment_attention_on
 from interp.sweep.edits import STAGES, Edit, Span
@@ -40,7 +41,7 @@ def run_lanes(run: StoredRun, lanes: Sequence[Lane], span: Span) -> Iterator[Val
     riding: list[int] = []
     stream: Tensor | None = None
     n_layers = len(run.blocks)
-    with torch.no_grad(), segment_attention_on(run.attentions):
+    with torch.no_grad(), segment_attention_on(run.vlm, run.attentions):
         for layer in range(waiting[0][1].start[0] if waiting else 0, n_layers):
             joined: list[Tensor] = []
             here: dict[str, list[Lane]] = {stage: [] for stage in STAGES}
@@ -218,11 +219,11 @@ def _run_inside(run: StoredRun, layer: int, edits: Sequence[Edit], span: Span) -
 
     leaves = {edit.point.leaf for edit in edits}
     dense = bool(leaves & {"hook_attn_scores", "hook_pattern"})
-    with ExitStack() as stack:
-        for point in {e.point for e in edits if e.point.place == "output"}:
-            module = run.vlm.module(point.module)
-            handle = module.register_forward_hook(_projection(point, tap))
-            stack.callback(handle.remove)
+    tapped = [
+        partial(run.vlm.module(point.module).register_forward_hook, _projection(point, tap))
+        for point in {e.point for e in edits if e.point.place == "output"}
+    ]
+    with registered(*tapped):
         return run.run_block(layer, stream, span, tap, dense)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from hashlib import sha256
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.errors import shown
 from interp.metrics import Metric
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.prompts.pairing import beside, image_shapes, partners
+from interp.results.lock import locked
+from interp.results.store import Store
 from interp.sweep.activations import activation_of, kept_for
 from interp.sweep.batch import BatchSweep
 from interp.sweep.intervention import Bound, Intervention, Means, Others, bind, has_tokens, mean_key, validate
 from interp.sweep.places import LEADING, Where, of_vision, where_label, where_mask
-from interp.sweep.shards import ShardStore
 
 SHARD = 512  # interventions
+_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})\s{0,8}([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 def sweep(
@@ -56,7 +61,7 @@ def sweep(
         donor_prompts: what the donor reads, row by row with the same roles and image sizes; by default `prompts`.
         batch_size: prompts that run together.
         max_memory: bytes, or such as "2GiB", for stored activations and for what runs at once.
-        out: folder that finished parts are kept in; the same call goes on where it was killed.
+        out: folder that finished parts are kept in; the same call goes on where it was killed. One run at a time.
         progress: show a bar with rate and time left.
 
     Returns:
@@ -65,7 +70,8 @@ def sweep(
 
     Raises:
         FrankenlensError: an intervention that cannot act where it is asked to, a metric that reads a token that is
-            not there, prompts that do not line up, a budget too small for one row; before anything runs.
+            not there, prompts that do not line up, a budget too small for one row; before anything runs. Of `out`: it
+            holds another sweep, another run writes to it, it cannot be written to, or the disk is full.
 
     Example:
         >>> prompts = [pair.builder.build(one) for one in fl.tasks.sample("sum", 2, seed=0, split="map")]
@@ -80,15 +86,18 @@ def sweep(
     budget = parse_bytes(max_memory)
     parts = _parts(prompts, batch_size)
     source = donor if donor is not None else recipient
-    store = None if out is None else ShardStore(out, _about(recipient, source, interventions, named))
+    about = {} if out is None else _about(recipient, source, interventions, named)
     values = np.full((len(named), len(interventions), len(prompts)), np.nan)
     clean = np.full((len(named), len(prompts)), np.nan)
     means = _means(recipient, prompts, interventions, parts, progress)
     borrowing = any(i.kind == "resample" for i in interventions)
     partner = partners(prompts) if borrowing else torch.full((len(prompts),), -1)
-    with tqdm(
-        total=len(parts) * len(interventions), desc="sweep", unit="run", disable=not progress, delay=1
-    ) as bar:
+    size = len(parts) * len(interventions)
+    with (
+        nullcontext() if out is None else locked(out),
+        tqdm(total=size, desc="sweep", unit="run", disable=not progress, delay=1) as bar,
+    ):
+        store = None if out is None else Store(out, about)
         for number, rows in enumerate(parts):
             part = _Part(
                 recipient, source, [prompts[r] for r in rows], [given[r] for r in rows], interventions,
@@ -133,7 +142,7 @@ class _Part:
         ]
 
     def shards(
-        self, store: ShardStore | None, name: str, bar: tqdm
+        self, store: Store | None, name: str, bar: tqdm
     ) -> Iterator[tuple[str, list[int], Float[np.ndarray, "..."]]]:
         """(\"clean\" or the shard's name, the interventions, values) for all of the batch."""
         of = self._fingerprint() if store is not None else ""
@@ -147,7 +156,7 @@ class _Part:
             if found is None:
                 found = compute()
                 if store is not None:
-                    store.save(f"{name}-{part}", of, found)
+                    store.save(f"{name}-{part}", found, of)
             else:
                 bar.update(len(chosen))
             yield part, chosen, found
@@ -336,13 +345,18 @@ def parse_bytes(size: int | str | None) -> int | None:
     Raises:
         FrankenlensError: it is neither.
     """
-    if size is None or isinstance(size, int):
-        return size
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", size, re.IGNORECASE)
-    if match is None:
-        raise FrankenlensError(f'{size!r} is no size; give bytes, or such as "500MB" or "2GiB"')
-    number, letter, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(letter.upper() or " "))
+    if size is None:
+        return None
+    if isinstance(size, Integral) and not isinstance(size, bool) and 0 < size < 2**63:  # type: ignore[operator]
+        return int(size)
+    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    found = 0
+    if match is not None:
+        number, letter, binary = match.groups()
+        found = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(letter.upper() or " "))
+    if not 0 < found < 2**63:
+        raise FrankenlensError(f'{shown(size)} is no size; give bytes, or such as "500MB" or "2GiB"')
+    return found
 
 
 def _about(

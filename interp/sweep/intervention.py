@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.errors import nearest, shown
 from hooks.points import HookPoint
 from hooks.weights import d_mlp, site_at
 from interp.prompts import PromptBatch
+from interp.prompts.roles import ROLES
 from interp.sweep.activations import INDEXED, of_index
 from interp.sweep.edits import Edit, New, Span
 from interp.sweep.places import LEADING, Where, cut_patches, where_label, where_mask
 
 KINDS = ("replace", "add", "scale", "zero", "mean", "resample", "skip", "knockout")
+PLACES = (*ROLES, "decision", "all")
+"""Words for tokens."""
+LARGEST = 1e38
+"""Of a number that takes an activation's place: float32 holds no more."""
+_WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 Means = Mapping[tuple[str, Where], Float[Tensor, "..."]]
 """Hook and place to the mean activation."""
 Activations = Callable[[str, int | None], Float[Tensor, "..."]]
@@ -99,6 +108,7 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
     Raises:
         FrankenlensError: see the message.
     """
+    _require_types(intervention)
     (name,) = vlm.names(intervention.hook)
 
     def refuse(why: str) -> None:
@@ -110,7 +120,7 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
     point, kind = vlm.hook_points[name], intervention.kind
 
     if kind not in KINDS:
-        refuse(f"kind {kind!r} is none of {', '.join(KINDS)}")
+        refuse(f"kind {shown(kind)} is none of {', '.join(KINDS)}. {nearest(kind, KINDS)}".strip())
     if kind == "replace" and intervention.value is None and not has_donor:
         refuse("replace needs a value, or a donor (donor= or donor_prompts=)")
     if kind in ("add", "scale") and intervention.value is None:
@@ -146,6 +156,52 @@ def validate(intervention: Intervention, vlm: HookedVLM, has_donor: bool) -> Non
             f"index {intervention.index} is out of range; {name} has {size or 'no'} heads, neurons or experts to "
             "choose from"
         )
+
+
+def _require_types(one: Intervention) -> None:
+    """Refuse what is of another type than an intervention's parts are.
+
+    Raises:
+        FrankenlensError: names the part, and what it may be.
+    """
+    if not isinstance(one, Intervention):
+        raise FrankenlensError(
+            f"{shown(one)} is no intervention; give Intervention(hook, kind, ...), or a list of them"
+        )
+
+    def is_place(value: Any) -> bool:
+        if isinstance(value, str):
+            return value in PLACES
+        return callable(value) or (_is_whole(value) and abs(value) < 2**31)
+
+    places = f"{', '.join(PLACES)}, the number of a token, or a function of the batch"
+    for name, sound, wanted in (
+        ("hook", isinstance(one.hook, str), "the name of a hook point"),
+        ("kind", isinstance(one.kind, str), f"one of {', '.join(KINDS)}"),
+        ("where", is_place(one.where), places),
+        ("index", one.index is None or _is_whole(one.index), "the number of a head, neuron or expert"),
+        ("value", one.value is None or _is_value(one.value), "a number, or a tensor of numbers"),
+        ("source", one.source is None or is_place(one.source), places),
+        ("label", one.label is None or isinstance(one.label, str), "a text"),
+    ):
+        if not sound:
+            given = getattr(one, name)
+            hint = nearest(given, PLACES) if name in ("where", "source") else ""
+            raise FrankenlensError(
+                f"an intervention has {name}={shown(given)}; give {wanted}. {hint}".strip()
+            )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_value(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return (value.is_floating_point() or value.dtype in _WHOLE) and not bool(value.isnan().any())
+    if _is_whole(value):
+        return abs(value) < LARGEST
+    return isinstance(value, Real) and not isinstance(value, bool) and float(value) == float(value)
 
 
 def _refuse_values_of_tokens(
@@ -301,4 +357,15 @@ def _segment(source: Tensor, point: HookPoint, activation: Tensor, span: Span) -
 
 
 def _as(value: Tensor | float | None, activation: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=activation.dtype, device=activation.device)
+    """A value in the shape of an activation.
+
+    Raises:
+        FrankenlensError: it does not fit.
+    """
+    own = torch.as_tensor(value, dtype=activation.dtype, device=activation.device)
+    try:
+        return own.expand_as(activation)
+    except RuntimeError as error:
+        raise FrankenlensError(
+            f"value has the shape {tuple(own.shape)}, and the activation {tuple(activation.shape)}; give one that fits"
+        ) from error

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.uninterrupted import registered
 from interp.sweep.places import of_vision
 
 Hooks = Sequence[tuple[str, Any]]
@@ -39,13 +40,11 @@ class CleanRun:
         deepstack = [name for name in vlm.hook_points if name.endswith("hook_deepstack")]
         wanted = dict.fromkeys([*names, *deepstack])
         kept = [name for name in wanted if self.has_image or not of_vision(name)]
-        handles = [block.register_forward_pre_hook(self._record, with_kwargs=True) for block in self._blocks]
-        try:
-            with torch.no_grad():
-                output, self.cache = vlm.run_with_cache(inputs, kept, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        seen = [
+            partial(block.register_forward_pre_hook, self._record, with_kwargs=True) for block in self._blocks
+        ]
+        with vlm.exclusive("a clean run"), registered(*seen), torch.no_grad():
+            output, self.cache = vlm.run_with_cache(inputs, kept, use_cache=False)
         self.logits: Float[Tensor, "batch pos vocab"] = output.logits
         self._deepstack = {
             int(name.split(".")[1]): self.cache[name] for name in deepstack if name in self.cache

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from hooks import FrankenlensError, HookedVLM
 from hooks.engine import Hook, HookContext, together
 from hooks.points import interface_point
 from hooks.selfcheck_writes import tolerance
+from hooks.uninterrupted import registered
 from interp.prompts import PromptBatch
 from interp.sweep.attention import SegmentContext, Tap, segment_attention_on
 from interp.sweep.edits import Span
@@ -89,7 +89,9 @@ class StoredRun:
         missing = [name for name in names if name not in self.vlm.hook_points]
         if missing:
             raise Unsupported(f"it has no hook point {missing[0]}")
-        handles = [block.register_forward_pre_hook(self._record, with_kwargs=True) for block in self.blocks]
+        seen = [
+            partial(block.register_forward_pre_hook, self._record, with_kwargs=True) for block in self.blocks
+        ]
         ends = [
             Hook(
                 self._keep,
@@ -100,14 +102,10 @@ class StoredRun:
         ]
         some = "logits_to_keep" in inspect.signature(self.vlm.model.forward).parameters
         extra = {"logits_to_keep": self.columns} if some else {}
-        try:
-            with torch.no_grad(), self.vlm.attached(ends):
-                output = self.vlm.run_with_hooks(
-                    self.batch.inputs, [(name, self._keep) for name in names], use_cache=False, **extra
-                )
-        finally:
-            for handle in handles:
-                handle.remove()
+        with torch.no_grad(), self.vlm.attached(ends), registered(*seen):
+            output = self.vlm.run_with_hooks(
+                self.batch.inputs, [(name, self._keep) for name in names], use_cache=False, **extra
+            )
         logits = output.logits if some else output.logits[:, self.columns]
         self.logits: Float[Tensor, "batch column vocab"] = logits.clone()
         if len(self._calls) != len(self.blocks):
@@ -198,7 +196,7 @@ class StoredRun:
         dense: bool = False,
         cut: Bool[Tensor, "lane column key"] | None = None,
     ) -> Float[Tensor, "lane column d_model"]:
-        """One block on a segment of every lane; inside `segment_attention_on(self.attentions)`.
+        """One block on a segment of every lane; inside `segment_attention_on(self.vlm, self.attentions)`.
 
         `cut` are attention edges hidden from each lane, besides those that no token sees.
 
@@ -215,14 +213,14 @@ class StoredRun:
             name: self._cut(name, value, span, len(stream) // len(self.batch), layer)
             for name, value in self._calls[layer].items()
         }
-        with ExitStack() as stack:
-            if wanted is not None:
-                half = self.halves[layer].block
-                norm, mlp = self.vlm.module(half.mid_norm), self.vlm.module(half.mlp)
-                taken = norm.register_forward_pre_hook(lambda _, args: (args[0][:, wanted], *args[1:]))
-                spread = mlp.register_forward_hook(lambda *io: _spread(io[-1], wanted, len(span)))
-                stack.callback(taken.remove)
-                stack.callback(spread.remove)
+        some: list[Any] = []
+        if wanted is not None:
+            half = self.halves[layer].block
+            norm, mlp = self.vlm.module(half.mid_norm), self.vlm.module(half.mlp)
+            take = partial(norm.register_forward_pre_hook, lambda _, args: (args[0][:, wanted], *args[1:]))
+            spread = partial(mlp.register_forward_hook, lambda *io: _spread(io[-1], wanted, len(span)))
+            some = [take, spread]
+        with registered(*some):
             key = self.halves[layer].block.key
             out = self.blocks[layer](**{key: stream}, **given) if key else self.blocks[layer](stream, **given)
         return out[0] if isinstance(out, tuple) else out
@@ -340,7 +338,7 @@ class StoredRun:
         real = (self.batch.mask("all").to(self.vlm.device))[..., None]
         for start in {0, self.end // 2, self.end - 1}:
             span = Span(start, self.end)
-            with segment_attention_on(self.attentions):
+            with segment_attention_on(self.vlm, self.attentions):
                 for layer in range(len(self.blocks)):
                     try:
                         self._check_block(layer, span, real[:, span.columns], start == self.end // 2)

@@ -10,19 +10,25 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks import FrankenlensError, HookedVLM, WeightSlice, weight_slices
+from hooks import Address, FrankenlensError, HookedVLM, WeightSlice, weight_slices
+from hooks.errors import shown
+from hooks.swapped import like, swapped
 from hooks.weights import buffer_slices, require_unpacked, saved_buffers, wholes
 from interp import updates
+from interp.results.files import is_occupied, publishing
 from interp.updates import Realized, as_large, random_update, wide_type
 
+LARGEST = 1e30
+"""Of a coefficient: what it makes of weights is no number."""
 FORMS = ("delta", "low_rank", "random")
 _EXACT = 2048  # up to this many rows or columns, the low-rank form is an exact SVD
 
@@ -56,10 +62,21 @@ class Graft:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.addresses or isinstance(self.addresses, str):
+        if not isinstance(self.addresses, (tuple, list)) or not self.addresses:
             raise FrankenlensError("a graft needs a tuple of addresses, such as ('blocks.0-9', 'projector')")
+        object.__setattr__(self, "addresses", tuple(str(Address.parse(one)) for one in self.addresses))
         if self.form not in FORMS:
-            raise FrankenlensError(f"there is no form {self.form!r} of a graft; choose {', '.join(FORMS)}")
+            raise FrankenlensError(
+                f"there is no form {shown(self.form)} of a graft; choose {', '.join(FORMS)}"
+            )
+        c = self.coefficient
+        if isinstance(c, bool) or not isinstance(c, Real) or not abs(c) < LARGEST:  # type: ignore[operator]
+            raise FrankenlensError(f"coefficient={shown(c)} of a graft: give a finite number")
+        for name, value in (("rank", self.rank), ("seed", self.seed)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise FrankenlensError(f"{name}={shown(value)} of a graft: give a whole number")
+        if self.seed is None or not 0 <= self.seed < 2**62:
+            raise FrankenlensError(f"seed={shown(self.seed)} of a graft: give a whole number from 0 on")
         if self.form == ("low_rank" if self.rank is None else "delta"):
             raise FrankenlensError(
                 "rank= goes with form='low_rank' (or 'random', its control), and only with it"
@@ -149,8 +166,9 @@ def grafted(
 ) -> Iterator[HookedVLM]:
     """The recipient with grafts inside the context; its own weights, bit for bit, after it.
 
-    No third model is made: parameters that are taken whole are the donor's own tensors while the context is open (do
-    not train them), and of the others only what is overwritten is kept aside.
+    No third model is made: a parameter that is taken whole has the donor's memory until somebody writes to either (copy
+    on write), where PyTorch can; of the others a copy is made. Whatever is written to them inside, by a graft within
+    this one too, reaches neither the donor nor what comes after. Grafts nest, and are left in the reverse order.
 
     Args:
         recipient, donor, grafts: whose weights go where.
@@ -158,7 +176,9 @@ def grafted(
 
     Raises:
         FrankenlensError: as `slices_of`; parameters of different shape; weights that are not in memory (offloaded); in
-            half precision, what would be stored is not the update asked for (`interp.updates`).
+            half precision, what would be stored is not the update asked for (`interp.updates`); another thread or task
+            uses the recipient. After the weights were put back: grafts that are left in another order, or in another
+            thread, than they were entered.
 
     Example:
         >>> inputs = pair.builder.build(fl.tasks.sample("sum", 1, seed=0, split="map")[0]).inputs
@@ -186,25 +206,40 @@ def measured_graft(
     Weights that are copied within one type are exact, and not counted.
 
     Raises:
-        FrankenlensError: as `require_graftable`.
+        FrankenlensError: as `require_graftable`; another thread or task uses the recipient, or the context is left as
+            no nested block is (`grafted`).
     """
-    work, held = require_graftable(recipient, donor, grafts), Realized()
+    work, held = require_graftable(recipient, donor, grafts), [Realized()]
+    with swapped(recipient.model, lambda: _values(recipient, donor, work, held), "a graft"):
+        yield recipient, sum(held, Realized())
+
+
+@torch.no_grad()
+def _values(
+    recipient: HookedVLM,
+    donor: HookedVLM,
+    work: Sequence[tuple[Graft, list[WeightSlice]]],
+    held: list[Realized],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every tensor that is written, once, and what it is to hold; what that holds of each update goes to `held`."""
     own, theirs = _tensors(recipient), _tensors(donor)
-    with ExitStack() as stack, torch.no_grad():
-        for one, pieces in work:
-            for piece in pieces:
-                target, source = own[piece.parameter], theirs[piece.parameter]
-                if one.is_copy and piece.dim is None and _same_place(target, source):
-                    stack.callback(setattr, target, "data", target.data)
-                    target.data = source.data
-                    continue
-                part = piece.of(target)
-                stack.callback(_put_back, part, part.detach().clone())
-                new, found = new_weights(part, piece.of(source), one, _label(piece))
-                held += found
-                part.copy_(new)
-        with torch.enable_grad():
-            yield recipient, held
+    by_tensor: dict[int, list[tuple[Graft, WeightSlice]]] = {}
+    for one, pieces in work:
+        for piece in pieces:
+            by_tensor.setdefault(id(own[piece.parameter]), []).append((one, piece))
+    for some in by_tensor.values():
+        (first, piece), target = some[0], own[some[0][1].parameter]
+        source = theirs[piece.parameter]
+        if len(some) == 1 and first.is_copy and piece.dim is None and _same_place(target, source):
+            yield target, like(source)
+            continue
+        new = target.detach().clone()
+        for one, piece in some:
+            before = piece.of(target.detach())
+            after, found = new_weights(before, piece.of(theirs[piece.parameter]), one, _label(piece))
+            piece.of(new).copy_(after)
+            held.append(found)
+        yield target, new
 
 
 def new_weights(
@@ -245,27 +280,24 @@ def save_grafted(
     *,
     rounded: bool = False,
 ) -> None:
-    """Write the grafted model, with the recipient's processor, as an ordinary checkpoint; `rounded` as in `grafted`.
+    """Write the grafted model, with the recipient's processor, as an ordinary checkpoint: all of it, or nothing.
+
+    `rounded` as in `grafted`.
 
     Raises:
-        FrankenlensError: as `grafted`; the folder exists and is not empty.
+        FrankenlensError: as `grafted`; the folder is not empty, another run writes to it, or the disk is full.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
+    if is_occupied(folder):
         raise FrankenlensError(f"{folder} is not empty; choose another folder for the merged checkpoint")
-    with grafted(recipient, donor, grafts, rounded=rounded):
-        recipient.model.save_pretrained(folder)
+    with publishing(folder) as staging, grafted(recipient, donor, grafts, rounded=rounded):
+        recipient.model.save_pretrained(staging)
         if recipient.processor is not None:
-            recipient.processor.save_pretrained(folder)
+            recipient.processor.save_pretrained(staging)
 
 
 def _label(piece: WeightSlice) -> str:
     return piece.parameter if piece.dim is None else f"{piece.parameter} {piece.start}"
-
-
-def _put_back(part: Tensor, kept: Tensor) -> None:
-    with torch.no_grad():
-        part.copy_(kept)
 
 
 def _same_place(a: Tensor, b: Tensor) -> bool:

@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,11 +32,11 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooks.errors import FrankenlensError, nearest
+from hooks.errors import FrankenlensError, nearest, shown
 from hooks.extras import require_installed
 from hooks.stored.names import Names
 from interp.comparison import Checkpoint, align
-from interp.results.files import publishing
+from interp.results.files import is_occupied, publishing
 from interp.updates import Realized
 
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
@@ -79,9 +80,16 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("weights", "density", "t", "scale", "seed"):
+            given = getattr(self, name)
+            several = given if isinstance(given, tuple | list) and name in ("weights", "density") else [given]
+            if given is not None and not all(_is_number(one) for one in several):
+                raise FrankenlensError(f"{name}={shown(given)} of a recipe: give finite numbers")
         if self.method not in METHODS:
             hint = nearest(self.method, METHODS)
-            raise FrankenlensError(f"no recipe {self.method!r}; choose {', '.join(METHODS)}. {hint}".strip())
+            raise FrankenlensError(
+                f"no recipe {shown(self.method)}; choose {', '.join(METHODS)}. {hint}".strip()
+            )
         sparse, dare = self.method in ON_BASE[1:], self.method.startswith("dare")
         slerp = self.method == "slerp"
         for name, given, wanted in (
@@ -193,6 +201,10 @@ class Recipe:
         return list(given) if isinstance(given, tuple) else [given] * n_models
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e30  # type: ignore[operator]
+
+
 @dataclass(frozen=True)
 class MergeReport:
     """What a merge did.
@@ -248,7 +260,7 @@ def merge(
 
     if dtype not in (None, "float32"):
         raise FrankenlensError(f'dtype={dtype!r}: give "float32", or nothing for the type of the models')
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_occupied(out):
         raise FrankenlensError(f"{out} is not empty; choose another folder for the merged checkpoint")
     opened = [Checkpoint(folder) for folder in ([] if base is None else [base]) + list(models)]
     names = align(*opened)

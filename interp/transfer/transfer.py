@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -22,7 +23,8 @@ from interp.pair.pair import weights_sha256
 from interp.prompts import Prompt, PromptBuilder
 from interp.questions.examples import Example, cluster_of
 from interp.questions.grading import Ungraded, grade
-from interp.results.files import publishing
+from interp.results.lock import locked
+from interp.results.store import Store, fingerprint
 from interp.transfer.grafts import measured_graft, require_graftable
 from interp.transfer.variants import Variant
 from interp.updates import Realized, way_out
@@ -160,14 +162,20 @@ def transfer(
 
     Raises:
         FrankenlensError: before anything runs: no metrics, names that are not unique, an address that names nothing,
-            models that do not align, or grafts that overlap.
+            models that do not align, or grafts that overlap. Of `keep`: it holds something else, another run writes to
+            it, it cannot be written to, or the disk is full.
     """
     _require_sound(recipient, donor, variants, metrics, others or {})
     models = {**(others or {}), "IN": recipient, "RL": donor}
     rows: list[list[Outcomes]] = []
-    with tqdm(total=len(models) + len(variants), desc="transfer", disable=not progress, delay=1) as bar:
+    size = len(models) + len(variants)
+    with (
+        nullcontext() if keep is None else locked(keep),
+        tqdm(total=size, desc="transfer", disable=not progress, delay=1) as bar,
+    ):
+        store = None if keep is None else Store(keep, {"metrics": "by name"})
         for name, vlm in models.items():
-            rows.append(_measured(name, vlm, metrics, rows[:1], keep))
+            rows.append(_measured(name, vlm, metrics, rows[:1], store))
             bar.update()
         held: list[Realized] = []
         lacking = [""] * len(models)
@@ -179,7 +187,7 @@ def transfer(
                 if why and not rounded:
                     rows.append([_unknown(own, lacking[-1]) for own in rows[0]])
                 else:
-                    rows.append(_measured(variant.name, vlm, metrics, rows[:1], keep))
+                    rows.append(_measured(variant.name, vlm, metrics, rows[:1], store))
             bar.update()
     names = [*models, *(variant.name for variant in variants)]
     found = _dataset(names, _names(metrics), rows).assign_coords(
@@ -231,7 +239,7 @@ def _measured(
     vlm: HookedVLM,
     metrics: Metrics,
     before: Sequence[Sequence[Outcomes]],
-    keep: Path | None,
+    keep: Store | None,
 ) -> list[Outcomes]:
     found = list(_run(vlm, metrics).values()) if keep is None else _kept(keep, vlm, metrics)
     expected = before[0] if before else found
@@ -249,30 +257,30 @@ def _names(metrics: Metrics) -> list[str]:
     return [name for names in each for name in names]
 
 
-def _run(vlm: HookedVLM, metrics: Metrics, known: frozenset[str] = frozenset()) -> dict[str, Outcomes]:
-    """What a model does on each metric that is not known yet."""
+def _run(vlm: HookedVLM, metrics: Metrics) -> dict[str, Outcomes]:
+    """What a model does on each metric."""
     found: dict[str, Outcomes] = {}
     for name, one in metrics.items():
-        if isinstance(one, Together):
-            found |= {} if known.issuperset(one.names) else one.measure(vlm)
-        elif name not in known:
-            found[name] = one(vlm)
+        found |= one.measure(vlm) if isinstance(one, Together) else {name: one(vlm)}
     return found
 
 
-def _kept(keep: Path, vlm: HookedVLM, metrics: Metrics) -> list[Outcomes]:
-    """Read what was measured of these very weights, or measure and write it."""
-    file = keep / f"{weights_sha256(vlm.model)}.json"
-    old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    new = _run(vlm, metrics, frozenset(old))
-    if new:
-        with publishing(keep) as staging:
-            text = json.dumps({**old, **{name: asdict(own) for name, own in new.items()}})
-            (staging / file.name).write_text(text, encoding="utf-8")
-    return [
-        new[name] if name in new else Outcomes(*(tuple(column) for column in old[name].values()))
-        for name in _names(metrics)
-    ]
+def _kept(keep: Store, vlm: HookedVLM, metrics: Metrics) -> list[Outcomes]:
+    """Read what was measured of these very weights, or measure and keep it: a part for what is measured together."""
+    weights = weights_sha256(vlm.model)
+    found: dict[str, Outcomes] = {}
+    for name, one in metrics.items():
+        alone = {name: one}
+        own = fingerprint(_names(alone))
+        part = keep.part(f"{weights}-{own[:8]}", lambda: _plain(_run(vlm, alone)), own)  # noqa: B023
+        found |= {
+            metric: Outcomes(*(tuple(column) for column in columns)) for metric, columns in part.items()
+        }
+    return [found[name] for name in _names(metrics)]
+
+
+def _plain(found: Mapping[str, Outcomes]) -> dict[str, Any]:
+    return {name: astuple(own) for name, own in found.items()}
 
 
 def _dataset(names: Sequence[str], metrics: Sequence[str], rows: Sequence[Sequence[Outcomes]]) -> xr.Dataset:

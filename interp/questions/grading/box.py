@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from interp.questions.grading.grade import Grade
+from interp.questions.grading.grade import Grade, always_told
 from interp.questions.grading.normal import normal
 from interp.questions.grading.statement import statement_of
 
@@ -24,6 +24,7 @@ _NAMED = re.compile(
 )
 
 
+@always_told
 def judge_box(answer: str, reference: str, threshold: float = 0.5) -> Grade:
     """Whether the answer's box and the reference's overlap by an IoU above the threshold.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from interp.questions.grading.grade import Grade
+from interp.questions.grading.grade import Grade, always_told
 from interp.questions.grading.normal import plain
 from interp.questions.grading.number import unread_script
 from interp.questions.grading.options import named_options, numbers_of
@@ -15,6 +15,7 @@ from interp.questions.grading.words import bare
 _LABEL = re.compile(r"\s*(?:\((?P<a>[A-Za-z])\)|(?P<b>[A-Za-z])\s*[.):,])\s*(?=\S)")
 
 
+@always_told
 def judge_choice(answer: str, reference: str, options: Sequence[str]) -> Grade:
     """Whether the answer names the option that is right, by letter (A is the first), by text or by value.
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
+from interp.questions.grading.apart import equal_expressions
 from interp.questions.grading.normal import normal, plain
 from interp.questions.grading.number import read_number, same
 from interp.questions.grading.quantity import Number, mentions
 from interp.questions.grading.structure import Parts, parts_of, unnamed
-from interp.questions.grading.symbols import Unparsed, equal_expressions, within_places
+from interp.questions.grading.symbols import Unparsed, within_places
 from interp.questions.grading.units import unit_of
 from interp.questions.grading.words import bare, holds, plain_sentence
 

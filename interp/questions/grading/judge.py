@@ -5,27 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hooks.errors import FrankenlensError, nearest
+from hooks.errors import FrankenlensError, nearest, shown
 from interp.questions.examples import Example
 from interp.questions.grading.box import judge_box
 from interp.questions.grading.choice import judge_choice
-from interp.questions.grading.grade import Grade, Ungraded
+from interp.questions.grading.grade import REFERENCE, Grade, Ungraded
 from interp.questions.grading.mathematics import judge_math
 from interp.questions.grading.number import judge_number
+from interp.questions.grading.settings import setting
 from interp.questions.grading.words import judge_exact, judge_text
 
 
 def _number(answer: str, example: Example) -> Grade:
-    tolerance, decimals = (example.meta.get(name) for name in ("tolerance", "decimals"))
-    return judge_number(answer, example.answer, tolerance=tolerance or 0, decimals=decimals)
+    tolerance, decimals = setting(example.meta, "tolerance", 0), setting(example.meta, "decimals", None)
+    return judge_number(answer, example.answer, tolerance=tolerance, decimals=decimals)
 
+
+def _choice(answer: str, example: Example) -> Grade:
+    choices = example.meta.get("choices") or ()
+    if not isinstance(choices, (list, tuple)) or not all(isinstance(one, str) for one in choices):
+        raise FrankenlensError(f"example {example.id!r}: choices is {shown(choices)}; give a list of texts")
+    if len(choices) > MOST or sum(map(len, choices)) > REFERENCE:
+        return Grade(
+            None, why=f"{len(choices)} options of {sum(map(len, choices)):,} characters are not told apart"
+        )
+    return judge_choice(answer, example.answer, choices)
+
+
+MOST = 26
+"""Options that have a letter."""
 
 GRADERS: Mapping[str, Callable[[str, Example], Grade]] = {
     "exact": lambda answer, example: judge_exact(answer, example.answer),
     "text": lambda answer, example: judge_text(answer, example.answer),
-    "choice": lambda answer, example: judge_choice(answer, example.answer, example.meta.get("choices") or ()),
+    "choice": _choice,
     "number": _number,
-    "box": lambda answer, example: judge_box(answer, example.answer, float(example.meta.get("iou", 0.5))),
+    "box": lambda answer, example: judge_box(
+        answer, example.answer, float(setting(example.meta, "iou", 0.5))
+    ),
     "math": lambda answer, example: judge_math(answer, example.answer),
 }
 """Rules by name, and what else of `meta` they read: choice `choices`, number `tolerance` and `decimals`, box `iou`."""
@@ -39,7 +56,7 @@ def judge(answer: str | None, example: Example) -> Grade:
         example: with the reference.
 
     Raises:
-        FrankenlensError: there is no such rule.
+        FrankenlensError: there is no such rule, or the example's settings of it are none.
 
     Example:
         >>> one = fl.Example("1", (), "What is half of 3?", "1.5", meta={"grader": "number"})
@@ -92,9 +109,9 @@ def require_gradable(examples: Sequence[Example]) -> None:
 
 def _rule(example: Example) -> Callable[[str, Example], Any]:
     name = example.meta.get("grader", "exact")
-    if name not in GRADERS:
+    if not isinstance(name, str) or name not in GRADERS:
         raise FrankenlensError(
-            f"example {example.id!r} names the grader {name!r}; there are {', '.join(GRADERS)}. "
-            f"{nearest(str(name), GRADERS)}".strip()
+            f"example {example.id!r} names the grader {shown(name)}; there are {', '.join(GRADERS)}. "
+            f"{nearest(name, GRADERS)}".strip()
         )
     return GRADERS[name]

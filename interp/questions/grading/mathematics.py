@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-import threading
 
-from hooks.errors import FrankenlensError
 from hooks.extras import require_installed
+from interp.questions.grading.apart import within
 from interp.questions.grading.equality import MATHEMATICS, equal, holds_words
-from interp.questions.grading.grade import Grade
+from interp.questions.grading.grade import Grade, always_told
 from interp.questions.grading.normal import normal, plain
-from interp.questions.grading.statement import LONGEST, statement_of
+from interp.questions.grading.statement import statement_of
 from interp.questions.grading.symbols import Unparsed
 from interp.questions.grading.units import unit_of
 
+LONGEST = 1000  # characters of mathematics
 DEEPEST = 200  # brackets and signs, each of which may lie within the others
 TIMEOUT = 5  # seconds, whole ones: math-verify's alarm counts no others
 
@@ -24,22 +24,20 @@ _NOTHING = re.compile(
 )
 
 
+@always_told
 def judge_math(answer: str, reference: str, timeout: int = TIMEOUT) -> Grade:
     r"""Whether answer and reference are equal as mathematics; both may be LaTeX, with or without `$`.
 
     Lists, sets, tuples, intervals and `\pm` are compared element by element, numbers as `judge_number` does, with
     their units, words as words, all else as math-verify reads it: exactly, or to the decimals that are written where
     there are six of them. `x = 5` is 5, 45° is 45; where the reference is 50%, 50 and 0.5 are taken for it. What
-    cannot be read whole, is rounded to fewer decimals or takes too long is ungraded.
+    cannot be read whole, is rounded to fewer decimals or takes too long is ungraded; expressions are worked out in a
+    process of their own (`interp.questions.grading.apart`), which is ended then.
 
     Raises:
-        FrankenlensError: math-verify is not installed, or this is not the main thread, where alone its alarm rings.
+        MissingPackage: math-verify is not installed.
     """
     require_installed('the grader "math"', "math_verify")
-    if threading.current_thread() is not threading.main_thread():
-        raise FrankenlensError(
-            "math-verify grades in the main thread only; grade there, or name another grader"
-        )
     wanted = _cleaned(reference)
     if not re.search(r"\w|\\[a-zA-Z]+|\\?[{\[(]", wanted):
         return Grade(None, why=f"the reference {reference!r} cannot be read as mathematics")
@@ -53,9 +51,10 @@ def judge_math(answer: str, reference: str, timeout: int = TIMEOUT) -> Grade:
             None, read, f"an answer of {len(read)} characters, or of so many brackets, is not worked out"
         )
     try:
-        right = equal(_cleaned(read), wanted, timeout)
-        if statement.exclaimed and right != equal(_cleaned(f"{read}!"), wanted, timeout):
-            right = None
+        with within(timeout + 1.0):
+            right = equal(_cleaned(read), wanted, timeout)
+            if statement.exclaimed and right != equal(_cleaned(f"{read}!"), wanted, timeout):
+                right = None
     except Unparsed as error:
         return Grade(None, read, str(error))
     if right is None:

@@ -10,6 +10,9 @@ import re
 import unicodedata
 from functools import cache
 
+RUN = 8
+"""Blanks, lines and signs of one kind in a row that mean no more than so many."""
+_REPEATED = re.compile(r"([^\w()\[\]{}\\])\1{8,}")
 _CHARACTERS = {
     **dict.fromkeys("−–‐‑‒﹣", "-"),
     **dict.fromkeys("“”„«»「」『』〝〞", '"'),
@@ -141,7 +144,8 @@ def tidy(text: str) -> str:
         >>> tidy("**答案**：Ｂ"), tidy("–5"), tidy("3㎡")
         ('答案:B', '-5', '3m^{2}')
     """
-    text = "".join(_character(c) for c in unicodedata.normalize("NFC", text))
+    text = "".join(_character(c) for c in unicodedata.normalize("NFC", without_runs(text)))
+    text = without_runs(text)
     text = re.sub(
         r"\^\{([^{}]*)\}(?:\^\{([^{}]*)\})+", lambda m: "^{" + re.sub(r"[\^{}]", "", m[0]) + "}", text
     )
@@ -149,6 +153,11 @@ def tidy(text: str) -> str:
     for pattern, said in _MARKDOWN:
         text = re.sub(pattern, said, text)
     return text
+
+
+def without_runs(text: str) -> str:
+    """A text in which no blank and no sign, but those that open and close, stands more than `RUN` times in a row."""
+    return _REPEATED.sub(lambda m: m[0][:RUN], text)
 
 
 def normal(text: str) -> str:

@@ -8,10 +8,10 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-from interp.questions.grading.grade import Grade
+from interp.questions.grading.grade import Grade, Unread, always_told
 from interp.questions.grading.normal import plain, tidy
 from interp.questions.grading.quantity import Mention, Number, mentions
-from interp.questions.grading.statement import LONGEST, Statement, last_sentence, statement_of
+from interp.questions.grading.statement import READ, Statement, last_sentence, statement_of
 
 __all__ = ["NONE", "Reading", "compared", "judge_number", "read_number", "same"]
 
@@ -40,6 +40,7 @@ class Reading:
         return (*([self.number] if self.number else []), *self.perhaps)
 
 
+@always_told
 def judge_number(
     answer: str, reference: str, *, tolerance: float | int = 0, decimals: int | None = None
 ) -> Grade:
@@ -126,17 +127,23 @@ def same(found: Number, wanted: Number, allowed: Fraction = Fraction(0)) -> bool
     if found.form == "%" and not wanted.form and _close(value * 100, target, allowed):
         return None
     irrational = isinstance(value, float) != isinstance(target, float)
-    return None if irrational and math.isclose(value, target, rel_tol=1e-12) else False
+    try:
+        return None if irrational and math.isclose(value, target, rel_tol=1e-12) else False
+    except OverflowError:
+        return False
 
 
 def _close(value: Fraction | float, target: Fraction | float, allowed: Fraction) -> bool:
     if isinstance(value, Fraction) and isinstance(target, Fraction):
         return abs(value - target) <= allowed
     both = isinstance(value, float) and isinstance(target, float)
-    return (
-        abs(float(value) - float(target))
-        <= float(allowed) * (allowed > 0) + 1e-12 * abs(float(target)) * both
-    )
+    try:
+        return (
+            abs(float(value) - float(target))
+            <= float(allowed) * (allowed > 0) + 1e-12 * abs(float(target)) * both
+        )
+    except OverflowError:  # a number of more than 300 digits is no float, and near to none
+        return False
 
 
 def _same_ratio(found: Number, wanted: Number) -> bool:
@@ -161,12 +168,16 @@ def read_number(text: str) -> Reading:
         >>> read_number("She had 9. So 9 * 2 = $18 every day.").number.value, read_number("3 or 4").why
         (Fraction(18, 1), 'several numbers: 3, 4')
     """
-    if len(text) > LONGEST:
+    if len(text) > READ:
         return Reading(why=f"an answer of {len(text)} characters is no number")
     text = tidy(text)
-    several = None
+    several, many = None, None
     for scope in _scopes(text):
-        found = [mention for mention in mentions(scope) if not mention.negated]
+        try:
+            found = [mention for mention in mentions(scope) if not mention.negated]
+        except Unread as error:  # too many: a part of it may hold one
+            many = many or error
+            continue
         found = [
             one for place, one in enumerate(found) if not any(_equal(one, other) for other in found[:place])
         ]
@@ -174,6 +185,8 @@ def read_number(text: str) -> Reading:
             one = found[0]
             return Reading(one.sure, one.perhaps, one.why)
         several = several or found
+    if many:
+        raise many
     if several:
         return Reading(why=f"several numbers: {', '.join(one.text for one in several)}")
     if denied := tuple(one.sure for one in mentions(text) if one.negated and one.sure):

@@ -256,7 +256,7 @@ def _asian(text: str) -> str:
     text = re.sub(r"(?:1|一)半", "1/2", text)
     groups = "".join(_HAN_GROUPS)
     text = re.sub(
-        rf"({_NUMBER})\s*([{groups}千百])",
+        rf"(?<!\d)(?<!\d,)({_NUMBER})\s*([{groups}千百])",
         lambda m: _decimal(_fraction(m[1]) * (_HAN_GROUPS | _HAN_SCALES)[m[2]]),
         text,
     )

@@ -152,14 +152,14 @@ def _denials(said: str, options: Sequence[str], texts: Sequence[str]) -> tuple[s
     words = [re.escape(text) for text in texts if len(text) > 1 and text not in ("yes", "no")]
     what = "|".join([*sorted(words, key=len, reverse=True), r"(?<![\w'])[A-Za-z](?![\w'])"])
     item = rf"(?:option\s+|an?\s+|the\s+)?[(\[]?(?:{what})[)\]]?"
-    several = rf"(?:{what})[)\]]?(?:(?:\s*,\s*{item})*\s*,?\s*(?:and|or|nor|和|或|及)\s*{item})?"
+    several = rf"(?:{what})[)\]]?(?:(?:\s*,\s*{item}){{0,26}}\s*,?\s*(?:and|or|nor|和|或|及)\s*{item})?"
     denied: set[int] = set()
     for pattern in _NEGATED:
         compiled = re.compile(rf"{pattern.pattern.replace('{what}', several)}(?![A-Za-z0-9])", re.I)
-        for item in (
-            m[0] for match in compiled.finditer(said) for m in re.finditer(what, match["what"], re.I)
-        ):
-            denied |= numbers_of([item], options) | {i for i, t in enumerate(texts) if t == bare(item)}
+        items = [m[0] for match in compiled.finditer(said) for m in re.finditer(what, match["what"], re.I)]
+        for item in dict.fromkeys(items):
+            named = bare(item)
+            denied |= numbers_of([item], options) | {i for i, t in enumerate(texts) if t == named}
         said = compiled.sub(" ", said)
     return denied, said
 

@@ -9,11 +9,15 @@ from fractions import Fraction
 
 from interp.questions.grading.arithmetic import NotArithmetic, Value, value_of
 from interp.questions.grading.bounds import NEARLY, NOT, Form, bound_of
-from interp.questions.grading.literals import LITERAL, readings
+from interp.questions.grading.grade import Unread
+from interp.questions.grading.literals import LITERAL, LONGEST, readings
 from interp.questions.grading.normal import plain
 from interp.questions.grading.numerals import in_digits
 from interp.questions.grading.units import MONEY, Unit, unit_of
 
+MOST = 100
+"""Numbers in one answer that are read."""
+_DIGITS = re.compile(r"\d+")
 NEAR = 80
 """Characters on either side of a number that say what it is."""
 
@@ -60,7 +64,7 @@ class Mention:
 
 
 _ATOM = (
-    rf"(?:(?:(?:sqrt|cbrt)?\(|(?<![\d)])[-+]\s?)*(?:{LITERAL}|pi\b)"
+    rf"(?:(?:(?:sqrt|cbrt)?\(|(?<![\d)])[-+]\s?){{0,12}}(?:{LITERAL}|pi\b)"
     r"(?:\)|!(?!=)|\s?\^\s?[-+]?\(?[-+]?\d+(?:\s*/\s*\d+)?\)?)*)"
 )
 _CHUNK = re.compile(
@@ -93,7 +97,15 @@ _VARIABLE = re.compile(r"\s(?![aAI]\b)[A-Za-z]\s*(?:$|[-+*/^=])")
 
 
 def mentions(text: str) -> list[Mention]:
-    """The numbers of a text, in its order."""
+    """The numbers of a text, in its order.
+
+    Raises:
+        Unread: there are more than `MOST`, or one of more digits than are read.
+    """
+    runs = _DIGITS.findall(text)
+    if len(runs) > MOST or max(map(len, runs), default=0) > LONGEST:
+        what = f"{len(runs)} numbers" if len(runs) > MOST else f"a number of {max(map(len, runs))} digits"
+        raise Unread(f"{what} in one answer, which are not read")
     text = _REPEATING.sub(_repeating, in_digits(plain(text)))
     text = re.sub(r"(?<=\d)\s?x\s?(?=\d)", "*", text)
     text = re.sub(r"(?<![A-Za-z])pi(?=sqrt|\d)", "pi*", text)

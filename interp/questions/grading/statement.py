@@ -10,10 +10,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from interp.questions.grading.normal import tidy
+from interp.questions.grading.grade import Unread
+from interp.questions.grading.normal import tidy, without_runs
 
-LONGEST = 4000
-"""Characters of a text without a statement that are read, from its end."""
+READ = 4000
+"""Characters that are read at once: the end of a text, or an earlier part of one whose end states nothing."""
+OVERLAP = 1000
+"""Characters that two parts share, so that what begins in the one is whole in it."""
+EARLIER = 12
+"""Earlier parts with a mark or a word of an answer that are read."""
+DEEPEST = 6
+"""Statements within statements that are followed."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +45,8 @@ _CLOSED = re.compile(rf"[<◁]\s*/\s*{_CHAIN}\s*[>▷]", re.I)
 _OPENED = re.compile(rf"[<◁]\s*{_CHAIN}\s*[>▷]", re.I)
 _TAGGED = re.compile(r"<\s*(answer|ans|final_answer|final)\s*>(.*?)<\s*/\s*\1\s*>", re.DOTALL | re.I)
 _BOX_TOKENS = re.compile(r"<\|begin_of_box\|>(?P<answer>.*?)<\|end_of_box\|>", re.DOTALL)
-_OPEN_TAG = re.compile(
-    r"<\s*(?:answer|ans|final_answer)\s*>(?P<answer>(?:(?!<\s*/?\s*answer\s*>).)+)\Z", re.DOTALL | re.I
-)
+_ANSWER_TAG = re.compile(r"<\s*/?\s*answer\s*>", re.I)
+_OPEN_TAG = re.compile(r"<\s*(?:answer|ans|final_answer)\s*>(?P<answer>.+)\Z", re.DOTALL | re.I)
 _HASHES = re.compile(r"####\s*(?P<answer>[^\n]+)")
 _JOINED = re.compile(r"[\s$,;.()\\]*(?:and|or|和|或|及)?[\s$,;()\\]*")
 
@@ -62,7 +68,10 @@ _SAID = (
         r"opt for|say)\s+(?=(?P<answer>[^\n]+))",
         re.I,
     ),
-    re.compile(r"(?:^|\n)\W*(?:the |my )?(?:final |correct )?answer\W*\n+\s*(?=(?P<answer>[^\n]+))", re.I),
+    re.compile(
+        r"(?:^|\n)\W{0,20}(?:the |my )?(?:final |correct )?(?<!/)answer\W{0,20}\n\s{0,20}(?=(?P<answer>[^\n]+))",
+        re.I,
+    ),
     re.compile(
         r"(?:(?:最终|正确)?(?:答案|选项|選項)|(?:最终)?结果|结论|答え|正解|解答|回答|故选|应选|應選)\s*(?:应该|应当|"
         r"应|就|只能)?\s*(?:是|为|為|选|選|は|:|=)\s*(?=(?P<answer>[^\n]+))"
@@ -95,7 +104,7 @@ _TAKEN_BACK = re.compile(
     re.I,
 )
 _NOTES = re.compile(
-    r"\n\s*(?:explanation|reason|reasoning|rationale|justification|confidence|note|because|解释|解析|理由|原因|"
+    r"\n\s{0,20}(?:explanation|reason|reasoning|rationale|justification|confidence|note|because|解释|解析|理由|原因|"
     r"说明)s?\s*(?::|\n)(?!.*\banswer\b)",
     re.I | re.DOTALL,
 )
@@ -121,41 +130,95 @@ def extract(text: str) -> tuple[str, bool]:
         >>> fl.grading.extract("The answer is Dr. Smith. No wait, the answer is St. Louis.")
         ('St. Louis', True)
     """
-    found = statement_of(text)
+    try:
+        found = statement_of(text)
+    except Unread:
+        return text[-READ:].strip(), False
     return found.text, found.stated
 
 
 def statement_of(text: str) -> Statement:
-    """The last statement of an answer in a text, and how it stands."""
-    return _in_text(tidy(_behind_the_chain(text)).strip())
+    """The last statement of an answer in a text, and how it stands.
+
+    The end of a long text is read; where it states nothing, the parts before it are, from the last to the first.
+
+    Raises:
+        Unread: what an earlier part states is longer than is read, or may be taken back behind it; or too many
+            statements lie within one another.
+    """
+    whole = _behind_the_chain(without_runs(text)).strip()
+    found = _in_text(tidy(_end_of(whole)).strip())
+    return found if found.stated else _earlier(whole) or found
 
 
-def _in_text(text: str) -> Statement:
+def _end_of(text: str) -> str:
+    """A long text answers at its end; no word is cut."""
+    start = _start(text, len(text) - READ)
+    if start > 0 and not text[start - 1].isspace():
+        _, _, behind = text[start:].partition(" ")
+        return behind or text[start:]
+    return text[start:]
+
+
+def _start(text: str, place: int) -> int:
+    """Where to begin, at a place or before it, so that no statement is cut."""
+    opening = None if place <= 0 else _STATES.search(text, max(0, place - OVERLAP), place)
+    return max(0, place) if opening is None else opening.start()
+
+
+_STATES = re.compile(
+    r"\\(?:boxed|fbox)|<\s*(?:final_?)?ans|####|_of_box|(?<![/\w])answers?\b|答案|答え|正解|回答|정답|답",
+    re.I,
+)
+
+
+def _earlier(whole: str) -> Statement | None:
+    """The last statement before the end of a text.
+
+    Raises:
+        Unread: it does not end where what is read of it ends, or may be taken back behind that.
+    """
+    tried = 0
+    for end in range(len(whole) - READ + OVERLAP, OVERLAP, OVERLAP - READ):
+        part = whole[_start(whole, end - READ) : end]
+        if not _STATES.search(part):
+            continue
+        tried += 1
+        if tried > EARLIER:
+            return None
+        tidied = tidy(part).strip()
+        found = _in_text(tidied)
+        if not found.stated:
+            continue
+        if tidied.endswith(found.text) or _TAKEN_BACK.search(whole, end):
+            behind = len(whole) - end
+            raise Unread(f"{behind:,} characters and more stand behind the answer, and may change it")
+        return found
+    return None
+
+
+def _in_text(text: str, depth: int = 0) -> Statement:
+    if depth > DEEPEST:
+        raise Unread(f"more than {DEEPEST} statements lie within one another")
     text = _without_notes(text)
     marked = _marked(text)
     if marked is not None:
         inside, end = marked
-        found = _corrected(text[end:])
-        within = _in_text(inside.strip()) if inside.strip() != text else Statement(inside.strip(), True)
+        found = _corrected(text[end:], depth)
+        within = (
+            _in_text(inside.strip(), depth + 1) if inside.strip() != text else Statement(inside.strip(), True)
+        )
         return found or replace(within, stated=True)
     said = _said(text)
     if said is None:
         before, _, behind = _split_where_taken_back(text)
         if before.strip(" ,.;:-\n") and behind.strip():
-            return replace(_in_text(behind.strip()), retracted=True)
-        return Statement(_end_of(text), False)
+            return replace(_in_text(behind.strip(), depth + 1), retracted=True)
+        return Statement(text, False)
     start, answer = said
-    found = _corrected(text[start:])
+    found = _corrected(text[start:], depth)
     exclaimed = re.search(r"\d!\Z", answer) is not None
     return found or Statement(answer.removesuffix("!"), True, exclaimed=exclaimed)
-
-
-def _end_of(text: str) -> str:
-    """A text that states nothing answers at its end; of a very long one no more is read."""
-    if len(text) <= LONGEST:
-        return text
-    _, _, behind = text[-LONGEST:].partition(" ")
-    return behind or text[-LONGEST:]
 
 
 def _without_notes(text: str) -> str:
@@ -171,20 +234,34 @@ def _behind_the_chain(text: str) -> str:
     opening = _OPENED.search(text)
     if opening is None:
         return text
-    tagged = _TAGGED.search(text, opening.end()) or _OPEN_TAG.search(text, opening.end())
-    return text[: opening.start()] if tagged is None else text[tagged.start() :]
+    end = text[max(opening.end(), len(text) - READ) :]
+    tagged = _TAGGED.search(end) or _open_tag(end)
+    return text[: opening.start()] if tagged is None else end[tagged.start() :]
 
 
 def _marked(text: str) -> tuple[str, int] | None:
     r"""What the last mark holds (`\boxed{}`, tags, `####`), and where it ends."""
     marks = [(end, start, inside) for start, end, inside in _boxes(text)]
     marks += [(m.end(), m.start(), m[2]) for m in _TAGGED.finditer(text)]
-    for pattern in (_BOX_TOKENS, _HASHES, _OPEN_TAG):
+    for pattern in (_BOX_TOKENS, _HASHES):
         marks += [(m.end(), m.start(), m["answer"]) for m in pattern.finditer(text)]
+    if opened := _open_tag(text):
+        marks += [(opened.end(), opened.start(), opened["answer"])]
     if not marks:
         return None
     end, _, inside = max(marks, key=lambda mark: (mark[0], -mark[1]))
     return inside, end
+
+
+def _open_tag(text: str) -> re.Match[str] | None:
+    """The first tag that is opened and never closed, behind all those that are."""
+    closed = [m.end() for m in _ANSWER_TAG.finditer(text)]
+    start = closed[-1] if closed else 0
+    found = _OPEN_TAG.search(text, start)
+    if found is None and closed:  # the last of them opens
+        last = [m.start() for m in _ANSWER_TAG.finditer(text)][-1]
+        found = _OPEN_TAG.match(text, last)
+    return found
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
@@ -233,12 +310,12 @@ def _said(text: str) -> tuple[int, str] | None:
     return start, _until_the_sentence_ends(last["answer"])
 
 
-def _corrected(tail: str) -> Statement | None:
+def _corrected(tail: str, depth: int) -> Statement | None:
     """What is said instead, where a tail takes back what was said before it."""
     _, cue, behind = _split_where_taken_back(tail)
     if not cue or not behind.strip(" .!?"):
         return Statement("", True, retracted=True) if cue and _DOUBT.search(cue) else None
-    return replace(_in_text(behind.strip()), stated=True, retracted=True)
+    return replace(_in_text(behind.strip(), depth + 1), stated=True, retracted=True)
 
 
 _DOUBT = re.compile(r"wait|let me|wrong|mistake|not right|incorrect|scratch", re.I)
@@ -262,10 +339,12 @@ def last_sentence(text: str) -> str:
 
 
 def _sentence_ends(text: str) -> list[int]:
+    end = len(text.rstrip())
     return [
         m.end()
         for m in _END.finditer(text)
-        if m[0] != "." or not (_ABBREVIATION.search(text[: m.start()]) and text[m.end() :].strip())
+        if m[0] != "."
+        or not (_ABBREVIATION.search(text, max(m.start() - 40, 0), m.start()) and m.end() < end)
     ]
 
 

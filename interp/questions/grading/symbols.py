@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
+from interp.questions.grading.magnitude import too_large
+
 POINTS = (0.7310585786300049, -1.3862943611198906, 2.2360679774997896, 5.436563656918091)
 """Values that variables take, in turn, where two expressions are compared."""
 DIGITS = 40
@@ -64,6 +66,8 @@ def _parsed(text: str, timeout: int, whose: str) -> Any:
     from math_verify import LatexExtractionConfig, parse
     from math_verify.errors import TimeoutException
 
+    if why := too_large(text):
+        raise Unparsed(f"{whose} {text!r} is not worked out: it holds {why}")
     if re.search(r"\\ldots|\\forall|\\exists|\d\s*_|\\overline", text):
         raise Unparsed(f"{whose} {text!r} cannot be read as mathematics: it holds more than an expression")
     if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from interp.questions.grading.grade import Grade
+from interp.questions.grading.grade import Grade, always_told
 from interp.questions.grading.normal import plain
 from interp.questions.grading.statement import Statement, statement_of
 
@@ -18,11 +18,13 @@ _PHRASES = re.compile(
 )
 
 
+@always_told
 def judge_exact(answer: str, reference: str) -> Grade:
     """Word for word, nothing extracted: as `interp.questions.tasks.grade`."""
     return Grade(answer.split() == reference.split(), answer)
 
 
+@always_told
 def judge_text(answer: str, reference: str) -> Grade:
     """Same letters: case, the form of Unicode and LaTeX, and punctuation and spaces at the ends do not count.
 

@@ -11,6 +11,8 @@ from typing import Literal, TypeVar
 import numpy as np
 from jaxtyping import Int
 
+from hooks.errors import FrankenlensError
+from hooks.extras import MissingPackage
 from interp.questions.examples import Example, fingerprint
 from interp.questions.readers.report import Failure, RowError
 
@@ -125,7 +127,9 @@ def take(
             continue
         try:
             example = read(n, row)
-        except RowError as error:
+        except MissingPackage:  # no fault of the row
+            raise
+        except (RowError, FrankenlensError) as error:
             failures.append(Failure(n, str(error)))
             continue
         if example in draw.seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from hooks.extras import require_installed
 from interp.questions.examples import Example
 from interp.questions.grading import extract
 from interp.questions.readers.draw import Draw, take
-from interp.questions.readers.pictures import image_of
+from interp.questions.readers.pictures import PIXELS, Access, images_of
 from interp.questions.readers.report import ReadReport, RowError, counted
 from interp.questions.readers.rows import gradable, text_of
 
@@ -37,6 +38,8 @@ def read_mathvista(
     category: str | None = None,
     n: int | None = None,
     draw: Draw | None = None,
+    images_anywhere: bool = False,
+    max_pixels: int = PIXELS,
 ) -> tuple[list[Example], ReadReport]:
     """MathVista. The question is the benchmark's own `query` (with hint and options); the task is its category.
 
@@ -49,6 +52,7 @@ def read_mathvista(
         category: "general-vqa" or "math-targeted-vqa"; both by default.
         n: at most so many examples, the first.
         draw: instead of n, which of them.
+        images_anywhere, max_pixels: as in `read_jsonl`; images that are not in the rows lie in the folder of `source`.
 
     Raises:
         FrankenlensError: it cannot be loaded, a column is missing, or no row can be read.
@@ -66,6 +70,7 @@ def read_mathvista(
         draw=draw or Draw(n),
         wanted=wanted,
         what=f"of the category {category!r} ",
+        access=Access(images_anywhere, max_pixels),
     )
 
 
@@ -92,7 +97,7 @@ def read_gsm8k(
 
 
 def _mathvista(index: int, row: Row) -> Example:
-    image, choices = row[IMAGE], row.get("choices")
+    images, choices = row[IMAGE], row.get("choices")
     known = row["metadata"] or {}
     meta: dict[str, Any] = {key: known[key] for key in ("category", "task", "source") if known.get(key)}
     meta |= {"unit": row.get("unit"), "question": row.get("question")}
@@ -108,7 +113,7 @@ def _mathvista(index: int, row: Row) -> Example:
         meta["grader"] = "math" if row["answer_type"] == "list" else "text"
     question, answer = text_of(row, "query"), text_of(row, "answer")
     task = str(known.get("category") or "mathvista")
-    return Example(f"mathvista-{row['pid']}", (image,), question, answer, task, meta=meta)
+    return Example(f"mathvista-{row['pid']}", images, question, answer, task, meta=meta)
 
 
 def _math500(index: int, row: Row) -> Example:
@@ -144,6 +149,7 @@ def _read(
     draw: Draw,
     wanted: Callable[[Row], bool] | None = None,
     what: str = "",
+    access: Access | None = None,
 ) -> tuple[list[Example], ReadReport]:
     rows = _undecoded(_load(str(source), split, config))
     missing = [name for name in columns if name not in rows.column_names]
@@ -154,13 +160,14 @@ def _read(
     small = rows.select_columns([name for name in rows.column_names if name != IMAGE])
     places = [(i + 1, i) for i, row in enumerate(small) if wanted is None or wanted(row)]
     remarks: Counter[str] = Counter()
+    root = Path(source) if os.path.isdir(source) else Path(source).parent
 
     def read(number: int, place: int) -> Example:
         row = rows[place]
         if IMAGE in columns:
             if row[IMAGE] is None:
                 raise RowError(f"the field {IMAGE!r} holds no image")
-            row[IMAGE], said = image_of(row[IMAGE], Path())
+            row[IMAGE], said = images_of([row[IMAGE]], root, access)
             remarks.update(said)
         return gradable(to_example(place, row))
 
@@ -176,7 +183,7 @@ def _read(
 
 
 def _undecoded(rows: Any) -> Any:
-    """The rows with images as their bytes, which `image_of` reads as it reads all others."""
+    """The rows with images as their bytes, which `images_of` reads as it reads all others."""
     import datasets
 
     if isinstance(rows.features.get(IMAGE), datasets.Image):
@@ -191,14 +198,16 @@ def _load(source: str, split: str, config: str | None) -> Any:
 
     path = Path(source)
     try:
-        if path.is_file():
+        if os.path.isfile(path):
             if path.suffix not in _FORMATS:
                 raise FrankenlensError(f"{source}: give a file of the kind {', '.join(_FORMATS)}")
             return datasets.load_dataset(_FORMATS[path.suffix], data_files=source, split="train")
-        if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        if os.path.isdir(path) and any(
+            (path / name).is_file() for name in ("state.json", "dataset_dict.json")
+        ):
             found = datasets.load_from_disk(source)
             return found[split] if isinstance(found, datasets.DatasetDict) else found
-        return datasets.load_dataset(source, None if path.is_dir() else config, split=split)
+        return datasets.load_dataset(source, None if os.path.isdir(path) else config, split=split)
     except FrankenlensError:
         raise
     except Exception as error:  # the hub, the network, the file system and pyarrow each raise their own

@@ -6,15 +6,17 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from hooks.errors import FrankenlensError, nearest
 from interp.questions.examples import Example
+from interp.questions.grading.settings import NUMBERS
 from interp.questions.readers.draw import Draw, take
-from interp.questions.readers.pictures import image_of
-from interp.questions.readers.report import ReadReport, RowError, counted
-from interp.questions.readers.rows import NUMBERS, gradable, text_if_any, text_of, without_markers
+from interp.questions.readers.pictures import PIXELS, Access, images_of
+from interp.questions.readers.report import ReadReport, RowError, counted, shown
+from interp.questions.readers.rows import gradable, text_if_any, text_of, without_markers
 from interp.questions.readers.tables import Row, rows_of
 
 META = ("grader", "choices", *NUMBERS, "description")
@@ -68,12 +70,16 @@ def read_jsonl(
     *,
     encoding: str | None = None,
     draw: Draw | None = None,
+    images_anywhere: bool = False,
+    max_pixels: int = PIXELS,
 ) -> tuple[list[Example], ReadReport]:
     """Examples of a file of rows, and a report that counts every row that could not be read.
 
     A row may also name its grader, and have the fields of `META`; a row whose own reference its grader does not
     accept is not read. Questions without images need no field for them; where some rows have the field and others do
     not, those others are not read: `[]` or `null` says that a question has no image (`null` is counted in the notes).
+    Nor is a row that repeats another's id. Of the rows that are drawn, and of no others, the images
+    are decoded, once now and again when they are used (`interp.questions.on_demand`).
 
     Arguments:
         path: JSON lines (one object a line); or the same rows as a JSON array, CSV or parquet.
@@ -81,6 +87,8 @@ def read_jsonl(
         fields: names of the fields.
         encoding: of text, as Python names it; by default UTF-8, or the UTF-16 or UTF-32 that a file shows.
         draw: which rows are taken, and hence read; by default all.
+        images_anywhere: whether rows may name images outside of their folder.
+        max_pixels: of an image; a row with a larger one is not read.
 
     Raises:
         FrankenlensError: no such file, one of another kind, no rows, a required field (question, answer) or one that
@@ -92,7 +100,7 @@ def read_jsonl(
     _require_fields(path, rows, fields)
     root = path.parent if images is None else Path(images)
     n_with_image = sum(fields.image in row for _, row in rows)
-    names, renamed = _names(rows, fields)
+    names, access = _names(rows, fields), Access(images_anywhere, max_pixels)
     notes: Counter[str] = Counter()
 
     def read(n: int, row: Row) -> Example:
@@ -101,7 +109,12 @@ def read_jsonl(
                 f"it has no field {fields.image!r}, and {n_with_image} other rows have; write [] there if the question "
                 "has no image"
             )
-        example, remarks = _example(n, row, names[n], root, fields)
+        name = names[n]
+        if isinstance(name, int):
+            raise RowError(
+                f"the id {shown(row[fields.id])} is that of row {name}, too; give each row an id of its own"
+            )
+        example, remarks = _example(n, row, name, root, fields, access)
         notes.update(remarks)
         return example
 
@@ -111,24 +124,24 @@ def read_jsonl(
     failures = sorted([*failures, *taken.failures], key=lambda failure: failure.row)
     n_read = len(taken.examples)
     return list(taken.examples), ReadReport(
-        str(path), n_rows, n_read, tuple(failures), renamed, counted(notes), taken.passed
+        str(path), n_rows, n_read, tuple(failures), counted(notes), taken.passed
     )
 
 
-def _names(rows: Sequence[tuple[int, Row]], fields: Fields) -> tuple[dict[int, str], tuple[int, ...]]:
-    """What each row is called, whichever are drawn, and which of them repeat another's id."""
-    names: dict[int, str] = {}
-    renamed: list[int] = []
-    used: set[str] = set()
+def _names(rows: Sequence[tuple[int, Row]], fields: Fields) -> dict[int, str | int]:
+    """What each row is called, whichever are drawn; of one that repeats an id, the row that had it first."""
+    names: dict[int, str | int] = {}
+    first: dict[str, int] = {}
     for n, row in rows:
         given = row.get(fields.id)
-        name = str(n) if given in (None, "") else str(given)
-        if name in used:
-            renamed.append(n)
-            name = f"{name}#{n}"
-        used.add(name)
-        names[n] = name
-    return names, tuple(renamed)
+        if isinstance(given, (str, int, float, Decimal)) and given != "":
+            name = str(given)
+            names[n] = name if first.setdefault(name, n) == n else first[name]
+    for n, _ in rows:
+        names.setdefault(
+            n, f"{n}" if f"{n}" not in first else f"{n}#{n}"
+        )  # without an id, or one that is refused
+    return names
 
 
 def _asked(row: Row, fields: Fields) -> str:
@@ -178,17 +191,18 @@ def _is_like_image(value: Any) -> bool:
     )
 
 
-def _example(n: int, row: Row, name: str, root: Path, fields: Fields) -> tuple[Example, list[str]]:
+def _example(
+    n: int, row: Row, name: str, root: Path, fields: Fields, access: Access
+) -> tuple[Example, list[str]]:
     """The example of a row, and what is to be remarked about it."""
     given = row.get(fields.image)
     values = given if isinstance(given, list) else [] if given is None else [given]
     question = without_markers(text_of(row, fields.question), len(values))
     text_if_any(row, fields.id)
-    opened = [image_of(value, root) for value in values]
-    remarks = [remark for _, some in opened for remark in some]
+    images, remarks = images_of(values, root, access)
     example = Example(
         id=name,
-        images=tuple(image for image, _ in opened),
+        images=images,
         question=question,
         answer=text_of(row, fields.answer),
         task=text_if_any(row, fields.task) or "",

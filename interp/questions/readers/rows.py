@@ -7,16 +7,16 @@ import re
 from decimal import Decimal
 from typing import Any
 
+from hooks.errors import one_line
 from hooks.extras import MissingPackage
 from interp.questions.examples import Example
 from interp.questions.grading import GRADERS, reference_fault
+from interp.questions.grading.settings import NUMBERS, setting_fault
 from interp.questions.readers.report import RowError, shown
 from interp.questions.readers.tables import Row
 
 IMAGE_MARKER = "<image>"
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
-NUMBERS = ("tolerance", "decimals", "iou")
-"""What a grader takes from a row as a number."""
 
 
 def text_of(row: Row, name: str) -> str:
@@ -83,24 +83,17 @@ def gradable(example: Example) -> Example:
         raise RowError(f"there is no grader {shown(grader)}, only {', '.join(GRADERS)}")
     for name in NUMBERS:
         value = example.meta.get(name)
-        if value is not None and not _is_measure(value):
-            raise RowError(
-                f"the settings of the grader {grader!r} cannot be read: {name!r} must be a number of at least 0, found "
-                f"{shown(value)}"
-            )
+        if value is not None and (fault := setting_fault(name, value)):
+            raise RowError(f"the settings of the grader {grader!r} cannot be read: {fault}")
     try:
         fault = reference_fault(example)
     except MissingPackage:
         raise  # no fault of the row
-    except (TypeError, ValueError) as error:
-        raise RowError(f"the settings of the grader {grader!r} cannot be read: {error}") from error
+    except Exception as error:
+        raise RowError(f"the settings of the grader {grader!r} cannot be read: {one_line(error)}") from error
     if fault:
         raise RowError(fault)
     return example
-
-
-def _is_measure(value: Any) -> bool:
-    return not isinstance(value, Decimal) and _is_number(value) and value >= 0
 
 
 def _is_number(value: Any) -> bool:

@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line
 from hooks.whereabouts import require_file
 from interp.questions.readers.report import Failure, shown
 
@@ -23,6 +24,8 @@ Numbered = tuple[list[tuple[int, Row]], list[Failure]]
 
 KINDS = "JSON lines (one object a line), a JSON array of objects, CSV (.csv, .tsv) or parquet"
 DEEP = "nested too deeply to be read"
+DEEPEST = 64
+"""Lists and objects within one another, of a value that is read."""
 DIGITS = 4300
 """Of an integer that Python reads."""
 _PARQUET = b"PAR1"
@@ -58,14 +61,19 @@ def rows_of(path: Path, encoding: str | None = None) -> Numbered:
     Raises:
         FrankenlensError: no such file, one of another kind or encoding, or one without rows.
     """
-    if path.is_dir():
+    if "\0" in str(path) or len(os.fsencode(path.name)) > 255:
+        raise FrankenlensError(f"{shown(str(path))} is no name of a file; give {KINDS}")
+    if os.path.isdir(path):
         inside = sorted(
             p.name for p in path.iterdir() if p.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet")
         )
         there = f": {', '.join(inside[:3])}{', …' if len(inside) > 3 else ''}" if inside else ""
         raise FrankenlensError(f"{path} is a folder; give a file of questions in it{there}")
     require_file(path, KINDS)
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FrankenlensError(f"{path} cannot be read: {one_line(error)}") from error
     for magic, what in _PACKED.items():
         if data.startswith(magic):
             raise FrankenlensError(f"{path} is {what}, and give {KINDS}")
@@ -85,15 +93,15 @@ def _decoded(path: Path, data: bytes, encoding: str | None) -> str:
     try:
         own = codecs.lookup(name).name
         return data.decode("utf-8-sig" if own == "utf-8" else own, "surrogateescape")
-    except LookupError:
-        raise FrankenlensError(
-            f"there is no encoding {name!r}; name one as Python does: utf-8, gbk, latin-1"
-        ) from None
     except UnicodeError as error:
         raise FrankenlensError(
-            f"{path} is not in {name}{'' if encoding else ', as it begins'}: {error}. Name its encoding (--encoding "
-            'gbk, in Python encoding="gbk"), or save it as UTF-8.'
+            f"{path} is not in {name}{'' if encoding else ', as it begins'}: {one_line(error)}. Name its encoding "
+            '(--encoding gbk, in Python encoding="gbk"), or save it as UTF-8.'
         ) from error
+    except (LookupError, TypeError, ValueError):  # no encoding, one that is none of text, or not even a name
+        raise FrankenlensError(
+            f"there is no encoding {shown(name)}; name one as Python does: utf-8, gbk, latin-1"
+        ) from None
 
 
 def _json(path: Path, text: str) -> Numbered:
@@ -133,17 +141,33 @@ def _elements(path: Path, text: str) -> list[tuple[int, Any]] | None:
         raise FrankenlensError(
             f"{path} is one JSON array, and {DEEP}; write one object a line, so that only that row fails"
         )
-    return list(enumerate(whole, 1)) if isinstance(whole, list) else None
+    if not isinstance(whole, list):
+        return None
+    return [(n, Unreadable(DEEP) if _is_deep(one) else one) for n, one in enumerate(whole, 1)]
 
 
 def _parsed(text: str) -> Any:
     """A JSON value, or why there is none; in it, why a part of it is none."""
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+        found = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+        return found if isinstance(found, list) or not _is_deep(found) else Unreadable(DEEP)
     except json.JSONDecodeError as error:
         return Unreadable(f"no JSON: {error}")
     except RecursionError:
         return Unreadable(DEEP)
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether more lists and objects lie within one another than are read."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inside
+            for one in level
+            if isinstance(one, (dict, list))
+            for inside in (one.values() if isinstance(one, dict) else one)
+        ]
+    return bool(level)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unreadable:
@@ -182,12 +206,11 @@ def _csv(path: Path, text: str) -> Numbered:
 
 
 def _parquet(path: Path) -> Numbered:
-    import pyarrow
     from pyarrow import parquet
 
     try:
         rows = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except Exception as error:  # pyarrow's own, and what its conversions to Python raise
         raise FrankenlensError(f"{path} is no parquet file that can be read: {shown(str(error))}") from error
     if not rows:
         raise FrankenlensError(f"{path} holds no rows")

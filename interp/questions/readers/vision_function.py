@@ -6,6 +6,7 @@ A folder per function with `data.jsonl` and its images. A row has `id`, `task`, 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from PIL import Image
 from hooks.errors import FrankenlensError
 from interp.questions.examples import Example
 from interp.questions.grading import judge
-from interp.questions.readers.pictures import image_of
+from interp.questions.readers.pictures import PIXELS, Access, images_of
 from interp.questions.readers.report import Failure, ReadReport, RowError, counted
 from interp.questions.readers.rows import gradable, text_of, without_markers
 from interp.questions.readers.tables import Row, rows_of
@@ -45,7 +46,13 @@ BLANK = 8
 
 
 def read_vision_functions(
-    folder: str | Path, functions: Sequence[str] = FUNCTIONS, *, distinct: bool = True
+    folder: str | Path,
+    functions: Sequence[str] = FUNCTIONS,
+    *,
+    distinct: bool = True,
+    n: int | None = None,
+    images_anywhere: bool = False,
+    max_pixels: int = PIXELS,
 ) -> tuple[dict[str, list[PairOfExamples]], dict[str, ReadReport]]:
     """Pairs of every function, and a report on each: see `read_vision_function`.
 
@@ -55,14 +62,20 @@ def read_vision_functions(
     for function in functions:
         if function not in FUNCTIONS:
             raise FrankenlensError(f"there is no visual function {function!r}, only {', '.join(FUNCTIONS)}")
-    found = {name: read_vision_function(Path(folder) / name, distinct=distinct) for name in functions}
+    how: dict[str, Any] = {"n": n, "images_anywhere": images_anywhere, "max_pixels": max_pixels}
+    found = {name: read_vision_function(Path(folder) / name, distinct=distinct, **how) for name in functions}
     return {name: pairs for name, (pairs, _) in found.items()}, {
         name: report for name, (_, report) in found.items()
     }
 
 
 def read_vision_function(
-    path: str | Path, *, distinct: bool = True
+    path: str | Path,
+    *,
+    distinct: bool = True,
+    n: int | None = None,
+    images_anywhere: bool = False,
+    max_pixels: int = PIXELS,
 ) -> tuple[list[PairOfExamples], ReadReport]:
     """Pairs (target, source) of one function, as `interp.localization.vision_swap` takes them with `grade`.
 
@@ -74,6 +87,8 @@ def read_vision_function(
         path: a function's folder, or its `data.jsonl`.
         distinct: leave out pairs for which one answer is right for both images and which can show no change (the full
             set has 8 in OCR); the paper keeps them.
+        n: at most so many pairs, the first; no images of others are decoded.
+        images_anywhere, max_pixels: as in `read_jsonl`.
 
     Returns:
         The pairs, and a report with the rows that are not among them, and notes on what holds of all that are.
@@ -81,36 +96,42 @@ def read_vision_function(
     Raises:
         FrankenlensError: no such file, or no row that can be read.
     """
-    path = Path(path) / "data.jsonl" if Path(path).is_dir() else Path(path)
+    path = Path(path) / "data.jsonl" if os.path.isdir(path) else Path(path)
+    access = Access(images_anywhere, max_pixels)
     rows, failures = rows_of(path)
     n_rows = len(rows) + len(failures)
     pairs: list[PairOfExamples] = []
-    renamed: list[int] = []
-    used: set[str] = set()
+    passed: dict[str, int] = {}
+    used: dict[str, int] = {}
     remarks: Counter[str] = Counter()
     same = 0
-    for n, row in rows:
+    for tried, (number, row) in enumerate(rows):
+        if n is not None and len(pairs) == n:
+            passed = {f"beyond the first {n} (--n)": len(rows) - tried}
+            break
         try:
             name = text_of(row, "id")
-            pair = _pair(f"{name}#{n}" if name in used else name, n, row, path.parent, remarks)
+            if used.setdefault(name, number) != number:
+                raise RowError(
+                    f"the id {name!r} is that of row {used[name]}, too; give each row an id of its own"
+                )
+            pair = _pair(name, number, row, path.parent, remarks, access)
             reason = _indistinct(*pair)
             if reason and distinct:
                 raise RowError(reason)
         except RowError as error:
-            failures.append(Failure(n, str(error)))
+            failures.append(Failure(number, str(error)))
             continue
-        renamed += [n] if name in used else []
-        used.add(pair[0].id)
         same += bool(reason)
         pairs.append(pair)
     failures.sort(key=lambda failure: failure.row)
     if not pairs:
         raise FrankenlensError(f"no row of {path} can be read; row {failures[0].row}: {failures[0].reason}")
     notes = (*_notes(pairs, same), *counted(remarks))
-    return pairs, ReadReport(str(path), n_rows, len(pairs), tuple(failures), tuple(renamed), notes)
+    return pairs, ReadReport(str(path), n_rows, len(pairs), tuple(failures), notes, passed)
 
 
-def _pair(name: str, n: int, row: Row, root: Path, remarks: Counter[str]) -> PairOfExamples:
+def _pair(name: str, n: int, row: Row, root: Path, remarks: Counter[str], access: Access) -> PairOfExamples:
     function = str(row.get("task"))
     if function not in _HOW:
         raise RowError(f"the field 'task' is {row.get('task')!r}, not one of {', '.join(FUNCTIONS)}")
@@ -120,7 +141,7 @@ def _pair(name: str, n: int, row: Row, root: Path, remarks: Counter[str]) -> Pai
     question = without_markers(text_of(row, "prompt"), 1)
     how, both = _HOW[function], []
     for side in ("target", "source"):
-        image, said = image_of(row.get(f"{side}_image"), root)
+        images, said = images_of([row.get(f"{side}_image")], root, access)
         remarks.update(said)
         meta = {
             **how.grader,
@@ -132,7 +153,7 @@ def _pair(name: str, n: int, row: Row, root: Path, remarks: Counter[str]) -> Pai
             meta["iou"] = known.get("iou_threshold", 0.5)
         answer = _answer(known, how.answer.format(side))
         identity = name if side == "target" else f"{name}-source"
-        both.append(gradable(Example(identity, (image,), question, answer, function, meta=meta)))
+        both.append(gradable(Example(identity, images, question, answer, function, meta=meta)))
     return both[0], both[1]
 
 

@@ -20,7 +20,8 @@ from interp.statistics import adjust
 
 N = 8
 FILES = [
-    "attention.csv", "attention.nc", "attention.png", "attention_heads.csv", "attention_heads.png", "report.html",
+    "attention.csv", "attention.nc", "attention.png", "attention_heads.csv", "attention_heads.png",
+    "finished", "report.html",
 ]  # fmt: skip
 
 

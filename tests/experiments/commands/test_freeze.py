@@ -152,7 +152,7 @@ def test_own_questions_by_trl_alone(questions: dict[str, Path], tmp_path: Path) 
     assert keys[:32].all() and not keys[32:].any()  # 2 kv heads of 32
     _, hits = evaluate.measure(embedded.path("in"), 5)  # by another prompt builder and reader
     expected = hits[[evaluate.TASK_NAMES.index(task) for task in ("sum", "same")]]
-    measured = json.loads((config.out / "measured" / "in.json").read_text())["right"]
+    measured = json.loads((config.out / "measured" / "in.json").read_text())["record"]["right"]
     assert measured == expected.astype(float).ravel().tolist()
     table = pd.read_csv(config.out / "freeze.csv")
     assert set(table["group"]) == {"all", "sum", "same"} and set(table.query("group == 'all'")["n"]) == {10}

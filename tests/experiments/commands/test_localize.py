@@ -18,8 +18,8 @@ from interp.results.files import load_dataset
 
 SMALL = {"n": 8, "functions": ("count", "colour_at"), "max_new_tokens": 12}
 FILES = [
-    "localize.nc", "localize_ablation.csv", "localize_ablation.png", "localize_heads.png", "localize_swap.csv",
-    "localize_swap.png", "report.html",
+    "finished", "localize.nc", "localize_ablation.csv", "localize_ablation.png", "localize_heads.png",
+    "localize_swap.csv", "localize_swap.png", "report.html",
 ]  # fmt: skip
 
 

@@ -32,6 +32,7 @@ def out(tmp_path_factory):
 
 def test_tables_figures_dataset_and_page_are_written(out):
     assert sorted(path.name for path in out.iterdir()) == [
+        "finished",
         "lockstep.csv",
         "lockstep.nc",
         "lockstep.png",

@@ -26,7 +26,14 @@ def out(tmp_path_factory):
 
 def test_files(out):
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["metrics.csv", "metrics.nc", "metrics.png", "metrics_change.csv", "report.html"]
+    assert names == [
+        "finished",
+        "metrics.csv",
+        "metrics.nc",
+        "metrics.png",
+        "metrics_change.csv",
+        "report.html",
+    ]
     assert "Holm over the metrics" in (out / "report.html").read_text(encoding="utf-8")
 
 

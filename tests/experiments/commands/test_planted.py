@@ -18,6 +18,7 @@ from hooks import FrankenlensError, HookedVLM, weight_slices
 from interp.pair.pair import Pair
 from interp.planting import KINDS, Draws
 from interp.planting.table import auroc
+from interp.results.store import Store
 
 METHODS = ("patch RL → IN", "graft RL → IN", "compare")
 
@@ -174,10 +175,10 @@ def test_every_kind_has_a_plant_and_seeds_do_not_meet(config) -> None:
 
 def test_cells_of_null_pairs_are_read_as_such(tmp_path: Path) -> None:
     """Their sort is written "null", which pandas takes for a missing value."""
-    file = tmp_path / "marks.csv"
     row = {"where": "null", "effect": 0.5, "floor": np.nan, "beyond": False, "refused": ""}
     rows = pd.DataFrame([row, {**row, "where": "before", "refused": "too small"}])
-    rows.assign(random=0.1, margin=0.2).to_csv(file, index=False)
-    found = planted_pairs.read_marks(file)
-    assert found["where"].tolist() == ["null", "before"] and found["refused"].tolist() == ["", "too small"]
-    assert found["floor"].isna().all() and not found["beyond"].any() and found["effect"].tolist() == [0.5] * 2
+    keep = Store(tmp_path, {})
+    keep.part("marks", lambda: rows)
+    found = keep.part("marks", lambda: pytest.fail("made again"))
+    pd.testing.assert_frame_equal(found, rows)
+    assert found["where"].tolist() == ["null", "before"] and found["floor"].isna().all()

@@ -92,10 +92,14 @@ def test_own_names_of_fields_and_another_image_folder(folder, tmp_path):
     assert examples[0].answer == "red" and len(examples[0].images) == 1
 
 
-def test_a_repeated_id_is_made_unique_and_reported(folder):
-    examples, report = read_jsonl(write(folder, [row(id="x"), row(id="x"), row(id="y")]))
-    assert [e.id for e in examples] == ["x", "x#2", "y"]
-    assert report.renamed == (2,) and "1 rows repeat an id" in str(report)
+def test_a_repeated_id_is_refused_with_both_rows(folder):
+    rows = [row(id="x"), row(id="x"), row(id=3), row(), row(id="x"), row(id="6"), row(id=None)]
+    examples, report = read_jsonl(write(folder, rows))
+    assert [e.id for e in examples] == ["x", "3", "4", "6", "7"]
+    why = "the id 'x' is that of row 1, too; give each row an id of its own"
+    assert {failure.row: failure.reason for failure in report.failures} == {2: why, 5: why}
+    examples, report = read_jsonl(write(folder, [row(), row(id="1")]))
+    assert [e.id for e in examples] == ["1#1", "1"] and not report.failures
 
 
 def test_a_field_that_no_row_has_names_those_there(folder):

@@ -123,9 +123,10 @@ def test_rows_that_cannot_be_read_are_counted(tmp_path):
     path = write(tmp_path, "counting", rows)
     (path.parent / "images" / "counting_000005_s.png").unlink()
     pairs, report = read_vision_function(path)
-    assert [target.id for target, _ in pairs] == ["counting_000000", "counting_000000#7"]
+    assert [target.id for target, _ in pairs] == ["counting_000000"]
     reasons = {failure.row: failure.reason for failure in report.failures}
-    assert list(reasons) == [2, 3, 4, 5, 6] and report.n_rows == 7 and report.renamed == (7,)
+    assert list(reasons) == [2, 3, 4, 5, 6, 7] and report.n_rows == 7
+    assert reasons[7].startswith("the id 'counting_000000' is that of row 1, too")
     assert "'some' cannot be read as a number" in reasons[2]
     assert "'source_answer' must hold text" in reasons[3]
     assert "not one of counting, ocr" in reasons[5] and "does not exist" in reasons[6]

@@ -1,5 +1,6 @@
 """One kind of page for every experiment: what is written, and what a reader sees of it."""
 
+from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
@@ -140,3 +141,55 @@ def test_several_sections_share_a_page_with_a_way_to_each(tmp_path):
     page = Page(tmp_path / "report.html")
     assert page.loads == ["#one", "#two"]
     assert page.text.index("Found one") < page.text.index("Found two") < page.text.index("Left out")
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "'><svg/onload=alert(1)>",
+    "</table></style><script>alert(1)</script>",
+    "</title><script>alert(1)</script>",
+    "{{ 7 * 7 }}{% include 'x' %}",
+    "javascript:alert(1)",
+    "<!--<iframe srcdoc='<script>alert(1)</script>'>",
+    "\u202e</td>",
+)
+
+
+class Elements(HTMLParser):
+    """Names of elements, and their attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.attributes: list[tuple[str, str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.names.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+
+def test_nothing_that_a_stranger_wrote_runs_on_a_page(tmp_path):
+    for n, bad in enumerate(HOSTILE):
+        model = dict.fromkeys(MODEL, bad)
+        made = provenance({bad: model}, {bad: bad}, {bad: 1}, {bad: 2})
+        made["versions"] = {bad: bad}
+        table = pd.DataFrame({bad: [bad, bad], "n": [1, 2]})
+        account = Account(bad, bad, bad, 3, bad, {bad: 1})
+        picture = figure()
+        picture.supxlabel("x")
+        one = Section(
+            "one", bad, bad, account, tables={"t": table}, digests=[Digest(bad, table, bad)],
+            figures={"p": picture}, details=bad,
+        )  # fmt: skip
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        save_sections([one, one], folder, made)
+        page = Elements((folder / "report.html").read_text(encoding="utf-8"))
+        assert not page.names & {"script", "iframe", "object", "embed", "base", "form", "link", "input"}
+        assert not [name for name, _ in page.attributes if name.startswith("on") or name == "srcdoc"]
+        links = [value for name, value in page.attributes if name in ("href", "src", "xlink:href", "action")]
+        assert links and all(value.startswith(("#one", "data:image/png;base64,")) for value in links)
+        text = Page(folder / "report.html").text
+        assert "".join(bad.split()) in "".join(text.split())

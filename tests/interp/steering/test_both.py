@@ -20,7 +20,8 @@ from interp.steering import (
     steer_both,
 )
 
-SITE, RUNNING = "blocks.6.hook_resid_post", {"max_new_tokens": 12, "batch_size": 8}
+SITE = "blocks.6.hook_resid_post"
+RUNNING: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 8}
 USED, FRESH = sample("sum", 4, 1, "map"), sample("sum", 5, 2, "map")
 
 

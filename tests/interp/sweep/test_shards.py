@@ -12,9 +12,10 @@ import torch
 
 from hooks import FrankenlensError
 from interp.metrics import LogitDifference
+from interp.results.lock import locked
+from interp.results.store import Store
 from interp.sweep import Intervention, sweep
 from interp.sweep import engine as engine
-from interp.sweep.shards import ShardStore
 from tests.interp.sweep.test_sweep import duo
 
 
@@ -90,36 +91,36 @@ def test_a_damaged_shard_is_made_again_and_said_so(job, tmp_path: Path) -> None:
     before = contents(tmp_path / "a")
     for name, spoil in (
         ("00000-0001", lambda b: b[:-3]),
-        ("00002-0000", lambda b: b[:-1] + bytes([b[-1] ^ 1])),
+        ("00002-0000", lambda b: b[:-120] + bytes([b[-120] ^ 1]) + b[-119:]),
     ):
-        path = tmp_path / "a" / f"{name}.safetensors"
+        path = tmp_path / "a" / f"{name}.part"
         path.write_bytes(spoil(path.read_bytes()))
-        with pytest.warns(UserWarning, match=f"{name}.safetensors is damaged and is made again"):
+        with pytest.warns(UserWarning, match=f"{name}.part is damaged and is made again"):
             assert job(tmp_path / "a").equals(whole)
         assert contents(tmp_path / "a") == before
 
 
-def test_two_processes_on_one_folder_do_not_spoil_it(job, tmp_path: Path) -> None:
-    whole = job(tmp_path / "whole")
-    child = os.fork()
-    if child == 0:
-        try:
-            job(tmp_path / "shared")
-        finally:
-            os._exit(0)
-    mine = job(tmp_path / "shared")
-    assert os.waitpid(child, 0)[1] == 0
-    assert mine.equals(whole)
-    assert contents(tmp_path / "shared") == contents(tmp_path / "whole")
+def test_a_second_process_on_one_folder_is_refused_by_name(job, tmp_path: Path) -> None:
+    with locked(tmp_path / "shared"):
+        child = os.fork()
+        if child == 0:
+            try:
+                job(tmp_path / "shared")
+            except FrankenlensError as error:
+                os._exit(0 if f"process {os.getppid()} on" in str(error) else 2)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert job(tmp_path / "shared").equals(job(None))  # the same thread has it already
+    assert not (tmp_path / "shared" / ".lock").exists()
 
 
 def test_a_folder_serves_one_sweep(job, tmp_path: Path) -> None:
     job(tmp_path / "a")
     pair = duo("qwen2_5_vl")
     other = [Intervention("blocks.0.attn.hook_z", "zero", "image", 0)]
-    with pytest.raises(FrankenlensError, match=r"holds another sweep \(other interventions\)"):
+    with pytest.raises(FrankenlensError, match=r"holds another run \(other interventions\)"):
         sweep(pair.recipient, pair.prompts, other, pair.metrics, out=tmp_path / "a", progress=False)
-    with pytest.raises(FrankenlensError, match=r"holds another sweep \(other recipient, donor|other donor"):
+    with pytest.raises(FrankenlensError, match=r"holds another run \(other recipient, donor|other donor"):
         sweep(
             pair.donor,
             pair.prompts,
@@ -135,20 +136,20 @@ def test_other_prompts_are_another_sweep(tmp_path: Path) -> None:
     metric = LogitDifference(torch.tensor([30]), torch.tensor([40]))
     wanted = [Intervention("blocks.0.hook_mlp_out", "zero")]
     sweep(pair.recipient, pair.prompts[:1], wanted, metric, out=tmp_path, progress=False)
-    with pytest.raises(FrankenlensError, match="is of other prompts or interventions"):
+    with pytest.raises(FrankenlensError, match="is of other prompts or settings"):
         sweep(pair.recipient, pair.prompts[1:2], wanted, metric, out=tmp_path, progress=False)
 
 
 def test_values_of_every_shape_come_back(tmp_path: Path) -> None:
-    store = ShardStore(tmp_path, {"a": 1})
+    store = Store(tmp_path, {"a": 1})
     rng = np.random.default_rng(0)
     for shape in ((2, 3), (0, 4), (1,)):
         values = rng.normal(size=shape)
         values.flat[:1] = np.nan
-        store.save("x", "of", values)
+        store.save("x", values, "of")
         np.testing.assert_array_equal(store.load("x", "of"), values)
     assert store.load("y", "of") is None
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(FrankenlensError, match="cannot write to"):
-        ShardStore(blocked / "x", {})
+        Store(blocked / "x", {})

@@ -583,7 +583,10 @@ def test_a_budget_makes_lanes_fewer_and_numbers_no_other() -> None:
         (Intervention("vision.blocks.1.attn.hook_pattern", "resample"), "needs an activation of patches"),
         (Intervention("blocks.1.hook_mlp_out", "add", value=torch.ones(7, 32)), "value has size 7 along pos"),
         (Intervention("blocks.1.hook_mlp_out", "add", value=torch.ones(1, 1, 1, 32)), "value has 4 axes"),
-        (Intervention("blocks.1.hook_mlp_out", "zero", "questions"), "no role 'questions'"),
+        (
+            Intervention("blocks.1.hook_mlp_out", "zero", "questions"),
+            "Did you mean 'question'",
+        ),
         (Intervention("blocks.1.hook_mlp_out", "erase"), "kind 'erase' is none of"),
     ],
 )

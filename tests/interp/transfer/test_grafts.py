@@ -154,6 +154,35 @@ def test_an_error_inside_leaves_the_model_as_it_was(duo) -> None:
 
 
 @torch.no_grad()
+def test_a_graft_has_the_donors_memory_until_somebody_writes(duo) -> None:
+    recipient, donor, inputs = duo
+    address = torch._C._data_address  # type: ignore[attr-defined]  # data_ptr() would end the sharing
+    before = [weights_sha256(one.model) for one in (recipient, donor)]
+    pieces = slices_of(recipient, [Graft(("blocks.0",))])[0][1]
+    name = next(p.parameter for p in pieces if recipient.model.get_parameter(p.parameter).ndim == 2)
+    own, theirs = (one.model.get_parameter(name) for one in (recipient, donor))
+    mine, original = own.data_ptr(), theirs.detach().clone()
+    with grafted(recipient, donor, Graft(("blocks.0",))):
+        expected = recipient(inputs).logits
+        assert address(own) == address(theirs) != mine
+        assert weights_sha256(recipient.model) != before[0]
+        assert address(own) == address(theirs)  # neither a forward pass nor the hash is a copy
+        with grafted(recipient, donor, Graft(("blocks.0",))):
+            assert torch.equal(recipient(inputs).logits, expected)
+            own.mul_(2)
+            assert not torch.equal(recipient(inputs).logits, expected) and torch.equal(theirs, original)
+        assert torch.equal(recipient(inputs).logits, expected) and torch.equal(own, theirs)
+        own.add_(1)
+        assert torch.equal(theirs, original) and torch.equal(own, original + 1)
+        theirs_again = theirs.detach().clone()
+        with grafted(donor, recipient, Graft(("blocks.0",))):
+            assert torch.equal(theirs, own)
+        assert torch.equal(theirs, theirs_again)
+    assert own.data_ptr() == mine
+    assert [weights_sha256(one.model) for one in (recipient, donor)] == before
+
+
+@torch.no_grad()
 def test_a_saved_graft_loads_in_transformers_with_the_same_logits(duo, tmp_path) -> None:
     recipient, donor, inputs = duo
     wanted = [Graft(("blocks.1-2",)), Graft(("projector",), 0.5)]

@@ -1,0 +1,223 @@
+"""The store under all long work: finished parts on disk, so that whatever is killed goes on where it was.
+
+A part is one file, written aside and renamed once it is complete. It holds what it is, what it is of, and a checksum of
+all of it, which is looked at before anything in it is read. A damaged part is made again, and said to be.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from jaxtyping import Shaped
+
+from hooks.errors import FrankenlensError
+from interp.results.lock import making
+from interp.results.whole import read_sealed, sealed, write_whole
+
+ABOUT = "about.json"
+_ARRAY, _TABLE = "__array__", "__table__"
+
+
+class Store:
+    """A folder of finished parts of one piece of work.
+
+    Args:
+        folder: made when the first part is kept.
+        about: all that the parts depend on and their own fingerprints do not say; a folder serves one work.
+
+    Raises:
+        FrankenlensError: the folder holds parts of another work, or cannot be written to.
+    """
+
+    def __init__(self, folder: Path | str, about: Mapping[str, Any]) -> None:
+        self.folder, self._prefix = Path(folder), ""
+        self._text = json.dumps(about, indent=1, sort_keys=True, default=str)
+        self.key = sha256(self._text.encode()).hexdigest()
+        _require_place(self.folder)
+        self._require_own()
+
+    def under(self, name: str) -> Store:
+        """The same store, in which all names begin with this one."""
+        inner = object.__new__(Store)
+        inner.folder, inner._text, inner.key = self.folder, self._text, self.key
+        inner._prefix = f"{self._prefix}{name}-"
+        return inner
+
+    def load(self, name: str, of: str = "") -> Any:
+        """What was kept by this name; None where nothing was, or (with a warning) it is damaged.
+
+        Args:
+            name: of the part.
+            of: a fingerprint of what it depends on, beside `about`.
+
+        Raises:
+            FrankenlensError: it is of something else, or a folder stands in its place.
+        """
+        path = self._path(name)
+        data = read_sealed(path)
+        if data is None:
+            return None
+        found = json.loads(data)
+        if found["name"] != path.name or found["of"] != self._of(of):
+            raise FrankenlensError(
+                f"{path} is of other prompts or settings than this run's; choose another folder, or delete it"
+            )
+        return _read(found["value"])
+
+    def save(self, name: str, value: Any, of: str = "") -> None:
+        """Keep a part, all or nothing: plain data (JSON), NumPy's arrays and pandas's tables in it.
+
+        Raises:
+            FrankenlensError: the disk is full, or the place cannot be written to.
+        """
+        path = self._path(name)
+        whole = {"name": path.name, "of": self._of(of), "value": _plain(value)}
+        with making(self.folder):
+            if not os.path.exists(self.folder / ABOUT):
+                self._write_about()
+            write_whole(path, sealed(json.dumps(whole).encode()))
+
+    def part(self, name: str, compute: Callable[[], Any], of: str = "") -> Any:
+        """What was kept by this name, or what is computed now and kept; either way as it is read from disk."""
+        found = self.load(name, of)
+        if found is None:
+            self.save(name, value := compute(), of)
+            found = _read(json.loads(json.dumps(_plain(value))))
+        return found
+
+    def _of(self, fingerprint: str) -> str:
+        return sha256((self.key + fingerprint).encode()).hexdigest()
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{quote(self._prefix + name, safe=' ,+')}.part"
+
+    def _write_about(self) -> None:
+        text = {"about": json.loads(self._text), "sha256": self.key}
+        write_whole(self.folder / ABOUT, json.dumps(text, indent=1, sort_keys=True).encode())
+
+    def _require_own(self) -> None:
+        """The folder's parts are of this work; what is left of a part that was being written is removed."""
+        path = self.folder / ABOUT
+        if not os.path.isdir(self.folder):
+            return
+        for left in self.folder.glob(".*.part.*"):
+            if not _is_alive(left.name.rpartition(".")[2]):
+                left.unlink(missing_ok=True)
+        if not os.path.lexists(path):
+            return
+        if os.path.isdir(path):
+            raise FrankenlensError(f"{path} is a folder, where a file is kept; remove it.")
+        found = _about(path)
+        if found is None:  # the parts say themselves what they are of
+            warnings.warn(f"{path} is damaged and is written again", stacklevel=3)
+            self._write_about()
+            return
+        mine = json.loads(self._text)
+        other = sorted(name for name in mine.keys() | found.keys() if mine.get(name) != found.get(name))
+        if other:
+            raise FrankenlensError(
+                f"{self.folder} holds another run (other {', '.join(other)}); choose another folder, or delete it"
+            )
+
+
+def part(keep: Store | None, name: str, compute: Callable[[], Any], of: str = "") -> Any:
+    """`Store.part`, or what is computed where nothing is to be kept."""
+    return compute() if keep is None else keep.part(name, compute, of)
+
+
+def under(keep: Store | None, name: str) -> Store | None:
+    """`Store.under`, where there is one."""
+    return None if keep is None else keep.under(name)
+
+
+def fingerprint(*values: Any) -> str:
+    """Of plain data, for `Store.part`."""
+    return sha256(json.dumps(values, default=str).encode()).hexdigest()
+
+
+def _about(path: Path) -> dict[str, Any] | None:
+    """What the folder is of; None where the file is damaged."""
+    try:
+        if path.is_symlink():
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        text = json.dumps(found["about"], indent=1, sort_keys=True)
+        sound = sha256(text.encode()).hexdigest() == found["sha256"] and isinstance(found["about"], dict)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found["about"] if sound else None
+
+
+def _is_alive(pid: str) -> bool:
+    """Whether a process of this machine has the number; what is none is nobody's."""
+    if os.name == "nt":  # there, that would end it
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _require_place(folder: Path) -> None:
+    place = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
+    if not os.path.isdir(place) or not os.access(place, os.W_OK):
+        raise FrankenlensError(
+            f"cannot write to {folder}: {place} is no folder that you may write to; choose another one"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it; numbers to the last bit."""
+    if isinstance(value, np.ndarray):
+        return {_ARRAY: _plain_array(value)}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(one) for one in value]
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if hasattr(value, "to_dict") and hasattr(value, "dtypes"):  # a pandas table
+        return {_TABLE: {str(name): [_plain(one) for one in value[name]] for name in value}}
+    raise TypeError(f"a part of a store is plain data, arrays and tables, not {type(value).__name__}")
+
+
+def _plain_array(value: Shaped[np.ndarray, "..."]) -> Any:
+    if value.dtype.kind in "OUS":
+        return {"shape": value.shape, "text": [str(one) for one in value.ravel()]}
+    data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
+    return {"shape": value.shape, "dtype": value.dtype.str, "bytes": data}
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_read(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if _TABLE in value:
+        import pandas as pd
+
+        return pd.DataFrame({name: _read(column) for name, column in value[_TABLE].items()})
+    if _ARRAY not in value:
+        return {name: _read(one) for name, one in value.items()}
+    own = value[_ARRAY]
+    if "text" in own:
+        return np.array(own["text"], dtype=str).reshape(own["shape"])
+    data = base64.b64decode(own["bytes"])
+    whole = np.frombuffer(data, own["dtype"]) if data else np.empty(0, own["dtype"])
+    return whole.reshape(own["shape"]).copy()
