@@ -49,12 +49,6 @@ def test_two_that_act_only_together(pair, prompts) -> None:
     assert together > 5 * max(alone) and together > 0.02
 
 
-def test_a_backup_takes_over(pair, prompts) -> None:
-    """Each alone does what both do: without the first, the second writes the same."""
-    together, alone = _sizes(pair, prompts, "backup")
-    assert min(alone) > 0.5 * together > 0.01
-
-
 def test_changes_that_cancel(pair, prompts) -> None:
     together, alone = _sizes(pair, prompts, "cancelling")
     assert together < 1e-5 and max(alone) > 100 * 1e-5
