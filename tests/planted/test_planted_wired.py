@@ -11,6 +11,8 @@ from interp.planting import Draws, Plant, planted, wired
 from interp.prompts import collate
 from interp.questions.tasks import REASONING, sample
 
+pytestmark = pytest.mark.slow  # each opens and copies the embedded pair
+
 
 @pytest.fixture(scope="module")
 def pair():
