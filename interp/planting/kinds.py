@@ -33,7 +33,6 @@ KINDS: Mapping[str, str] = {
     "tower": "the whole vision tower with RL's weights",
     "query-key": "queries and keys of one group of heads with RL's weights",
     "joint": "two MLPs that do something only together",
-    "backup": "an MLP, and another that does the same where the first does not",
     "cancelling": "values and output matrices of one group of heads, whose changes cancel",
 }
 """In an order that seeds depend on: a new kind comes last."""

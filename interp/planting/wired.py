@@ -2,7 +2,6 @@
 
     query-key   the queries and keys of one key/value head's group are RL's, values and output matrices IN's
     joint       one MLP writes a flag that nothing reads, a later one reads it and writes: neither does anything alone
-    backup      one MLP writes; a later one writes the same where the first one's flag is missing
     cancelling  the values of a group of heads are scaled up, their output matrices down: nothing is computed otherwise
 
 The flag is a direction that the later MLP's input hardly has on the prompts given, and that its rewired neuron reads
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from hooks import FrankenlensError, HookedVLM, weight_slices
 from interp.prompts import Prompt, collate
 
-WIRED = ("query-key", "joint", "backup", "cancelling")
+WIRED = ("query-key", "joint", "cancelling")
 SCALE = 2.0
 """Of values, of the kind cancelling."""
 ON = 3.0
@@ -62,7 +61,7 @@ def wired(
         in_, rl: the pair.
         kind: of `WIRED`.
         names: what `wired_names` returned.
-        prompts: on which joint and backup are fitted.
+        prompts: on which joint is fitted.
         seed: of what is written.
 
     Raises:
@@ -72,7 +71,7 @@ def wired(
     if kind in ("query-key", "cancelling"):
         _attention(model, in_, rl, kind, names)
     else:
-        _flagged(model, in_, kind, names, prompts, seed)
+        _flagged(model, in_, names, prompts, seed)
     return HookedVLM(model, in_.processor, check=False)
 
 
@@ -107,7 +106,7 @@ class _Seen:
 
 
 def _flagged(
-    model: nn.Module, in_: HookedVLM, kind: str, names: Sequence[str], prompts: Sequence[Prompt], seed: int
+    model: nn.Module, in_: HookedVLM, names: Sequence[str], prompts: Sequence[Prompt], seed: int
 ) -> None:
     layers = [int(name.split(".")[1]) for name in names]
     parts: list[dict[str, Tensor]] = [_matrices(model, in_, layer) for layer in layers]
@@ -115,15 +114,12 @@ def _flagged(
     flag, reader, level = _flag(second)
     written = torch.randn(flag.shape, generator=torch.Generator().manual_seed(seed)).to(flag)
     written *= second.writes.norm(dim=-1).mean() / written.norm()
-    in_first = flag + written if kind == "backup" else flag
-    parts[0]["down"] += torch.outer(in_first, _constant(first)).to(parts[0]["down"])
+    parts[0]["down"] += torch.outer(flag, _constant(first)).to(parts[0]["down"])
     neuron = int((second.inside.abs().mean(0) * parts[1]["down"].norm(dim=0)).argmin())
     for name in ("gate", "up"):
         parts[1][name][neuron] = (reader * (ON / level)).to(parts[1][name])
     on = float(nn.functional.silu(torch.tensor(ON))) * ON
-    if kind == "backup":
-        parts[1]["down"] += torch.outer(written, _constant(second)).to(parts[1]["down"])
-    parts[1]["down"][:, neuron] = (written / on * (-1 if kind == "backup" else 1)).to(parts[1]["down"])
+    parts[1]["down"][:, neuron] = (written / on).to(parts[1]["down"])
 
 
 def _flag(seen: _Seen) -> tuple[Tensor, Tensor, float]:
@@ -172,6 +168,6 @@ def _matrices(model: nn.Module, in_: HookedVLM, layer: int) -> dict[str, Tensor]
     }
     if len(found) < 3:
         raise FrankenlensError(
-            f"blocks.{layer}.mlp is not made of gate, up and down matrices; leave joint and backup out of the kinds."
+            f"blocks.{layer}.mlp is not made of gate, up and down matrices; leave joint out of the kinds."
         )
     return found

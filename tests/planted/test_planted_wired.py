@@ -11,6 +11,8 @@ from interp.planting import Draws, Plant, planted, wired
 from interp.prompts import collate
 from interp.questions.tasks import REASONING, sample
 
+pytestmark = pytest.mark.slow  # each opens and copies the embedded pair
+
 
 @pytest.fixture(scope="module")
 def pair():
@@ -47,12 +49,6 @@ def _sizes(pair, prompts, kind: str) -> tuple[float, list[float]]:
 def test_two_that_act_only_together(pair, prompts) -> None:
     together, alone = _sizes(pair, prompts, "joint")
     assert together > 5 * max(alone) and together > 0.02
-
-
-def test_a_backup_takes_over(pair, prompts) -> None:
-    """Each alone does what both do: without the first, the second writes the same."""
-    together, alone = _sizes(pair, prompts, "backup")
-    assert min(alone) > 0.5 * together > 0.01
 
 
 def test_changes_that_cancel(pair, prompts) -> None:

@@ -218,7 +218,8 @@ def test_trends_are_the_mean_of_the_matrices_at_four_ranks(table) -> None:
     some = some[some["layer_index"] >= 6]
     row = found.loc[("Late", "rl", 20)]
     assert row["log_ratio"] == pytest.approx(np.mean([one[19] for one in some["log_spectrum"]]))
-    assert row["low"] < row["log_ratio"] < row["high"] < row["random"] and row["n"] == len(some) == 21
+    assert row["log_ratio"] < row["random"] and row["n"] == len(some) == 21
+    assert np.isnan(row["low"])  # too few matrices for an interval
     assert np.isnan(found.loc[("projector", "rl", 20), "low"])
 
 
