@@ -7,30 +7,27 @@ recoveries with intervals.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Int
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from interp.map.cells import KINDS, Donor, cells_of, run_cells
+from interp.map.batch import Batch
+from interp.map.cells import KINDS
 from interp.map.components import (
     BEFORE_THE_DECODER,
     POINTS,
     Component,
-    cached_names,
     components,
     lacking,
 )
 from interp.metrics import Metric
 from interp.pair.agreement import entering, model_differences
-from interp.prompts import Prompt, PromptBatch, collate
-from interp.prompts.pairing import PatchBatch, beside, image_shapes, partners
+from interp.prompts import Prompt
+from interp.prompts.pairing import beside, image_shapes, partners
 from interp.prompts.roles import ROLES
 from interp.questions.examples import cluster_of, with_looked_at
 from interp.results.store import Store, fingerprint, part
@@ -214,7 +211,7 @@ def _map(
         for number, rows in enumerate(batches_of(first, batch_size)):
             some = {name: [own[i] for i in rows] for name, own in prompts.items()}
             others = {name: beside(own, rows, partner) for name, own in prompts.items()}
-            job = _Batch(
+            job = Batch(
                 models,
                 some,
                 others,
@@ -240,62 +237,6 @@ def _map(
     told = {why: n for vlm in models.values() for why, n in lacking(vlm, points, images).items()}
     found.attrs["lacking"] = json.dumps(told)
     return found
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Prompts that run together, in every direction.
-
-    Attributes:
-        others: by model, the rows' partners, and of each row which of them (`interp.prompts.pairing`).
-        seeds: of the random directions.
-    """
-
-    models: Mapping[str, HookedVLM]
-    prompts: Mapping[str, Sequence[Prompt]]
-    others: Mapping[str, PromptBatch | None]
-    partner: Int[Tensor, " row"]
-    metric: Metric
-    directions: Mapping[str, tuple[str, str]]
-    wanted: Sequence[Component]
-    roles: Sequence[str]
-    kinds: Sequence[str]
-    seeds: Sequence[int]
-    bar: tqdm
-
-    @property
-    def about(self) -> list[list[list[int]]]:
-        """The tokens of all prompts, and of their partners."""
-        own = [[list(prompt.ids) for prompt in some] for some in self.prompts.values()]
-        beside = [[list(p.ids) for p in some.prompts] for some in self.others.values() if some is not None]
-        return own + beside
-
-    def run(self) -> dict[str, np.ndarray]:
-        """By kind [direction component role row], the random ones [direction draw component role row]; and the ends
-        [2 direction row], recipient and donor as they are.
-        """
-        n = len(next(iter(self.prompts.values())))
-        shape = (len(self.directions), len(self.wanted), len(self.roles), n)
-        found = {
-            kind: np.full((shape[0], len(self.seeds), *shape[1:]) if kind == "random" else shape, np.nan)
-            for kind in KINDS
-        }
-        ends = np.full((2, shape[0], n), np.nan)
-        ready, donors = {}, {}
-        for name, vlm in self.models.items():
-            batch = collate(self.prompts[name]).to(vlm.device)
-            ready[name] = PatchBatch(batch, self.metric.reads(batch), self.partner.to(vlm.device))
-            names = cached_names(vlm, self.wanted)
-            donors[name] = Donor(vlm, batch, names, self.metric, self.others[name])
-        for d, (donor, recipient) in enumerate(self.directions.values()):
-            ways = (donors[donor], donors[recipient], ready[recipient])
-            cells = cells_of(*ways, self.wanted, self.roles, self.kinds, self.seeds)
-            changes = run_cells(self.models[recipient], ready[recipient], self.metric, cells, self.bar)
-            for cell, values in zip(cells, changes, strict=True):
-                draw = (cell.draw,) if cell.kind == "random" else ()
-                found[cell.kind][(d, *draw, cell.component, cell.role)] = values
-            ends[0, d], ends[1, d] = donors[recipient].metric, donors[donor].metric
-        return {**found, "ends": ends}
 
 
 def roles_of(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str]:

@@ -1,0 +1,74 @@
+"""The prompts of a component map that run together: every cell of every direction, patched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooks import HookedVLM
+from interp.map.cells import KINDS, Donor, cells_of, run_cells
+from interp.map.components import Component, cached_names
+from interp.metrics import Metric
+from interp.prompts import Prompt, PromptBatch, collate
+from interp.prompts.pairing import PatchBatch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that run together, in every direction.
+
+    Attributes:
+        others: by model, the rows' partners, and of each row which of them (`interp.prompts.pairing`).
+        seeds: of the random directions.
+    """
+
+    models: Mapping[str, HookedVLM]
+    prompts: Mapping[str, Sequence[Prompt]]
+    others: Mapping[str, PromptBatch | None]
+    partner: Int[Tensor, " row"]
+    metric: Metric
+    directions: Mapping[str, tuple[str, str]]
+    wanted: Sequence[Component]
+    roles: Sequence[str]
+    kinds: Sequence[str]
+    seeds: Sequence[int]
+    bar: tqdm
+
+    @property
+    def about(self) -> list[list[list[int]]]:
+        """The tokens of all prompts, and of their partners."""
+        own = [[list(prompt.ids) for prompt in some] for some in self.prompts.values()]
+        beside = [[list(p.ids) for p in some.prompts] for some in self.others.values() if some is not None]
+        return own + beside
+
+    def run(self) -> dict[str, np.ndarray]:
+        """By kind [direction component role row], the random ones [direction draw component role row]; and the ends
+        [2 direction row], recipient and donor as they are.
+        """
+        n = len(next(iter(self.prompts.values())))
+        shape = (len(self.directions), len(self.wanted), len(self.roles), n)
+        found = {
+            kind: np.full((shape[0], len(self.seeds), *shape[1:]) if kind == "random" else shape, np.nan)
+            for kind in KINDS
+        }
+        ends = np.full((2, shape[0], n), np.nan)
+        ready, donors = {}, {}
+        for name, vlm in self.models.items():
+            batch = collate(self.prompts[name]).to(vlm.device)
+            ready[name] = PatchBatch(batch, self.metric.reads(batch), self.partner.to(vlm.device))
+            names = cached_names(vlm, self.wanted)
+            donors[name] = Donor(vlm, batch, names, self.metric, self.others[name])
+        for d, (donor, recipient) in enumerate(self.directions.values()):
+            ways = (donors[donor], donors[recipient], ready[recipient])
+            cells = cells_of(*ways, self.wanted, self.roles, self.kinds, self.seeds)
+            changes = run_cells(self.models[recipient], ready[recipient], self.metric, cells, self.bar)
+            for cell, values in zip(cells, changes, strict=True):
+                draw = (cell.draw,) if cell.kind == "random" else ()
+                found[cell.kind][(d, *draw, cell.component, cell.role)] = values
+            ends[0, d], ends[1, d] = donors[recipient].metric, donors[donor].metric
+        return {**found, "ends": ends}
