@@ -49,7 +49,7 @@ def swapped(
         FrankenlensError: another task or thread uses the model (`hooks.exclusive`). After all was put back: the context
             is left in another order, or in another thread, than it was entered.
     """
-    swap, uses = _Swap(Hold(what)), exclusive_of(model)
+    swap, uses, broken_off = _Swap(Hold(what)), exclusive_of(model), True
     try:
         uses.take(swap.hold)
         with Uninterrupted():
@@ -59,6 +59,7 @@ def swapped(
                 swap.own.append((target, target.data))
                 target.data = value
         yield
+        broken_off = False
     finally:
         inner: list[_Swap] = []
         try:
@@ -67,7 +68,8 @@ def swapped(
             _close(model, swap, inner)
             raise
         require_same_thread(swap.hold)
-        if inner or swap.hold.broken:
+        # Where something else is raised (Ctrl-C may come while an inner context is left), that is what is said.
+        if not broken_off and (inner or swap.hold.broken):
             which = "before one that was begun inside of it" if inner else "after the one around it"
             raise FrankenlensError(
                 f"{what} was closed {which}; the model has its own weights again. Leave contexts in the reverse "

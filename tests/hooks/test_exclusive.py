@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import gc
 import os
 import pickle
 import random
@@ -206,6 +207,22 @@ def test_weights_come_back_in_any_order_and_other_orders_are_refused(given, vlm)
     assert _in_thread(other.__enter__) == ""
     with pytest.raises(FrankenlensError, match="was begun in the thread .* and closed in another"):
         other.__exit__(None, None, None)
+    assert state(model) == before
+
+
+@torch.no_grad()
+def test_what_broke_a_context_off_is_raised_and_not_the_order_it_left(given, vlm) -> None:
+    """As when Ctrl-C comes while the inner context begins to be left: it never is."""
+    model, inputs = given.model, given.inputs()
+    before = state(model)
+    outer, inner = (swapped(model, lambda: _zeros(model), what) for what in ("the outer", "the inner"))
+    outer.__enter__()
+    inner.__enter__()
+    assert outer.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None) is False
+    assert state(model) == before
+    del inner  # dropped by whoever was interrupted
+    gc.collect()
+    vlm(inputs)
     assert state(model) == before
 
 

@@ -245,10 +245,8 @@ def test_an_image_that_changes_or_goes_is_refused_when_it_is_used(folder: Path, 
 
 
 def test_of_many_photos_four_are_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = picture((400, 300))
-    for i in range(60):
-        (folder / f"{i}.png").write_bytes(whole)
-    assert read(folder, [f"{i}.png" for i in range(60)]) == {}
+    paths = noise(folder, 60)
+    assert read(folder, [path.name for path in paths]) == {}
     opened: list[Any] = []
     own = pictures.as_seen
     monkeypatch.setattr(pictures, "as_seen", lambda image: opened.append(1) or own(image))
