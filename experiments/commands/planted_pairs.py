@@ -32,6 +32,8 @@ from interp.results.store import Store
 
 OTHER_PROMPTS = 50 * MOST
 """Added to a pair's seed for the prompts that say whether its plants can be seen: not those that methods look at."""
+FITTED_TO = tuple(OTHER_PROMPTS + 100 * MOST * MOST * i for i in range(1, 5))
+"""Likewise, for the prompts that donors are put together on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +119,8 @@ class PlantedPairs:
     def _donor(self, kind: str, i: int, plant: Plant) -> HookedVLM:
         """RL, or IN with the plant trained or put together in it."""
         if kind in WIRED:
-            prompts = [self.pair.builder.build(one) for one in self.prompts(plant.seed + OTHER_PROMPTS)]
+            some = [one for more in FITTED_TO for one in self.prompts(plant.seed + more)]
+            prompts = [self.pair.builder.build(one) for one in some]
             return wired(self.pair.in_, self.pair.rl, kind, plant.components, prompts, plant.seed)
         if kind not in TRAINED:
             return self.pair.rl

@@ -51,6 +51,29 @@ def test_two_that_act_only_together(pair, prompts) -> None:
     assert together > 5 * max(alone) and together > 0.02
 
 
+@pytest.mark.parametrize("i", range(4))
+def test_a_backup_takes_over(pair, prompts, i: int) -> None:
+    """In a donor that has both, taking either away does little, and taking both away does much."""
+    plant = replace(Draws(pair.in_, pair.rl).plant("backup", i), noise="none")
+    seen = [pair.builder.build(one) for task in REASONING for one in sample(task, 12, seed=4, split="map")]
+    donor = wired(pair.in_, pair.rl, "backup", plant.components, seen, plant.seed)
+    batch = collate(prompts)
+
+    @torch.no_grad()
+    def next_tokens(*components: str) -> torch.Tensor:
+        changed = planted(pair.in_, donor, replace(plant, components=components))
+        logits = changed.model(**batch.inputs).logits[batch.mask("all")]
+        changed.close()
+        return logits.softmax(-1)
+
+    first, second = plant.components
+    whole = next_tokens(first, second)
+    without = [next_tokens(second), next_tokens(first), next_tokens()]
+    *one_gone, both_gone = [float((whole - probs).abs().sum(-1).mean()) / 2 for probs in without]
+    donor.close()
+    assert both_gone > 0.1 and both_gone > 3 * max(one_gone)
+
+
 def test_changes_that_cancel(pair, prompts) -> None:
     together, alone = _sizes(pair, prompts, "cancelling")
     assert together < 1e-5 and max(alone) > 100 * 1e-5
