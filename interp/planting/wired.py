@@ -53,12 +53,12 @@ def wired_names(in_: HookedVLM, kind: str, seed: int) -> tuple[str, ...]:
         return (*heads, f"blocks.{layer}.attn.kv_head.{group}")
     if in_.n_layers < 2:
         raise FrankenlensError(
-            f"pairs of kind {kind}: the model has one layer; leave {kind} out of the kinds."
+            f"pairs of kind {kind}: there is one layer, not two; leave {kind} out of the kinds."
         )
-    first, second = sorted(rng.sample(range(in_.n_layers), 2))
     if kind == "backup":
         first = rng.randrange(in_.n_layers - 1)
-        second = first + 1
+        return f"blocks.{first}.mlp", f"blocks.{first + 1}.mlp"
+    first, second = sorted(rng.sample(range(in_.n_layers), 2))
     return f"blocks.{first}.mlp", f"blocks.{second}.mlp"
 
 
@@ -72,7 +72,7 @@ def wired(
         in_, rl: the pair.
         kind: of `WIRED`.
         names: what `wired_names` returned.
-        prompts: on which joint and backup are fitted.
+        prompts: on which joint and backup are fitted, with what the models write after them.
         seed: of what is written.
 
     Raises:

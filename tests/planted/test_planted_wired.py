@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from experiments import embedded
+from interp.pair import greedy
 from interp.pair.pair import Pair
 from interp.planting import Draws, Plant, planted, wired
 from interp.prompts import collate
@@ -53,11 +54,14 @@ def test_two_that_act_only_together(pair, prompts) -> None:
 
 @pytest.mark.parametrize("i", range(4))
 def test_a_backup_takes_over(pair, prompts, i: int) -> None:
-    """In a donor that has both, taking either away does little, and taking both away does much."""
+    """In a donor that has both, along its own text, taking either away does little, and taking both away does much."""
     plant = replace(Draws(pair.in_, pair.rl).plant("backup", i), noise="none")
     seen = [pair.builder.build(one) for task in REASONING for one in sample(task, 12, seed=4, split="map")]
+    text = greedy(pair.in_, seen, 24, 32)
+    seen = [prompt.with_tokens(ids) for prompt, ids in zip(seen, text, strict=True)]
     donor = wired(pair.in_, pair.rl, "backup", plant.components, seen, plant.seed)
-    batch = collate(prompts)
+    text = greedy(donor, prompts, 24, 32)
+    batch = collate([prompt.with_tokens(ids) for prompt, ids in zip(prompts, text, strict=True)])
 
     @torch.no_grad()
     def next_tokens(*components: str) -> torch.Tensor:
