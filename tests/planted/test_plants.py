@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -225,7 +225,7 @@ def test_a_plant_that_cannot_be_is_refused(settings, words) -> None:
 @pytest.mark.parametrize("kind", ["joint", "backup"])
 def test_two_mlps_take_two_layers(kind) -> None:
     with pytest.raises(FrankenlensError, match=f"leave {kind} out"):
-        wired_names(SimpleNamespace(n_layers=1), kind, seed=0)  # type: ignore[arg-type]
+        wired_names(Mock(spec=HookedVLM, n_layers=1), kind, seed=0)
 
 
 def test_an_address_that_names_nothing_is_refused(models) -> None:
