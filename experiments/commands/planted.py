@@ -46,7 +46,7 @@ class PlantedConfig(QuestionSettings):
     Attributes:
         n: prompts of every pair, drawn anew for each.
         kinds: of rl, random, rotated, decoys, supervised, reinforced, layer, region, vision, projector, experts, tower,
-            query-key, joint, cancelling; null pairs: identical, bf16, noise. supervised and reinforced train
+            query-key, joint, cancelling, backup; null pairs: identical, bf16, noise. supervised and reinforced train
             the embedded IN.
         components: addresses that change together, e.g. blocks.3.mlp blocks.5.attn.head.1; a kind of its own, named.
         change: of these: donor (RL's weights), random (an update of RL's norm) or rotated (at their own norm).

@@ -13,6 +13,7 @@ import pandas as pd
 from experiments.retraining import plants
 from experiments.retraining.triple import require_triple
 from hooks import FrankenlensError, HookedVLM
+from interp.pair import greedy
 from interp.pair.pair import Pair, weights_sha256
 from interp.planting import (
     MOST,
@@ -27,11 +28,14 @@ from interp.planting import (
     trial,
     wired,
 )
+from interp.prompts import Prompt
 from interp.questions.examples import Example
 from interp.results.store import Store
 
 OTHER_PROMPTS = 50 * MOST
 """Added to a pair's seed for the prompts that say whether its plants can be seen: not those that methods look at."""
+FITTED_TO = tuple(OTHER_PROMPTS + 100 * MOST * MOST * i for i in range(1, 5))
+"""Likewise, for the prompts that donors are put together on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +118,16 @@ class PlantedPairs:
         examples = self.prompts(plant.seed + OTHER_PROMPTS)
         return effect_of_plant(self.pair.in_, donor, plant, examples, **self.running)
 
+    def _continued(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """With what IN writes after them."""
+        text = greedy(self.pair.in_, prompts, self.running["max_new_tokens"], self.running["batch_size"])
+        return [prompt.with_tokens(ids) for prompt, ids in zip(prompts, text, strict=True)]
+
     def _donor(self, kind: str, i: int, plant: Plant) -> HookedVLM:
         """RL, or IN with the plant trained or put together in it."""
         if kind in WIRED:
-            prompts = [self.pair.builder.build(one) for one in self.prompts(plant.seed + OTHER_PROMPTS)]
+            some = [one for more in FITTED_TO for one in self.prompts(plant.seed + more)]
+            prompts = self._continued([self.pair.builder.build(one) for one in some])
             return wired(self.pair.in_, self.pair.rl, kind, plant.components, prompts, plant.seed)
         if kind not in TRAINED:
             return self.pair.rl

@@ -252,7 +252,7 @@ def recovery_refused(decisions: DecisionSet, nulls: Mapping[str, Interval], **se
             size = f", whose update has {held.norm_ratio:.2f} of the norm of RL's" if held else ""
             return (
                 f"the denominator, {_shown(own)}, is not above that of a pair that learnt nothing "
-                f"({name}), {_shown(null)}{size}"
+                f"({name}), {_shown(null)}{_reaching(null)}{size}"
             )
     return ""
 
@@ -282,3 +282,9 @@ def _shown(interval: Interval) -> str:
     if np.isnan(interval.low):
         return f"{float(interval.value):.3g} [no interval]"
     return f"{float(interval.value):.3g} [{float(interval.low):.3g}, {float(interval.high):.3g}]"
+
+
+def _reaching(null: Interval) -> str:
+    """How high a pair without an interval lies, where that is what refuses."""
+    reach = _end(null)
+    return f" but up to {reach:.3g}" if np.isnan(null.low) and reach > float(null.value) else ""

@@ -34,6 +34,7 @@ KINDS: Mapping[str, str] = {
     "query-key": "queries and keys of one group of heads with RL's weights",
     "joint": "two MLPs that do something only together",
     "cancelling": "values and output matrices of one group of heads, whose changes cancel",
+    "backup": "an MLP, and the next layer's, which writes as much where the first does not",
 }
 """In an order that seeds depend on: a new kind comes last."""
 NULLS = {"identical": "none", "bf16": "bf16", "noise": "gaussian"}

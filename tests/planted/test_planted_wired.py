@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from experiments import embedded
+from interp.pair import greedy
 from interp.pair.pair import Pair
 from interp.planting import Draws, Plant, planted, wired
 from interp.prompts import collate
@@ -49,6 +50,32 @@ def _sizes(pair, prompts, kind: str) -> tuple[float, list[float]]:
 def test_two_that_act_only_together(pair, prompts) -> None:
     together, alone = _sizes(pair, prompts, "joint")
     assert together > 5 * max(alone) and together > 0.02
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_a_backup_takes_over(pair, prompts, i: int) -> None:
+    """In a donor that has both, along its own text, taking either away does little, and taking both away does much."""
+    plant = replace(Draws(pair.in_, pair.rl).plant("backup", i), noise="none")
+    seen = [pair.builder.build(one) for task in REASONING for one in sample(task, 12, seed=4, split="map")]
+    text = greedy(pair.in_, seen, 24, 32)
+    seen = [prompt.with_tokens(ids) for prompt, ids in zip(seen, text, strict=True)]
+    donor = wired(pair.in_, pair.rl, "backup", plant.components, seen, plant.seed)
+    text = greedy(donor, prompts, 24, 32)
+    batch = collate([prompt.with_tokens(ids) for prompt, ids in zip(prompts, text, strict=True)])
+
+    @torch.no_grad()
+    def next_tokens(*components: str) -> torch.Tensor:
+        changed = planted(pair.in_, donor, replace(plant, components=components))
+        logits = changed.model(**batch.inputs).logits[batch.mask("all")]
+        changed.close()
+        return logits.softmax(-1)
+
+    first, second = plant.components
+    whole = next_tokens(first, second)
+    without = [next_tokens(second), next_tokens(first), next_tokens()]
+    *one_gone, both_gone = [float((whole - probs).abs().sum(-1).mean()) / 2 for probs in without]
+    donor.close()
+    assert both_gone > 0.1 and both_gone > 3 * max(one_gone)
 
 
 def test_changes_that_cancel(pair, prompts) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from interp.planting import (
     relative_norm,
     truth,
 )
+from interp.planting.wired import wired_names
 from interp.prompts import PromptBuilder
 from interp.questions.tasks import sample
 from tests.half_pairs import HALVES, half_pair, widened
@@ -218,6 +220,12 @@ def test_relative_norms_are_those_of_the_comparison_of_checkpoints(models) -> No
 def test_a_plant_that_cannot_be_is_refused(settings, words) -> None:
     with pytest.raises(FrankenlensError, match=words):
         Plant(**settings)
+
+
+@pytest.mark.parametrize("kind", ["joint", "backup"])
+def test_two_mlps_take_two_layers(kind) -> None:
+    with pytest.raises(FrankenlensError, match=f"leave {kind} out"):
+        wired_names(Mock(spec=HookedVLM, n_layers=1), kind, seed=0)
 
 
 def test_an_address_that_names_nothing_is_refused(models) -> None:

@@ -5,15 +5,18 @@ import json
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from experiments import embedded
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from interp.decision import (
+    DecisionSet,
     changed_weights,
     find_decisions,
     null_changes,
@@ -32,7 +35,7 @@ from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
 from interp.questions.grading import Ungraded, grade
 from interp.questions.tasks import sample
-from interp.statistics import Interval
+from interp.statistics import Interval, mean_interval
 from tests.families import EACH_KIND, tiny
 from tests.half_pairs import HALVES, half_pair
 
@@ -283,6 +286,18 @@ def test_a_pair_that_learnt_noise_is_refused():
         assert "pair that learnt nothing" in recovery_refused(found, nulls)
         assert float(nulls["random, own decisions"].value) > 0
     assert [weights_sha256(vlm.model) for vlm in (pair.in_, pair.rl)] == hashes
+
+
+def test_what_refuses_a_recovery_is_told():
+    """At 12 prompts a null pair has no interval to print; how high it lies is said, as that decides."""
+    low, high = np.linspace(0, 4, 12), np.linspace(2.2, 2.8, 12)
+    nulls = {"random": Null.of(low, None)}
+    found = Mock(spec=DecisionSet, denominator=lambda **settings: mean_interval(high, **settings))
+    reach = stats.t.interval(0.95, 11, low.mean(), stats.sem(low))[1]
+    assert nulls["random"].reach == pytest.approx(reach, rel=0.01) and low.mean() < high.min()
+    told = recovery_refused(found, nulls)
+    assert f"(random), 2 [no interval] but up to {nulls['random'].reach:.3g}" in told
+    assert recovery_refused(found, {"random": Null.of(low / 2, None)}) == ""
 
 
 def test_the_random_pair_has_the_norm_of_the_update_in_every_tensor(monkeypatch):
