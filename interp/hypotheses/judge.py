@@ -242,8 +242,11 @@ def _design(
     """Numbers of examples, and what they can find; `size` examples make a unit."""
     units = int((~np.isnan(d)).sum())
     tested = not np.isnan(one_sided(d)[0])
-    sd = float(np.nanstd(d, ddof=1)) if tested else math.nan
-    needed = examples_needed(shift, sd, level, unseen=away) if tested and not math.isnan(shift) else None
+    pilot = units >= MIN_EXAMPLES and not np.isinf(d).any()
+    sd = float(np.nanstd(d, ddof=1)) if tested or pilot else math.nan
+    # A pilot that is too small for a test says how many a test takes, at least as many as any.
+    planned = math.isfinite(sd) and not math.isnan(shift)
+    needed = examples_needed(shift, sd, level, unseen=away) if planned else None
     least = (
         detectable(sd, units, level, unseen=away) / size / float(_scale(claim, own)) if tested else math.nan
     )

@@ -76,9 +76,9 @@ class Ledger:
             raise FrankenlensError(
                 f"{len(prompts)} prompts, and the family was registered with n_max {family.n_max}; give fewer (--n)"
             )
-        found = {}
+        found, registered = {}, _registered(claims)
         for name, claim in claims.items():
-            before = self._before(pair, claim, prompts)
+            before = self._before(pair, claim, prompts, registered)
             if family.n_max is None:
                 found[name] = Looks(len(before) + 1, _first(before))
                 continue
@@ -112,7 +112,7 @@ class Ledger:
             pair, family, claims, examples: as in `looks`.
             said: the verdict by claim.
         """
-        prompts = sorted({fingerprint(example) for example in examples})
+        prompts, registered = sorted({fingerprint(example) for example in examples}), _registered(claims)
         new = []
         for name, claim in claims.items():
             if said[name] == "refused":
@@ -123,6 +123,7 @@ class Ledger:
                 "claim": claim.text,
                 "question": _digest(claim.question),
                 "bound": claim.bound,
+                "registered": registered,
                 "n_max": family.n_max,
                 "verdict": said[name],
                 "prompts": prompts,
@@ -142,12 +143,27 @@ class Ledger:
                 "another file (--ledger)"
             ) from None
 
-    def _before(self, pair: str, claim: Claim, prompts: list[str]) -> list[dict[str, Any]]:
-        """Looks at this question on this pair up to this one, if it was there."""
-        asked = {"pair": pair, "question": _digest(claim.question), "bound": claim.bound, "prompts": prompts}
-        own = [one for one in self._known if all(one[key] == asked[key] for key in ("pair", "question"))]
-        again = next((at for at, one in enumerate(own) if _same(asked, one)), len(own))
-        return own[:again]
+    def _before(self, pair: str, claim: Claim, prompts: list[str], registered: str) -> list[dict[str, Any]]:
+        """Looks at this question on this pair up to this one, if it was there; of each the claim nearest to this one.
+
+        Claims with several bounds that are registered together are one look, and corrected together.
+        """
+        question = _digest(claim.question)
+        looks: dict[tuple[str, ...], dict[str, Any]] = {}
+        for one in self._known:
+            if (one["pair"], one["question"]) != (pair, question):
+                continue
+            look = (one.get("registered", ""), *one["prompts"])
+            if look == (registered, *prompts):
+                break  # this one, and what came after it
+            if look not in looks or one["bound"] == claim.bound:
+                looks[look] = one
+        return list(looks.values())
+
+
+def _registered(claims: Mapping[str, Claim]) -> str:
+    """What was claimed together: questions and bounds."""
+    return _digest(json.dumps(sorted((claim.question, claim.bound) for claim in claims.values())))
 
 
 def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

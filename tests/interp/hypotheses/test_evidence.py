@@ -174,6 +174,32 @@ def test_prompts_that_grow_keep_those_they_had(tmp_path: Path) -> None:
         Ledger(tmp_path / "broken")
 
 
+def test_bounds_that_are_registered_together_are_one_look(tmp_path: Path) -> None:
+    low, high = replace(CLAIM, name="low", at_least=0.1), replace(CLAIM, name="high", at_least=0.9)
+    family = Family("f", (low, high))
+    claims = {claim.name: claim for claim in family.claims}
+    said = {"low": "supported", "high": "refuted"}
+    ledger = Ledger(tmp_path / "looks.jsonl")
+    for _ in range(2):  # the same look again
+        assert ledger.looks("pair", family, claims, asked(40)) == {"low": Looks(), "high": Looks()}
+        ledger.write("pair", family, claims, asked(40), said)
+    later = Ledger(ledger.path).looks("pair", family, claims, asked(40, 100))
+    assert later == {"low": Looks(2, "supported"), "high": Looks(2, "refuted")}
+    alone = Family(
+        "f", (replace(CLAIM, name="low", at_least=0.2),)
+    )  # another bound, on prompts that were seen
+    moved = ledger.looks("pair", alone, {"low": alone.claims[0]}, asked(40))
+    assert moved["low"].number == 2
+
+
+def test_a_pilot_too_small_for_a_test_says_how_many_a_test_takes() -> None:
+    values = np.random.default_rng(0).normal(0.5, 1.0, 20)
+    claim = replace(CLAIM, at_least=0.1)
+    (small,) = judge(Family("f", (claim,)), {"c": claim}, {"c": measured(values)}, {}, resamples=2)
+    assert small.verdict == "undecided" and np.isnan(small.p)
+    assert small.n_needed is not None and small.n_needed >= 36
+
+
 def test_ten_looks_err_as_one() -> None:
     """A claim on its bound: undeclared looks at new prompts, and prompts that grow to ten times as many."""
     rng, pairs = np.random.default_rng(2), 4000
