@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,11 +80,22 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("weights", "density"):
+            if isinstance(given := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(given))
         for name in ("weights", "density", "t", "scale", "seed"):
             given = getattr(self, name)
-            several = given if isinstance(given, tuple | list) and name in ("weights", "density") else [given]
+            several = given if isinstance(given, tuple) and name in ("weights", "density") else [given]
             if given is not None and not all(_is_number(one) for one in several):
                 raise FrankenlensError(f"{name}={shown(given)} of a recipe: give finite numbers")
+        if self.weights is not None and not isinstance(self.weights, tuple):
+            raise FrankenlensError(
+                f"weights={shown(self.weights)} of a recipe: give one number a model, in a tuple"
+            )
+        if not isinstance(self.seed, Integral) or abs(self.seed) >= 2**62:
+            raise FrankenlensError(
+                f"seed={shown(self.seed)} of a recipe: give a whole number of at most 18 digits"
+            )
         if self.method not in METHODS:
             hint = nearest(self.method, METHODS)
             raise FrankenlensError(

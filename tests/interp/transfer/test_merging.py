@@ -386,3 +386,17 @@ def test_a_merge_that_its_type_does_not_hold_is_refused_and_float32_holds_it(dty
     )
     with pytest.raises(FrankenlensError, match='give "float32"'):
         merge(half, [in_, rl], tmp_path / "other", dtype="float16", progress=False)
+
+
+def test_one_value_a_model_is_a_tuple_or_a_list() -> None:
+    for name in ("weights", "density"):
+        given: dict[str, Any] = {"density": 0.5, name: [0.5, 0.25]}
+        assert Recipe("dare_ties", **given) == Recipe("dare_ties", **{**given, name: (0.5, 0.25)})
+    with pytest.raises(FrankenlensError, match="shares above 0"):
+        Recipe("ties", density=[0.5, 2.0])  # type: ignore[arg-type]
+    one: Any = 0.5
+    with pytest.raises(FrankenlensError, match="one number a model"):
+        Recipe("linear", weights=one)
+    for seed in (10**20, 0.5):
+        with pytest.raises(FrankenlensError, match="a whole number"):
+            Recipe("linear", seed=seed)  # type: ignore[arg-type]
