@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from hooks.anatomy.drawing import drawn
+from hooks.anatomy.structure import tells_its_parts_apart
 from hooks.anatomy.watching import has_pixels
 from hooks.cache import ActivationCache, Keeper
 from hooks.capabilities import missing
@@ -157,7 +158,7 @@ class HookedVLM(Traceable):
         self.absent |= odd
         if check:
             checked = self_check(self, given)
-            if checked.by_structure is not None:
+            if key is not None and checked.by_structure is not None and tells_its_parts_apart(self.model):
                 points = {n: p for n, p in self.hook_points.items() if n not in checked.by_structure}
                 absent = self.absent | checked.by_structure
                 taken = Taken(self.anatomy, points, absent, proved=True)

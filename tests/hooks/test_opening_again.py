@@ -97,6 +97,22 @@ def test_what_nothing_depends_on_is_found_on_each_model(watchings: list[nn.Modul
     assert "blocks.1.attn.hook_z" in HookedVLM(given.model, inputs=given.inputs).hook_points
 
 
+@pytest.mark.parametrize("broken", ["k is nothing", "v is k"])
+def test_what_hides_in_one_model_is_seen_in_the_next(broken: str, watchings: list[nn.Module]) -> None:
+    given = build("mistral")
+    poor = copy.deepcopy(given.model)
+    attention = poor.model.layers[1].self_attn
+    if broken == "k is nothing":
+        nn.init.zeros_(attention.k_proj.weight)
+    else:
+        attention.v_proj.weight = nn.Parameter(attention.k_proj.weight.detach().clone())
+    HookedVLM(poor, inputs=given.inputs)
+    second = HookedVLM(given.model, inputs=given.inputs)
+    assert watchings == [poor, given.model]
+    STRUCTURES.forget()
+    assert said_of(second) == said_of(HookedVLM(given.model, inputs=given.inputs))
+
+
 @pytest.mark.parametrize("field", ["final_norm", "embed_entry", "projector", "mlp", "deepstack"])
 def test_a_word_that_does_not_hold_is_not_taken(
     field: str, watchings: list[nn.Module], monkeypatch: pytest.MonkeyPatch
@@ -185,6 +201,13 @@ def test_another_way_of_computing_is_another_structure(change: str, monkeypatch:
         layer.mlp = OtherMLP(layer.mlp)
     elif change == "number":
         layer.self_attn.scaling = 0.5
+    elif change == "table":
+        layer.self_attn.table = {"window": 4}
+    elif change == "function":
+        layer.mlp.act_fn = torch.nn.functional.relu
+    elif change == "own config":
+        layer.self_attn.config = copy.deepcopy(layer.self_attn.config)
+        layer.self_attn.config.rms_norm_eps = 1e-3
     elif change == "hook":
         layer.register_forward_hook(lambda module, args, output: output)
     elif change == "forward":
