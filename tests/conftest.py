@@ -1,7 +1,9 @@
 """One thread in tests: small tensors gain nothing from more, and two cores may be shared."""
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -41,3 +43,14 @@ def pytest_collection_finish() -> None:
     """What the imports made stays; the garbage collector need not walk through it again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Any]:
+    """The pair that ships, opened for the tests of a file."""
+    from experiments import embedded
+    from interp.pair.pair import Pair
+
+    opened = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
+    yield opened
+    opened.close()

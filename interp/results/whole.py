@@ -140,12 +140,12 @@ def read_record(path: Path) -> Any:
         return None
     try:
         found = json.loads(path.read_bytes()) if stat.S_ISREG(os.lstat(path).st_mode) else {}
-        if _of_record(found["record"]) == found["sha256"]:
-            return found["record"]
+        sound = _of_record(found["record"]) == found["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    warnings.warn(f"{path} is damaged and is made again", stacklevel=3)
-    return None
+        sound, found = False, {}
+    if not sound:
+        warnings.warn(f"{path} is damaged and is made again", stacklevel=3)
+    return found["record"] if sound else None
 
 
 def _of_record(value: Any) -> str:

@@ -154,3 +154,8 @@ def intervention(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def flip(activation, hook):
+    """The activation, last axis reversed: written back twice it is what it was."""
+    return activation.flip(-1)

@@ -23,26 +23,12 @@ from interp.pair.generation import plain_greedy
 from interp.pair.pair import weights_sha256
 from interp.sweep import Intervention, sweep
 from interp.transfer import Graft, grafted
-from tests.families import tiny
+from tests.hooks.interventions import flip
 from tests.interp.sweep.test_sweep import duo
 
 FIRST = "model.language_model.layers.0"
 POINT = "blocks.1.hook_resid_post"
 PATTERN = "blocks.0.attn.hook_pattern"
-
-
-def flip(activation, hook):
-    return activation.flip(-1)
-
-
-@pytest.fixture(scope="module")
-def given():
-    return tiny("qwen2_5_vl")
-
-
-@pytest.fixture(scope="module")
-def vlm(given) -> HookedVLM:
-    return HookedVLM(given.model, given.processor)
 
 
 def state(model: nn.Module) -> Any:

@@ -12,23 +12,10 @@ import torch
 from hooks import FrankenlensError, HookedVLM
 from interp.pair.pair import Pair
 from tests.families import tiny
+from tests.hooks.interventions import flip
 
 GREEDY = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
 POINT = "blocks.1.hook_resid_post"
-
-
-def flip(activation, hook):
-    return activation.flip(-1)
-
-
-@pytest.fixture(scope="module")
-def given():
-    return tiny("qwen2_5_vl")
-
-
-@pytest.fixture(scope="module")
-def vlm(given) -> HookedVLM:
-    return HookedVLM(given.model, given.processor)
 
 
 def _steps(vlm: HookedVLM, inputs, hooks=(), **kwargs) -> torch.Tensor:

@@ -9,7 +9,6 @@ import torch
 import xarray as xr
 from accelerate import cpu_offload, disk_offload
 
-from experiments import embedded
 from hooks import FrankenlensError, HookedVLM
 from interp.decision import find_decisions
 from interp.lens import direct_logit_attribution, logit_lens
@@ -22,13 +21,6 @@ from interp.questions.tasks import sample
 from interp.sweep import Intervention, sweep
 
 HEAD, NEURON = "blocks.4.attn.hook_result", "blocks.3.mlp.hook_post"
-
-
-@pytest.fixture(scope="module")
-def pair():
-    opened = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import embedded
 from interp.decision import find_decisions
 from interp.hypotheses import Claim, Family, Measured, judge, one_sided, put_to_test, scores, unseen
 from interp.hypotheses.measure import measure, resolved
@@ -89,13 +88,6 @@ def _pool(pair: Pair, wanted: Mapping[str, dict], examples: list[Example], choic
     claims = tuple(Claim(name, at_least=0.1, found_on=frozenset(), **own) for name, own in wanted.items())
     known = resolved(Family("nulls", claims, decision=choice), pair.in_)
     return Pool(known, measure(pair, known, examples, decisions, batch_size=64, progress=False))
-
-
-@pytest.fixture(scope="module")
-def pair():
-    opened = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) for n in (320, 2000)])

@@ -5,21 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments import embedded
 from interp.pair import greedy
-from interp.pair.pair import Pair
 from interp.planting import Draws, Plant, planted, wired
 from interp.prompts import collate
 from interp.questions.tasks import REASONING, sample
 
 pytestmark = pytest.mark.slow  # each opens and copies the embedded pair
-
-
-@pytest.fixture(scope="module")
-def pair():
-    opened = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,6 @@ from interp.questions.tasks import sample
 from interp.statistics import adjust, mean_test
 from tests.families import EACH_KIND, tiny
 
-
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
-
-
 EXAMPLES = [example for task in ("sum", "colour_at") for example in sample(task, 6, 5, "test")]
 
 

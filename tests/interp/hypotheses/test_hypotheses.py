@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from experiments import embedded
 from hooks import FrankenlensError
 from interp.decision import find_decisions
 from interp.hypotheses import (
@@ -370,13 +369,6 @@ def test_prompts_a_claim_was_found_on_are_refused_by_id_and_by_content() -> None
         assert origins(family, prompts, allow_reuse=True) == {"a": "exploratory"}
     assert origins(Family("f", (by_id,)), renamed) == {"a": "held out"}
     assert origins(Family("f", (_claim(found_on=None),)), examples) == {"a": "not stated"}
-
-
-@pytest.fixture(scope="module")
-def pair():
-    opened = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import embedded
 from hooks import FrankenlensError
 from interp.decision import null_changes
 from interp.knockout import (
@@ -31,11 +30,6 @@ from interp.pair.pair import Pair
 from interp.prompts import collate
 from interp.questions.tasks import sample
 from interp.statistics import adjust, difference_interval, mean_test
-
-
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
 
 
 @pytest.fixture(scope="module")

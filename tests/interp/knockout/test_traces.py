@@ -2,24 +2,13 @@
 
 import numpy as np
 import pandas as pd
-import pytest
 import xarray as xr
 
-from experiments import embedded
 from interp.knockout import answered_traces, null_route_table, route_table, up_to_the_answer, wrong
 from interp.pair.generation import greedy
-from interp.pair.pair import Pair
 from interp.questions.examples import Example
 from interp.questions.grading import Ungraded
 from interp.questions.tasks import grade, sample
-
-
-@pytest.fixture(scope="module")
-def pair():
-    opened = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
-    yield opened
-    opened.close()
-
 
 EXAMPLES = [example for task in ("sum", "more") for example in sample(task, 6, 3, "test")]
 

@@ -9,7 +9,6 @@ import torch
 import xarray as xr
 from safetensors.torch import save_file
 
-from experiments import embedded
 from hooks import FrankenlensError
 from interp.lens import TunedLens, logit_lens, train_tuned_lens
 from interp.pair.pair import Pair
@@ -17,11 +16,6 @@ from interp.prompts import Prompt
 from interp.questions.tasks import REASONING, chain, sample
 from tests.families import TinyVLM
 from tests.interp.lens.lens_models import family, opened
-
-
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
 
 
 def _read(pair: Pair, n: int, seed: int, split) -> list[Prompt]:

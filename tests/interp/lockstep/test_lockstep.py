@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from experiments import embedded
 from hooks import Address, FrankenlensError, HookedVLM
 from interp.lockstep import (
     Moved,
@@ -33,7 +32,6 @@ from interp.lockstep.places import Places
 from interp.lockstep.run import alone
 from interp.lockstep.sampling import Chooser
 from interp.pair.generation import greedy
-from interp.pair.pair import Pair
 from interp.prompts import Prompt, PromptBuilder, collate
 from interp.prompts.reading import TraceReader
 from interp.prompts.roles import TraceFormat
@@ -125,13 +123,6 @@ def duo(request: pytest.FixtureRequest) -> Duo:
 @pytest.fixture(scope="module")
 def qwen() -> Duo:
     return Duo("qwen2_5_vl")
-
-
-@pytest.fixture(scope="module")
-def pair():
-    opened = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
-    yield opened
-    opened.close()
 
 
 def tokens(written) -> list[list[int]]:

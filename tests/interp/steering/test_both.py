@@ -4,12 +4,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 
-from experiments import embedded
 from interp.lockstep import EVERYWHERE
 from interp.pair.generation import greedy
-from interp.pair.pair import Pair
 from interp.questions.tasks import sample
 from interp.steering import (
     differences,
@@ -23,13 +20,6 @@ from interp.steering import (
 SITE = "blocks.6.hook_resid_post"
 RUNNING: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 8}
 USED, FRESH = sample("sum", 4, 1, "map"), sample("sum", 5, 2, "map")
-
-
-@pytest.fixture(scope="module")
-def pair():
-    opened = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
-    yield opened
-    opened.close()
 
 
 def test_directions_are_the_differences_along_rls_traces(pair) -> None:

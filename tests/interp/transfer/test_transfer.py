@@ -45,13 +45,6 @@ def duo(request: pytest.FixtureRequest):
     return HookedVLM(given.model, given.processor, inputs=inputs), HookedVLM(other, inputs=inputs)
 
 
-@pytest.fixture(scope="module")
-def pair():
-    opened = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
-    yield opened
-    opened.close()
-
-
 def _expected(duo: Any, rest_from_donor: bool, letters: str) -> dict[str, torch.Tensor]:
     """A state dict put together by name: blocks by letter, the rest whole."""
     recipient, donor = (vlm.model.state_dict() for vlm in duo)
