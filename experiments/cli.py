@@ -32,7 +32,7 @@ COMMANDS = {
 }
 
 
-INTERRUPTED = "interrupted; what is finished is kept, and the same command goes on there"
+INTERRUPTED = "interrupted; what a command keeps of finished work is taken up when it is given again"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -162,7 +162,7 @@ def steps(work: Iterable[Item], what: str, unit: str) -> Iterable[Item]:
 def finished(out: Path, **about: Any) -> Path:
     """The folder for parts that are finished before the whole is, named after everything that they depend on.
 
-    The same command goes on there; with other settings, models or questions it begins anew.
+    The same command takes it up; with other settings, models or questions it begins anew.
     """
     text = json.dumps({"version": version("frankenlens"), **about}, sort_keys=True, default=str)
     return out / "finished" / hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -173,7 +173,7 @@ OF_PLACE = ("out", "in_", "rl", "base", "data", "images", "template", "map")
 
 
 def kept(pair: Pair, examples: Iterable[Example], config: PairSettings, **also: Any) -> Store | None:
-    """The store for what is finished of a command before the whole is; the same command goes on there.
+    """The store for what is finished of a command before the whole is; the same command takes it up.
 
     None where nobody holds the lock of `config.out`: what is measured from Python is not kept by itself.
 

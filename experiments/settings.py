@@ -130,7 +130,7 @@ class DataSettings:
             tasks where not given.
         images: folder that relative image paths start from; by default that of the data.
         fields: names of the fields of the data, where they are others: question=problem answer=solution image=images
-            (and id, task, reasoning).
+            (and id, task, reasoning, cluster).
         images_anywhere: rows may name images outside of that folder, by absolute paths or by "..".
         max_pixels: of an image; a row with a larger one is left out.
         encoding: of the data's text: gbk, latin-1, ...; by default UTF-8, or the UTF-16 that a file shows.
@@ -253,6 +253,9 @@ def _require_data(config: ModelSettings) -> None:
     data = getattr(config, "data", None)
     if getattr(config, "images", None) is not None and data is None:
         raise FrankenlensError("--images is the folder of the images of --data; give --data as well.")
+    for name, default in (("images_anywhere", False), ("max_pixels", PIXELS)):
+        if getattr(config, name, default) != default and data is None:
+            raise FrankenlensError(f"{as_option(name)} is of the images of --data; give --data as well.")
     for name, default in (("fields", ()), ("encoding", None), ("cluster", IMAGE)):
         if getattr(config, name, default) != default and (data is None or is_public(str(data))):
             raise FrankenlensError(
@@ -269,7 +272,11 @@ def _require_data(config: ModelSettings) -> None:
         )
     if copies is not None and not os.path.isdir(copies):
         raise FrankenlensError(f"--copies {copies} is no folder; give one that holds {', '.join(COPIES)}.")
-    Fields.parse(getattr(config, "fields", ()))
+    named = Fields.parse(getattr(config, "fields", ()))
+    if named.cluster and getattr(config, "cluster", IMAGE) not in (IMAGE, named.cluster):
+        raise FrankenlensError(
+            f"--fields cluster={shown(named.cluster)} and --cluster {shown(config.cluster)} name two fields; give one."  # type: ignore[attr-defined]
+        )
 
 
 def checkpoints(config: ModelSettings) -> tuple[str, str, str | None]:

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hooks.anatomy.precise import widened
 from hooks.errors import FrankenlensError
 from hooks.inert import stays
 
 _NAME = "frankenlens"
 # transformers hands a packed vision tower's windows over in one call only where the name contains "flash".
 _PACKED_NAME = "frankenlens_flash"
+IN_FLOAT32 = "hook_in_float32"
+"""Of proofs alone: [3 batch pos head d_head], attention with its scores, the user's own, and the sizes summed."""
 _UNSUPPORTED = ("position_bias", "sinks", "cache")
 
 Apply = Callable[[str, Tensor], Tensor]
@@ -133,6 +136,8 @@ def hooked_attention(
     query, key = tap.on_heads("hook_rot_q", query), tap.on_heads("hook_rot_k", key)
     value = tap.on_heads("hook_v", value)
     given = (module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    if IN_FLOAT32 in tap.leaves:
+        tap.apply(IN_FLOAT32, _in_float32(tap, *given))
     result: Any = (_dense if tap.dense else _as_the_user_set_it)(tap, *given)
     return tap.on_out("hook_z", result[0]), *result[1:]
 
@@ -173,6 +178,28 @@ def _dense(
     dropped = nn.functional.dropout(pattern, p=dropout, training=module.training)
     out = dropped @ value.repeat_interleave(groups, dim=1)
     return out.transpose(1, 2).contiguous(), pattern if tap.implementation == "eager" else None
+
+
+@torch.no_grad()
+def _in_float32(tap: AttentionTap, module: Any, query, key, value, *rest: Any) -> Float[Tensor, "3 ..."]:
+    """Attention with its scores beside the user's own, both on these queries, keys and values in float32.
+
+    In half precision a score of 60 is right to a quarter, and with it every probability: nothing could be told apart.
+    Where the user's kernel knows no float32, it runs in its own precision, and so is what is returned.
+    """
+    silent = AttentionTap(frozenset, tap.apply, tap.packed)
+    silent.implementation = tap.implementation
+    q, k, v, *others = widened((query, key, value, *rest))
+    dense = _dense(silent, module, q, k, v, *others)[0]
+    try:
+        own = _as_the_user_set_it(silent, module, q, k, v, *others)[0]
+        size = _as_the_user_set_it(silent, module, q, k, v.abs(), *others)[0]
+    except torch.OutOfMemoryError:  # says nothing about the kernel
+        raise
+    except (RuntimeError, TypeError, ValueError):
+        own = _as_the_user_set_it(silent, module, query, key, value, *rest)[0]
+        size = _as_the_user_set_it(silent, module, query, key, value.abs(), *rest)[0]
+    return torch.stack([dense.to(own.dtype), own, size])
 
 
 def _mask(tap: AttentionTap, module: nn.Module, scores: Tensor, mask: Tensor | None, kwargs: dict) -> Tensor:

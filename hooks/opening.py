@@ -22,7 +22,7 @@ from hooks.anatomy.by_names import declared_anatomy
 from hooks.anatomy.observed import require_all_blocks
 from hooks.anatomy.structure import structure_of
 from hooks.anatomy.watching import has_pixels
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line
 from hooks.points import HookPoint, hook_point_table, unknown_points
 from hooks.processors import is_visual
 from hooks.selfcheck import undisturbed
@@ -106,7 +106,7 @@ def taken_for(model: PreTrainedModel, inputs: Mapping[str, Any], key: Hashable |
         return None
     try:
         return as_table(declared_anatomy(model))
-    except (FrankenlensError, AttributeError, KeyError, TypeError, ValueError):  # not built as its type is
+    except (AttributeError, KeyError, TypeError, ValueError):  # not built as its type is
         return None
 
 
@@ -134,7 +134,7 @@ def watched(model: PreTrainedModel, inputs: Mapping[str, Any], token: int | None
     except Exception as error:
         raise FrankenlensError(
             f"{type(model).__name__} does not run on the prompt that it is opened with ({', '.join(inputs)}): "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]} Give processor tensors of your own: "
+            f"{type(error).__name__}: {one_line(error)} Give processor tensors of your own: "
             "HookedVLM(model, processor, inputs=...)."
         ) from error
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from hooks.anatomy.precise import in_float32, runs_in_float32
 from hooks.anatomy.watching import forward
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line
 from hooks.opened import Opened
 from hooks.selfcheck_attention import SQUARES, Bare, bare_run, unlike_attention
 from hooks.selfcheck_experts import unproved_contributions
@@ -65,7 +65,7 @@ def opening_inputs(model: Any, processor: Any) -> dict[str, Any]:
         maker = type(model if processor is None else processor).__name__
         raise FrankenlensError(
             f"no prompt to open {type(model).__name__} with can be made with {maker}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]} Give processor tensors of your own: HookedVLM(model, processor, "
+            f"{one_line(error)} Give processor tensors of your own: HookedVLM(model, processor, "
             "inputs=...)."
         ) from error
 
@@ -145,14 +145,9 @@ def inexact(
     """
     with in_float32(vlm.model, runs_in_float32(vlm.anatomy)) as precision:
         given = precision.given(inputs)
-        found: dict[str, str] = {}
-        if precision.acts:
-            found = unequal(vlm, looked_at(vlm, given, list(seen)))
-            bare = bare_run(vlm, given)
+        found = unequal(vlm, looked_at(vlm, given, list(seen))) if precision.acts else {}
         found |= split_from_the_stream(vlm, given, [name for name in seen if name not in found])
-        if precision.acts or once is None:
-            found |= unlike_attention(vlm, given, bare.outs, precision)
-        return found
+    return found | unlike_attention(vlm, inputs, bare.outs) if once is None else found
 
 
 def without_effect(

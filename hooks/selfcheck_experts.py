@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hooks.anatomy.precise import in_float32, runs_in_float32, within_rounding
 from hooks.anatomy.watching import forward
+from hooks.errors import one_line
 from hooks.opened import Opened
 from hooks.points import HookPoint
 from hooks.selfcheck_writes import apart
@@ -46,7 +47,7 @@ def unproved_contributions(
     except torch.OutOfMemoryError:  # says nothing about a point
         raise
     except Exception as error:
-        why = " ".join(str(error).split())[:300] or type(error).__name__
+        why = one_line(error)
         return dict.fromkeys(points, why)
     if not moved <= allowed:
         return dict.fromkeys(points, f"writing its own value back moved the logits by {moved:.2e}.")

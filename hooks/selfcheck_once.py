@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hooks.anatomy.precise import eps_of
 from hooks.anatomy.watching import forward
 from hooks.engine import Hook, HookContext
 from hooks.opened import Opened
-from hooks.points import HookPoint
-from hooks.selfcheck_attention import Bare, by_module, instead, largest_of, unlike
+from hooks.selfcheck_attention import Bare, Likeness, beside_z, by_module, instead
 from hooks.selfcheck_sums import unequal
 from hooks.selfcheck_writes import KEPT, apart, live_taps, tolerance_of_a_write
 
@@ -60,44 +58,33 @@ class _Run:
         self.seen: dict[str, list[Tensor]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._taps: dict[str, Tensor] = {}
-        self._made: dict[str, list[Tensor]] = {}
-        self._largest: dict[str, float] = {}
         points = [vlm.hook_points[name] for name in names]
-        hooks = [
-            Hook(self._beside, HookContext(HookPoint("hook_z", path, "attention", ())))
-            for path in by_module(points)
-        ]
+        self._squares = by_module(points)
+        self._likeness = Likeness(self._squares)
+        hooks = [*self._likeness.hooks, *beside_z(self._squares, self._go_on)]
         hooks += [Hook(self._write_back, HookContext(point)) for point in points]
         with torch.enable_grad(), vlm.attached(hooks):
             self._logits = forward(vlm.model, inputs)
         self.moved = apart(self._logits.detach(), bare.logits)
-        self._eps = eps_of(bare.logits)
 
     def _write_back(self, activation: Tensor, hook: HookContext) -> Tensor:
         name = hook.point.name
         own = activation.clone()
         self.shapes[name] = tuple(own.shape)
         if hook.point.leaf == "hook_attn_scores":
-            path = hook.point.module
-            self._largest[path] = max(self._largest.get(path, 0.0), largest_of(own.detach()))
+            self._likeness.note(own.detach(), hook)
         if KEPT.search(name):
             self.seen.setdefault(name, []).append(own.detach())
         self._taps[name] = own if own.requires_grad else own.requires_grad_()
         return own.clone()  # the model may edit it in place
 
-    def _beside(self, z: Tensor, hook: HookContext) -> Tensor:
-        """Note down what attention computed with its scores gives; go on with what the model's own gave, to the bit."""
-        path = hook.point.module
-        made = self._made.setdefault(path, [])
-        made.append(z.detach().clone())
-        return instead(self._own[path], len(made) - 1, z) + (z - z.detach())
+    def _go_on(self, z: Tensor, hook: HookContext) -> Tensor:
+        """With what the model's own attention gave, to the bit, and the gradient of what has scores."""
+        return instead(self._own[hook.point.module], hook.calls - 1, z) + (z - z.detach())
 
     def unlike(self) -> bool:
         """Whether attention computed with its scores gives out other numbers than the model's own."""
-        return any(
-            unlike(self._own[path], made, self._eps, self._largest.get(path, 0.0))
-            for path, made in self._made.items()
-        )
+        return any(self._likeness.unlike(path) for path in self._squares)
 
     def live(self) -> frozenset[str]:
         """The points that the logits have a gradient at."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooks.anatomy.precise import eps_of
 from hooks.anatomy.watching import forward
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line
 from hooks.opened import Opened
 
 Seen = Mapping[str, Sequence[Tensor]]
@@ -158,7 +158,7 @@ def why_not(attempt: Callable[[], Any]) -> str:
     except torch.OutOfMemoryError:  # says nothing about a point
         raise
     except Exception as error:
-        return " ".join(str(error).split())[:300] or type(error).__name__
+        return one_line(error)
     return ""
 
 

@@ -18,7 +18,7 @@ from hooks.anatomy.by_names import declared_anatomy
 from hooks.anatomy.observed import require_all_blocks
 from hooks.anatomy.rebuilt import rebuilt
 from hooks.anatomy.watching import has_pixels
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line
 from hooks.processors import image_token_of, is_visual
 from hooks.selfcheck import opening_inputs
 
@@ -63,7 +63,7 @@ def unopened_anatomy(model: PreTrainedModel, processor: Any = None) -> Anatomy:
     except Exception as error:
         raise FrankenlensError(
             f"which weights of {type(model).__name__} belong to which part is seen by running it, and one built from "
-            f"its configuration does not run: {type(error).__name__}: {' '.join(str(error).split())[:300]} Open the "
+            f"its configuration does not run: {type(error).__name__}: {one_line(error)} Open the "
             "model itself: HookedVLM(model, processor)."
         ) from error
     if found.vision.blocks or hasattr(processor, "image_processor") or not is_visual(model.config):

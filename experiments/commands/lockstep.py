@@ -33,6 +33,7 @@ from interp.hypotheses import examples_of
 from interp.lockstep import EVERYWHERE, Moved, Sampling, confirm, confirmation, independent
 from interp.lockstep.plots import plot_confirmation, plot_followed
 from interp.map import component_map, strongest, summarise
+from interp.map.summary import READ_OF_CELLS
 from interp.pair.pair import Pair
 from interp.questions.examples import Example, with_looked_at
 from interp.questions.readers import Seen
@@ -173,10 +174,8 @@ def _map(path: Path) -> xr.Dataset:
         FrankenlensError: it is none.
     """
     cells = ("component", "role", "direction")
-    parts = {
-        name + end: cells for name in ("effect_mean", "recovery", "excess") for end in ("", "_low", "_high")
-    }
-    parts |= {"n": cells, "point": ("component",), **dict.fromkeys(cells, ())}
+    parts = dict.fromkeys(READ_OF_CELLS, cells)
+    parts |= {"point": ("component",), **dict.fromkeys(cells, ())}
     summary = require_parts(load_dataset(path), path, parts, "map")
     if "refused" not in summary.attrs:
         raise FrankenlensError(f"{path} is no result of `frankenlens map`; give one.")

@@ -64,7 +64,7 @@ def measure(pair: Pair, asked: Questions, config: MapConfig) -> Iterator[Section
     settings: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
     effects = component_map(pair, decisions, directions, config.points, keep=keep, **settings)
     roles = [str(role) for role in effects["role"].to_numpy()]
-    noise = noise_cells(pair, decisions, directions, config.points, roles, **settings)
+    noise = noise_cells(pair, decisions, directions, config.points, roles, keep=keep, **settings)
     nulls = null_pair_denominator(pair, decisions, config.seed, config.batch_size)
     refused = recovery_refused(decisions, nulls)
     summary = summarise(effects, noise=noise, nulls=nulls, refused=refused, seed=config.seed)

@@ -258,7 +258,7 @@ def _account(config: PlantedConfig, pairs: pd.DataFrame, left_out: Mapping[str, 
         "effect| at all its tokens; AUROC: share of (changed, unchanged) couples in which the changed one scores "
         "higher; invisible: alone, on other prompts, it moves the probabilities of next tokens along IN's text (total "
         f"variation, summed) no more than 95 % of {config.noise_pairs} noise pairs do; "
-        "intervals: bootstrap over pairs (95 %); claim: corrected p < 0.05 of a sign flip test over prompts and, for "
+        "intervals: over pairs (95 %); claim: corrected p < 0.05 of a sign flip test over prompts and, for "
         "what moves something between the models, no refusal of recoveries"
     )
     some = pairs.loc[pairs["n_changed"] > 0]

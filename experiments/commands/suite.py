@@ -18,6 +18,7 @@ from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 from interp.questions.readers.draw import Split
 from interp.questions.readers.hub import Unreachable
+from interp.questions.readers.pictures import PIXELS
 from interp.results.page import Section
 
 Part = Literal["metrics", "localize", "attention", "compare", "transfer"]
@@ -29,7 +30,17 @@ PARTS: Mapping[str, Command[Any, Any, Any]] = {
     "transfer": transfer.COMMAND,
 }
 """In the order of the page."""
-OF_DATA = ("data", "images", "fields", "encoding", "split", "copies", "cluster")
+OF_DATA = (
+    "data",
+    "images",
+    "fields",
+    "encoding",
+    "split",
+    "copies",
+    "cluster",
+    "images_anywhere",
+    "max_pixels",
+)
 PAPERS_OWN = frozenset({"seed", "answer", "max_new_tokens", "system", "instruction"})
 """Of the models' settings, those that a paper may have in a part; a part gets them where they were given."""
 QUARTER = 4  # of --n: localize's pairs a function
@@ -51,7 +62,7 @@ class SuiteConfig(PairSettings):
         data: JSONL (or a JSON array, CSV, parquet) of questions with answers and images, for all but localize;
             synthetic questions where not given.
         images: folder that relative image paths start from; by default that of the data.
-        fields, encoding, split, copies, cluster: as of `frankenlens map`.
+        fields, encoding, split, copies, cluster, images_anywhere, max_pixels: as of `frankenlens map`.
         functions_data: folder of the paper's vision-function set, for localize.
         parts: of metrics, localize, attention, compare, transfer; on the page in this order. By default all for which
             there are images.
@@ -75,6 +86,8 @@ class SuiteConfig(PairSettings):
     split: Split = "all"
     copies: Path | None = None
     cluster: str = IMAGE
+    images_anywhere: bool = False
+    max_pixels: int = PIXELS
     functions_data: Path | None = default(None, only=_one_of("localize"))  # noqa: RUF009
     parts: tuple[Part, ...] = default(tuple(PARTS))
     n: int | None = default(None, only=_one_of("metrics", "localize", "attention", "transfer"))

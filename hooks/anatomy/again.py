@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hooks.anatomy.watching import Call, first_floating, floating_parts, with_own_caches
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line
 
 Change = Callable[[Float[Tensor, "..."]], Float[Tensor, "..."]]
 
@@ -119,7 +119,7 @@ class Again:
         except torch.OutOfMemoryError:  # says nothing about the block
             raise
         except Exception as error:
-            told = " ".join(str(error).split())[:200]
+            told = one_line(error, 200)
             raise NotAgain(f"it does not run by itself ({type(error).__name__}: {told})") from error
 
     @contextmanager

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hooks.anatomy.watching import Call, Record, copied, of_an_image, run, watched
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line
 
 
 class Beside:
@@ -123,7 +123,7 @@ def _beside(
     except torch.OutOfMemoryError:  # says nothing about the model
         raise
     except Exception as error:
-        told = " ".join(str(error).split())[:200]
+        told = one_line(error, 200)
         raise FrankenlensError(f"it does not run on another image or other words ({told})") from error
     return Beside(calls, record.calls)
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from hooks.anatomy.nouns import Experts
 from hooks.anatomy.precise import eps_of, within_rounding
 from hooks.anatomy.watching import Call, floating_parts
+from hooks.errors import one_line
 
 SEPARATE = "its experts are modules called one by one, so no call shows which tokens each of them is given."
 UNKNOWN = "its experts are not called with tokens, the chosen experts and their weights."
@@ -93,7 +94,7 @@ def experts_of(
         except torch.OutOfMemoryError:  # says nothing about a point
             raise
         except Exception as error:
-            why = f"its experts cannot be called for one expert each: {' '.join(str(error).split())[:200]}"
+            why = f"its experts cannot be called for one expert each: {one_line(error, 200)}"
             continue
         if not whole_call:
             why = "what its experts give out is not the sum of what each gives for its own tokens."

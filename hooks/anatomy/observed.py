@@ -22,7 +22,7 @@ from hooks.anatomy.precise import half_of, in_float32
 from hooks.anatomy.stirred import stirred
 from hooks.anatomy.towers import Stack, ends, in_one_stream, stacks
 from hooks.anatomy.watching import Call, Record, attention_watched, copied, run, watched
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line
 from hooks.refusals import refuse_broken
 
 
@@ -57,7 +57,7 @@ def observed_anatomy(
     except Exception as error:
         if half_of(model) is None:
             raise
-        told = " ".join(str(error).split())[:200] or type(error).__name__
+        told = one_line(error, 200)
     why = (
         f"it does not run in float32 ({told}); what its own precision does not show bit for bit is not known"
     )

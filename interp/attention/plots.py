@@ -19,7 +19,7 @@ _COLOURS = {"before": IN, "after": RL}
 _MARKS = ("x", "+", "1")
 _SHIFT = (
     "Attention to the {keys} tokens per layer, {what}, mean over heads, tokens and questions: above in IN and in RL, "
-    "below their paired difference, with 95 % bootstrap intervals; a column a choice of traces. Filled: the difference "
+    "below their paired difference, with 95 % intervals; a column a choice of traces. Filled: the difference "
     "is told from 0, p corrected below 0.05. Crosses, grey: models that learnt nothing, on the same traces. Shaded: "
     "the regions of the decoder. Layers count from 0."
 )

@@ -21,6 +21,7 @@ from interp.decision.traces import next_tokens, trace_logits
 from interp.metrics import LogitDifference, Metric, SoftDifference, evaluate
 from interp.pair.pair import Pair
 from interp.prompts import Prompt
+from interp.questions.examples import cluster_of
 from interp.statistics import MIN_EXAMPLES, Interval, mean_interval
 from interp.statistics.distributions import log_probabilities, symmetric_kl
 from interp.updates import Realized, as_large, random_update, wide_type
@@ -72,11 +73,12 @@ def null_pair_denominator(
         before, written = traces[label]
         with changed_weights(vlm.model, change):
             after = evaluate(vlm, decisions.prompts, decisions.metric, batch_size)
-            own_before = own(vlm, written, batch_size)
+            asked, own_before = own(vlm, written, batch_size)
         held = change.held if isinstance(change, RandomUpdate) else None
         of = {"clusters": decisions.clusters, **settings}
         new = {label: Null.of(after - before, held, **of)}
-        new |= {f"{label}, own decisions": Null.of(own_before(), held, **settings)}
+        own_of = {"clusters": np.array([cluster_of(p.example) for p in asked]), **settings}
+        new |= {f"{label}, own decisions": Null.of(own_before(), held, **own_of)}
         for name, null in new.items():
             if name not in found or not _end(found[name]) >= _end(null):
                 found[name] = null
@@ -163,11 +165,6 @@ class Null(Interval):
     reach: float = float("nan")
 
     @classmethod
-    def beside(cls, interval: Interval, held: Realized | None) -> Null:
-        """An interval, and the update that it is of."""
-        return cls(**vars(interval), held=held)
-
-    @classmethod
     def of(cls, values: Float[np.ndarray, " example"], held: Realized | None, **settings: Any) -> Null:
         """Of values per example; `settings` as in `interp.statistics.mean_interval`."""
         lenient = mean_interval(values, **{**settings, "fewest": MIN_EXAMPLES})
@@ -175,7 +172,12 @@ class Null(Interval):
 
 
 def own_decisions(
-    vlm: HookedVLM, before: HookedVLM, traces: Sequence[Prompt], choice: str, batch_size: int
+    vlm: HookedVLM,
+    before: HookedVLM,
+    traces: Sequence[Prompt],
+    choice: str,
+    batch_size: int,
+    most: int | None = None,
 ) -> tuple[list[Prompt], Metric]:
     """The decisions of a model that was changed, found as those of a pair are: its own, whatever the pair's are.
 
@@ -184,12 +186,14 @@ def own_decisions(
         before: the model that it was made from.
         traces: what `before` wrote.
         choice: of the pair's decisions. `soft`: everywhere on the traces; else the first divergence from each.
+        most: how many are looked for; None: all that there are.
 
     Returns:
         The prompts that have one, and the metric: now against before.
     """
     if choice != "soft":
-        return _first_divergences(vlm, traces, batch_size)
+        return _first_divergences(vlm, traces, batch_size, most)
+    traces = traces[:most]
     runs = [trace_logits(one, traces, batch_size) for one in (vlm, before)]
     weights = tuple(now.softmax(-1) - then.softmax(-1) for (_, now), (_, then) in zip(*runs, strict=True))
     start = torch.tensor([trace.n_prompt_tokens - 1 for trace in traces], dtype=torch.long)
@@ -197,10 +201,12 @@ def own_decisions(
 
 
 def _first_divergences(
-    vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int
+    vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int, most: int | None = None
 ) -> tuple[list[Prompt], LogitDifference]:
     prompts, now, before = [], [], []
     for trace, logits in trace_logits(vlm, traces, batch_size):
+        if len(prompts) == most:
+            break
         written, chosen = torch.tensor(trace.trace_ids), next_tokens(trace, logits)
         if places := torch.nonzero(chosen != written).flatten().tolist():
             prompts.append(trace.truncated(trace.n_prompt_tokens + places[0]))
@@ -210,18 +216,23 @@ def _first_divergences(
     return prompts, LogitDifference(*ids)
 
 
-def _own_first(vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int) -> Callable[[], np.ndarray]:
+def _own_first(
+    vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int
+) -> tuple[Sequence[Prompt], Callable[[], np.ndarray]]:
     """At the first divergence of the model as it is now from its traces: log odds of the two tokens.
 
     Returns:
-        A function that subtracts the log odds under the weights that the model has when it is called.
+        The prompts that have one, and a function that subtracts the log odds under the weights that the model has when
+        it is called.
     """
     prompts, metric = _first_divergences(vlm, traces, batch_size)
     values = evaluate(vlm, prompts, metric, batch_size)
-    return lambda: values - evaluate(vlm, prompts, metric, batch_size)
+    return prompts, lambda: values - evaluate(vlm, prompts, metric, batch_size)
 
 
-def _own_soft(vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int) -> Callable[[], np.ndarray]:
+def _own_soft(
+    vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int
+) -> tuple[Sequence[Prompt], Callable[[], np.ndarray]]:
     """As `_own_first`, for the soft metric: its denominator is KL(p || q) + KL(q || p), summed over the trace."""
     now = [logits.clone() for _, logits in trace_logits(vlm, traces, batch_size)]
 
@@ -230,7 +241,7 @@ def _own_soft(vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int) -> Call
         both = (map(log_probabilities, some) for some in zip(now, before, strict=True))
         return np.array([float(symmetric_kl(p, q).sum()) for p, q in both])
 
-    return difference
+    return traces, difference
 
 
 def recovery_refused(decisions: DecisionSet, nulls: Mapping[str, Interval], **settings: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal, get_args
 
 from hooks.address import Address
@@ -232,10 +233,11 @@ class Family:
         if not several or not all(isinstance(one, Claim) for one in self.claims):
             raise ClaimError(f"claims is {shown(self.claims)}; give a list of Claim", "claims")
         object.__setattr__(self, "claims", tuple(self.claims))
-        if self.n_max is not None and (
-            isinstance(self.n_max, bool) or self.n_max != int(self.n_max) or self.n_max < 1
-        ):
-            raise ClaimError(f"n_max is {self.n_max!r}; give the number of prompts at the last look", "n_max")
+        whole = isinstance(self.n_max, Integral) and not isinstance(self.n_max, bool)
+        if self.n_max is not None and not (whole and 1 <= self.n_max < 2**53):
+            raise ClaimError(
+                f"n_max is {shown(self.n_max)}; give the number of prompts at the last look", "n_max"
+            )
         if not self.claims:
             raise ClaimError(f"family {self.name!r} has no claims", "claims")
         chosen = {"correction": get_args(Correction), "decision": ("decisive", "first", "soft")}

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line, shown
 from interp.hypotheses.claim import Claim, Family
 from interp.questions.examples import Example, fingerprint
 
@@ -58,10 +58,16 @@ class Ledger:
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines()
             self._known = [json.loads(line) for line in lines if line.strip()]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise FrankenlensError(
-                f"{self.path} is to hold the looks at claims, and cannot be read ({error}); mend it or move it away"
+                f"{self.path} is to hold the looks at claims, and cannot be read ({one_line(error)}); mend it or move "
+                "it away"
             ) from None
+        for number, one in enumerate(self._known, 1):
+            if not _is_look(one):
+                raise FrankenlensError(
+                    f"{self.path}, line {number} is no look at a claim ({shown(one)}); mend it or move the file away"
+                )
 
     def looks(
         self, pair: str, family: Family, claims: Mapping[str, Claim], examples: Sequence[Example]
@@ -164,6 +170,21 @@ class Ledger:
 def _registered(claims: Mapping[str, Claim]) -> str:
     """What was claimed together: questions and bounds."""
     return _digest(json.dumps(sorted((claim.question, claim.bound) for claim in claims.values())))
+
+
+def _is_look(one: Any) -> bool:
+    """Whether a line holds what is read of it."""
+    if not isinstance(one, dict):
+        return False
+    prompts, n_max = one.get("prompts"), one.get("n_max")
+    return (
+        all(isinstance(one.get(name), str) for name in ("pair", "question", "verdict"))
+        and isinstance(one.get("bound"), int | float)
+        and isinstance(one.get("registered", ""), str)
+        and isinstance(prompts, list)
+        and all(isinstance(prompt, str) for prompt in prompts)
+        and (n_max is None or isinstance(n_max, int))
+    )
 
 
 def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

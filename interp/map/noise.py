@@ -15,7 +15,8 @@ Noise moved in and noise moved out reach alike, so that pairs take the direction
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,11 +24,12 @@ import xarray as xr
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from hooks import FrankenlensError
+from hooks import FrankenlensError, HookedVLM
 from interp.decision import NOISE_PAIRS, Change, changed_weights, own_decisions, random_changes
 from interp.map.component_map import DIRECTIONS, MAP_POINTS, _map, roles_of
 from interp.metrics import Metric
 from interp.prompts import Prompt
+from interp.results.store import Store, fingerprint, part
 
 if TYPE_CHECKING:
     from interp.decision import DecisionSet
@@ -51,6 +53,7 @@ def noise_cells(
     seed: int = 0,
     batch_size: int = 16,
     progress: bool = True,
+    keep: Store | None = None,
 ) -> xr.Dataset:
     """The cells of pairs that learnt nothing, for `interp.map.summary.summarise`.
 
@@ -59,8 +62,11 @@ def noise_cells(
     Args:
         pair, decisions, directions, points, roles, batch_size: as given to `interp.map.component_map.component_map`.
         n_pairs: noise pairs, each in one direction; with this seed those of `interp.decision.null_pair_denominator`.
-        n_prompts: of each reading, evenly spread over the decisions.
+        n_prompts: of each reading: of `same` evenly spread over the decisions, of `own` the first that the noise pair
+            has among traces in random order.
         seed: of the first noise pair.
+        progress: show a bar.
+        keep: where it is kept what is finished, pair by pair.
 
     Returns:
         Variables noise_effect [noise_pair reading component role], means over examples in the metric's units (NaN where
@@ -76,22 +82,68 @@ def noise_cells(
     rows = np.unique(np.linspace(0, len(decisions) - 1, min(n_prompts, len(decisions))).round().astype(int))
     prompts, metric = [decisions.prompts[row] for row in rows], decisions.metric.select(rows.tolist())
     models = {"in": pair.in_, "rl": pair.rl}
-    found: dict[tuple[int, str, str], xr.Dataset] = {}
+    found = []
     changes = random_changes(pair, range(seed, seed + n_pairs))
     for number, change in enumerate(tqdm(changes, desc="noise pairs", unit="map", disable=not progress)):
         direction = directions[number % len(directions)]
-        donor, recipient = DIRECTIONS[direction]
-        traces = decisions.in_traces if recipient == "in" else decisions.rl_traces
-        with changed_weights(models[donor].model, _noisy(models[recipient].model, change)):
-            read: dict[str, tuple[Sequence[Prompt], Metric]] = {"same": (prompts, metric)}
-            read["own"] = _own(models[donor], models[recipient], traces, decisions.choice, n_prompts)
-            for reading, (asked, of) in read.items():
-                if len(asked):
-                    found[number, reading, direction] = _map(
-                        models, dict.fromkeys(models, asked), of, {direction: (donor, recipient)}, points, roles,
-                        batch_size, False, kinds=("donor",),
-                    )  # fmt: skip
-    return _together(found, n_pairs, list(directions))
+        traces = _spread(decisions.in_traces if DIRECTIONS[direction][1] == "in" else decisions.rl_traces)
+        one = _NoisePair(
+            models,
+            direction,
+            change,
+            (prompts, metric),
+            traces,
+            decisions.choice,
+            points,
+            roles,
+            n_prompts,
+            batch_size,
+        )
+        found.append(part(keep, f"noise-{number}", one.run, fingerprint(seed + number, *one.about)))
+    return _together(found, list(directions), roles, decisions.metric.units)
+
+
+@dataclass(frozen=True)
+class _NoisePair:
+    """A recipient of the pair, and its like with noise in the weights of the donor, while it runs.
+
+    Attributes:
+        same: the pair's prompts and metric.
+        traces: of the recipient, for decisions of the noise pair's own.
+    """
+
+    models: Mapping[str, HookedVLM]
+    direction: str
+    change: Change
+    same: tuple[Sequence[Prompt], Metric]
+    traces: Sequence[Prompt]
+    choice: str
+    points: Sequence[str]
+    roles: Sequence[str]
+    n_prompts: int
+    batch_size: int
+
+    @property
+    def about(self) -> list[Any]:
+        """What its cells depend on, but for the models and the change."""
+        tokens = [[list(prompt.ids) for prompt in some] for some in (self.same[0], self.traces)]
+        return [tokens, list(self.points), list(self.roles), self.direction, self.n_prompts, self.choice]
+
+    def run(self) -> dict[str, Any]:
+        """Components, and by reading the means over examples and how many there are [component role]."""
+        donor, recipient = (self.models[name] for name in DIRECTIONS[self.direction])
+        cells: dict[str, xr.Dataset] = {}
+        with changed_weights(donor.model, _noisy(recipient.model, self.change)):
+            of = (donor, recipient, self.traces, self.choice, self.batch_size, self.n_prompts)
+            for reading, (prompts, metric) in zip(READINGS, (self.same, own_decisions(*of)), strict=True):
+                if len(prompts):
+                    cells[reading] = self._cells(prompts, metric)
+        return _means(cells)
+
+    def _cells(self, prompts: Sequence[Prompt], metric: Metric) -> xr.Dataset:
+        of, way = dict.fromkeys(self.models, prompts), {self.direction: DIRECTIONS[self.direction]}
+        settings = (self.points, self.roles, self.batch_size, False)
+        return _map(self.models, of, metric, way, *settings, kinds=("donor",))
 
 
 def floor_of(noise: xr.Dataset, cells: xr.DataArray) -> Float[np.ndarray, "component role"]:
@@ -120,35 +172,43 @@ def _noisy(recipient: torch.nn.Module, change: Change) -> Change:
     return lambda name, weight: change(name, own[name].detach().to(weight))
 
 
-def _own(now, before, traces, choice: str, n_prompts: int) -> tuple[Sequence[Prompt], Metric]:
-    """Decisions of the noise pair's own, as many as are looked at."""
-    chosen = list(traces)[:n_prompts] if choice == "soft" else traces
-    prompts, metric = own_decisions(now, before, chosen, choice, n_prompts)
-    kept = range(min(n_prompts, len(prompts)))
-    return [prompts[i] for i in kept], metric.select(kept)
+def _spread(traces: Sequence[Prompt]) -> list[Prompt]:
+    """Traces in an order of their own: data come task by task, and the first few would be of one."""
+    return [traces[row] for row in np.random.default_rng(0).permutation(len(traces))]
+
+
+def _means(cells: Mapping[str, xr.Dataset]) -> dict[str, Any]:
+    """Of one noise pair: components, and by reading means over examples and how many [component role]."""
+    first = next(iter(cells.values()))
+    components = [str(name) for name in first["component"].to_numpy()]
+    means = np.full((len(READINGS), len(components), first.sizes["role"]), np.nan)
+    n = np.zeros(means.shape, int)
+    for reading, one in cells.items():
+        effect = one["effect"].isel(direction=0).reindex(component=components).to_numpy()
+        at, there = READINGS.index(reading), ~np.isnan(effect)
+        n[at] = there.sum(-1)
+        means[at] = np.where(there, effect, 0).sum(-1) / np.where(n[at] > 0, n[at], np.nan)
+    return {"components": components, "means": means, "n": n}
 
 
 def _together(
-    found: Mapping[tuple[int, str, str], xr.Dataset], n_pairs: int, directions: Sequence[str]
+    found: Sequence[Mapping[str, Any]], directions: Sequence[str], roles: Sequence[str], units: str
 ) -> xr.Dataset:
-    like = next(iter(found.values()))["effect"]
-    shape = (n_pairs, len(READINGS), like.sizes["component"], like.sizes["role"])
-    means, n = np.full(shape, np.nan), np.zeros(shape, int)
-    components = like["component"].to_numpy()
-    for (number, reading, _), one in found.items():
-        effect = one["effect"].isel(direction=0).reindex(component=components).to_numpy()
-        at, there = (number, READINGS.index(reading)), ~np.isnan(effect)
-        n[at] = there.sum(-1)
-        means[at] = np.where(there, effect, 0).sum(-1) / np.where(n[at] > 0, n[at], np.nan)
+    components = list(found[0]["components"])
     dims = ("noise_pair", "reading", "component", "role")
-    taken = [directions[number % len(directions)] for number in range(n_pairs)]
     return xr.Dataset(
-        {"noise_effect": (dims, means, {"units": like.attrs.get("units", "")}), "noise_n": (dims, n)},
+        {
+            "noise_effect": (dims, np.stack([one["means"] for one in found]), {"units": units}),
+            "noise_n": (dims, np.stack([one["n"] for one in found])),
+        },
         coords={
-            "noise_pair": np.arange(n_pairs),
-            "noise_direction": ("noise_pair", taken),
+            "noise_pair": np.arange(len(found)),
+            "noise_direction": (
+                "noise_pair",
+                [directions[number % len(directions)] for number in range(len(found))],
+            ),
             "reading": list(READINGS),
             "component": components,
-            "role": like["role"].to_numpy(),
+            "role": list(roles),
         },
     )

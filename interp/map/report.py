@@ -12,6 +12,7 @@ import xarray as xr
 
 from interp.map.plots import DIRECTIONS, denominator_text, plot_map
 from interp.map.summary import ALPHA, cell_table, headline, in_words, now_and_before, strongest
+from interp.questions.examples import clusters_of
 from interp.results.page import Account, Digest, Section
 from interp.statistics import MIN_SHOWN, Interval, interval_text, mean_interval
 
@@ -181,10 +182,11 @@ def _selected(summary: xr.Dataset, direction: str) -> str:
 def _now_and_before(summary: xr.Dataset) -> Digest:
     """The 2x2 of weights at the decision and keys and values of the prefix."""
     two_by_two = summary["two_by_two"]
+    clusters = clusters_of(two_by_two.to_dataset(name="metric"))
     rows = []
     for weights in ("in", "rl"):
         values = (two_by_two.sel(weights=weights, prefix=prefix).to_numpy() for prefix in ("in", "rl"))
-        rows.append((weights.upper(), *(mean_interval(each)[()] for each in values)))
+        rows.append((weights.upper(), *(mean_interval(each, clusters=clusters)[()] for each in values)))
     found = {name: interval_text(x.value, x.low, x.high) for name, x in now_and_before(two_by_two).items()}
     return Digest(
         f"Now or before? Mean {summary.attrs['metric']}, {summary.attrs['units']}",

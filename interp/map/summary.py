@@ -46,6 +46,11 @@ from interp.statistics import MIN_EXAMPLES, Interval, mean_interval, ratio_inter
 
 CELLS = ("direction", "component", "role")
 SHARES = ("recovery", "random_recovery", "excess", "control_other_recovery", "specific")
+READ_OF_CELLS = (
+    *(name + end for name in ("effect_mean", *SHARES) for end in ("", "_low", "_high")),
+    *("margin", "p_random", "p_specific", "p_general", "beyond", "n", "control_other_n"),
+)
+"""What `strongest` reads of every cell of a summary."""
 ALPHA = 0.025
 """A cell is above random directions at this p, one-sided: the lower end of a 95 % interval."""
 # states and second readings of the same head are in the map, but are no components of their own
@@ -203,13 +208,11 @@ def strongest(
         raise FrankenlensError(
             f"The map has no direction {direction!r}, only {', '.join(known)}. {hint}".strip()
         )
-    names = [name + suffix for name in ("effect_mean", *SHARES) for suffix in ("", "_low", "_high")]
     one = summary.sel(direction=direction)
     one = one.isel(component=np.isin(one["point"].to_numpy(), list(points)))
     columns = [
-        *names,
+        *READ_OF_CELLS,
         *(["floor"] if "floor" in one else []),
-        *("margin", "p_random", "p_specific", "p_general", "beyond", "n", "control_other_n"),
         *(["control_self"] if "control_self" in one and one["control_self"].ndim else []),
     ]
     ranked = "effect_mean" if summary.attrs["refused"] else "recovery"

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks.anatomy.watching import forward
-from hooks.errors import FrankenlensError, shown
+from hooks.errors import FrankenlensError, one_line, shown
 from hooks.selfcheck import undisturbed
 from hooks.selfcheck_writes import tolerance
 from hooks.stored.files import entries
@@ -85,7 +85,7 @@ def merge_adapter(
         lost = _merge(adapted)
         merged = adapted.unload().eval()
     except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
-        raise FrankenlensError(f"{folder}: PEFT cannot merge this adapter: {_line(error)}") from error
+        raise FrankenlensError(f"{folder}: PEFT cannot merge this adapter: {one_line(error)}") from error
     if lost > LOST and ROUNDING not in accept:
         raise FrankenlensError(
             f"{folder}: in {str(merged.dtype).removeprefix('torch.')}, {lost:.0%} of the adapter's update would be "
@@ -165,7 +165,7 @@ def _adapted(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> Any:
         ) from error
     except Exception as error:  # its settings can make PEFT raise anything
         raise FrankenlensError(
-            f"{folder}: not the adapter of this model; PEFT says: {_line(error)}"
+            f"{folder}: not the adapter of this model; PEFT says: {one_line(error)}"
         ) from error
     if found.unexpected_keys:
         raise FrankenlensError(
@@ -273,7 +273,3 @@ def _merge(adapted: Any) -> float:
 def _logits(model: Any, inputs: Mapping[str, Any]) -> Float[Tensor, "batch pos vocab"]:
     with undisturbed(model):
         return forward(model, inputs).float()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

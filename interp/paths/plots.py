@@ -25,8 +25,8 @@ _NO_PATH = "No path was measured."
 _MAP = (
     "The direct effect of a sender on each receiver, with all else as it was, {value}; a line a direction, a panel a "
     "{by}. Purple: towards the donor, orange: away from it; the colours grow with the square root. Pale and struck "
-    "through: the interval includes 0. Dot: not told apart from the donor on another example. Layers and heads count "
-    "from 0."
+    "through: the interval includes 0. Dot: not told apart from the donor's change on another example. Layers and "
+    "heads count from 0."
 )
 _GRAPH = (
     "The strongest direct paths of each direction whose interval excludes 0, as arrows up the layers, {value}: purple "
@@ -81,8 +81,8 @@ def plot_path_map(table: pd.DataFrame) -> Picture:
 def plot_path_graph(table: pd.DataFrame, k: int = 12) -> Picture:
     """The `k` strongest paths of each direction whose interval excludes 0, as arrows up the layers.
 
-    Width and colour: recovery where the table has it, else the effect. Dashed: not told apart from the donor on
-    another example.
+    Width and colour: recovery where the table has it, else the effect. Dashed: not told apart from the donor's
+    change on another example.
 
     Args:
         table: of `interp.paths.pair.path_table`.

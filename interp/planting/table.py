@@ -134,7 +134,7 @@ def by_pair(scores: pd.DataFrame, plants: pd.DataFrame) -> pd.DataFrame:
 
 
 def found_table(pairs: pd.DataFrame) -> pd.DataFrame:
-    """One row per kind and method over the pairs with a plant; intervals (95 %) are bootstraps over pairs.
+    """One row per kind and method over the pairs with a plant; intervals (95 %) are over pairs.
 
     Columns: n_pairs, n_changed, n_invisible, in_reach (share of the changed components about which the method says
     something), auroc and precision with _low and _high, auroc_visible (over the pairs that have both kinds), rank

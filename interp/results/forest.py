@@ -17,7 +17,7 @@ from interp.results.picture import Picture, nothing
 _CONTROLS = {"random update": ("D", CONTROL), "random layers": ("s", PALE)}
 _CAPTION = (
     "What each variant (IN with some of RL's weights) gains over IN, in points of accuracy or of the metric, with its "
-    "paired 95 % bootstrap interval; a panel per metric and group of questions. Filled: differs from IN, p corrected "
+    "paired 95 % interval; a panel per metric and group of questions. Filled: differs from IN, p corrected "
     "below 0.05 (of whole models p is not corrected). Below a variant, in grey: its controls. Band: RL with its "
     "interval. Base is in the table alone, so that the variants keep their scale."
 )

@@ -80,7 +80,7 @@ def disk_full(path: Path | str) -> FrankenlensError:
     """The error."""
     return FrankenlensError(
         f"No space is left for {path}. What was finished before is as it was, and nothing half-written stays: make "
-        "room, and the same command goes on there."
+        "room, and give the same command again."
     )
 
 
@@ -132,7 +132,7 @@ def read_record(path: Path) -> Any:
     """What `write_record` wrote; None where there is nothing, or (with a warning) it is damaged.
 
     Raises:
-        FrankenlensError: a folder stands in its place.
+        FrankenlensError: a folder stands in its place, or it cannot be read.
     """
     if os.path.isdir(path):
         raise FrankenlensError(f"{path} is a folder, where a file is kept; remove it.")
@@ -141,7 +141,9 @@ def read_record(path: Path) -> Any:
     try:
         found = json.loads(path.read_bytes()) if stat.S_ISREG(os.lstat(path).st_mode) else {}
         sound = _of_record(found["record"]) == found["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except OSError as error:
+        raise FrankenlensError(f"Cannot read {path}: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, RecursionError):
         sound, found = False, {}
     if not sound:
         warnings.warn(f"{path} is damaged and is made again", stacklevel=3)

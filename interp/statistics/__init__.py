@@ -19,7 +19,6 @@ from interp.statistics.means import (
     mean_interval,
     mean_test,
     ratio_interval,
-    reasons,
 )
 from interp.statistics.paired import (
     Discordance,
@@ -56,7 +55,6 @@ __all__ = [
     "mean_test",
     "over_looks",
     "ratio_interval",
-    "reasons",
     "share_interval",
     "share_of",
     "sign_flip",

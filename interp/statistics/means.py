@@ -142,15 +142,6 @@ def mean_test(
     return np.where(reason == "", np.minimum(p, 1.0), np.nan).reshape(shape)
 
 
-def reasons(interval: Interval) -> dict[str, int]:
-    """Why cells that have a value have no interval, and how many, the commonest first."""
-    if interval.reason is None:
-        return {}
-    found, counts = np.unique(np.asarray(interval.reason)[np.asarray(interval.n) > 0], return_counts=True)
-    pairs = sorted(zip(found.tolist(), counts.tolist(), strict=True), key=lambda pair: -pair[1])
-    return {str(why): int(count) for why, count in pairs if why}
-
-
 def _ratios(
     top: Float[np.ndarray, "cells example"],
     bottom: Float[np.ndarray, "cells example"],

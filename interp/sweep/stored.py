@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.engine import Hook, HookContext, together
+from hooks.errors import one_line
 from hooks.points import interface_point
 from hooks.selfcheck_writes import tolerance
 from hooks.uninterrupted import registered
@@ -345,7 +346,7 @@ class StoredRun:
                     except torch.OutOfMemoryError:  # says nothing about the model
                         raise
                     except NOT_CALLED_AGAIN as error:
-                        told = " ".join(str(error).split())[:120]
+                        told = one_line(error, 120)
                         raise Unsupported(
                             f"its block {layer} does not run on some tokens alone ({type(error).__name__}: {told})"
                         ) from error

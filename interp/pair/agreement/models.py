@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hooks.errors import one_line
 from hooks.stored.inventory import Inventory
 from interp.pair.agreement.difference import Difference, named, said, settings, unequal
 from interp.pair.agreement.trial import entering_settings
@@ -47,5 +48,5 @@ def _of_settings(a: Any, b: Any, inputs: Mapping[str, Any]) -> list[Difference]:
     try:
         live = entering_settings(type(a), a.config, ours, theirs, which, inputs)
     except Exception as error:  # whatever a model raises: then nothing shows that a setting is spelling
-        live, why = which, f" (not tried: {type(error).__name__}: {' '.join(str(error).split())[:100]})"
+        live, why = which, f" (not tried: {type(error).__name__}: {one_line(error, 100)})"
     return [Difference(named(one), f"setting {said(one, ours, theirs)}{why}", one in live) for one in which]

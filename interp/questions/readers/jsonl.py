@@ -207,10 +207,16 @@ def _example(
         answer=text_of(row, fields.answer),
         task=text_if_any(row, fields.task) or "",
         reasoning=text_if_any(row, fields.reasoning),
-        cluster="" if row.get(fields.cluster) is None else str(row[fields.cluster]),
+        cluster=_cluster(row, fields),
         meta={"row": n} | {key: _setting(row, key) for key in META if row.get(key) is not None},
     )
     return gradable(example), [*remarks, *([NONE] if given is None and fields.image in row else [])]
+
+
+def _cluster(row: Row, fields: Fields) -> str:
+    """What a row hangs together with; "" where no field is named for it (a column without a name is no answer)."""
+    value = row.get(fields.cluster) if fields.cluster else None
+    return "" if value is None else str(value)
 
 
 def _setting(row: Row, key: str) -> Any:

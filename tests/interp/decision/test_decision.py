@@ -452,7 +452,7 @@ def test_a_random_pair_that_is_too_small_is_refused_and_a_refusal_says_its_size(
     assert isinstance(null, Null) and null.held is not None
     assert null.held.norm_ratio == pytest.approx(1, abs=0.02)
     assert float(nulls["random, own decisions"].value) >= 0
-    large = Null.beside(Interval(np.array(9.0), np.array(8.0), np.array(10.0), np.array(9)), null.held)
+    large = Null(np.array(9.0), np.array(8.0), np.array(10.0), np.array(9), held=null.held)
     with_values = dataclasses.replace(found, in_values=np.zeros(9), rl_values=np.linspace(2.0, 3.0, 9))
     told = recovery_refused(with_values, {"random": large}, clusters=None)
     assert f"whose update has {null.held.norm_ratio:.2f} of the norm of RL's" in told
