@@ -469,8 +469,16 @@ class HookedVLM(Traceable):
             FrankenlensError: no final norm or no unembedding was found in this model.
         """
         self.require("lens", "reading logits off a residual stream")
-        logits = self.module(self.anatomy.unembed)(self.module(self.anatomy.final_norm)(stream))
-        return self.anatomy.after_unembedding(logits)
+        return self.unembed(self.module(self.anatomy.final_norm)(stream))
+
+    def unembed(self, normed: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead vocab"]:
+        """Logits of what the final norm gives out.
+
+        Raises:
+            FrankenlensError: no final norm or no unembedding was found in this model.
+        """
+        self.require("lens", "reading logits off a residual stream")
+        return self.anatomy.after_unembedding(self.module(self.anatomy.unembed)(normed))
 
     def close(self) -> None:
         """Take every hook away. The model is the user's again, exactly as it was; this object refuses further runs."""

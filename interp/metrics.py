@@ -1,7 +1,9 @@
 """From logits to one number per prompt.
 
 Every metric is a frozen callable `metric(logits, batch)`. Positions count from a row's first real token, so a metric
-holds for any padding; `select(rows)` is the metric of a subset of the prompts it was made for.
+holds for any padding; `select(rows)` is the metric of a subset of the prompts it was made for. Those here are sums of
+`terms`, one a token that they read, so that no more logits exist at one time than a device has room for (`Reading`); a
+metric of your own without `terms` is given the logits of all columns that it reads at once.
 """
 
 from __future__ import annotations
@@ -17,29 +19,10 @@ from torch import Tensor
 
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
+from interp.logits import Logits, run_for_logits
 from interp.prompts import Prompt, PromptBatch, collate
+from interp.reading import Metric, Reading, Rows
 from interp.statistics import distributions
-
-Rows = Sequence[int] | Int[Tensor, " n"]
-
-
-@runtime_checkable
-class Metric(Protocol):
-    """What all metrics share. `units` are those of the values."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def units(self) -> str: ...
-
-    def __call__(
-        self, logits: Float[Tensor, "batch pos vocab"], batch: PromptBatch
-    ) -> Float[Tensor, " batch"]: ...
-
-    def reads(self, batch: PromptBatch) -> Bool[Tensor, "batch pos"]: ...
-
-    def select(self, rows: Rows) -> Metric: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +44,7 @@ class LogitDifference:
     position: Int[Tensor, " n"] | None = None
     name: str = field(default="logit difference", init=False)
     units: str = field(default="nats", init=False)
+    empty: float = field(default=float("nan"), init=False)
 
     @property
     def n_rows(self) -> int:
@@ -71,13 +55,23 @@ class LogitDifference:
         self, logits: Float[Tensor, "batch pos vocab"], batch: PromptBatch
     ) -> Float[Tensor, " batch"]:
         _require_rows(self.name, len(self.a), batch)
-        return self.of_next(_at(logits, batch, self.position))
+        return Reading([self], batch)(Logits.made(logits))[0]
+
+    def terms(
+        self,
+        logits: Float[Tensor, "place vocab"],
+        batch: PromptBatch,
+        rows: Int[Tensor, " place"],
+        columns: Int[Tensor, " place"],
+    ) -> Float[Tensor, " place"]:
+        """One for each prompt."""
+        return _difference(
+            logits, *(ids.to(logits.device)[rows.to(logits.device)] for ids in (self.a, self.b))
+        )
 
     def of_next(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
         """The metric where the logits of the position are already picked."""
-        rows = torch.arange(len(logits), device=logits.device)
-        logits = logits.float()
-        return logits[rows, self.a.to(logits.device)] - logits[rows, self.b.to(logits.device)]
+        return _difference(logits.float(), self.a.to(logits.device), self.b.to(logits.device))
 
     def reads(self, batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
         """The positions whose next token the metric looks at."""
@@ -91,22 +85,33 @@ class LogitDifference:
         )
 
 
+@runtime_checkable
+class Shift(Protocol):
+    """Weights [step vocab] of a prompt, made some steps at a time (`interp.decision.soft`)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, steps: slice, /) -> Float[Tensor, "_ vocab"]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class SoftDifference:
     """sum_t sum_v weights(t, v) * logit(t, v), with weights p_donor - p_recipient fixed from the clean runs.
 
-    The weights of a position sum to 0, so adding a constant to its logits changes nothing. They take 4 bytes x prompts
-    x steps x vocabulary: 120 MB for 10 prompts of 20 tokens each with 150,000 tokens to choose from.
+    The weights of a position sum to 0, so adding a constant to its logits changes nothing. As tensors they take 4 bytes
+    x steps x vocabulary a prompt, 120 MB for 10 prompts of 20 tokens with 150,000 words; decisions that are found keep
+    what they are made of instead where that is less (`interp.decision.soft`).
 
     Attributes:
-        weights: one [step, vocab] tensor per prompt.
+        weights: [step vocab] per prompt.
         start: position that step 0 of each prompt belongs to.
     """
 
-    weights: tuple[Float[Tensor, "_ vocab"], ...]
+    weights: tuple[Float[Tensor, "_ vocab"] | Shift, ...]
     start: Int[Tensor, " n"]
     name: str = field(default="soft difference", init=False)
     units: str = field(default="nats", init=False)
+    empty: float = field(default=0.0, init=False)
 
     @property
     def n_rows(self) -> int:
@@ -117,14 +122,23 @@ class SoftDifference:
         self, logits: Float[Tensor, "batch pos vocab"], batch: PromptBatch
     ) -> Float[Tensor, " batch"]:
         _require_rows(self.name, len(self.weights), batch)
-        first = batch.columns(self.start.to(batch.lengths.device)).tolist()
-        steps = [
-            logits[row, column : column + len(w)]
-            for row, (column, w) in enumerate(zip(first, self.weights, strict=True))
+        return Reading([self], batch)(Logits.made(logits))[0]
+
+    def terms(
+        self,
+        logits: Float[Tensor, "place vocab"],
+        batch: PromptBatch,
+        rows: Int[Tensor, " place"],
+        columns: Int[Tensor, " place"],
+    ) -> Float[Tensor, " place"]:
+        """sum_v weights(t, v) * logit(t, v) of each step t; a prompt's steps follow one another."""
+        steps = columns - batch.columns(self.start.to(batch.lengths.device)).to(columns.device)[rows]
+        found, counts = rows.unique_consecutive(return_counts=True)
+        weights = [
+            self.weights[row][int(some[0]) : int(some[-1]) + 1].to(logits.device, logits.dtype)
+            for row, some in zip(found.tolist(), steps.split(counts.tolist()), strict=True)
         ]
-        return torch.stack(
-            [(s.float() * w.to(s.device)).sum() for s, w in zip(steps, self.weights, strict=True)]
-        )
+        return (logits * torch.cat(weights)).sum(-1)
 
     def reads(self, batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
         """The positions whose next token the metric looks at."""
@@ -145,15 +159,26 @@ class TraceLogLikelihood:
 
     name: str = field(default="trace log-likelihood", init=False)
     units: str = field(default="nats", init=False)
+    empty: float = field(default=0.0, init=False)
 
     def __call__(
         self, logits: Float[Tensor, "batch pos vocab"], batch: PromptBatch
     ) -> Float[Tensor, " batch"]:
-        return _log_probability(logits, batch, _trace(batch))
+        return Reading([self], batch)(Logits.made(logits))[0]
+
+    def terms(
+        self,
+        logits: Float[Tensor, "place vocab"],
+        batch: PromptBatch,
+        rows: Int[Tensor, " place"],
+        columns: Int[Tensor, " place"],
+    ) -> Float[Tensor, " place"]:
+        """The log-probability of each token."""
+        return _log_probability(logits, batch, rows, columns)
 
     def reads(self, batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
         """The positions whose next token the metric looks at."""
-        return _trace(batch).roll(-1, dims=1)
+        return _before(_trace(batch))
 
     def select(self, rows: Rows) -> TraceLogLikelihood:
         """The same metric: it holds nothing of single prompts."""
@@ -166,16 +191,26 @@ class AnswerLogProbability:
 
     name: str = field(default="answer log-probability", init=False)
     units: str = field(default="nats", init=False)
+    empty: float = field(default=float("nan"), init=False)
 
     def __call__(
         self, logits: Float[Tensor, "batch pos vocab"], batch: PromptBatch
     ) -> Float[Tensor, " batch"]:
-        answer = batch.mask("answer").to(logits.device)
-        return _log_probability(logits, batch, answer).masked_fill(~answer.any(dim=1), torch.nan)
+        return Reading([self], batch)(Logits.made(logits))[0]
+
+    def terms(
+        self,
+        logits: Float[Tensor, "place vocab"],
+        batch: PromptBatch,
+        rows: Int[Tensor, " place"],
+        columns: Int[Tensor, " place"],
+    ) -> Float[Tensor, " place"]:
+        """The log-probability of each token."""
+        return _log_probability(logits, batch, rows, columns)
 
     def reads(self, batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
         """The positions whose next token the metric looks at."""
-        return batch.mask("answer").roll(-1, dims=1)
+        return _before(batch.mask("answer"))
 
     def select(self, rows: Rows) -> AnswerLogProbability:
         """The same metric: it holds nothing of single prompts."""
@@ -195,6 +230,7 @@ class KLToReference:
     position: Int[Tensor, " n"] | None = None
     name: str = field(default="KL to reference", init=False)
     units: str = field(default="nats", init=False)
+    empty: float = field(default=float("nan"), init=False)
 
     @classmethod
     def from_logits(
@@ -204,7 +240,9 @@ class KLToReference:
         position: Int[Tensor, " batch"] | None = None,
     ) -> KLToReference:
         """The reference is the distribution of these logits."""
-        return cls(distributions.log_probabilities(_at(logits, batch, position).detach()), position)
+        tokens = batch.lengths - 1 if position is None else position.to(batch.lengths.device)
+        rows, columns = (some.to(logits.device) for some in (torch.arange(len(batch)), batch.columns(tokens)))
+        return cls(distributions.log_probabilities(logits[rows, columns].detach()), position)
 
     @property
     def n_rows(self) -> int:
@@ -215,10 +253,19 @@ class KLToReference:
         self, logits: Float[Tensor, "batch pos vocab"], batch: PromptBatch
     ) -> Float[Tensor, " batch"]:
         _require_rows(self.name, len(self.reference), batch)
-        model, reference = map(
-            distributions.log_probabilities, (_at(logits, batch, self.position), self.reference)
-        )
-        return distributions.kl(reference.to(model), model).to(logits.device, torch.float32)
+        return Reading([self], batch)(Logits.made(logits))[0]
+
+    def terms(
+        self,
+        logits: Float[Tensor, "place vocab"],
+        batch: PromptBatch,
+        rows: Int[Tensor, " place"],
+        columns: Int[Tensor, " place"],
+    ) -> Float[Tensor, " place"]:
+        """One for each prompt."""
+        reference = self.reference[rows.to(self.reference.device)]
+        model, given = map(distributions.log_probabilities, (logits, reference))
+        return distributions.kl(given.to(model), model).to(logits.device, torch.float32)
 
     def reads(self, batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
         """The positions whose next token the metric looks at."""
@@ -238,13 +285,6 @@ def _require_rows(name: str, n: int, batch: PromptBatch) -> None:
         )
 
 
-def _at(
-    logits: Float[Tensor, "batch pos vocab"], batch: PromptBatch, position: Int[Tensor, " batch"] | None
-) -> Float[Tensor, "batch vocab"]:
-    tokens = batch.lengths - 1 if position is None else position.to(batch.lengths.device)
-    return logits[torch.arange(len(batch), device=logits.device), batch.columns(tokens).to(logits.device)]
-
-
 def _single(batch: PromptBatch, position: Int[Tensor, " batch"] | None) -> Bool[Tensor, "batch pos"]:
     if position is None:
         return batch.mask("decision")
@@ -260,14 +300,30 @@ def _trace(batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
     return (columns >= first) & (columns <= last)
 
 
+def _difference(
+    logits: Float[Tensor, "n vocab"], a: Int[Tensor, " n"], b: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    rows = torch.arange(len(logits), device=logits.device)
+    return logits[rows, a] - logits[rows, b]
+
+
+def _before(tokens: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    """The position before each of these tokens, whose next token it is."""
+    found = tokens.roll(-1, dims=1)
+    found[:, -1] = False
+    return found
+
+
 def _log_probability(
-    logits: Float[Tensor, "batch pos vocab"], batch: PromptBatch, wanted: Bool[Tensor, "batch pos"]
-) -> Float[Tensor, " batch"]:
-    """Sum of the log-probabilities of the wanted tokens, each given those before it."""
-    ids = batch.inputs["input_ids"].to(logits.device)
-    before, token = logits[:, :-1].float(), ids[:, 1:, None]
-    log_p = before.gather(-1, token).squeeze(-1) - before.logsumexp(dim=-1)
-    return log_p.masked_fill(~wanted[:, 1:].to(logits.device), 0.0).sum(dim=1)
+    logits: Float[Tensor, "place vocab"],
+    batch: PromptBatch,
+    rows: Int[Tensor, " place"],
+    columns: Int[Tensor, " place"],
+) -> Float[Tensor, " place"]:
+    """Log-probability of the token that follows each place."""
+    ids = batch.inputs["input_ids"]
+    token = ids[rows.to(ids.device), columns.to(ids.device) + 1].to(logits.device)
+    return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
 @torch.no_grad()
@@ -279,11 +335,7 @@ def evaluate(
     for first in range(0, len(prompts), batch_size):
         rows = range(first, min(first + batch_size, len(prompts)))
         batch = collate([prompts[row] for row in rows], "left").to(vlm.model.device)
-        part = metric.select(rows)
-        if isinstance(part, LogitDifference) and part.position is None:
-            logits = vlm(batch.inputs, logits_to_keep=1).logits
-            scored = part.of_next(logits[:, -1].float())
-        else:
-            scored = part(vlm(batch.inputs).logits.float(), batch)
+        reading = Reading([metric.select(rows)], batch)
+        scored = reading(run_for_logits(vlm, batch.inputs, reading.columns))[0]
         values[first : first + len(rows)] = scored.cpu().numpy()
     return values

@@ -17,9 +17,10 @@ from interp.knockout.attached import knocked_out, missing
 from interp.knockout.cut import Cut, cut_layers, cut_name, layers_label, require_cuts, together
 from interp.knockout.lanes import Lane, Part, run_cuts
 from interp.knockout.places import Unfolding
-from interp.metrics import Metric
+from interp.logits import Logits, run_for_logits
 from interp.prompts import Prompt, PromptBatch, collate
-from interp.sweep.batch import LANE_TOKENS, cropped
+from interp.reading import Metric, Reading
+from interp.sweep.batch import LANE_TOKENS
 from interp.sweep.edits import Span
 from interp.sweep.rerun import CleanRun
 from interp.sweep.stored import StoredRun, Unsupported
@@ -125,10 +126,10 @@ class CutBatch:
             batch: prompts on its device.
             metric: of these prompts.
         """
-        self.vlm, self.batch, self._metric = vlm, batch, metric
+        self.vlm, self.batch, self._reading = vlm, batch, Reading([metric], batch)
         self._run: StoredRun | None = None
         try:
-            self._run = StoredRun(vlm, batch, metric.reads(batch))
+            self._run = StoredRun(vlm, batch, self._reading.reads)
             self._run.check()
         except Unsupported as reason:
             self._run = None
@@ -144,7 +145,7 @@ class CutBatch:
         """The metric under every lane of this batch, by the lane's number."""
         run = self._run
         if run is None:
-            clean = CleanRun(self.vlm, self.batch.inputs)
+            clean = CleanRun(self.vlm, self.batch.inputs, columns=self._reading.columns)
             yield from ((lane.number, self._measure(clean.rerun(lane.hooks()))) for lane in lanes)
             return
         groups: dict[int, list[Lane]] = {}
@@ -166,18 +167,13 @@ class CutBatch:
         with knocked_out(self.vlm, cut, self.batch):
             return self._measure(self._whole())
 
-    def _whole(self) -> Float[Tensor, "batch pos vocab"]:
-        return self.vlm(self.batch.inputs, use_cache=False).logits
+    @torch.no_grad()
+    def _whole(self) -> Logits:
+        return run_for_logits(self.vlm, self.batch.inputs, self._reading.columns)
 
-    def _measure(self, logits: Float[Tensor, "batch column vocab"]) -> Float[np.ndarray, " batch"]:
-        if self._run is None or logits.shape[1] == self.batch.roles.shape[1]:
-            return self._metric(logits, self.batch).double().cpu().numpy()
-        first = int(self._run.columns[0])
-        seen = cropped(self.batch, first)
-        # What is not read is not a number: a metric that looked at it would show it.
-        whole = logits.new_full((len(logits), seen.roles.shape[1], logits.shape[-1]), torch.nan)
-        whole[:, self._run.columns - first] = logits
-        return self._metric(whole, seen).double().cpu().numpy()
+    @torch.no_grad()
+    def _measure(self, logits: Logits) -> Float[np.ndarray, " batch"]:
+        return self._reading(logits)[0].double().cpu().numpy()
 
 
 def _require_rows(prompts: Sequence[Prompt], cuts: Sequence[Cut], metric: Metric) -> None:

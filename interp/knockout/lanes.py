@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from hooks.engine import HookFunction
 from interp.knockout.cut import Knockout
+from interp.logits import Logits
 from interp.sweep.attention import segment_attention_on
 from interp.sweep.edits import Span
 from interp.sweep.stored import StoredRun
@@ -80,9 +81,7 @@ class Part:
         return self.heads is None and not self.lost
 
 
-def run_cuts(
-    run: StoredRun, lanes: Sequence[Lane], span: Span
-) -> Iterator[tuple[int, Float[Tensor, "batch column vocab"]]]:
+def run_cuts(run: StoredRun, lanes: Sequence[Lane], span: Span) -> Iterator[tuple[int, Logits]]:
     """The logits at the run's columns under every lane.
 
     Args:
@@ -102,13 +101,11 @@ def run_cuts(
             stream = _block(run, layer, riding, stream, span)
             if layer in run.added:
                 stream = stream + run.added[layer][:, span.columns].to(stream).repeat(len(riding), 1, 1)
-    within, columns = run.columns >= span.start, run.reads_within(span)
+    columns, norm = run.reads_within(span), run.vlm.module(run.vlm.anatomy.final_norm)
     for place, lane in enumerate(riding):
         with torch.no_grad():
-            logits = run.vlm.readout(stream[place * rows : (place + 1) * rows, columns])
-        whole = run.logits.clone()
-        whole[:, within] = logits
-        yield lane.number, whole
+            normed = norm(stream[place * rows : (place + 1) * rows, columns])
+        yield lane.number, run.logits_of(normed, span)
 
 
 def _block(run: StoredRun, layer: int, lanes: Sequence[Lane], stream: Tensor, span: Span) -> Tensor:

@@ -31,10 +31,10 @@ from hooks.weights import d_mlp
 from interp.map.cells import Donor, cells_of, run_cells
 from interp.map.component_map import DIRECTIONS, batches_of, roles_of
 from interp.map.components import Component, cached_names, components
-from interp.metrics import Metric
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.prompts.pairing import PatchBatch
 from interp.questions.examples import cluster_of, with_looked_at
+from interp.reading import Metric, Reading
 from interp.sweep.activations import activation_of
 from interp.sweep.rerun import CleanRun
 
@@ -346,7 +346,7 @@ class _Run:
     """A clean run of one model, and gradients of the metric in it."""
 
     def __init__(self, vlm: HookedVLM, batch: PromptBatch, metric: Metric) -> None:
-        self.vlm, self.batch, self._metric = vlm, batch, metric
+        self.vlm, self.batch, self._reading = vlm, batch, Reading([metric], batch)
         layers = range(vlm.n_layers)
         leaves = (
             *dict.fromkeys(_STREAM.values()),
@@ -362,14 +362,15 @@ class _Run:
                     for leaf in leaves
                     if (name := f"blocks.{i}.{leaf}") in vlm.hook_points
                 ],
+                self._reading.columns,
             )
+            self.metric = self._reading(self._clean.logits)[0].double().cpu().numpy()
         self.cache = self._clean.cache
-        self.metric = metric(self._clean.logits, batch).double().cpu().numpy()
         self._results: dict[str, Tensor] = {}
 
     def where(self, role: str) -> Tensor:
         """The tokens of a role, as in the component map."""
-        return self._metric.reads(self.batch) if role == "decision" else self.batch.mask(role)
+        return self._reading.reads if role == "decision" else self.batch.mask(role)
 
     def activation(self, hook: str, head: int | None) -> Float[Tensor, "batch pos d_model"]:
         """An activation; a head's result is made by this model's own W_O, an expert's contribution by its experts."""
@@ -414,7 +415,7 @@ class _Run:
             return taps[hook.name]
 
         logits = self._clean.rerun([(name, tap) for name in names], gradients=True)
-        total = self._metric(logits, self.batch).sum()
+        total = self._reading(logits).sum()
         if not total.requires_grad:
             raise FrankenlensError(
                 f"no gradient of the metric flows through {type(self.vlm.model).__name__} (quantized?); "

@@ -25,10 +25,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import HookedVLM
+from interp.logits import run_with_cache_for_logits
 from interp.map.components import BEFORE_THE_DECODER, Component
-from interp.metrics import Metric
 from interp.prompts import PromptBatch
 from interp.prompts.pairing import PatchBatch, of_rows
+from interp.reading import Metric, Reading
 from interp.sweep.activations import activation_of
 from interp.sweep.batch import BatchSweep
 from interp.sweep.edits import Edit, Span
@@ -50,12 +51,14 @@ class Donor:
         image = bool(batch.with_image.any())
         kept = [name for name in names if image or not of_vision(name)]
         self._others: Mapping[str, Tensor] = {}
+        reading = Reading([metric], batch)
         with torch.no_grad():
-            output, self._cache = vlm.run_with_cache(batch.inputs, kept, use_cache=False)
+            logits, self._cache = run_with_cache_for_logits(vlm, batch.inputs, kept, reading.columns)
             if others is not None:
-                self._others = vlm.run_with_cache(others.to(vlm.device).inputs, kept, use_cache=False)[1]
+                inputs = others.to(vlm.device).inputs
+                self._others = run_with_cache_for_logits(vlm, inputs, kept, reading.columns[-1:])[1]
+            self.metric = reading(logits)[0].double().cpu().numpy()
         self.vlm = vlm
-        self.metric = metric(output.logits, batch).double().cpu().numpy()
 
     def activation(
         self, hook: str, head: int | None, span: Span | None = None, other: bool = False
@@ -205,11 +208,7 @@ def run_cells(
     vlm: HookedVLM, ready: PatchBatch, metric: Metric, cells: Sequence[Cell], bar: tqdm
 ) -> list[Float[np.ndarray, " batch"]]:
     """metric(patched) - metric(clean) of each cell, NaN for the examples that it does not touch."""
-
-    def read(logits: Tensor, batch: PromptBatch) -> Tensor:
-        return metric(logits, batch)[None]
-
-    sweep = BatchSweep(vlm, ready.batch, ready.reads, read, [cell.edits for cell in cells])
+    sweep = BatchSweep(vlm, ready.batch, Reading([metric], ready.batch), [cell.edits for cell in cells])
     found = [np.full(len(ready.batch), np.nan) for _ in cells]
     for number, values in sweep.run(range(len(cells))):
         rows = cells[number].rows.cpu().numpy()

@@ -30,12 +30,12 @@ from tqdm.auto import tqdm
 from hooks import HookedVLM
 from hooks.address import Address
 from interp.map.component_map import batches_of
-from interp.metrics import Metric
 from interp.paths.job import Job, complete_senders, paths_between
 from interp.paths.path import Between, Path, Receiver, require_paths
 from interp.paths.run import PathRun
 from interp.prompts import Prompt
 from interp.questions.examples import cluster_of
+from interp.reading import Metric, Reading
 from interp.sweep.batch import BatchSweep
 from interp.sweep.edits import Edit
 from interp.sweep.places import Where, where_label
@@ -102,9 +102,8 @@ def path_effects(
             run.check(wanted)
             cells = _cells(run, wanted, senders, kinds)
             sweep = BatchSweep(
-                recipient, run.rows.batch, run.rows.reads, lambda logits, batch, m=select: m(logits, batch)[None],
-                [(cell.edit,) for cell in cells],
-            )  # fmt: skip
+                recipient, run.rows.batch, Reading([select], run.rows.batch), [(cell.edit,) for cell in cells]
+            )
             clean = sweep.clean[0].double()
             for at, values in sweep.run(range(len(cells))):
                 cell = cells[at]

@@ -15,11 +15,11 @@ from hooks import FrankenlensError, HookedVLM
 from hooks.address import Address
 from hooks.engine import HookContext
 from interp.map.component_map import batches_of
-from interp.metrics import Metric
 from interp.paths.job import Job, complete_senders
 from interp.paths.path import Path, Receiver, require_paths
 from interp.paths.run import PathRun
 from interp.prompts import Prompt
+from interp.reading import Metric, Reading
 from interp.sweep.places import Where, where_label
 
 
@@ -63,11 +63,12 @@ def paths_in_order(
     parts = list(batches_of(prompts, batch_size))
     with tqdm(total=len(parts) * len(senders), desc="in order", disable=not progress, delay=1) as bar:
         for rows in parts:
-            run, select = job.start(rows, in_order=True), metric.select(rows)
-            clean = select(run.clean.logits, run.rows.batch).double()
+            run = job.start(rows, in_order=True)
+            read = Reading([metric.select(rows)], run.rows.batch)
+            clean = read(run.clean.logits)[0].double()
             for at, sender in enumerate(senders):
                 receivers = [path.receiver for path in wanted if path.sender == sender]
-                values = select(run.clean.rerun(_InOrder(run, sender, receivers).hooks()), run.rows.batch)
+                values = read(run.clean.rerun(_InOrder(run, sender, receivers).hooks()))[0]
                 found[at, rows] = (values.double() - clean).cpu().numpy()
                 bar.update()
     return xr.Dataset(

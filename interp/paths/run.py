@@ -69,11 +69,14 @@ class PathRun:
         self.vlm, self.rows, self._where, self._between = recipient, rows, where, between
         senders = _stored(sender_hook(path.sender) for path in paths)
         names = [*senders, *_needed(recipient, paths, between == "mlps", in_order)]
-        self.clean = CleanRun(recipient, rows.batch.inputs, dict.fromkeys(names))
+        read = rows.reads.any(0).nonzero()[:, 0]
+        self.clean = CleanRun(recipient, rows.batch.inputs, dict.fromkeys(names), read)
         self.donor = Donor(donor, given, senders, metric, others)
         self._own_of_others: Mapping[str, Tensor] = {}
         if own_others is not None:
-            self._own_of_others = CleanRun(recipient, own_others.to(recipient.device).inputs, senders).cache
+            self._own_of_others = CleanRun(
+                recipient, own_others.to(recipient.device).inputs, senders, read[-1:]
+            ).cache
         self._first = int(where.any(0).nonzero()[0])
         self._kept: dict[tuple, Any] = {}
         self._passed_on: dict[tuple, Tensor] = {}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.weights import d_mlp
+from interp.logits import Logits, at_once
 from interp.prompts import PromptBatch
+from interp.reading import Reading
 from interp.sweep.brigade import run_lanes
 from interp.sweep.edits import Edit, Span, needed_names
 from interp.sweep.halves import Halves
@@ -20,7 +21,6 @@ from interp.sweep.places import of_vision
 from interp.sweep.rerun import CleanRun
 from interp.sweep.stored import StoredRun, Unsupported
 
-Read = Callable[[Float[Tensor, "batch pos vocab"], PromptBatch], Float[Tensor, "metric batch"]]
 LANE_TOKENS = {"cpu": 2048, "cuda": 65536}
 """Tokens (lanes x rows x columns) that one pass moves up the layers together, memory permitting: enough to fill the
 device, and on a CPU few enough to stay in its cache."""
@@ -38,8 +38,7 @@ class BatchSweep:
         self,
         vlm: HookedVLM,
         batch: PromptBatch,
-        reads: Bool[Tensor, "batch pos"],
-        read: Read,
+        reading: Reading,
         interventions: Sequence[Sequence[Edit]],
         names: Sequence[str] = (),
         max_memory: int | None = None,
@@ -50,8 +49,7 @@ class BatchSweep:
         Args:
             vlm: the opened model.
             batch: prompts on its device.
-            reads: tokens whose next-token logits the metrics look at.
-            read: metrics of logits [batch pos vocab] and the (possibly cropped) batch that they belong to.
+            reading: metrics of it.
             interventions: each a set of edits; one edit alone takes the short way, several together a longer one.
             names: further activations of the clean run to keep, for `activation`.
             max_memory: bytes for what is stored and for what runs at once.
@@ -60,7 +58,7 @@ class BatchSweep:
         Raises:
             FrankenlensError: nothing is read, or the budget is too small for one row.
         """
-        self.vlm, self.batch, self._read, self._reads = vlm, batch, read, reads
+        self.vlm, self.batch, self._reading = vlm, batch, reading
         self.interventions = interventions
         self._max_memory, self._names = max_memory, names
         self._whole: CleanRun | None = None
@@ -70,7 +68,9 @@ class BatchSweep:
         self._run: StoredRun | None = None
         if fast:
             try:
-                self._run = StoredRun(vlm, batch, reads, [*names, *needed_names(fast, vlm)], self._storage())
+                self._run = StoredRun(
+                    vlm, batch, reading.reads, [*names, *needed_names(fast, vlm)], self._storage()
+                )
                 if check:
                     self._run.check()
             except Unsupported as reason:
@@ -81,13 +81,7 @@ class BatchSweep:
                     stacklevel=3,
                 )
         self.shortcuts = "tokens and layers" if self._run is not None else "layers"
-        if self._run is not None:
-            self._offset = int(self._run.columns[0])
-            self._cropped = cropped(batch, self._offset)
-            self.clean = self._metrics(self._run.logits)
-        else:
-            self._offset, self._cropped = 0, batch
-            self.clean = read(self._clean_run().logits, batch)
+        self.clean = reading((self._clean_run() if self._run is None else self._run).logits)
 
     def activation(self, name: str) -> Float[Tensor, "..."]:
         """An activation of the clean run that was asked for by name."""
@@ -108,8 +102,7 @@ class BatchSweep:
                 whole = self._clean_run()
                 logits = whole.rerun([edit.hook() for edit in edits])
                 # unembedding fewer tokens may round differently: what changes nothing is the clean run
-                same = torch.equal(logits, whole.logits)
-                yield number, self.clean if same else self._read(logits, self.batch)
+                yield number, self.clean if logits.equal(whole.logits) else self._reading(logits)
             elif first >= self._run.end:
                 yield number, self.clean  # after all that is read
             else:
@@ -123,15 +116,13 @@ class BatchSweep:
                 for number, logits in run_lanes(self._run, lanes[at : at + size], span):
                     yield number, self.clean if logits is None else self._of_reached(number, logits)
 
-    def _of_reached(
-        self, number: int, logits: Float[Tensor, "batch column vocab"]
-    ) -> Float[Tensor, "metric batch"]:
+    def _of_reached(self, number: int, logits: Logits) -> Float[Tensor, "metric batch"]:
         """The metrics; exactly the clean ones in rows where all that is touched comes after all that is read."""
         (edit,) = self.interventions[number]
-        found = self._metrics(logits)
+        found = self._reading(logits)
         if edit.where is None:
             return found
-        to_come = self._reads.flip(1).cumsum(1).flip(1).bool()
+        to_come = self._reading.reads.flip(1).cumsum(1).flip(1).bool()
         reached = (edit.where.to(to_come.device) & to_come).any(1)
         return torch.where(reached.to(found.device), found, self.clean)
 
@@ -170,17 +161,8 @@ class BatchSweep:
 
     def _clean_run(self) -> CleanRun:
         if self._whole is None:
-            self._whole = CleanRun(self.vlm, self.batch.inputs, self._names)
+            self._whole = CleanRun(self.vlm, self.batch.inputs, self._names, self._reading.columns)
         return self._whole
-
-    def _metrics(self, logits: Float[Tensor, "batch column vocab"]) -> Float[Tensor, "metric batch"]:
-        assert self._run is not None
-        columns, width = self._run.columns - self._offset, self._cropped.roles.shape[1]
-        if len(columns) < width:  # what is not read is not a number: a metric that looked at it would show it
-            whole = logits.new_full((len(logits), width, logits.shape[-1]), torch.nan)
-            whole[:, columns] = logits
-            logits = whole
-        return self._read(logits, self._cropped)
 
     def _lanes_at_once(self, span: Span) -> int:
         rows = len(self.batch)
@@ -247,11 +229,9 @@ class BatchSweep:
 
     @property
     def logits_bytes(self) -> int:
-        """What the logits of one lane take, from the first that is read to the last, twice (they are read in fp32)."""
-        columns = self._reads.any(0).nonzero()[:, 0]
-        width = int(columns[-1] - columns[0]) + 1 if len(columns) else 0
-        vocabulary = int(self.vlm.model.config.get_text_config().vocab_size)
-        return 2 * 4 * len(self.batch) * width * vocabulary
+        """What the logits that are read take together, three times (as made, in fp32, and times what they weigh)."""
+        n_words = self.vlm.n_logits
+        return 3 * 4 * n_words * min(int(self._reading.reads.sum()), at_once(n_words, self.vlm.device))
 
     def _require_budget(self) -> None:
         """Refuses a budget that not even one lane fits in."""
@@ -264,10 +244,3 @@ class BatchSweep:
                 f"{len(self.batch)} prompts of {self.batch.roles.shape[1]} tokens, which takes about "
                 f"{least / 2**20:.0f} MiB; give more, or a smaller batch_size"
             )
-
-
-def cropped(batch: PromptBatch, first: int) -> PromptBatch:
-    """The batch from a column on, for metrics: the same prompts, positions still counted from a row's first token."""
-    names = [name for name, tensor in batch.inputs.items() if tensor.shape[:2] == batch.roles.shape]
-    inputs = batch.inputs | {name: batch.inputs[name][:, first:] for name in names}
-    return replace(batch, inputs=inputs, roles=batch.roles[:, first:], cut=batch.cut + first)

@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks.engine import as_added, head_results
 from hooks.plain import plain_weight
 from hooks.uninterrupted import registered
+from interp.logits import Logits
 from interp.sweep.activations import activation_of
 from interp.sweep.attention import segment_attention_on
 from interp.sweep.edits import STAGES, Edit, Span
@@ -25,7 +25,7 @@ from interp.sweep.stored import StoredRun
 
 Lane = tuple[int, Edit]
 """An intervention's number and its edit."""
-Value = tuple[int, Float[Tensor, "batch column vocab"] | None]
+Value = tuple[int, Logits | None]
 """An intervention's number and the logits under it at the run's columns; None where nothing has changed."""
 
 
@@ -238,24 +238,13 @@ def _read(
     run: StoredRun, riding: Sequence[int], stream: Tensor | None, final: Sequence[Lane], span: Span
 ) -> Iterator[Value]:
     """Logits at the columns that are read, those before the span being the clean run's."""
-    within, columns = run.columns >= span.start, run.reads_within(span)
-    rows = len(run.batch)
-    norm = run.vlm.module(run.vlm.anatomy.final_norm)
-    unembed, after = run.vlm.module(run.vlm.anatomy.unembed), run.vlm.anatomy.after_unembedding
+    rows, norm = len(run.batch), run.vlm.module(run.vlm.anatomy.final_norm)
+    columns = run.reads_within(span)
     for first in range(len(riding)):
         assert stream is not None
         lane = stream[first * rows : (first + 1) * rows, columns]
-        yield riding[first], _with_clean(run, run.vlm.readout(lane), within)
+        yield riding[first], run.logits_of(norm(lane), span)
     for number, edit in final:
         own = norm(run.post(len(run.blocks) - 1, span))
         new = edit.apply(own, span)
-        same = torch.equal(new, own)
-        yield number, None if same else _with_clean(run, after(unembed(new[:, columns])), within)
-
-
-def _with_clean(run: StoredRun, logits: Tensor, within: Tensor) -> Float[Tensor, "batch column vocab"]:
-    if bool(within.all()):
-        return logits
-    whole = run.logits.clone()
-    whole[:, within] = logits
-    return whole
+        yield number, None if torch.equal(new, own) else run.logits_of(new[:, columns], span)

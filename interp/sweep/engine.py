@@ -23,6 +23,7 @@ from hooks.errors import shown
 from interp.metrics import Metric
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.prompts.pairing import beside, image_shapes, partners
+from interp.reading import Reading
 from interp.results.lock import locked
 from interp.results.store import Store
 from interp.sweep.activations import activation_of, kept_for
@@ -128,13 +129,14 @@ class _Part:
         partner: Int[Tensor, " batch"],
         others: PromptBatch | None,
     ) -> None:
-        self.recipient, self.donor, self.given, self.metrics = recipient, donor, given, metrics
+        self.recipient, self.donor, self.given = recipient, donor, given
         self.interventions, self.max_memory, self.means = interventions, max_memory, means
+        self.n_metrics = len(metrics)
         self.batch = collate(prompts).to(recipient.device)
         self.others = others
         beside_it = Others(self._other, (partner >= 0).to(recipient.device))
         self._of_others: Mapping[str, Tensor] = {}
-        self.reads = torch.stack([metric.reads(self.batch) for metric in metrics]).any(0)
+        self.reading = Reading(metrics, self.batch)
         self._cache: Mapping[str, Tensor] = {}
         self._sweep: BatchSweep | None = None
         self.bound: list[Bound] = [
@@ -180,8 +182,7 @@ class _Part:
             self._sweep = BatchSweep(
                 self.recipient,
                 self.batch,
-                self.reads,
-                lambda logits, batch: torch.stack([metric(logits, batch) for metric in self.metrics]),
+                self.reading,
                 [bound.edits for bound in self.bound],
                 _cached(self.recipient, self.interventions, ("skip",)),
                 self.max_memory,
@@ -193,7 +194,7 @@ class _Part:
 
     def _values(self, chosen: list[int], bar: tqdm) -> np.ndarray:
         place = {number: i for i, number in enumerate(chosen)}
-        values = np.full((len(self.metrics), len(chosen), len(self.batch)), np.nan)
+        values = np.full((self.n_metrics, len(chosen), len(self.batch)), np.nan)
         for number, found in self.sweep.run(chosen):
             touched = self.bound[number].rows.cpu().numpy()
             values[:, place[number], touched] = found.double().cpu().numpy()[:, touched]

@@ -6,12 +6,13 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.uninterrupted import registered
+from interp.logits import Logits, run_for_logits, run_with_cache_for_logits, unmade
 from interp.sweep.places import of_vision
 
 Hooks = Sequence[tuple[str, Any]]
@@ -23,17 +24,32 @@ class CleanRun:
     """A forward of one model on one batch, with the activations asked for.
 
     `rerun` starts at the stored residual of the first layer that its hooks act in, with the very arguments that the
-    blocks got, so its logits are bit for bit those of a full forward. That is checked at the first rerun; where an
-    architecture does something between blocks that is not known here, every rerun is a full forward, with a warning.
+    blocks got, so what its logits are made of is bit for bit that of a full forward. That is checked at the first
+    rerun; where an architecture does something between blocks that is not known here, every rerun is a full forward,
+    with a warning.
 
     Attributes:
-        logits: [batch pos vocab].
+        logits: of all columns, or of those asked for.
         cache: the activations named by `names`; those of the vision side only where the batch holds an image.
         has_image: whether it does.
     """
 
-    def __init__(self, vlm: HookedVLM, inputs: Mapping[str, Any], names: Iterable[str] = ()) -> None:
-        self.vlm, self.inputs = vlm, inputs
+    def __init__(
+        self,
+        vlm: HookedVLM,
+        inputs: Mapping[str, Any],
+        names: Iterable[str] = (),
+        columns: Int[Tensor, " column"] | None = None,
+    ) -> None:
+        """Run once.
+
+        Args:
+            vlm: the opened model.
+            inputs: processor tensors, on its device.
+            names: activations to keep.
+            columns: whose logits will be read, ascending; None: all.
+        """
+        self.vlm, self.inputs, self._columns = vlm, inputs, columns
         self._calls: list[tuple[tuple, dict[str, Any]]] = []
         self._blocks = [vlm.module(block.path) for block in vlm.anatomy.text.blocks]
         self.has_image = vlm.has_image(inputs)
@@ -43,20 +59,19 @@ class CleanRun:
         seen = [
             partial(block.register_forward_pre_hook, self._record, with_kwargs=True) for block in self._blocks
         ]
-        with vlm.exclusive("a clean run"), registered(*seen), torch.no_grad():
-            output, self.cache = vlm.run_with_cache(inputs, kept, use_cache=False)
-        self.logits: Float[Tensor, "batch pos vocab"] = output.logits
+        with vlm.exclusive("a clean run"), registered(*seen):
+            self.logits, self.cache = run_with_cache_for_logits(vlm, inputs, kept, columns)
         self._deepstack = {
             int(name.split(".")[1]): self.cache[name] for name in deepstack if name in self.cache
         }
 
-    def rerun(self, fwd_hooks: Hooks, gradients: bool = False) -> Float[Tensor, "batch pos vocab"]:
-        """Logits [batch pos vocab] with hooks on; with `gradients`, of what the hooks put in."""
+    def rerun(self, fwd_hooks: Hooks, gradients: bool = False) -> Logits:
+        """Logits with hooks on; with `gradients`, they carry those of what the hooks put in."""
         first = self._first_layer([name for name, _ in fwd_hooks])
         resume = first is not None and self._resumable
         with torch.set_grad_enabled(gradients), self.vlm.hooks(fwd_hooks):
             if first is None or not resume:
-                return self.vlm(self.inputs, use_cache=False).logits
+                return run_for_logits(self.vlm, self.inputs, self._columns)
             return self._decode(first)
 
     @cached_property
@@ -64,7 +79,7 @@ class CleanRun:
         with torch.no_grad():
             try:
                 self._require_no_state()
-                same = torch.equal(self._decode(0), self.logits)
+                same = self._decode(0).equal(self.logits)
             except torch.OutOfMemoryError:  # says nothing about the model
                 raise
             except (FrankenlensError, *NOT_CALLED_AGAIN):
@@ -94,7 +109,7 @@ class CleanRun:
     def _record(self, block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._calls.append((args, kwargs))
 
-    def _decode(self, first: int) -> Float[Tensor, "batch pos vocab"]:
+    def _decode(self, first: int) -> Logits:
         args, kwargs = self._calls[first]
         # A copy: a hook may edit in place, and the stored residual serves every later rerun.
         blocks = self.vlm.anatomy.text.blocks
@@ -114,7 +129,10 @@ class CleanRun:
                 hidden = hidden.clone()
                 mask = self._image_mask.to(hidden.device)
                 hidden[mask] = hidden[mask] + self._deepstack[layer].to(hidden).flatten(0, -2)
-        return self.vlm.readout(hidden)
+        self.vlm.require("lens", "taking a run up at a stored residual")
+        normed = self.vlm.module(self.vlm.anatomy.final_norm)(hidden)
+        columns = self.logits.columns
+        return unmade(self.vlm, normed[:, columns.to(normed.device)], columns)
 
     @property
     def _image_mask(self) -> Bool[Tensor, "batch pos"]:

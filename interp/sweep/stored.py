@@ -17,6 +17,7 @@ from hooks.errors import one_line
 from hooks.points import interface_point
 from hooks.selfcheck_writes import tolerance
 from hooks.uninterrupted import registered
+from interp.logits import Logits, keeps_some, unmade
 from interp.prompts import PromptBatch
 from interp.sweep.attention import SegmentContext, Tap, segment_attention_on
 from interp.sweep.edits import Span
@@ -33,7 +34,7 @@ class StoredRun:
     """One forward of one model on one batch, and how to continue it from a changed residual stream.
 
     Attributes:
-        logits: of the columns that are read, [batch column vocab]; `columns` says which.
+        logits: of the columns that are read; `columns` says which.
         blocks, attentions: the decoder's modules, by layer.
         cache: the activations asked for.
         end: one past the last column that is read; nothing later is ever computed again.
@@ -101,14 +102,12 @@ class StoredRun:
             for layer, site in self._attending.items()
             for leaf in ("hook_rot_k", "hook_v")
         ]
-        some = "logits_to_keep" in inspect.signature(self.vlm.model.forward).parameters
-        extra = {"logits_to_keep": self.columns} if some else {}
+        extra: dict[str, Any] = {"logits_to_keep": self.columns[-1:]} if keeps_some(self.vlm) else {}
         with torch.no_grad(), self.vlm.attached(ends), registered(*seen):
             output = self.vlm.run_with_hooks(
                 self.batch.inputs, [(name, self._keep) for name in names], use_cache=False, **extra
             )
-        logits = output.logits if some else output.logits[:, self.columns]
-        self.logits: Float[Tensor, "batch column vocab"] = logits.clone()
+        self._last_logits = output.logits[:, -1 if extra else int(self.columns[-1])].clone()
         if len(self._calls) != len(self.blocks):
             raise Unsupported("its decoder blocks do not run once each, in order")
         unseen = [layer for layer in self._attending if f"blocks.{layer}.interface.hook_v" not in self.cache]
@@ -124,6 +123,28 @@ class StoredRun:
         triangle = torch.ones(self.end, self.end, dtype=torch.bool, device=self.vlm.device).tril()
         self._causal = {layer: bool((v == triangle).all()) for layer, v in self._visible.items()}
         self.added = {layer: self._scattered(self.read(name)) for layer, name in self._deepstack.items()}
+
+    @cached_property
+    def logits(self) -> Logits:
+        """Of the clean run."""
+        if not self.vlm.can("lens"):
+            raise Unsupported("its logits were not seen to be an unembedding's of a normed stream")
+        last = self.post(len(self.blocks) - 1, Span(0, self.end))[:, self.columns]
+        with torch.no_grad():
+            normed = self.vlm.module(self.vlm.anatomy.final_norm)(last)
+        return unmade(self.vlm, normed, self.columns)
+
+    def logits_of(self, normed: Float[Tensor, "batch some d_model"], span: Span) -> Logits:
+        """Of what the final norm gives out under an intervention, in the columns that are read within the span.
+
+        Those before it are the clean run's.
+        """
+        within = self.columns >= span.start
+        if not bool(within.all()):
+            whole = self.logits.source.clone()
+            whole[:, within] = normed.to(whole)
+            normed = whole
+        return unmade(self.vlm, normed, self.columns)
 
     def _keep(self, activation: Tensor, hook: HookContext) -> None:
         kept = activation.detach()
@@ -330,11 +351,9 @@ class StoredRun:
             self.cache["hook_embed"], self.cache["blocks.0.hook_resid_pre"]
         ):
             raise Unsupported("it changes the embeddings before the first block")
-        if not self.vlm.can("lens"):
-            raise Unsupported("its logits were not seen to be an unembedding's of a normed stream")
-        last = self.post(len(self.blocks) - 1, Span(0, self.end))[:, self.columns]
-        error = (self.vlm.readout(last) - self.logits).abs().max().item()
-        if not error <= tolerance(self.logits):
+        made = self.vlm.unembed(self.logits.source[:, -1:])[:, 0]
+        error = (made - self._last_logits).abs().max().item()
+        if not error <= tolerance(self._last_logits):
             raise Unsupported(f"its logits are not its unembedding's output (off by {error:.1e})")
         real = (self.batch.mask("all").to(self.vlm.device))[..., None]
         for start in {0, self.end // 2, self.end - 1}:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.prompts import collate
+from interp.reading import Reading
 from interp.sweep.activations import activation_of
 from interp.sweep.batch import BatchSweep
 from interp.sweep.intervention import Intervention, bind
@@ -84,9 +85,8 @@ def ours(setting: Setting, given: Donated) -> Arm:
 
         bound = [bind(i, setting.vlm, batch, activation, activation, {}) for i in wanted]
         sweeper = BatchSweep(
-            setting.vlm, batch, metric.reads(batch), lambda logits, b: metric(logits, b)[None],
-            [b.edits for b in bound], check=False,
-        )  # fmt: skip
+            setting.vlm, batch, Reading([metric], batch), [b.edits for b in bound], check=False
+        )
         found = dict(sweeper.run(range(len(sites))))
         return torch.stack([found[n][0] for n in range(len(sites))])
 

@@ -67,20 +67,20 @@ def test_rerun_is_a_full_forward_bit_for_bit(duo) -> None:
     given, vlm, _ = duo
     run = CleanRun(vlm, given.inputs(batch=2))
     with torch.no_grad():
-        assert torch.equal(run.logits, vlm.model(**given.inputs(batch=2)).logits)
+        assert torch.equal(run.logits.tensor(), vlm.model(**given.inputs(batch=2)).logits)
     for layer in range(vlm.n_layers):
         hook = [(f"blocks.{layer}.hook_mlp_out", lambda a, hook: a * 0.5)]
         got = run.rerun(hook)
         with torch.no_grad():
-            assert torch.equal(got, vlm.run_with_hooks(given.inputs(batch=2), hook).logits)
-        assert (got - run.logits).abs().max() > 1e-2
+            assert torch.equal(got.tensor(), vlm.run_with_hooks(given.inputs(batch=2), hook).logits)
+        assert (got.tensor() - run.logits.tensor()).abs().max() > 1e-2
 
     # an edit in place must not reach the stored residual
     def erase(activation, hook):
         activation[:, 3] = 0
 
     run.rerun([("blocks.1.hook_resid_pre", erase)])
-    assert torch.equal(run.rerun([]), run.logits)
+    assert run.rerun([]).equal(run.logits)
 
 
 def test_a_component_from_the_same_model_changes_nothing_at_all(duo) -> None:
@@ -95,7 +95,7 @@ def test_a_component_from_the_same_model_changes_nothing_at_all(duo) -> None:
     for component in wanted:
         where = None if component.point in BEFORE_THE_DECODER else batch.mask("all")
         edits = [edit for kind in KINDS for edit in edits_of(own, own, component, where, ready, kind)]
-        assert torch.equal(run.rerun([edit.hook() for edit in edits]), run.logits), component
+        assert run.rerun([edit.hook() for edit in edits]).equal(run.logits), component
 
 
 def test_head_result_patch_equals_plain_hooks(duo) -> None:
@@ -132,7 +132,7 @@ def test_head_result_patch_equals_plain_hooks(duo) -> None:
         where[:, -2:] = True
         ready = PatchBatch(batch, where, partners(prompts))
         (edit,) = edits_of(own, source, component, where, ready)
-        got = CleanRun(recipient, inputs).rerun([edit.hook()])
+        got = CleanRun(recipient, inputs).rerun([edit.hook()]).tensor()
     scale = max(1.0, expected.abs().max().item())
     assert (got - expected).abs().max() <= 1e-5 * scale
     assert (expected - recipient(inputs).logits).abs().max() >= 1e-3 * scale

@@ -18,6 +18,7 @@ from interp.metrics import AnswerLogProbability, LogitDifference, TraceLogLikeli
 from interp.prompts import PromptBatch, PromptBuilder, collate
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
+from interp.reading import Reading
 from interp.sweep import Intervention, head_map, residual_map, sweep
 from interp.sweep.batch import BatchSweep
 from interp.sweep.engine import parse_bytes
@@ -314,8 +315,7 @@ def test_left_padding_gives_what_right_padding_gives(family: str) -> None:
         sweeper = BatchSweep(
             pair.recipient,
             batch,
-            metric.reads(batch),
-            lambda logits, batch: metric(logits, batch)[None],
+            Reading([metric], batch),
             [b.edits for b in bound],
         )
         assert sweeper.shortcuts == "tokens and layers"
