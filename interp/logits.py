@@ -110,8 +110,8 @@ class _Read:
             return unmade(self._vlm, normed[:, self._columns.to(normed.device)], self._columns)
         if self._given:
             raise FrankenlensError(
-                f"{type(self._vlm.model).__name__} runs its unembedding {len(self._given)} times in one forward pass, so "
-                "it is not known which of them the logits are of."
+                f"{type(self._vlm.model).__name__} runs its unembedding {len(self._given)} times in one forward "
+                "pass, so it is not known which of them the logits are of."
             )
         logits = output.logits if self.extra else output.logits[:, self._columns].clone()
         return Logits(logits, self._columns, logits.shape[-1])

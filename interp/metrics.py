@@ -85,6 +85,10 @@ class LogitDifference:
         )
 
 
+HELD = 2**24
+"""Weights that some prompts together hold once they are made: 64 MiB."""
+
+
 @runtime_checkable
 class Shift(Protocol):
     """Weights [step vocab] of a prompt, made some steps at a time (`interp.decision.soft`)."""
@@ -92,6 +96,10 @@ class Shift(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, steps: slice, /) -> Float[Tensor, "_ vocab"]: ...
+
+    def held(self, most: int) -> Shift:
+        """One that makes its weights once, where they are no more than that."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +158,10 @@ class SoftDifference:
     def select(self, rows: Rows) -> SoftDifference:
         """The metric of some of the prompts."""
         chosen = [int(row) for row in rows]
-        return SoftDifference(tuple(self.weights[row] for row in chosen), self.start[chosen])
+        most = HELD // max(1, len(chosen))
+        weights = (self.weights[row] for row in chosen)
+        held = tuple(one if isinstance(one, Tensor) else one.held(most) for one in weights)
+        return SoftDifference(held, self.start[chosen])
 
 
 @dataclass(frozen=True)

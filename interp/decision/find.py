@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from interp.decision.result import Decision, DecisionSet
-from interp.decision.traces import Divergence, diverging, next_tokens, trace_logits
-from interp.metrics import LogitDifference, Metric, SoftDifference, evaluate
+from interp.decision.soft import both, soft_difference
+from interp.decision.traces import Divergence, diverging, next_tokens
+from interp.metrics import LogitDifference, Metric, evaluate
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair
 from interp.prompts import Prompt
@@ -75,12 +74,14 @@ def find_decisions(
     prompts = [pair.builder.build(example) for example in examples]
     run = _run(pair, prompts, grader, max_new_tokens, batch_size, progress, keep)
     divergences, unstable = [], 0
-    for trace, in_logits, rl_logits in _both(pair, run.rl_traces, batch_size, progress):
-        found, ties = diverging(trace, next_tokens(trace, rl_logits), next_tokens(trace, in_logits))
+    runs = both(pair.in_, pair.rl, run.rl_traces, batch_size, progress)
+    for trace, (of_in, of_rl) in zip(run.rl_traces, runs, strict=True):
+        found, ties = diverging(trace, next_tokens(trace, of_rl), next_tokens(trace, of_in))
         divergences.append(found)
         unstable += ties
     if choice == "soft":
-        decisions, metric = _soft(pair, run.rl_traces, batch_size, progress)
+        decisions = tuple(Decision(row, trace) for row, trace in enumerate(run.rl_traces))
+        metric: Metric = soft_difference(pair.rl, pair.in_, run.rl_traces, batch_size, progress)
         excluded: Counter[str] = Counter()
     else:
         if choice == "first":
@@ -137,15 +138,6 @@ def _grade(grader: Grader, prompt: Prompt) -> bool | None:
         return bool(grader(prompt.trace.answer, prompt.example))
     except Ungraded:
         return None
-
-
-def _both(
-    pair: Pair, traces: Sequence[Prompt], batch_size: int, progress: bool
-) -> Iterator[tuple[Prompt, Float[Tensor, "step vocab"], Float[Tensor, "step vocab"]]]:
-    """Each trace with IN's and RL's logits for its tokens."""
-    runs = [trace_logits(vlm, traces, batch_size, progress) for vlm in (pair.in_, pair.rl)]
-    for (trace, of_in), (_, of_rl) in zip(*runs, strict=True):
-        yield trace, of_in, of_rl
 
 
 def _decisive(
@@ -221,14 +213,3 @@ def _decision(trace: Prompt, row: int, at: Divergence) -> Decision:
 def _difference(decisions: Sequence[Decision]) -> LogitDifference:
     tokens = [[getattr(d, name) for d in decisions] for name in ("rl_token", "in_token")]
     return LogitDifference(*(torch.tensor(ids, dtype=torch.long) for ids in tokens))
-
-
-def _soft(
-    pair: Pair, traces: Sequence[Prompt], batch_size: int, progress: bool
-) -> tuple[tuple[Decision, ...], Metric]:
-    """All prompts; the weights take one float per prompt, trace token and word of the vocabulary."""
-    weights = tuple(
-        rl.softmax(-1) - in_.softmax(-1) for _, in_, rl in _both(pair, traces, batch_size, progress)
-    )
-    start = torch.tensor([trace.n_prompt_tokens - 1 for trace in traces])
-    return tuple(Decision(row, trace) for row, trace in enumerate(traces)), SoftDifference(weights, start)

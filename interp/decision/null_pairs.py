@@ -17,8 +17,9 @@ from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from hooks.swapped import like, swapped
 from interp.decision.result import DecisionSet
-from interp.decision.traces import next_tokens, trace_logits
-from interp.metrics import LogitDifference, Metric, SoftDifference, evaluate
+from interp.decision.soft import soft_difference
+from interp.decision.traces import Head, StepLogits, next_tokens, trace_logits
+from interp.metrics import LogitDifference, Metric, evaluate
 from interp.pair.pair import Pair
 from interp.prompts import Prompt
 from interp.questions.examples import cluster_of
@@ -194,10 +195,7 @@ def own_decisions(
     if choice != "soft":
         return _first_divergences(vlm, traces, batch_size, most)
     traces = traces[:most]
-    runs = [trace_logits(one, traces, batch_size) for one in (vlm, before)]
-    weights = tuple(now.softmax(-1) - then.softmax(-1) for (_, now), (_, then) in zip(*runs, strict=True))
-    start = torch.tensor([trace.n_prompt_tokens - 1 for trace in traces], dtype=torch.long)
-    return list(traces), SoftDifference(weights, start)
+    return list(traces), soft_difference(vlm, before, traces, batch_size)
 
 
 def _first_divergences(
@@ -234,14 +232,20 @@ def _own_soft(
     vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int
 ) -> tuple[Sequence[Prompt], Callable[[], np.ndarray]]:
     """As `_own_first`, for the soft metric: its denominator is KL(p || q) + KL(q || p), summed over the trace."""
-    now = [logits.clone() for _, logits in trace_logits(vlm, traces, batch_size)]
+    head = Head.of(vlm)
+    now = [logits.kept(head) for _, logits in trace_logits(vlm, traces, batch_size)]
 
     def difference() -> np.ndarray:
         before = (logits for _, logits in trace_logits(vlm, traces, batch_size))
-        both = (map(log_probabilities, some) for some in zip(now, before, strict=True))
-        return np.array([float(symmetric_kl(p, q).sum()) for p, q in both])
+        return np.array([_apart(p, q) for p, q in zip(now, before, strict=True)])
 
     return traces, difference
+
+
+def _apart(p: StepLogits, q: StepLogits) -> float:
+    """The symmetric KL divergence of all steps together."""
+    parts = (map(log_probabilities, (p[some], q[some])) for some in q.chunks())
+    return sum(float(symmetric_kl(a, b).sum()) for a, b in parts)
 
 
 def recovery_refused(decisions: DecisionSet, nulls: Mapping[str, Interval], **settings: Any) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import HookedVLM
+from interp.logits import at_once, chunks, run_for_logits
 from interp.prompts import Prompt, collate
 
 
@@ -27,25 +29,87 @@ class Divergence:
     other_token: int
 
 
+@dataclass(frozen=True, eq=False)
+class StepLogits:
+    """A model's logits for each token of a trace, given those before it; made when they are asked for, in float32.
+
+    Attributes:
+        source: what they are made of [step d_model]; without `unembed`, they themselves.
+        n_words: of the vocabulary.
+        unembed: from the source to logits.
+    """
+
+    source: Float[Tensor, "step width"]
+    n_words: int
+    unembed: Callable[[Tensor], Tensor] | None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, steps: slice) -> Float[Tensor, "some vocab"]:
+        some = self.source[steps]
+        return (some if self.unembed is None else self.unembed(some)).float()
+
+    def chunks(self) -> Iterator[slice]:
+        """Steps whose logits may exist together."""
+        return chunks(len(self), at_once(self.n_words, self.source.device))
+
+    def kept(self, head: Head | None) -> StepLogits:
+        """The same when the model has moved on: its stream in main memory, under a head that does not change."""
+        unembed = None if self.unembed is None else head
+        return StepLogits(self.source.to("cpu", copy=True), self.n_words, unembed)
+
+
+class Head:
+    """A copy of a model's unembedding as it is now."""
+
+    def __init__(self, vlm: HookedVLM) -> None:
+        module = vlm.module(vlm.anatomy.unembed)
+        self._module, self._after = copy.deepcopy(module).requires_grad_(False), vlm.anatomy.after_unembedding
+        self._module._forward_hooks.clear()
+        self._module._forward_pre_hooks.clear()
+        self._device = next(module.parameters()).device
+
+    def __call__(self, normed: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead vocab"]:
+        """Logits of what the final norm gives out."""
+        with torch.no_grad():
+            return self._after(self._module(normed.to(self._device)))
+
+    @classmethod
+    def of(cls, vlm: HookedVLM) -> Head | None:
+        """None where the model's readout is not known, and logits are all there is."""
+        return cls(vlm) if vlm.can("lens") else None
+
+
 def trace_logits(
     vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int, progress: bool = False
-) -> Iterator[tuple[Prompt, Float[Tensor, "step vocab"]]]:
-    """Each trace with the logits for each of its tokens, given those before it (float32, CPU)."""
+) -> Iterator[tuple[Prompt, StepLogits]]:
+    """Each trace with the logits for each of its tokens, given those before it.
+
+    They are of the model as it is when they are made: `StepLogits.kept` keeps those of now.
+    """
     for first in tqdm(range(0, len(traces), batch_size), desc="trace", unit="batch", disable=not progress):
         rows = traces[first : first + batch_size]
         steps = [len(row.trace_ids) for row in rows]
-        kept = max(steps) + 1  # left padding: the last columns are the traces
-        inputs = collate(rows, "left").to(vlm.model.device).inputs
-        logits = vlm(inputs, logits_to_keep=kept).logits.float().cpu()
+        batch = collate(rows, "left").to(vlm.model.device)  # left padding: the last columns are the traces
+        width = batch.roles.shape[1]
+        columns = torch.arange(width - max(steps) - 1, width - 1)
+        if not len(columns):
+            columns = torch.tensor([width - 1])
+        logits = run_for_logits(vlm, batch.inputs, columns)
         for i, row in enumerate(rows):
-            yield row, logits[i, kept - 1 - steps[i] : kept - 1]
+            last = logits.source.shape[1] if max(steps) else 0
+            yield row, StepLogits(logits.source[i, last - steps[i] : last], logits.n_words, logits.unembed)
 
 
-def next_tokens(trace: Prompt, logits: Float[Tensor, "step vocab"]) -> Int[Tensor, " step"]:
+def next_tokens(trace: Prompt, logits: StepLogits) -> Int[Tensor, " step"]:
     """The token that greedy generation would choose at each step."""
-    allowed = logits.clone()
-    allowed[:, list(trace.builder.suppressed_ids)] = -torch.inf
-    return allowed.argmax(dim=-1)
+    found = torch.empty(len(logits), dtype=torch.long)
+    for some in logits.chunks():
+        allowed = logits[some].clone()
+        allowed[:, list(trace.builder.suppressed_ids)] = -torch.inf
+        found[some] = allowed.argmax(dim=-1).cpu()
+    return found
 
 
 def diverging(

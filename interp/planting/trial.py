@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from hooks import FrankenlensError, HookedVLM
 from interp.decision import DecisionSet, find_decisions, null_pair_denominator, recovery_refused
-from interp.decision.traces import trace_logits
+from interp.decision.soft import Change, both
 from interp.map.components import Component
 from interp.pair import greedy
 from interp.pair.pair import Pair
@@ -118,10 +118,9 @@ def effect_of_plant(
         prompts = [pair.builder.build(example) for example in examples]
         written = greedy(in_, prompts, max_new_tokens, batch_size)
         traces = [prompt.with_tokens(ids) for prompt, ids in zip(prompts, written, strict=True)]
-        runs = (trace_logits(vlm, traces, batch_size) for vlm in (in_, pair.rl))
+        changes = (Change(own, theirs) for own, theirs in both(in_, pair.rl, traces, batch_size))
         apart = [
-            float((own.softmax(-1) - theirs.softmax(-1)).abs().sum()) / 2
-            for (_, own), (_, theirs) in zip(*runs, strict=True)
+            sum(float(change[some].abs().sum()) for some in change.after.chunks()) / 2 for change in changes
         ]
     effect = float(np.mean(apart)) if apart else float("nan")
     if not np.isfinite(effect):
