@@ -1,4 +1,4 @@
-"""A pair with the vocabulary of real models, 151,936 words, and next to nothing else: what grows with words shows alone.
+"""A pair with the vocabulary of real models, 151,936 words, and next to nothing else, so that it alone shows.
 
 Run as `python -m tests.real_size CHOICE N_TRACES N_TOKENS`: peak memory of `find_decisions` over the models' own.
 """
@@ -110,8 +110,8 @@ def _status(name: str) -> int:
 
 def main() -> None:
     """Prints the peak of `find_decisions`, in bytes, and what it found."""
-    from interp.questions.tasks import sample
     from interp.decision import find_decisions
+    from interp.questions.tasks import sample
 
     choice, n_traces, n_tokens = sys.argv[1], *map(int, sys.argv[2:4])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -13,6 +13,7 @@ from torch import Tensor
 from hooks.errors import FrankenlensError, one_line
 from hooks.processors import tokenizer_of
 from interp.prompts.pieces import Pieces
+from interp.prompts.pixels import Inputs
 from interp.prompts.prompt import TOKEN_TENSORS, Prompt
 from interp.prompts.question import question_span, question_tokens
 from interp.prompts.roles import Role, Trace, TraceFormat
@@ -150,7 +151,12 @@ class PromptBuilder:
         roles: list[Role] = ["image" if i == self.image_token_id else "template" for i in ids]
         for place in range(start, end):
             roles[place] = "question"
-        prompt = Prompt(example, inputs, tuple(roles), text, len(ids), self)
+
+        def again() -> dict[str, Tensor]:
+            return self._process(example, text, arguments)
+
+        held = Inputs.of(inputs, again, f"example {example.id!r}")
+        prompt = Prompt(example, held, tuple(roles), text, len(ids), self)
         trace_ids = self.encode(trace) if isinstance(trace, str) else list(trace or ())
         return self.with_trace(prompt, trace_ids) if trace_ids else prompt
 
@@ -166,13 +172,14 @@ class PromptBuilder:
                 "it while generating (interp.pair.generation.greedy does)"
             )
         n = prompt.n_prompt_tokens
-        inputs = dict(prompt.inputs)
+        tokens = {}
         for name, value in TOKEN_TENSORS.items():
-            if name in inputs:
-                tail = torch.tensor(
-                    [ids if name == "input_ids" else [value] * len(ids)], dtype=inputs[name].dtype
-                )
-                inputs[name] = torch.cat([inputs[name][:, :n], tail], dim=1)
+            if name in prompt.inputs:
+                own = prompt.inputs[name]
+                tail = torch.tensor([ids if name == "input_ids" else [value] * len(ids)], dtype=own.dtype)
+                tokens[name] = torch.cat([own[:, :n], tail], dim=1)
+        given = prompt.inputs
+        inputs = given.with_tokens(tokens) if isinstance(given, Inputs) else {**given, **tokens}
         roles = self.trace_format.roles(self._pieces(ids), self._reasoning_open(prompt))
         return replace(prompt, inputs=inputs, roles=prompt.roles[:n] + roles)
 

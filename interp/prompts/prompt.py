@@ -121,7 +121,7 @@ class Prompt:
     """
 
     example: Example
-    inputs: dict[str, Tensor] = field(repr=False)
+    inputs: Mapping[str, Tensor] = field(repr=False)
     roles: tuple[str, ...] = field(repr=False)
     prompt_text: str
     n_prompt_tokens: int

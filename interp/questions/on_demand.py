@@ -7,7 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from hashlib import sha256
-from typing import Any, overload
+from typing import Any, Generic, TypeVar, overload
 
 from PIL import Image
 
@@ -81,40 +81,50 @@ class Images(Sequence[Image.Image]):
         return tuple, (list(self),)
 
 
-class _Decoded:
-    """The images that were used last. They stay in their process."""
+Made = TypeVar("Made")
 
-    def __init__(self) -> None:
-        self._images: OrderedDict[int, Image.Image] = OrderedDict()
-        self._bytes = 0
+
+class Recent(Generic[Made]):
+    """What was used last of what can be made again, `KEPT` bytes of it, by who owns it. It stays in its process.
+
+    Args:
+        n_bytes: of one.
+    """
+
+    def __init__(self, n_bytes: Callable[[Made], int]) -> None:
+        self._made: OrderedDict[int, Made] = OrderedDict()
+        self._n_bytes, self._bytes = n_bytes, 0
         self._lock = threading.RLock()  # a finalizer may run while it is held
 
-    def of(self, one: OnDemand) -> Image.Image | None:
+    def of(self, owner: object) -> Made | None:
+        """What is kept of an owner."""
         with self._lock:
-            if id(one) in self._images:
-                self._images.move_to_end(id(one))
-            return self._images.get(id(one))
+            if id(owner) in self._made:
+                self._made.move_to_end(id(owner))
+            return self._made.get(id(owner))
 
-    def keep(self, one: OnDemand, image: Image.Image) -> Image.Image:
+    def keep(self, owner: object, made: Made) -> Made:
+        """Keeps one; the owner calls `drop` with its id when it goes."""
         with self._lock:
-            self.drop(id(one))
-            self._images[id(one)] = image
-            self._bytes += _bytes(image)
-            while len(self._images) > 1 and self._bytes > KEPT:
-                self.drop(next(iter(self._images)))
-        return image
+            self.drop(id(owner))
+            self._made[id(owner)] = made
+            self._bytes += self._n_bytes(made)
+            while len(self._made) > 1 and self._bytes > KEPT:
+                self.drop(next(iter(self._made)))
+        return made
 
     def drop(self, key: int) -> None:
+        """Forgets what is kept of an owner."""
         with self._lock:
-            image = self._images.pop(key, None)
-            self._bytes -= 0 if image is None else _bytes(image)
-
-
-_DECODED = _Decoded()
+            made = self._made.pop(key, None)
+            self._bytes -= 0 if made is None else self._n_bytes(made)
 
 
 def _bytes(image: Image.Image) -> int:
     return image.width * image.height * len(image.getbands())
+
+
+_DECODED = Recent(_bytes)
 
 
 def _digest(image: Image.Image) -> bytes:

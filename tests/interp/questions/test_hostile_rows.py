@@ -229,7 +229,7 @@ def test_decoded_images_are_kept_up_to_a_limit_and_decoded_again(folder: Path, l
     assert fingerprint(read_jsonl(folder / "d.jsonl")[0][0]) == fingerprint(made[0])
     del examples
     gc.collect()
-    assert on_demand._DECODED._bytes == 0 and not on_demand._DECODED._images
+    assert on_demand._DECODED._bytes == 0 and not on_demand._DECODED._made
 
 
 def test_an_image_that_changes_or_goes_is_refused_when_it_is_used(folder: Path, little: None) -> None:
