@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
     # ruff: noqa: F401
     from experiments import embedded
     from hooks import ActivationCache, Address, FrankenlensError, HookContext, HookedVLM, HookPoint
+    from hooks.memory import memory_limit
     from hooks.nnsight.remote import RemoteVLM
     from hooks.processors import load_processor
     from interp import comparison, knockout, localization, planting, statistics, steering
@@ -114,6 +115,7 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
 
 _NAMES = {  # module -> its names here; one that is no attribute is a module
     "experiments": "embedded",
+    "hooks.memory": "memory_limit",
     "hooks": "ActivationCache Address FrankenlensError HookContext HookPoint HookedVLM",
     "hooks.nnsight.remote": "RemoteVLM",
     "hooks.processors": "load_processor",

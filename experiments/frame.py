@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from experiments.contract import admitted
 from experiments.settings import ModelSettings, PairSettings, require_sound, require_there
 from hooks.errors import FrankenlensError
+from hooks.memory import memory_limit
 from interp.pair.pair import Pair
 from interp.questions.examples import Example, cluster_of, fingerprint
 from interp.results.files import provenance, publishing, settle
@@ -123,7 +124,7 @@ class Command(Generic[Settings, Models, Question]):
     def _measured(self, measure: Callable[[Models], Iterator[Section]], config: Settings) -> list[Section]:
         sections: list[Section] = []
         failure: Exception | None = None
-        with closing(self.open(config)) as models:
+        with memory_limit(getattr(config, "max_memory", None)), closing(self.open(config)) as models:
             try:
                 for section in measure(models):
                     sections.append(section)
@@ -168,8 +169,8 @@ def finished(out: Path, **about: Any) -> Path:
     return out / "finished" / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-OF_PLACE = ("out", "in_", "rl", "base", "data", "images", "template", "map")
-"""Settings that say where something is: the parts depend on what is there."""
+OF_PLACE = ("out", "in_", "rl", "base", "data", "images", "template", "map", "max_memory")
+"""Settings that say where something is, or how much of it: the parts depend on what is there."""
 
 
 def kept(pair: Pair, examples: Iterable[Example], config: PairSettings, **also: Any) -> Store | None:

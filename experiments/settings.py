@@ -14,6 +14,7 @@ import tyro
 from experiments import embedded
 from experiments.options import Options, as_option, require_agreement, require_names
 from hooks.errors import FrankenlensError, one_line, shown
+from hooks.memory import parse_bytes
 from hooks.whereabouts import absent, require_checkpoint, require_file, require_folder
 from interp.pair.pair import Pair
 from interp.prompts.roles import TraceFormat
@@ -85,7 +86,8 @@ class PairSettings(ModelSettings):
         unparsed: share of either model's traces that may fail to be read so, on a sample, before anything is measured;
             1 to go on whatever they say.
         max_new_tokens: longest generated text.
-        batch_size: prompts a forward.
+        batch_size: prompts a forward, at most.
+        max_memory: bytes, or such as 20GiB, that runs may take on a device beside the models; by default what is free.
         device_map: as in transformers and accelerate ("auto", "cuda", ...).
         dtype: as in transformers; auto keeps the checkpoint's own.
         template: file of a Jinja chat template, instead of the processor's own; those of IN and RL may then differ.
@@ -99,6 +101,7 @@ class PairSettings(ModelSettings):
     unparsed: float = 0.2
     max_new_tokens: int = 128
     batch_size: int = 32
+    max_memory: str | None = None
     device_map: str | None = None
     dtype: str = "auto"
     template: Path | None = None
@@ -214,6 +217,10 @@ def require_sound(config: ModelSettings) -> None:
         raise FrankenlensError(f"--seed is {shown(config.seed)}; give a number from 0 to {2**32 - 1}.")
     if isinstance(config, PairSettings):
         _require_format(config)
+        try:
+            parse_bytes(config.max_memory)
+        except FrankenlensError as error:
+            raise FrankenlensError(f"--max-memory: {error}") from error
     require_agreement(config)
 
 

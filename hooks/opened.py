@@ -39,6 +39,11 @@ class Opened(Protocol):
         """Width of the decoder's residual stream."""
         ...
 
+    @property
+    def n_logits(self) -> int:
+        """Token ids that there are logits for."""
+        ...
+
     def module(self, path: str) -> nn.Module:
         """The module at a path of the anatomy."""
         ...

@@ -23,6 +23,7 @@ from hooks.errors import FrankenlensError, nearest, shown
 from hooks.exclusive import exclusively
 from hooks.layout import laid_out
 from hooks.loading import load_model
+from hooks.memory import require_room_for_cache
 from hooks.nnsight.traceable import Traceable
 from hooks.opening import (
     STRUCTURES,
@@ -303,11 +304,15 @@ class HookedVLM(Traceable):
 
         Returns:
             Hugging Face's output, and the cache.
+
+        Raises:
+            FrankenlensError: there is no memory for it (`hooks.memory`), before anything runs.
         """
         refuse_foreign(kwargs)
         keep, names = Keeper(), self.names(names_filter)
         if names_filter is None:
             names = [name for name in names if self.hook_points[name].place != "expert_out"]
+        require_room_for_cache(self, inputs, names)
         layer = self._hooks_of([(name, keep) for name in names])
         with self.attached(layer):
             output = self(inputs, **kwargs)

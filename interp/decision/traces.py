@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import HookedVLM
-from interp.logits import at_once, chunks, run_for_logits
+from hooks.batches import at_once, fitting, forward_bytes, in_parts, item_bytes, logits_bytes
+from interp.metrics.logits import Logits, chunks, run_for_logits
 from interp.prompts import Prompt, collate
 
 
@@ -88,18 +89,27 @@ def trace_logits(
 
     They are of the model as it is when they are made: `StepLogits.kept` keeps those of now.
     """
-    for first in tqdm(range(0, len(traces), batch_size), desc="trace", unit="batch", disable=not progress):
-        rows = traces[first : first + batch_size]
-        steps = [len(row.trace_ids) for row in rows]
-        batch = collate(rows, "left").to(vlm.model.device)  # left padding: the last columns are the traces
-        width = batch.roles.shape[1]
-        columns = torch.arange(width - max(steps) - 1, width - 1)
-        if not len(columns):
-            columns = torch.tensor([width - 1])
-        logits = run_for_logits(vlm, batch.inputs, columns)
-        for i, row in enumerate(rows):
-            last = logits.source.shape[1] if max(steps) else 0
-            yield row, StepLogits(logits.source[i, last - steps[i] : last], logits.n_words, logits.unembed)
+    if not traces:
+        return
+    steps, width = [len(trace.trace_ids) for trace in traces], max(map(len, traces))
+
+    def run(rows: Sequence[int]) -> Logits:
+        batch = collate([traces[row] for row in rows], "left").to(
+            vlm.device
+        )  # the last columns are the traces
+        end = batch.roles.shape[1] - 1
+        longest = max(1, *(steps[row] for row in rows))
+        return run_for_logits(vlm, batch.inputs, torch.arange(end - longest, end))
+
+    of_row = forward_bytes(vlm, width) + max(steps) * vlm.d_model * item_bytes(vlm)
+    size = fitting(vlm, batch_size, of_row, "reading traces", logits_bytes(vlm, max(steps)))
+    with tqdm(total=len(traces), desc="trace", unit="trace", disable=not progress) as bar:
+        for rows, logits in in_parts(range(len(traces)), size, run):
+            last = logits.source.shape[1]
+            for i, row in enumerate(rows):
+                own = logits.source[i, last - steps[row] : last]
+                yield traces[row], StepLogits(own, logits.n_words, logits.unembed)
+            bar.update(len(rows))
 
 
 def next_tokens(trace: Prompt, logits: StepLogits) -> Int[Tensor, " step"]:

@@ -17,9 +17,9 @@ from interp.knockout.attached import knocked_out, missing
 from interp.knockout.cut import Cut, cut_layers, cut_name, layers_label, require_cuts, together
 from interp.knockout.lanes import Lane, Part, run_cuts
 from interp.knockout.places import Unfolding
-from interp.logits import Logits, run_for_logits
+from interp.metrics.logits import Logits, run_for_logits
+from interp.metrics.reading import Metric, Reading
 from interp.prompts import Prompt, PromptBatch, collate
-from interp.reading import Metric, Reading
 from interp.sweep.batch import LANE_TOKENS
 from interp.sweep.edits import Span
 from interp.sweep.rerun import CleanRun

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooks.engine import HookFunction
 from interp.knockout.cut import Knockout
-from interp.logits import Logits
+from interp.metrics.logits import Logits
 from interp.sweep.attention import segment_attention_on
 from interp.sweep.edits import Span
 from interp.sweep.stored import StoredRun

@@ -31,10 +31,10 @@ from hooks.weights import d_mlp
 from interp.map.cells import Donor, cells_of, run_cells
 from interp.map.component_map import DIRECTIONS, batches_of, roles_of
 from interp.map.components import Component, cached_names, components
+from interp.metrics.reading import Metric, Reading
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.prompts.pairing import PatchBatch
 from interp.questions.examples import cluster_of, with_looked_at
-from interp.reading import Metric, Reading
 from interp.sweep.activations import activation_of
 from interp.sweep.rerun import CleanRun
 

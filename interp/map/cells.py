@@ -25,11 +25,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import HookedVLM
-from interp.logits import run_with_cache_for_logits
 from interp.map.components import BEFORE_THE_DECODER, Component
+from interp.metrics.logits import run_with_cache_for_logits
+from interp.metrics.reading import Metric, Reading
 from interp.prompts import PromptBatch
 from interp.prompts.pairing import PatchBatch, of_rows
-from interp.reading import Metric, Reading
 from interp.sweep.activations import activation_of
 from interp.sweep.batch import BatchSweep
 from interp.sweep.edits import Edit, Span

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import cache_bytes, fitting, forward_bytes, in_parts
 from hooks.vlm import FwdHooks
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.results.store import Store, fingerprint, part
@@ -42,16 +43,22 @@ def greedy(
     if not prompts:
         return written
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+
+    def write(rows: Sequence[int]) -> list[list[int]]:
+        some = [prompts[row] for row in rows]
+        of = fingerprint(max_new_tokens, list(rows), [list(prompt.ids) for prompt in some])
+
+        def made() -> list[list[int]]:
+            return greedy_batch(vlm, collate(some, "left").to(vlm.device), max_new_tokens)
+
+        return part(keep, f"{by_length.index(rows[0]):06d}-{len(rows)}", made, of)
+
+    width = max(map(len, prompts)) + max_new_tokens
+    of_row = forward_bytes(vlm, width) + 2 * cache_bytes(vlm, width) + 16 * vlm.n_logits
+    size = fitting(vlm, batch_size, of_row, f"writing {max_new_tokens} tokens")
     with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress) as bar:
-        for first in range(0, len(prompts), batch_size):
-            rows = by_length[first : first + batch_size]
-            some = [prompts[row] for row in rows]
-
-            def write(some: Sequence[Prompt] = some) -> list[list[int]]:
-                return greedy_batch(vlm, collate(some, "left").to(vlm.device), max_new_tokens)
-
-            of = fingerprint(max_new_tokens, rows, [list(prompt.ids) for prompt in some])
-            for row, ids in zip(rows, part(keep, f"{first:06d}", write, of), strict=True):
+        for rows, made in in_parts(by_length, size, write):
+            for row, ids in zip(rows, made, strict=True):
                 written[row] = ids
             bar.update(len(rows))
     return written

@@ -30,12 +30,12 @@ from tqdm.auto import tqdm
 from hooks import HookedVLM
 from hooks.address import Address
 from interp.map.component_map import batches_of
+from interp.metrics.reading import Metric, Reading
 from interp.paths.job import Job, complete_senders, paths_between
 from interp.paths.path import Between, Path, Receiver, require_paths
 from interp.paths.run import PathRun
 from interp.prompts import Prompt
 from interp.questions.examples import cluster_of
-from interp.reading import Metric, Reading
 from interp.sweep.batch import BatchSweep
 from interp.sweep.edits import Edit
 from interp.sweep.places import Where, where_label

@@ -15,11 +15,11 @@ from hooks import FrankenlensError, HookedVLM
 from hooks.address import Address
 from hooks.engine import HookContext
 from interp.map.component_map import batches_of
+from interp.metrics.reading import Metric, Reading
 from interp.paths.job import Job, complete_senders
 from interp.paths.path import Path, Receiver, require_paths
 from interp.paths.run import PathRun
 from interp.prompts import Prompt
-from interp.reading import Metric, Reading
 from interp.sweep.places import Where, where_label
 
 

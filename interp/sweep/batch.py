@@ -10,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import at_once
 from hooks.weights import d_mlp
-from interp.logits import Logits, at_once
+from interp.metrics.logits import Logits
+from interp.metrics.reading import Reading
 from interp.prompts import PromptBatch
-from interp.reading import Reading
 from interp.sweep.brigade import run_lanes
 from interp.sweep.edits import Edit, Span, needed_names
 from interp.sweep.halves import Halves

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hooks.engine import as_added, head_results
 from hooks.plain import plain_weight
 from hooks.uninterrupted import registered
-from interp.logits import Logits
+from interp.metrics.logits import Logits
 from interp.sweep.activations import activation_of
 from interp.sweep.attention import segment_attention_on
 from interp.sweep.edits import STAGES, Edit, Span

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from hashlib import sha256
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.errors import shown
+from hooks.memory import limit, parse_bytes
 from interp.metrics import Metric
+from interp.metrics.reading import Reading
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.prompts.pairing import beside, image_shapes, partners
-from interp.reading import Reading
 from interp.results.lock import locked
 from interp.results.store import Store
 from interp.sweep.activations import activation_of, kept_for
@@ -32,7 +30,6 @@ from interp.sweep.intervention import Bound, Intervention, Means, Others, bind, 
 from interp.sweep.places import LEADING, Where, of_vision, where_label, where_mask
 
 SHARD = 512  # interventions
-_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})\s{0,8}([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 def sweep(
@@ -61,7 +58,8 @@ def sweep(
         donor: where `replace` without a value takes activations from; by default the recipient.
         donor_prompts: what the donor reads, row by row with the same roles and image sizes; by default `prompts`.
         batch_size: prompts that run together.
-        max_memory: bytes, or such as "2GiB", for stored activations and for what runs at once.
+        max_memory: bytes, or such as "2GiB", for stored activations and for what runs at once; by default what
+            `memory_limit` allows.
         out: folder that finished parts are kept in; the same call goes on where it was killed. One run at a time.
         progress: show a bar with rate and time left.
 
@@ -84,7 +82,7 @@ def sweep(
     named = dict(metrics) if isinstance(metrics, Mapping) else {metrics.name: metrics}
     given = donor_prompts if donor_prompts is not None else prompts
     _require(recipient, prompts, given, interventions, named, donor is not None or donor_prompts is not None)
-    budget = parse_bytes(max_memory)
+    budget = limit() if max_memory is None else parse_bytes(max_memory)
     parts = _parts(prompts, batch_size)
     source = donor if donor is not None else recipient
     about = {} if out is None else _about(recipient, source, interventions, named)
@@ -338,26 +336,6 @@ def _parts(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
         range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].roles, image_shapes(prompts[i]), i)
     )
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-
-
-def parse_bytes(size: int | str | None) -> int | None:
-    """Bytes of 123, "500MB", "2GiB".
-
-    Raises:
-        FrankenlensError: it is neither.
-    """
-    if size is None:
-        return None
-    if isinstance(size, Integral) and not isinstance(size, bool) and 0 < size < 2**63:  # type: ignore[operator]
-        return int(size)
-    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
-    found = 0
-    if match is not None:
-        number, letter, binary = match.groups()
-        found = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(letter.upper() or " "))
-    if not 0 < found < 2**63:
-        raise FrankenlensError(f'{shown(size)} is no size; give bytes, or such as "500MB" or "2GiB"')
-    return found
 
 
 def _about(

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.uninterrupted import registered
-from interp.logits import Logits, run_for_logits, run_with_cache_for_logits, unmade
+from interp.metrics.logits import Logits, run_for_logits, run_with_cache_for_logits, unmade
 from interp.sweep.places import of_vision
 
 Hooks = Sequence[tuple[str, Any]]

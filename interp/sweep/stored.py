@@ -17,7 +17,7 @@ from hooks.errors import one_line
 from hooks.points import interface_point
 from hooks.selfcheck_writes import tolerance
 from hooks.uninterrupted import registered
-from interp.logits import Logits, keeps_some, unmade
+from interp.metrics.logits import Logits, keeps_some, unmade
 from interp.prompts import PromptBatch
 from interp.sweep.attention import SegmentContext, Tap, segment_attention_on
 from interp.sweep.edits import Span

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.metrics.reading import Reading
 from interp.prompts import collate
-from interp.reading import Reading
 from interp.sweep.activations import activation_of
 from interp.sweep.batch import BatchSweep
 from interp.sweep.intervention import Intervention, bind

@@ -20,6 +20,7 @@ from experiments.commands.map import COMMAND
 from experiments.options import from_command_line
 from experiments.settings import require_sound
 from hooks import Address, HookedVLM
+from hooks.memory import parse_bytes
 from interp.hypotheses import Claim, Family, read_claims
 from interp.questions import Example
 from interp.questions.grading import GRADERS, Grade, judge
@@ -27,7 +28,6 @@ from interp.questions.grading.mathematics import TIMEOUT
 from interp.questions.readers import read_jsonl
 from interp.regions import parse_partition
 from interp.sweep import Intervention
-from interp.sweep.engine import parse_bytes
 from interp.sweep.intervention import KINDS, validate
 from interp.transfer import Graft, Recipe
 from tests import typechecker

@@ -14,14 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.memory import parse_bytes
 from interp.metrics import AnswerLogProbability, LogitDifference, TraceLogLikelihood
+from interp.metrics.reading import Reading
 from interp.prompts import PromptBatch, PromptBuilder, collate
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example
-from interp.reading import Reading
 from interp.sweep import Intervention, head_map, residual_map, sweep
 from interp.sweep.batch import BatchSweep
-from interp.sweep.engine import parse_bytes
 from interp.sweep.intervention import bind
 from interp.sweep.places import where_mask
 from interp.sweep.stored import StoredRun

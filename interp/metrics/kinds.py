@@ -18,10 +18,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks import HookedVLM
+from hooks.batches import fitting, forward_bytes, in_parts, logits_bytes
 from hooks.errors import FrankenlensError
-from interp.logits import Logits, run_for_logits
+from interp.metrics.logits import Logits, run_for_logits
+from interp.metrics.reading import Metric, Reading, Rows
 from interp.prompts import Prompt, PromptBatch, collate
-from interp.reading import Metric, Reading, Rows
 from interp.statistics import distributions
 
 
@@ -343,10 +344,17 @@ def evaluate(
 ) -> Float[np.ndarray, " prompt"]:
     """The metric of a model as it is, for each prompt."""
     values = np.full(len(prompts), np.nan)
-    for first in range(0, len(prompts), batch_size):
-        rows = range(first, min(first + batch_size, len(prompts)))
-        batch = collate([prompts[row] for row in rows], "left").to(vlm.model.device)
+    if not prompts:
+        return values
+    width = max(map(len, prompts))
+
+    def score(rows: Sequence[int]) -> Float[np.ndarray, " row"]:
+        batch = collate([prompts[row] for row in rows], "left").to(vlm.device)
         reading = Reading([metric.select(rows)], batch)
-        scored = reading(run_for_logits(vlm, batch.inputs, reading.columns))[0]
-        values[first : first + len(rows)] = scored.cpu().numpy()
+        return reading(run_for_logits(vlm, batch.inputs, reading.columns))[0].cpu().numpy()
+
+    of_row, whole = forward_bytes(vlm, width), logits_bytes(vlm, width)
+    size = fitting(vlm, batch_size, of_row, "reading a metric", whole)
+    for rows, scored in in_parts(range(len(prompts)), size, score):
+        values[list(rows)] = scored
     return values

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from interp.logits import Logits, at_once, chunks
+from hooks.batches import at_once
+from interp.metrics.logits import Logits, chunks
 from interp.prompts import PromptBatch
 
 Rows = Sequence[int] | Int[Tensor, " n"]

@@ -22,9 +22,6 @@ from hooks import FrankenlensError, HookedVLM
 from hooks.cache import ActivationCache
 from hooks.uninterrupted import registered
 
-AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
-"""Logits that exist together: 64 and 512 MiB in float32."""
-
 
 @dataclass(frozen=True, eq=False)
 class Logits:
@@ -67,11 +64,6 @@ class Logits:
     def equal(self, other: Logits) -> bool:
         """Whether they are made of the same, bit for bit."""
         return torch.equal(self.source, other.source)
-
-
-def at_once(n_words: int, device: torch.device) -> int:
-    """Places whose logits are made together."""
-    return max(1, AT_ONCE.get(device.type, AT_ONCE["cpu"]) // n_words)
 
 
 class _Read:

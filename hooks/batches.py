@@ -1,0 +1,129 @@
+"""Prompts in batches that fit: no more rows than there is memory for, and half of them where that was too many.
+
+What a row takes is an estimate, from the shapes of the model's parts; so half of what is free is given to it, and a
+device that runs out of memory nevertheless is given half of the rows, then half of these. Numbers do not depend on it:
+rows do not see one another.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from hooks.errors import FrankenlensError
+from hooks.memory import in_words, limit, room
+from hooks.opened import Opened
+from hooks.weights import d_mlp
+
+Found = TypeVar("Found")
+AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
+"""Logits that exist together: 64 and 512 MiB in float32."""
+SHARE = 0.5
+"""Of the memory that is free, for what is estimated."""
+
+
+def fitting(vlm: Opened, batch_size: int, of_row: int, what: str, whole: int = 0) -> int:
+    """Rows that run together: `batch_size`, or as many as there is memory for.
+
+    Args:
+        vlm: the opened model.
+        batch_size: at most.
+        of_row: bytes that one row takes.
+        what: is done, for the message of a refusal.
+        whole: bytes that are taken once, however many rows there are.
+
+    Raises:
+        FrankenlensError: there is no memory for one row.
+    """
+    free = room(vlm.device)
+    if free is None:
+        return batch_size
+    share = SHARE if limit() is None else 1.0
+    rows = int((share * free - whole) // of_row)
+    if rows >= 1:
+        return min(batch_size, rows)
+    whose = f"free on {vlm.device}" if limit() is None else "allowed (--max-memory, memory_limit)"
+    raise FrankenlensError(
+        f"{what} takes about {in_words(of_row + whole)} for one prompt, beside the models, and "
+        f"{in_words(share * free)} of memory is {whose}. Give it more, or shorter prompts or traces."
+    )
+
+
+def forward_bytes(vlm: Opened, width: int) -> int:
+    """What one row of so many tokens takes at its widest in a forward: the stream, one block, and a mask."""
+    blocks = vlm.anatomy.text.blocks
+    heads = max((block.n_heads * block.d_head for block in blocks), default=0)
+    middle = [
+        d_mlp(vlm.model, b) for b in blocks if (w := b.writer("mlp")) is not None and w.last is not None
+    ]
+    floats = width * (6 * vlm.d_model + 4 * heads + 3 * max(middle, default=4 * vlm.d_model))
+    return floats * item_bytes(vlm) + width * width * (1 + item_bytes(vlm))
+
+
+def cache_bytes(vlm: Opened, width: int) -> int:
+    """What the keys and values of one row of so many tokens take in all blocks."""
+    return sum(2 * b.n_kv_heads * b.d_head for b in vlm.anatomy.text.blocks) * width * item_bytes(vlm)
+
+
+def logits_bytes(vlm: Opened, n_places: int) -> int:
+    """What the logits of so many places take, made some at a time: as made, in float32, and twice in work on them."""
+    return 4 * 4 * vlm.n_logits * min(n_places, at_once(vlm.n_logits, vlm.device))
+
+
+def at_once(n_words: int, device: torch.device) -> int:
+    """Places whose logits are made together."""
+    return max(1, AT_ONCE.get(device.type, AT_ONCE["cpu"]) // n_words)
+
+
+def item_bytes(vlm: Opened) -> int:
+    """Of one number of the model's."""
+    return next(vlm.model.parameters()).element_size()
+
+
+def in_parts(
+    rows: Sequence[int], size: int, run: Callable[[Sequence[int]], Found]
+) -> Iterator[tuple[Sequence[int], Found]]:
+    """What `run` gives for `size` rows at a time, and for half of them, and half of these, where memory runs out.
+
+    Raises:
+        FrankenlensError: memory runs out with one row.
+    """
+    for first in range(0, len(rows), size):
+        yield from _halved(rows[first : first + size], run)
+
+
+def _halved(
+    rows: Sequence[int], run: Callable[[Sequence[int]], Found]
+) -> Iterator[tuple[Sequence[int], Found]]:
+    done, found = _attempt(rows, run)
+    if done:
+        yield rows, found[0]
+        return
+    gc.collect()  # what the attempt held
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = (len(rows) + 1) // 2
+    for some in (rows[:half], rows[half:]):
+        yield from _halved(some, run)
+
+
+def _attempt(rows: Sequence[int], run: Callable[[Sequence[int]], Found]) -> tuple[bool, list[Found]]:
+    try:
+        return True, [run(rows)]
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(rows) == 1:
+            raise FrankenlensError(
+                "memory ran out with one prompt at a time. Give shorter prompts or traces, fewer hook points, or "
+                f"spread the models over more devices (--device-map). {str(error).splitlines()[0][:200]}"
+            ) from error
+        return False, []
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a device, or main memory, is full."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
