@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, one_line
 from hooks.memory import in_words, limit, room
 from hooks.opened import Opened
 from hooks.weights import d_mlp
@@ -119,7 +119,7 @@ def _attempt(rows: Sequence[int], run: Callable[[Sequence[int]], Found]) -> tupl
         if len(rows) == 1:
             raise FrankenlensError(
                 "memory ran out with one prompt at a time. Give shorter prompts or traces, fewer hook points, or "
-                f"spread the models over more devices (--device-map). {str(error).splitlines()[0][:200]}"
+                f"spread the models over more devices (--device-map). {one_line(error)}"
             ) from error
         return False, []
 

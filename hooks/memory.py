@@ -49,7 +49,7 @@ def parse_bytes(size: int | str | None) -> int | None:
     return found
 
 
-def in_words(n_bytes: float) -> str:
+def in_words(n_bytes: int | float) -> str:
     """1.5 GiB."""
     power = min(4, max(0, int(math.log(max(n_bytes, 1), 1024))))
     return f"{n_bytes / 1024**power:.{0 if power < 2 else 1}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
