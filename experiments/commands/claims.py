@@ -214,7 +214,10 @@ def _account(
     names = {"holm": "Holm", "bh": "Benjamini-Hochberg", "none": "none"}
     over = "" if family.correction == "none" else f" over {len(family.claims)} claims, for each pair"
     reused = sorted(set(table.loc[table["origin"] == "exploratory", "claim"]))
-    marked = f"; exploratory (tested on prompts they were found on): {', '.join(reused)}" if reused else ""
+    again = ", or looked at again" if (table["look"] > 1).any() else ""
+    marked = (
+        f"; exploratory (tested on prompts they were found on{again}): {', '.join(reused)}" if reused else ""
+    )
     counts = {"examples": len(asked.examples)}
     for name, one in outcomes.items():
         counts |= {} if one.decisions is None else {f"decisions {name}": len(one.decisions)}

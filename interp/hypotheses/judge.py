@@ -173,11 +173,12 @@ def _over_control(own: Measured) -> Float[np.ndarray, "*cells example"]:
 
 def _looked_at(verdict: str, look: Looks) -> tuple[str, str]:
     """The verdict at a look, and why it is not what the numbers say."""
-    if look.number == 1 or look.shares or verdict == look.first:
+    if look.number == 1 or look.shares or verdict in look.implied or verdict == look.first == "undecided":
         return verdict, ""
     return "undecided", (
-        f"this is look {look.number}, and the first on record was {look.first}: asked until it is true, a claim comes "
-        "out true. Exploratory; to look again as prompts grow, register the claim with n_max before the first look"
+        f"this is look {look.number}, and the first on record, at the nearest bound, was {look.first}, which does not "
+        f"imply {verdict} at this bound and level: asked until it is true, a claim comes out true. Exploratory; to "
+        "look again as prompts grow, register the claim with n_max before the first look"
     )
 
 

@@ -93,7 +93,8 @@ class Verdict:
     @property
     def text(self) -> str:
         """Everything a reader has to see, in a few lines."""
-        mark = {"exploratory": " [EXPLORATORY: tested on prompts it was found on]", "held out": ""}
+        again = ", or looked at again" if self.look > 1 else ""
+        mark = {"exploratory": f" [EXPLORATORY: tested on prompts it was found on{again}]", "held out": ""}
         marked = mark.get(self.origin, " [what it was found on is not stated]")
         at_n = f" at n = {self.n}" if self.verdict == "undecided" else ""
         lines = [f"{self.claim.name}: {self.verdict.upper()}{at_n}{marked}", f"  claim     {self.claim.text}"]

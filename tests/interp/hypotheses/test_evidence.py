@@ -184,12 +184,175 @@ def test_bounds_that_are_registered_together_are_one_look(tmp_path: Path) -> Non
         assert ledger.looks("pair", family, claims, asked(40)) == {"low": Looks(), "high": Looks()}
         ledger.write("pair", family, claims, asked(40), said)
     later = Ledger(ledger.path).looks("pair", family, claims, asked(40, 100))
-    assert later == {"low": Looks(2, "supported"), "high": Looks(2, "refuted")}
+    assert later == {
+        "low": Looks(2, "supported", implied=frozenset({"supported"})),
+        "high": Looks(2, "refuted", implied=frozenset({"refuted"})),
+    }
     alone = Family(
         "f", (replace(CLAIM, name="low", at_least=0.2),)
     )  # another bound, on prompts that were seen
     moved = ledger.looks("pair", alone, {"low": alone.claims[0]}, asked(40))
     assert moved["low"].number == 2
+
+
+def noted(ledger: Ledger, examples: list[Example], said: str, *claims: Claim, **family) -> None:
+    """A look that came to this verdict on every claim."""
+    by_name = {claim.name: claim for claim in claims}
+    ledger.write("pair", Family("f", claims, **family), by_name, examples, dict.fromkeys(by_name, said))
+
+
+def at_next(ledger: Ledger, claim: Claim, first: int = 100, n: int = 40, **family) -> Looks:
+    return ledger.looks("pair", Family("f", (claim,), **family), {"c": claim}, asked(n, first))["c"]
+
+
+def test_an_easy_bound_first_does_not_buy_a_harder_one(tmp_path: Path) -> None:
+    """A claim on its bound, asked eight times on fresh prompts after an easy one was supported: alpha at most."""
+    easy, hard = replace(CLAIM, at_least=-1.0), replace(CLAIM, at_least=0.3)
+    values = np.random.default_rng(3).normal(0.3, 1, (25, 9, 40))
+    ever = {"by the ledger": 0, "by the numbers": 0}
+    for pair in range(25):
+        ledger, said = Ledger(tmp_path / f"{pair}.jsonl"), []
+        assert looked(ledger, Family("f", (easy,)), asked(40), values[pair, 0]).verdict == "supported"
+        for look in range(1, 9):
+            found = looked(ledger, Family("f", (hard,)), asked(40, 100 * look), values[pair, look])
+            said.append((found.verdict == "supported", found.p <= 0.05))
+        for name, one in zip(ever, zip(*said, strict=True), strict=True):
+            ever[name] += any(one)
+    assert ever["by the numbers"] > 25 * 0.2  # 1 - 0.95^8 = 34 %
+    assert ever["by the ledger"] <= 25 * 0.05
+
+
+@pytest.mark.parametrize("relation", ["at_least", "at_most"])
+@pytest.mark.parametrize("said", ["supported", "refuted", "undecided"])
+def test_a_later_verdict_stands_where_the_first_implies_it(tmp_path: Path, relation: str, said: str) -> None:
+    """By brute force over true values: a statement implies another where all values that fit it fit the other."""
+    values = np.linspace(-2, 2, 4001) + 1e-4
+
+    def fits(claim: Claim, verdict: str) -> np.ndarray:
+        above = values > claim.bound
+        return above if (verdict == "supported") == (claim.relation == ">=") else ~above
+
+    sides = {"at_least": None, "at_most": None}
+    first = replace(CLAIM, **{**sides, relation: 0.2})
+    ledger = Ledger(tmp_path / "looks.jsonl")
+    noted(ledger, asked(40), said, first)
+    for side in sides:
+        for bound in (-0.5, 0.1, 0.2, 0.3, 1.0):
+            later = replace(CLAIM, **{**sides, side: bound})
+            expected = {
+                verdict
+                for verdict in ("supported", "refuted")
+                if said != "undecided" and not (fits(first, said) & ~fits(later, verdict)).any()
+            }
+            assert at_next(ledger, later).implied == expected, (side, bound)
+
+
+def test_the_first_on_record_is_at_the_nearest_bound(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "looks.jsonl")
+    bounds = dict(zip((0.9, -0.4, 0.1, 0.5), ("refuted", "supported", "undecided", "refuted"), strict=True))
+    claims = [replace(CLAIM, name=str(bound), at_least=bound) for bound in bounds]
+    by_name = {claim.name: claim for claim in claims}
+    said = {str(bound): verdict for bound, verdict in bounds.items()}
+    ledger.write("pair", Family("f", tuple(claims)), by_name, asked(40), said)
+    for bound in (-3.0, -0.2, 0.0, 0.29, 0.31, 0.69, 2.0):
+        nearest = min(bounds, key=lambda one: (one - bound) ** 2)
+        assert at_next(ledger, replace(CLAIM, at_least=bound)).first == bounds[nearest], bound
+
+
+def test_a_lax_level_first_does_not_buy_a_strict_one(tmp_path: Path) -> None:
+    """What is registered is the level, the correction, the metric and how far prompts grow, too."""
+    lax = replace(CLAIM, alpha=0.5)
+    ledger = Ledger(tmp_path / "looks.jsonl")
+    noted(ledger, asked(40), "supported", lax)
+    for n, expected in ((0, 2), (100, 2)):  # on the same prompts it is another look as well
+        found = at_next(ledger, CLAIM, n)
+        assert (found.number, found.implied) == (expected, frozenset())
+    assert at_next(ledger, lax, 0).number == 1
+    assert at_next(ledger, replace(CLAIM, alpha=0.6)).implied == {"supported"}
+    for first, then, stands in (("none", "holm", False), ("holm", "bh", True), ("bh", "none", True)):
+        ledger = Ledger(tmp_path / f"{first}.jsonl")
+        noted(ledger, asked(40), "supported", CLAIM, correction=first)
+        found = at_next(ledger, CLAIM, 0, correction=then)
+        assert (found.number, bool(found.implied)) == (2, stands)
+        assert at_next(ledger, CLAIM, 0, correction=first, decision="soft").number == 2
+    beside = replace(CLAIM, name="other", component="blocks.5")
+    both = {"c": CLAIM, "other": beside}
+    found = ledger.looks("pair", Family("f", (CLAIM, beside), "bh"), both, asked(40, 100))
+    assert found["c"].implied == frozenset()  # alone it passed 5 %, among two it would have to pass 2.5 %
+    ledger = Ledger(tmp_path / "two.jsonl")
+    wide = [replace(one, alpha=0.1) for one in (CLAIM, beside)]
+    noted(ledger, asked(40), "supported", *wide)
+    assert at_next(ledger, CLAIM).implied == frozenset()  # 5 % to be the strongest, but 10 % to be the second
+
+
+def test_looks_at_the_same_prompts_under_other_claims_are_all_kept(tmp_path: Path) -> None:
+    other = replace(CLAIM, name="other", component="blocks.5")
+    ledger = Ledger(tmp_path / "looks.jsonl")
+    noted(ledger, asked(40), "undecided", CLAIM)
+    noted(ledger, asked(40), "undecided", CLAIM, other)
+    noted(ledger, asked(40), "undecided", CLAIM, other)  # the same again
+    assert len(ledger.path.read_text().splitlines()) == 3
+    assert at_next(Ledger(ledger.path), CLAIM).number == 3
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        ({"component": ("blocks.3", "blocks.4")}, {"component": ("blocks.4", "blocks.3", "blocks.4")}),
+        ({"component": "blocks.3-4.attn"}, {"component": ("blocks.4.attn", "blocks.3.attn")}),
+        (
+            {"component": "blocks.7", "more_than": "blocks.3", "at_least": 0.1},
+            {"component": "blocks.3", "more_than": "blocks.7", "at_least": None, "at_most": -0.1},
+        ),
+        (
+            {"component": "blocks.3", "more_than": ("blocks.7", "blocks.5"), "at_least": 0.0},
+            {
+                "component": ("blocks.5", "blocks.7"),
+                "more_than": "blocks.3",
+                "at_least": None,
+                "at_most": 0.0,
+            },
+        ),
+    ],
+)
+def test_the_same_question_written_otherwise_is_the_same_look(
+    tmp_path: Path, first: dict, again: dict
+) -> None:
+    one, two = replace(CLAIM, **first), replace(CLAIM, **again)
+    ledger = Ledger(tmp_path / "looks.jsonl")
+    noted(ledger, asked(40), "supported", one)
+    assert at_next(ledger, two, 0) == Looks()
+    assert at_next(ledger, two) == Looks(2, "supported", implied=frozenset({"supported"}))
+    assert at_next(ledger, replace(one, component="blocks.9")).number == 1
+    if one.more_than:  # the same sides the other way is another claim, which the first refutes
+        turned = replace(one, component=one.more_than, more_than=one.component)
+        assert at_next(ledger, turned).first == "refuted"
+
+
+def test_how_far_prompts_grow_and_what_grows_with_them_is_fixed(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "looks.jsonl")
+    noted(ledger, asked(50), "undecided", CLAIM, n_max=100)
+    for n_max in (200, None):
+        with pytest.raises(FrankenlensError, match=r"another n_max than (200|none) before \(100\)"):
+            at_next(ledger, CLAIM, 0, n=50, n_max=n_max)
+    edited = replace(CLAIM, at_least=0.1)
+    with pytest.raises(FrankenlensError, match="claim 'c' was looked at on these 50 prompts"):
+        at_next(ledger, edited, 0, n=50, n_max=100)
+    assert at_next(ledger, edited, 0, n=60, n_max=100).shares == (0.5, 0.6)
+    assert at_next(ledger, CLAIM, 0, n=50, n_max=100) == Looks(shares=(0.5,))
+
+
+def test_a_later_look_that_confirms_is_held_out_and_one_that_does_not_is_exploratory(tmp_path: Path) -> None:
+    """As the README says it."""
+    strong = np.random.default_rng(0).normal(1.0, 1, 40)
+    ledger, family = Ledger(tmp_path / "looks.jsonl"), Family("f", (CLAIM,))
+    looked(ledger, family, asked(40), strong)
+    confirmed = looked(ledger, family, asked(40, 100), strong)
+    assert (confirmed.verdict, confirmed.origin) == ("supported", "held out")
+    assert "EXPLORATORY" not in confirmed.text
+    turned = looked(ledger, family, asked(40, 200), -strong)
+    assert (turned.verdict, turned.origin) == ("undecided", "exploratory")
+    assert "EXPLORATORY: tested on prompts it was found on, or looked at again" in turned.text
 
 
 def test_a_pilot_too_small_for_a_test_says_how_many_a_test_takes() -> None:
