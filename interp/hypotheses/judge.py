@@ -55,6 +55,7 @@ from interp.statistics import (
 )
 from interp.statistics.moments import summed
 
+NO_CONTROL = "its control has no value to compare it with, and without one nothing is supported"
 AS_MUCH = "its control, as large and of random direction, moves as much or more"
 
 
@@ -140,8 +141,10 @@ def judge(
         own, look = measured[claim.name], (looks or {}).get(claim.name, Looks())
         said, why = _looked_at(_verdict(p[k], against[k], family.alpha), look)
         reason = why or _untestable(own.effect, d[k], p[k])
-        if said == "supported" and np.nansum(beyond[k]) < 0:
+        if said == "supported" and claim.of_an_effect and not np.nansum(beyond[k]) >= 0:
             said, reason = "undecided", AS_MUCH
+        if said == "supported" and claim.of_an_effect and np.isnan(beyond[k]).all():
+            said, reason = "undecided", NO_CONTROL
         verdicts.append(
             Verdict(
                 claim,

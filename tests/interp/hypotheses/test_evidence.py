@@ -120,6 +120,17 @@ def test_values_that_are_infinite_or_missing_have_their_own_reasons() -> None:
     assert "20 examples have a value" in verdict(claim, effect[10:30]).reason
 
 
+@pytest.mark.parametrize("control", [np.full(40, np.nan), np.r_[np.inf, -np.inf, np.zeros(38)]])
+def test_without_a_control_nothing_is_supported(control: np.ndarray) -> None:
+    effect = np.random.default_rng(0).normal(0.5, 0.1, 40)
+    for bound, said in (({"at_least": 0.1}, "undecided"), ({"at_most": 0.9}, "supported")):
+        claim = Claim("c", "blocks.3", **bound)
+        own = Measured(effect, control, np.ones(40), "nats")
+        (found,) = judge(Family("f", (claim,)), {"c": claim}, {"c": own}, {}, resamples=2)
+        assert (found.verdict, found.p < 1e-6) == (said, True)
+        assert ("no value to compare it with" in found.reason) == (said == "undecided")
+
+
 # --- looks -----------------------------------------------------------------------------------------------------------
 
 
