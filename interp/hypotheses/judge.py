@@ -40,6 +40,7 @@ from interp.hypotheses.one_sided import (
     adjusted,
     detectable,
     examples_needed,
+    examples_needed_at_a_later_look,
     one_sided,
     power,
 )
@@ -49,6 +50,7 @@ from interp.statistics import (
     MIN_EXAMPLES,
     Interval,
     change_interval,
+    levels,
     mean_interval,
     over_looks,
     ratio_interval,
@@ -126,7 +128,17 @@ def judge(
             above[k], below[k] = over_looks(np.array([above[k], below[k]]), look.shares)
     p, against, control = (adjusted(x, family.correction) for x in (above, below, one_sided(beyond)[0]))
     chances = (
-        power(d, shifts, family.alpha, family.correction, away, resamples=resamples, seed=seed)
+        power(
+            d,
+            shifts,
+            family.alpha,
+            family.correction,
+            away,
+            far=far,
+            shares=[(looks or {}).get(claim.name, Looks()).shares for claim in family.claims],
+            resamples=resamples,
+            seed=seed,
+        )
         if n_examples
         else shifts
     )
@@ -155,7 +167,16 @@ def judge(
                 p_against=float(against[k]),
                 p_control=float(control[k]),
                 power=float(chances[k]),
-                **_design(claim, own, d[k], float(shifts[k]), family.level, float(away[k]), float(sizes[k])),
+                **_design(
+                    claim,
+                    own,
+                    d[k],
+                    float(shifts[k]),
+                    family.level,
+                    float(away[k]),
+                    float(sizes[k]),
+                    look.shares,
+                ),
                 origin="exploratory" if why else origin,
                 reason=reason,
                 look=look.number,
@@ -241,18 +262,33 @@ def _distance(claim: Claim, value: float | None) -> float:
 
 
 def _design(
-    claim: Claim, own: Measured, d: np.ndarray, shift: float, level: float, away: float, size: float
+    claim: Claim,
+    own: Measured,
+    d: np.ndarray,
+    shift: float,
+    level: float,
+    away: float,
+    size: float,
+    shares: Sequence[float],
 ) -> dict[str, Any]:
-    """Numbers of examples, and what they can find; `size` examples make a unit."""
+    """Numbers of examples, and what they can find; `size` examples make a unit, and `shares` are those of looks."""
     units = int((~np.isnan(d)).sum())
     tested = not np.isnan(one_sided(d)[0])
     pilot = units >= MIN_EXAMPLES and not np.isinf(d).any()
     sd = float(np.nanstd(d, ddof=1)) if tested or pilot else math.nan
     # A pilot that is too small for a test says how many a test takes, at least as many as any.
     planned = math.isfinite(sd) and not math.isnan(shift)
-    needed = examples_needed(shift, sd, level, unseen=away) if planned else None
+    needed, own_level = None, level
+    if shares:
+        own_level = float(levels(shares, level)[-1])
+        if planned:
+            needed = examples_needed_at_a_later_look(shift, sd, level, units, shares, unseen=away)
+    elif planned:
+        needed = examples_needed(shift, sd, level, unseen=away)
     least = (
-        detectable(sd, units, level, unseen=away) / size / float(_scale(claim, own)) if tested else math.nan
+        detectable(sd, units, own_level, unseen=away) / size / float(_scale(claim, own))
+        if tested
+        else math.nan
     )
     return {
         "n": int((~np.isnan(own.effect)).sum()),

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 from hooks.errors import FrankenlensError, one_line, shown
 from interp.hypotheses.claim import Claim, Family
 from interp.questions.examples import Example, fingerprint
+from interp.statistics.looks import NEAREST
 
 Look = list[dict[str, Any]]
 """The lines of one look that ask the same."""
@@ -121,6 +123,11 @@ class Ledger:
                 "Give more prompts (--n), or what was registered then."
             )
         shares = tuple(size / family.n_max for size in (*sizes, len(prompts)))
+        if before and shares[-1] - shares[-2] < NEAREST * (1 - 1e-6):
+            raise FrankenlensError(
+                f"claim {claim.name!r} was looked at on {sizes[-1]} prompts, and these are {len(prompts)}; of n_max "
+                f"{family.n_max} each look adds {math.ceil(NEAREST * family.n_max)} at least. Give more (--n)."
+            )
         return Looks(len(before) + 1, shares=shares, **seen)
 
     def write(

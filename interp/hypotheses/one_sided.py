@@ -39,12 +39,15 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 
 from interp.hypotheses.claim import Correction
+from interp.statistics import levels, over_looks
+from interp.statistics.looks import NEAREST
 
 MIN_TESTED = 36
 """Fewer examples give no verdict."""
@@ -163,6 +166,8 @@ def power(
     correction: Correction | str,
     unseen: Float[np.ndarray, " claim"],
     *,
+    far: Float[np.ndarray, "2 claim"] | None = None,
+    shares: Sequence[Sequence[float]] | None = None,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Float[np.ndarray, " claim"]:
@@ -174,7 +179,9 @@ def power(
         scores: as for `one_sided`, of the same examples for every claim.
         shifts: the mean of each claim's scores under its alternative; NaN: no alternative.
         alpha, correction: of the family.
-        unseen: of each claim, as for `one_sided`.
+        unseen, far: of each claim, as for `one_sided`; a draw may hold equal scores only.
+        shares: of each claim, of the planned examples at this look and those before (`interp.statistics.levels`);
+            empty, or None: a single look.
         resamples: draws; the result's own standard error is at most 0.016 at 1000.
         seed: of the draws.
 
@@ -186,11 +193,16 @@ def power(
     observed = np.full((resamples, len(scores)), np.nan)
     moved = np.full((resamples, len(scores)), np.nan)
     testable = ~np.isnan(one_sided(scores)[0])
-    for k in np.flatnonzero(testable):
+
+    def p(drawn: Float[np.ndarray, "draw example"], k: int) -> Float[np.ndarray, " draw"]:
+        found = one_sided(drawn, unseen[k], None if far is None else (far[0, k], far[1, k]))[0]
+        return over_looks(found, shares[k]) if shares is not None and len(shares[k]) else found
+
+    for k in np.flatnonzero(testable).tolist():
         drawn = scores[k][rows]
-        observed[:, k] = one_sided(drawn, unseen[k])[0]
+        observed[:, k] = p(drawn, k)
         if not np.isnan(shifts[k]):
-            moved[:, k] = one_sided(drawn - np.nanmean(scores[k]) + shifts[k], unseen[k])[0]
+            moved[:, k] = p(drawn - np.nanmean(scores[k]) + shifts[k], k)
     found = np.full(len(scores), np.nan)
     for k in np.flatnonzero(testable & ~np.isnan(shifts)):
         family = observed.copy()
@@ -226,6 +238,43 @@ def examples_needed(
     return bisect.bisect_left(
         range(high), -shift, lo=n, key=lambda size: -_clear_of_unseen(sd, size, level, chance, unseen)
     )
+
+
+def examples_needed_at_a_later_look(
+    shift: float,
+    sd: float,
+    level: float,
+    n: int,
+    shares: Sequence[float],
+    chance: float = 0.8,
+    unseen: float = 0.0,
+) -> int | None:
+    """`examples_needed` where alpha is spent over looks: at this one, of `n` examples, or else at one further look.
+
+    Beyond what was planned, the number that the last look would take.
+
+    Args:
+        shift, sd, level, chance, unseen: as for `examples_needed`; level is that of all looks together.
+        n: examples with a value at this look.
+        shares: of the planned examples, at this look and those before.
+    """
+
+    def needed(*looks: float) -> int | None:
+        return examples_needed(shift, sd, float(levels(looks, level)[-1]), chance, unseen)
+
+    now = needed(*shares)
+    if now is None or now <= n or shares[-1] + NEAREST > 1:
+        return now
+    most = math.floor(n / shares[-1])
+
+    def enough(size: int) -> bool:
+        share = min(max(size / most, shares[-1] + NEAREST), 1.0)
+        more = needed(*shares, share)
+        return more is not None and more <= size
+
+    if not enough(most):
+        return needed(*shares, 1.0)
+    return bisect.bisect_left(range(most), True, lo=n + 1, key=enough)
 
 
 def detectable(sd: float, n: int, level: float, chance: float = 0.8, unseen: float = 0.0) -> float:

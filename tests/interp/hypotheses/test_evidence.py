@@ -13,9 +13,11 @@ from scipy import stats
 from hooks import FrankenlensError
 from interp.hypotheses import Claim, Family, Ledger, Looks, Measured, judge, one_sided, population_of
 from interp.hypotheses.claim import ClaimError
+from interp.hypotheses.one_sided import examples_needed, power
 from interp.hypotheses.verdict import Verdict
 from interp.questions.examples import Example, cluster_of, once_each
 from interp.questions.tasks import sample
+from interp.statistics import levels
 
 
 def measured(effect: np.ndarray, total: float = 1.0) -> Measured:
@@ -123,8 +125,8 @@ def test_values_that_are_infinite_or_missing_have_their_own_reasons() -> None:
 @pytest.mark.parametrize("control", [np.full(40, np.nan), np.r_[np.inf, -np.inf, np.zeros(38)]])
 def test_without_a_control_nothing_is_supported(control: np.ndarray) -> None:
     effect = np.random.default_rng(0).normal(0.5, 0.1, 40)
-    for bound, said in (({"at_least": 0.1}, "undecided"), ({"at_most": 0.9}, "supported")):
-        claim = Claim("c", "blocks.3", **bound)
+    much, little = Claim("c", "blocks.3", at_least=0.1), Claim("c", "blocks.3", at_most=0.9)
+    for claim, said in ((much, "undecided"), (little, "supported")):
         own = Measured(effect, control, np.ones(40), "nats")
         (found,) = judge(Family("f", (claim,)), {"c": claim}, {"c": own}, {}, resamples=2)
         assert (found.verdict, found.p < 1e-6) == (said, True)
@@ -366,6 +368,75 @@ def test_a_later_look_that_confirms_is_held_out_and_one_that_does_not_is_explora
     assert "EXPLORATORY: tested on prompts it was found on, or looked at again" in turned.text
 
 
+def test_power_counts_that_looks_are_planned() -> None:
+    """Normal scores: at a half of n_max, what a look spends by then; each number against the noncentral t or draws."""
+    n, truth, share = 60, 0.35, 0.5
+    claim = replace(CLAIM, at_least=0.1, expected=truth, quantity="effect")
+    spent_by_then = float(
+        2 * stats.norm.sf(stats.norm.isf(0.025) / np.sqrt(share))
+    )  # O'Brien and Fleming's kind
+    values = np.random.default_rng(5).normal(truth, 0.6, (4000, n))
+    observed = (one_sided(values - 0.1)[0] <= spent_by_then).mean()
+    once = (one_sided(values - 0.1)[0] <= 0.05).mean()
+
+    def judged(effect: np.ndarray, looks: Looks) -> Verdict:
+        given: dict[str, Any] = {"looks": {"c": looks}, "resamples": 300}
+        own = Measured(effect, np.zeros(len(effect)), np.full(len(effect), 9.0), "nats")
+        return judge(Family("f", (claim,)), {"c": claim}, {"c": own}, {}, **given)[0]
+
+    found = [judged(row, Looks(shares=(share,))) for row in values[:15]]
+    assert abs(np.median([one.power for one in found]) - observed) < 0.08
+    assert once - observed > 0.2  # what looking at a half costs
+    one = found[0]
+    sd = float(np.std(values[0], ddof=1))
+
+    def power_at(size: int, mean: float, level: float) -> float:
+        return float(stats.nct.sf(stats.t.ppf(1 - level, size - 1), size - 1, mean / sd * np.sqrt(size)))
+
+    assert power_at(n, one.detectable - 0.1, spent_by_then) == pytest.approx(0.8, abs=1e-3)
+    few = judged(values[0, :40], Looks(shares=(0.25,)))  # of 160
+    sd, needed = float(np.std(values[0, :40], ddof=1)), few.n_needed
+    assert needed is not None and 40 < needed < 160
+    enough = [
+        power_at(size, truth - 0.1, float(levels((0.25, size / 160))[-1])) >= 0.8
+        for size in (needed - 1, needed)
+    ]
+    assert enough == [False, True]
+
+
+def test_what_is_beyond_the_plan_is_needed_at_the_last_look() -> None:
+    values = np.random.default_rng(6).normal(0.12, 1, 40)
+    claim = replace(CLAIM, expected=0.1, quantity="effect")
+    own = {"c": measured(values)}
+    given: dict[str, Any] = {"looks": {"c": Looks(shares=(0.8,))}, "resamples": 2}
+    (found,) = judge(Family("f", (claim,)), {"c": claim}, own, {}, **given)
+    level = float(levels((0.8, 1.0))[-1])
+    assert level < 0.05
+    assert found.n_needed == examples_needed(0.1, float(np.std(values, ddof=1)), level)
+
+
+def test_power_of_rare_changes_counts_draws_without_any() -> None:
+    """Two of 60 answers changed: a draw in seven holds none, and is decided by the exact chance."""
+    d = 0.05 - np.r_[1.0, 1.0, np.zeros(58)]
+    far = np.array([[0.95], [1.05]])
+    shift = np.array([d.mean()])
+    found, without = (
+        power(d[None], shift, 0.05, "none", np.zeros(1), far=given, resamples=4000)[0]
+        for given in (far, None)
+    )
+    assert (1 - 0.05) ** 60 <= 0.05  # none of 60: supported
+    none_drawn = (58 / 60) ** 60
+    assert found - without == pytest.approx(none_drawn, abs=0.02)
+
+
+def test_looks_too_near_to_be_reckoned_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "looks.jsonl")
+    noted(ledger, asked(50), "undecided", CLAIM, n_max=30_000)
+    with pytest.raises(FrankenlensError, match="of n_max 30000 each look adds 3 at least"):
+        at_next(ledger, CLAIM, 0, n=52, n_max=30_000)
+    assert at_next(ledger, CLAIM, 0, n=53, n_max=30_000).number == 2
+
+
 def test_a_pilot_too_small_for_a_test_says_how_many_a_test_takes() -> None:
     values = np.random.default_rng(0).normal(0.5, 1.0, 20)
     claim = replace(CLAIM, at_least=0.1)
@@ -379,8 +450,6 @@ def test_ten_looks_err_as_one() -> None:
     rng, pairs = np.random.default_rng(2), 4000
     values = rng.normal(0, 1, (pairs, 360))
     shares = tuple(np.arange(1, 11) / 10)
-    from interp.statistics import levels
-
     bounds = levels(shares, 0.05)
     grown = np.stack([one_sided(values[:, : 36 * k])[0] for k in range(1, 11)])
     assert (grown <= 0.05).any(0).mean() > 0.15  # until it works
