@@ -202,8 +202,9 @@ def _account(
 ) -> Account:
     family = asked.family
     definition = (
-        "one-sided paired tests (the largest p of Student's t, Hall's skewness-corrected t and, for verdicts that "
-        "something is small, the chance that no prompt which moves all the way was drawn) at alpha "
+        "one-sided paired tests (the largest p of Student's t, Hall's skewness-corrected t, for changes of right or "
+        "wrong answers exact tests and Tango's score test, and, for verdicts that something is small, the chance that "
+        "no prompt which moves all the way was drawn) at alpha "
         f"{family.alpha:g} for and against each claim; examples of one image are one unit; intervals at 1 - 2 alpha, "
         "uncorrected; "
         "controls: a random direction as large as the donor's difference at each token, or a random update as large; "

@@ -66,6 +66,7 @@ SHAPES = {
     "a tenth carries all": Shape(_tenth, 0.1, sparse=True),
     "a quarter carries all": Shape(_some, 0.25, sparse=True),
 }
+SYMMETRIC = ("normal", "two humps", "heavy tails", "logistic")
 SIZES = (8, 12, 20, 35, 36, 48, 60, 100, 200)
 CLUSTERED = ((40, 5), (100, 3))
 """Clusters and examples in each."""
@@ -240,4 +241,6 @@ def test_claims_on_their_bound_err_as_they_say() -> None:
         for n in (MIN_TESTED, 60):
             values = shape.draw(np.random.default_rng(n), (4000, n)) - shape.mean
             for p in one_sided(values):
+                assert np.isfinite(p).mean() > 0.99, (name, n)
+                assert (p <= 0.05).mean() >= (0.035 if name in SYMMETRIC else 0.005), (name, n)
                 assert (p <= 0.05).mean() <= 0.07 + 0.007, (name, n)

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from hooks import FrankenlensError
 from interp.hypotheses import Claim, Family, Ledger, Looks, Measured, judge, one_sided, population_of
 from interp.hypotheses.claim import ClaimError
-from interp.hypotheses.one_sided import examples_needed, power
+from interp.hypotheses.one_sided import _three_valued, examples_needed, power
 from interp.hypotheses.verdict import Verdict
 from interp.questions.examples import Example, cluster_of, once_each
 from interp.questions.tasks import sample
@@ -107,9 +107,76 @@ def test_the_exact_test_of_two_values_is_scipys() -> None:
     assert below >= stats.binomtest(57, 60, 0.95, alternative="less").pvalue - 1e-12
     rng = np.random.default_rng(0)
     for share in (0.05, 0.1, 0.3):
-        drawn = np.where(rng.random((20_000, 25)) < share, 1.0, 0.0) - share
+        drawn = np.where(rng.random((20_000, 40)) < share, 1.0, 0.0) - share
         for side in one_sided(drawn, far=(share, 1 - share)):
+            assert np.isfinite(side).all()
             assert (side <= 0.05).mean() <= 0.055
+    for hits in (
+        1,
+        4,
+        9,
+        20,
+        36,
+    ):  # of 40; the exact test is never undercut
+        scores = np.repeat([0.9, -0.1], [hits, 40 - hits])
+        exact = [stats.binomtest(hits, 40, 0.1, alternative=way).pvalue for way in ("greater", "less")]
+        for side, least in zip(one_sided(scores), exact, strict=True):
+            assert float(side) >= least - 1e-12
+    few = np.repeat([0.95, -0.05], [5, 55])
+    assert float(one_sided(few)[0]) == pytest.approx(
+        stats.binomtest(5, 60, 0.05, alternative="greater").pvalue
+    )
+
+
+def _sides(scores: np.ndarray) -> tuple[float, float]:
+    """Tango's p of one row."""
+    above, below = _three_valued(scores[None], np.ones((1, len(scores)), bool), np.array([len(scores)]))
+    return float(above[0]), float(below[0])
+
+
+def _all_tables(n: int) -> np.ndarray:
+    """Changes gained, lost and none, of n paired answers."""
+    return np.array([(g, k, n - g - k) for g in range(n + 1) for k in range(n + 1 - g)])
+
+
+@pytest.mark.parametrize("n", [36, 60, 100])
+def test_changes_of_right_answers_on_their_bound_err_as_they_say(n: int) -> None:
+    """By all tables: the chance of a wrong verdict, whatever share of the answers changes."""
+    tables = _all_tables(n)
+    rows = np.array([np.repeat([1.0, -1.0, 0.0], table) for table in tables])
+    largest = 0.0
+    for bound in (0.0, 0.02, 0.05, 0.1, 0.3):
+        sides = one_sided(rows - bound, far=(1 + bound, 1 - bound))
+        assert np.isfinite(sides).all()
+        for changed in (0.02, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.9):
+            if changed >= bound:
+                odds = [(changed + bound) / 2, (changed - bound) / 2, 1 - changed]
+                chance = stats.multinomial.pmf(tables, n, odds)
+                largest = max(largest, *(float(chance @ (p <= 0.05)) for p in sides))
+    assert 0.04 <= largest <= 0.055  # 7.4 % by Student's and Hall's t
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "bound"), [(9, 4, 0.05), (3, 11, 0.1), (6, 6, -0.2), (2, 0, 0.05)]
+)
+def test_tangos_test_has_the_variance_that_is_most_likely_on_the_bound(
+    gained: int, lost: int, bound: float
+) -> None:
+    n = 80
+
+    def unlikely(of_lost: float) -> float:
+        logs = np.log([of_lost + bound, of_lost, 1 - 2 * of_lost - bound])
+        return -float(gained * logs[0] + lost * logs[1] + (n - gained - lost) * logs[2])
+
+    ends = (max(0.0, -bound) + 1e-12, (1 - bound) / 2 - 1e-12)
+    best: Any = optimize.minimize_scalar(unlikely, bounds=ends, method="bounded", options={"xatol": 1e-12})
+    z = (gained - lost - n * bound) / np.sqrt(n * (2 * best.x + bound - bound**2))
+    scores = np.repeat([1.0, -1.0, 0.0], [gained, lost, n - gained - lost]) - bound
+    above, below = _sides(scores)
+    assert (above, below) == pytest.approx((stats.norm.sf(z), stats.norm.cdf(z)), abs=1e-5)
+    assert _sides(-scores) == pytest.approx((below, above), abs=1e-9)
+    uneven = np.r_[scores[:-1], 0.3]
+    assert np.isnan(_sides(uneven)).all()
 
 
 def test_values_that_are_infinite_or_missing_have_their_own_reasons() -> None:
