@@ -20,8 +20,8 @@ since one sample in fourteen of 25 holds none of them; hence `MIN_TESTED`. Nine 
 of right or wrong, against a bound), Tango's score test: without it, by enumeration, up to 7.4 % at n = 60 (a bound of
 .05, one answer in 12 changed) and at 100, with it at most 5.4 % at 36 to 100. Where all scores are equal, nothing is
 known of how they vary: what counts is the chance of n examples without one of those that lie as far against the claim
-as any can (`far`), as with none of 500 answers changed. Sign flips suppose symmetry and fail as Student's t does. No test
-holds for every distribution (Bahadur & Savage, Ann. Math. Stat. 1956).
+as any can (`far`), as with none of 500 answers changed. Sign flips suppose symmetry and fail as Student's t does. No
+test holds for every distribution (Bahadur & Savage, Ann. Math. Stat. 1956).
 
 The third p is for what simulation did not have: components of real pairs that do nothing but on one prompt in a
 hundred, and there a lot. Samples without such a prompt look like proof that the effect is small. Every attn, MLP and
