@@ -202,8 +202,9 @@ def _account(
 ) -> Account:
     family = asked.family
     definition = (
-        "one-sided paired tests (the largest p of Student's t, Hall's skewness-corrected t and, for verdicts that "
-        "something is small, the chance that no prompt which moves all the way was drawn) at alpha "
+        "one-sided paired tests (the largest p of Student's t, Hall's skewness-corrected t, for changes of right or "
+        "wrong answers exact tests and Tango's score test, and, for verdicts that something is small, the chance that "
+        "no prompt which moves all the way was drawn) at alpha "
         f"{family.alpha:g} for and against each claim; examples of one image are one unit; intervals at 1 - 2 alpha, "
         "uncorrected; "
         "controls: a random direction as large as the donor's difference at each token, or a random update as large; "
@@ -214,7 +215,10 @@ def _account(
     names = {"holm": "Holm", "bh": "Benjamini-Hochberg", "none": "none"}
     over = "" if family.correction == "none" else f" over {len(family.claims)} claims, for each pair"
     reused = sorted(set(table.loc[table["origin"] == "exploratory", "claim"]))
-    marked = f"; exploratory (tested on prompts they were found on): {', '.join(reused)}" if reused else ""
+    again = ", or looked at again" if (table["look"] > 1).any() else ""
+    marked = (
+        f"; exploratory (tested on prompts they were found on{again}): {', '.join(reused)}" if reused else ""
+    )
     counts = {"examples": len(asked.examples)}
     for name, one in outcomes.items():
         counts |= {} if one.decisions is None else {f"decisions {name}": len(one.decisions)}

@@ -26,6 +26,7 @@ from interp.pair.pair import Pair
 from interp.planting import DRAWN, KINDS, METHODS, MOST, NULLS, TRAINED, Draws, chosen, mark_table, on_grid
 from interp.planting.plots import plot_found
 from interp.planting.table import HELD, by_effect, by_pair, found_table, null_table
+from interp.planting.trial import TEST
 from interp.questions.examples import Example, fingerprint
 from interp.results.page import Account, Section, told
 from interp.results.store import Store
@@ -258,8 +259,8 @@ def _account(config: PlantedConfig, pairs: pd.DataFrame, left_out: Mapping[str, 
         "effect| at all its tokens; AUROC: share of (changed, unchanged) couples in which the changed one scores "
         "higher; invisible: alone, on other prompts, it moves the probabilities of next tokens along IN's text (total "
         f"variation, summed) no more than 95 % of {config.noise_pairs} noise pairs do; "
-        "intervals: over pairs (95 %); claim: corrected p < 0.05 of a sign flip test over prompts and, for "
-        "what moves something between the models, no refusal of recoveries"
+        f"intervals: over pairs (95 %); claim: corrected p < 0.05 of {TEST}; and, for what moves something between the "
+        "models, no refusal of recoveries"
     )
     some = pairs.loc[pairs["n_changed"] > 0]
     if len(some):

@@ -135,18 +135,18 @@ class Claim:
         return self.sign * self.bound >= 0
 
     @property
-    def question(self) -> str:
-        """What is asked, whatever the bound, the name and the level: what a second look looks at again."""
-        sides = (
-            self.quantity,
-            self.component,
-            self.more_than,
-            self.body,
-            self.role,
-            self.direction,
-            self.relation,
-        )
-        return repr(sides)
+    def asked(self) -> tuple[str, str, float]:
+        """Question, relation and bound in one form, whatever the name and the level: what a second look looks at again.
+
+        However the components are written: in any order, twice, as ranges; A over B by r is B under A by -r.
+        """
+        own, other = _every(self.component), _every(self.more_than)
+        relation, bound = self.relation, self.bound
+        if other and other < own:
+            own, other = other, own
+            relation, bound = {">=": "<=", "<=": ">="}[relation], -bound
+        question = repr((self.quantity, own, other, self.body, self.role, self.direction))
+        return question, relation, bound + 0.0  # no -0
 
     @property
     def text(self) -> str:
@@ -263,6 +263,17 @@ class Family:
     def level(self) -> float:
         """The level a claim has to pass when it is the strongest: alpha, divided by the claims where corrected."""
         return self.alpha if self.correction == "none" else self.alpha / len(self.claims)
+
+
+def _every(names: Sequence[str]) -> tuple[str, ...]:
+    """The single components that names stand for, in order, each once; a region's name is left as it is."""
+    found = set()
+    for name in names:
+        try:
+            found |= {str(one) for one in Address.parse(name).expand()}
+        except FrankenlensError:
+            found.add(name)
+    return tuple(sorted(found))
 
 
 def _twice(names: Sequence[str]) -> str | None:

@@ -40,6 +40,7 @@ from interp.hypotheses.one_sided import (
     adjusted,
     detectable,
     examples_needed,
+    examples_needed_at_a_later_look,
     one_sided,
     power,
 )
@@ -49,12 +50,14 @@ from interp.statistics import (
     MIN_EXAMPLES,
     Interval,
     change_interval,
+    levels,
     mean_interval,
     over_looks,
     ratio_interval,
 )
 from interp.statistics.moments import summed
 
+NO_CONTROL = "its control has no value to compare it with, and without one nothing is supported"
 AS_MUCH = "its control, as large and of random direction, moves as much or more"
 
 
@@ -125,7 +128,17 @@ def judge(
             above[k], below[k] = over_looks(np.array([above[k], below[k]]), look.shares)
     p, against, control = (adjusted(x, family.correction) for x in (above, below, one_sided(beyond)[0]))
     chances = (
-        power(d, shifts, family.alpha, family.correction, away, resamples=resamples, seed=seed)
+        power(
+            d,
+            shifts,
+            family.alpha,
+            family.correction,
+            away,
+            far=far,
+            shares=[(looks or {}).get(claim.name, Looks()).shares for claim in family.claims],
+            resamples=resamples,
+            seed=seed,
+        )
         if n_examples
         else shifts
     )
@@ -140,8 +153,10 @@ def judge(
         own, look = measured[claim.name], (looks or {}).get(claim.name, Looks())
         said, why = _looked_at(_verdict(p[k], against[k], family.alpha), look)
         reason = why or _untestable(own.effect, d[k], p[k])
-        if said == "supported" and np.nansum(beyond[k]) < 0:
+        if said == "supported" and claim.of_an_effect and not np.nansum(beyond[k]) >= 0:
             said, reason = "undecided", AS_MUCH
+        if said == "supported" and claim.of_an_effect and np.isnan(beyond[k]).all():
+            said, reason = "undecided", NO_CONTROL
         verdicts.append(
             Verdict(
                 claim,
@@ -152,7 +167,16 @@ def judge(
                 p_against=float(against[k]),
                 p_control=float(control[k]),
                 power=float(chances[k]),
-                **_design(claim, own, d[k], float(shifts[k]), family.level, float(away[k]), float(sizes[k])),
+                **_design(
+                    claim,
+                    own,
+                    d[k],
+                    float(shifts[k]),
+                    family.level,
+                    float(away[k]),
+                    float(sizes[k]),
+                    look.shares,
+                ),
                 origin="exploratory" if why else origin,
                 reason=reason,
                 look=look.number,
@@ -173,11 +197,12 @@ def _over_control(own: Measured) -> Float[np.ndarray, "*cells example"]:
 
 def _looked_at(verdict: str, look: Looks) -> tuple[str, str]:
     """The verdict at a look, and why it is not what the numbers say."""
-    if look.number == 1 or look.shares or verdict == look.first:
+    if look.number == 1 or look.shares or verdict in look.implied or verdict == look.first == "undecided":
         return verdict, ""
     return "undecided", (
-        f"this is look {look.number}, and the first on record was {look.first}: asked until it is true, a claim comes "
-        "out true. Exploratory; to look again as prompts grow, register the claim with n_max before the first look"
+        f"this is look {look.number}, and the first on record, at the nearest bound, was {look.first}, which does not "
+        f"imply {verdict} at this bound and level: asked until it is true, a claim comes out true. Exploratory; to "
+        "look again as prompts grow, register the claim with n_max before the first look"
     )
 
 
@@ -237,18 +262,33 @@ def _distance(claim: Claim, value: float | None) -> float:
 
 
 def _design(
-    claim: Claim, own: Measured, d: np.ndarray, shift: float, level: float, away: float, size: float
+    claim: Claim,
+    own: Measured,
+    d: np.ndarray,
+    shift: float,
+    level: float,
+    away: float,
+    size: float,
+    shares: Sequence[float],
 ) -> dict[str, Any]:
-    """Numbers of examples, and what they can find; `size` examples make a unit."""
+    """Numbers of examples, and what they can find; `size` examples make a unit, and `shares` are those of looks."""
     units = int((~np.isnan(d)).sum())
     tested = not np.isnan(one_sided(d)[0])
     pilot = units >= MIN_EXAMPLES and not np.isinf(d).any()
     sd = float(np.nanstd(d, ddof=1)) if tested or pilot else math.nan
     # A pilot that is too small for a test says how many a test takes, at least as many as any.
     planned = math.isfinite(sd) and not math.isnan(shift)
-    needed = examples_needed(shift, sd, level, unseen=away) if planned else None
+    needed, own_level = None, level
+    if shares:
+        own_level = float(levels(shares, level)[-1])
+        if planned:
+            needed = examples_needed_at_a_later_look(shift, sd, level, units, shares, unseen=away)
+    elif planned:
+        needed = examples_needed(shift, sd, level, unseen=away)
     least = (
-        detectable(sd, units, level, unseen=away) / size / float(_scale(claim, own)) if tested else math.nan
+        detectable(sd, units, own_level, unseen=away) / size / float(_scale(claim, own))
+        if tested
+        else math.nan
     )
     return {
         "n": int((~np.isnan(own.effect)).sum()),

@@ -25,12 +25,14 @@ class Verdict:
         p, p_against: one-sided, corrected: for the claim, and against it.
         p_control: one-sided, corrected: the component moves more than its control, in magnitude; NaN for a claim that
             something is small. A claim whose control moves more than its component is not supported, whatever its p.
-        power: chance of support at this n, the whole family corrected, if the quantity were `claim.alternative`.
+        power: chance of support at this n, and at this look, the whole family corrected, if the quantity were
+            `claim.alternative`.
         detectable: value of the quantity that would be supported with 80 % power at this n, when corrected as the
             strongest claim (normal scores).
         n: examples with a value.
         units: independent ones among them: clusters, by image where nothing else is given.
-        n_needed: for 80 % power at `claim.alternative`, likewise; None where there is no alternative.
+        n_needed: for 80 % power at `claim.alternative`, likewise, at one further look where looks are planned; None
+            where there is no alternative.
         origin: of `interp.hypotheses.claim.ORIGINS`.
         reason: why refused, not testable or, though the numbers would do, not decided.
         population: what the prompts were, and so what the claim is about.
@@ -93,7 +95,8 @@ class Verdict:
     @property
     def text(self) -> str:
         """Everything a reader has to see, in a few lines."""
-        mark = {"exploratory": " [EXPLORATORY: tested on prompts it was found on]", "held out": ""}
+        again = ", or looked at again" if self.look > 1 else ""
+        mark = {"exploratory": f" [EXPLORATORY: tested on prompts it was found on{again}]", "held out": ""}
         marked = mark.get(self.origin, " [what it was found on is not stated]")
         at_n = f" at n = {self.n}" if self.verdict == "undecided" else ""
         lines = [f"{self.claim.name}: {self.verdict.upper()}{at_n}{marked}", f"  claim     {self.claim.text}"]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
@@ -146,7 +146,9 @@ class _NoisePair:
         return _map(self.models, of, metric, way, *settings, kinds=("donor",))
 
 
-def floor_of(noise: xr.Dataset, cells: xr.DataArray) -> Float[np.ndarray, "component role"]:
+def floor_of(
+    noise: xr.Dataset, cells: xr.DataArray
+) -> tuple[Float[np.ndarray, "component role"], Bool[np.ndarray, "component role"]]:
     """The floor of every cell: the largest |mean effect| of its point at its role, over noise pairs and readings.
 
     Args:
@@ -154,7 +156,7 @@ def floor_of(noise: xr.Dataset, cells: xr.DataArray) -> Float[np.ndarray, "compo
         cells: with coordinates component (and its point) and role.
 
     Returns:
-        NaN where no noise pair has a cell of that kind.
+        The floor, NaN where no noise pair has a cell of that kind, or one is infinite; and where one is.
     """
     reached = abs(noise["noise_effect"]).max(["noise_pair", "reading"])
     reached = reached.reindex({name: cells[name].to_numpy() for name in ("component", "role")})
@@ -163,7 +165,8 @@ def floor_of(noise: xr.Dataset, cells: xr.DataArray) -> Float[np.ndarray, "compo
     for point in np.unique(points):
         own = points == point
         largest[own] = np.fmax.reduce(largest[own], axis=0, keepdims=True)
-    return largest
+    endless = np.isinf(largest)
+    return np.where(endless, np.nan, largest), endless
 
 
 def _noisy(recipient: torch.nn.Module, change: Change) -> Change:
@@ -187,7 +190,8 @@ def _means(cells: Mapping[str, xr.Dataset]) -> dict[str, Any]:
         effect = one["effect"].isel(direction=0).reindex(component=components).to_numpy()
         at, there = READINGS.index(reading), ~np.isnan(effect)
         n[at] = there.sum(-1)
-        means[at] = np.where(there, effect, 0).sum(-1) / np.where(n[at] > 0, n[at], np.nan)
+        sums = np.where(np.isinf(effect).any(-1), np.inf, np.where(np.isfinite(effect), effect, 0).sum(-1))
+        means[at] = sums / np.where(n[at] > 0, n[at], np.nan)
     return {"components": components, "means": means, "n": n}
 
 

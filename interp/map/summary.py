@@ -20,6 +20,8 @@ each with `_low` and `_high`, the ends of its interval over examples (`interp.st
              another example, and of that one so far above it, if the two could change places
              (`interp.statistics.swap_test`, one-sided)
     margin   |effect_mean| - the larger of floor and random directions, in nats: what components are ranked by
+    reason   why a cell has no margin and is not beyond control, "" where it has one: a value is infinite, its own, of a
+             random direction or of a noise pair; only where there is such a cell
     beyond   whether the cell is beyond control: |effect_mean| lies above the floor, and p_random is at most `ALPHA`
 
 and the attribute `refused`, which says why the recoveries and their controls are NaN throughout and nothing is beyond
@@ -43,6 +45,7 @@ from hooks.errors import FrankenlensError, nearest
 from interp.map.noise import floor_of
 from interp.questions.examples import clusters_of
 from interp.statistics import MIN_EXAMPLES, Interval, mean_interval, ratio_interval, swap_test
+from interp.statistics.means import INFINITE
 
 CELLS = ("direction", "component", "role")
 SHARES = ("recovery", "random_recovery", "excess", "control_other_recovery", "specific")
@@ -51,6 +54,7 @@ READ_OF_CELLS = (
     *("margin", "p_random", "p_specific", "p_general", "beyond", "n", "control_other_n"),
 )
 """What `strongest` reads of every cell of a summary."""
+ENDLESS_FLOOR = "a noise pair's value is infinite"
 ALPHA = 0.025
 """A cell is above random directions at this p, one-sided: the lower end of a 95 % interval."""
 # states and second readings of the same head are in the map, but are no components of their own
@@ -113,11 +117,14 @@ def summarise(
         ratio = ratio_interval(top, shared, **settings)
         hidden = own.includes(0.0) | bool(refused)
         _add(out, name, CELLS, ratio, "1", hidden)
-    floor = None
+    floor, why = None, np.where(np.isinf(effect).any(-1) | np.isinf(random).any((0, -1)), INFINITE, "")
     if noise is not None:
         own = noise.reindex({name: out[name].to_numpy() for name in CELLS[1:]})
         out = out.merge(own, combine_attrs="override")
-        floor = np.broadcast_to(floor_of(own, out["effect_mean"]), effect.shape[:-1])
+        floor, endless = (
+            np.broadcast_to(one, effect.shape[:-1]) for one in floor_of(own, out["effect_mean"])
+        )
+        why = np.where((why == "") & endless, ENDLESS_FLOOR, why)
         out["floor"] = (CELLS, floor, {"units": units})
     swapped = {"clusters": clusters_of(effects), "seed": seed}
     p = swap_test(effect, random, **swapped)
@@ -125,6 +132,9 @@ def summarise(
     out["p_general"] = (CELLS, swap_test(other, effect[None], **swapped))
     mean, of_random = _mean(turned)[..., 0], _mean(as_large)[..., 0]
     above, margin = beyond_control(mean, of_random, p, floor)
+    if (why != "").any():  # no mean, so nothing that it could be compared by
+        above, margin = above & (why == ""), np.where(why == "", margin, np.nan)
+        out["reason"] = (CELLS, why)
     out["p_random"] = (CELLS, p)
     out["beyond"] = (CELLS, above & (not refused))
     out["margin"] = (CELLS, margin, {"units": units})
@@ -159,14 +169,16 @@ def beyond_control(
 
 def turned_up(values: Float[np.ndarray, "*cells example"]) -> Float[np.ndarray, "*cells example"]:
     """The same with the sign at which a cell's mean over examples is positive: its mean is |mean|."""
-    return values * np.sign(_mean(values))
+    with np.errstate(invalid="ignore"):
+        return values * np.sign(_mean(values))
 
 
 def _mean(values: Float[np.ndarray, "*cells example"]) -> Float[np.ndarray, "*cells 1"]:
     """Over the examples that have a value; NaN where none has."""
     there = ~np.isnan(values)
     n = there.sum(-1, keepdims=True)
-    return np.where(there, values, 0).sum(-1, keepdims=True) / np.where(n > 0, n, np.nan)
+    with np.errstate(invalid="ignore"):  # infinite values of both signs have no mean
+        return np.where(there, values, 0).sum(-1, keepdims=True) / np.where(n > 0, n, np.nan)
 
 
 def _add(

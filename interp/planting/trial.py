@@ -24,6 +24,8 @@ from interp.questions.examples import Example
 from interp.statistics import MIN_EXAMPLES, adjust, sign_flips
 
 ALPHA = 0.05
+TEST = "a sign flip test over prompts, which tests symmetry about 0, not the mean: that takes 36 prompts"
+"""A dozen prompts have no test of the mean (`interp.statistics.mean_test`), which is used everywhere else."""
 
 
 def trial(
@@ -53,7 +55,7 @@ def trial(
 
     Returns:
         One row per method and component: score, |mean effect| over the examples that have one (a relative norm for
-        `compare`; NaN where the method cannot say); effect; p, of a sign flip test over examples, and p_corrected
+        `compare`; NaN where the method cannot say); effect; p, of sign flips over examples (`TEST`), and p_corrected
         (Holm, over the components of this pair and method), NaN where so few examples could prove nothing
         (`claims_possible`); changed (the truth); n; refused: why no recovery of this pair is given, by the rule of
         `interp.decision.recovery_refused`; denominator, nats; norm_ratio and cosine of the plant that the weights hold

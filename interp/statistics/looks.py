@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float
@@ -18,6 +19,8 @@ from scipy.special import ndtr, ndtri
 from hooks.errors import FrankenlensError
 
 _POINTS, _FAR = 401, 8.0
+NEAREST = 1e-4
+"""Looks whose shares lie nearer are refused: the density between them takes more points than can be had."""
 
 
 def spent(share: float, alpha: float) -> float:
@@ -33,7 +36,7 @@ def levels(shares: Sequence[float], alpha: float = 0.05) -> Float[np.ndarray, " 
         alpha: of all looks together.
 
     Raises:
-        FrankenlensError: shares that do not rise, or lie outside (0, 1].
+        FrankenlensError: shares that do not rise, lie outside (0, 1], or nearer to one another than `NEAREST`.
 
     Example:
         >>> [round(float(level), 4) for level in fl.statistics.levels([0.5, 1.0], 0.025)]
@@ -44,7 +47,13 @@ def levels(shares: Sequence[float], alpha: float = 0.05) -> Float[np.ndarray, " 
         raise FrankenlensError(
             f"the looks' shares are {', '.join(f'{share:g}' for share in given)}; they rise, from above 0 to 1"
         )
-    found, before = [], _Walk()
+    steps = np.diff(given)
+    if len(steps) and steps.min() < NEAREST * (1 - 1e-6):
+        raise FrankenlensError(
+            f"two looks lie {steps.min():.2g} of the planned examples apart; let the sample grow by {NEAREST:g} of "
+            "them or more between looks"
+        )
+    found, before = [], _Walk(min(steps, default=1.0))
     used = 0.0
     for share in given:
         step = max(spent(float(share), alpha) - used, 0.0)
@@ -68,22 +77,34 @@ def over_looks(p: Float[np.ndarray, "*tests"], shares: Sequence[float]) -> Float
     """
     if len(shares) == 1 and shares[0] == 1:
         return np.asarray(p, dtype=float)
-    known = np.log(np.geomspace(1e-12, 0.999, 40))
-    alphas = np.exp(known)
+    # as normal scores of two sides the one is nearly linear in the other; of a single look it is just that
+    alphas, at = _levels_by_alpha(tuple(shares))
+    given = np.asarray(p, dtype=float)
+    with np.errstate(invalid="ignore"):
+        found = 2 * ndtr(np.interp(ndtri(given / 2), ndtri(at / 2), ndtri(alphas / 2)))
+    return np.where(np.isnan(given), np.nan, np.where(given > at.max(), 1.0, found))
+
+
+@lru_cache(maxsize=32)
+def _levels_by_alpha(
+    shares: tuple[float, ...],
+) -> tuple[Float[np.ndarray, " alphas"], Float[np.ndarray, " alphas"]]:
+    """Alphas, and the level of the last look at each, in its order."""
+    alphas = np.geomspace(1e-12, 0.999, 40)
     at = np.array([levels(shares, float(alpha))[-1] for alpha in alphas])
     order = np.argsort(at)
-    with np.errstate(divide="ignore"):
-        found = np.exp(
-            np.interp(np.log(np.maximum(p, 1e-300)), np.log(np.maximum(at[order], 1e-300)), known[order])
-        )
-    return np.where(np.isnan(p), np.nan, np.where(np.asarray(p) > at.max(), 1.0, found))
+    return alphas[order], at[order]
 
 
 class _Walk:
-    """A standard Brownian motion that was not above the bounds of the looks before: its density at the last one."""
+    """A standard Brownian motion that was not above the bounds of the looks before: its density at the last one.
 
-    def __init__(self) -> None:
-        self._at = 0.0
+    Args:
+        step: the shortest time between two looks; the points stand half of its standard deviation apart at most.
+    """
+
+    def __init__(self, step: float) -> None:
+        self._at, self._points = 0.0, max(_POINTS, 2 * math.ceil(2 * _FAR / math.sqrt(step)) + 1)
         self._places, self._mass = np.zeros(1), np.ones(1)
 
     def bound(self, at: float, chance: float) -> float:
@@ -101,8 +122,8 @@ class _Walk:
     def go_on(self, at: float, bound: float) -> None:
         """To `at`, where it is not above the bound."""
         width, far = math.sqrt(at - self._at), _FAR * math.sqrt(at)
-        places = np.linspace(-far, bound, _POINTS)
-        weights = np.full(_POINTS, places[1] - places[0])
+        places = np.linspace(-far, bound, self._points)
+        weights = np.full(self._points, places[1] - places[0])
         weights[1:-1:2] *= 4 / 3
         weights[2:-1:2] *= 2 / 3
         weights[[0, -1]] /= 3

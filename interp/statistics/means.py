@@ -35,6 +35,7 @@ from interp.statistics.moments import Moments, sides, summed
 
 MIN_SHOWN = 36
 """Fewer independent examples have no interval and no p."""
+INFINITE = "an example's value is infinite"
 MIN_CARRIERS = 1.3
 """(sum e^2)^2 / sum e^4 of the deviations e: how many examples carry the variation; 1 where one carries it all."""
 SKEW, MORE = 1.25, 0.25
@@ -230,6 +231,6 @@ def _reasons(
     reason[~same & ~(carriers >= MIN_CARRIERS)] = "one example carries nearly all of it"
     reason[same] = "every example has the same value"
     reason[moments.n < fewest] = f"fewer than {fewest} independent examples"
-    reason[infinite] = "an example's value is infinite"
+    reason[infinite] = INFINITE
     reason[moments.n == 0] = "no example has a value"
     return reason

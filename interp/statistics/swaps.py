@@ -36,7 +36,8 @@ def swap_test(
         seed: of them.
 
     Returns:
-        p, at least 1 / (swaps + 1); NaN where a cell has no example.
+        p, at least 1 / (swaps + 1); NaN where a cell has no example, or one whose value is infinite: exchanges of it
+        cannot be compared.
 
     Example:
         >>> done, random = np.full(12, 2.0), np.tile([0.5, -0.5], 6)[None]
@@ -46,7 +47,8 @@ def swap_test(
     given = np.concatenate([np.asarray(done, dtype=np.float64)[None], np.asarray(random, dtype=np.float64)])
     lanes, shape, n_examples = len(given), given.shape[1:-1], given.shape[-1]
     given = given.reshape(lanes, math.prod(shape), n_examples)
-    there = ~np.isnan(given).any(0)
+    infinite = np.asarray(np.isinf(given).any((0, -1)))[:, None]
+    there = ~np.isnan(given).any(0) & ~infinite
     given = np.where(there, given, 0.0)
     unit = (
         np.arange(n_examples) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]

@@ -27,6 +27,17 @@ from interp.statistics import (
 Draw = Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
 
 
+def _exact_change(n: int, gained: float, lost: float) -> tuple[float, float]:
+    """Coverage of `change_interval`, and its mean width, over all tables of n pairs."""
+    tables = np.array([(g, k, n - g - k) for g in range(n + 1) for k in range(n + 1 - g)])
+    chance = stats.multinomial.pmf(tables, n, [gained, lost, 1 - gained - lost])
+    rows = (np.repeat([1.0, -1.0, 0.0], table) for table in tables)
+    found = [change_interval(row, np.zeros(n)) for row in rows]
+    covers = [bool(one.includes(gained - lost)) for one in found]
+    widths = [float(one.high) - float(one.low) for one in found]
+    return float(chance @ covers), float(chance @ widths)
+
+
 @dataclass(frozen=True)
 class Shape:
     """Data whose mean is known; `sparse`: a few of the values carry the mean, so that intervals are wide on purpose."""
@@ -55,6 +66,7 @@ SHAPES = {
     "a tenth carries all": Shape(_tenth, 0.1, sparse=True),
     "a quarter carries all": Shape(_some, 0.25, sparse=True),
 }
+SYMMETRIC = ("normal", "two humps", "heavy tails", "logistic")
 SIZES = (8, 12, 20, 35, 36, 48, 60, 100, 200)
 CLUSTERED = ((40, 5), (100, 3))
 """Clusters and examples in each."""
@@ -154,6 +166,18 @@ def test_the_interval_is_what_the_test_does_not_reject() -> None:
     assert (found.low, found.high) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
 
 
+@pytest.mark.parametrize(
+    ("gained", "lost", "covers", "width"),
+    [(0.3, 0.1, (0.94, 0.96), 1.05), (0.1, 0.02, (0.94, 0.96), 1.15), (0.05, 0.0, (0.95, 0.999), 1.4)],
+)
+def test_changes_of_right_answers_cover_neither_less_nor_more(gained, lost, covers, width) -> None:
+    """Of 60, by all 1,891 tables; the width against that of the normal interval whose spread is known."""
+    hit, wide = _exact_change(60, gained, lost)
+    assert covers[0] <= hit <= covers[1]
+    known = 2 * stats.norm.ppf(0.975) * np.sqrt((gained + lost - (gained - lost) ** 2) / 60)
+    assert 0.9 <= wide / known <= width
+
+
 def test_changes_of_right_answers_cover() -> None:
     rng = np.random.default_rng(0)
     for n in (15, 60, 200):
@@ -161,10 +185,54 @@ def test_changes_of_right_answers_cover() -> None:
             drawn = rng.choice([1.0, -1.0, 0.0], (400, n), p=[gained, lost, 1 - gained - lost])
             hit = np.mean([bool(change_interval(row, np.zeros(n)).includes(gained - lost)) for row in drawn])
             assert hit >= 0.92, (n, gained, lost, hit)
+            few = n * lost < 1  # hardly any answer lost is drawn, if any: wide on purpose, and bounded below
+            assert few or hit <= 0.98 + 2 * np.sqrt(0.05 * 0.95 / 400), (n, gained, lost, hit)
     of, share = np.repeat(np.arange(40), 5), 0.7
     own = stats.beta(share, 1 - share).rvs((400, 40), random_state=1)
     right = (rng.random((400, 200)) < own.repeat(5, axis=1)).astype(float)
     assert 0.92 <= np.mean([bool(share_interval(row, of).includes(share)) for row in right]) <= 0.98
+
+
+SIZES_OF_CLUSTERS = {
+    "equal": (5,) * 40,
+    "few equal": (4,) * 15,
+    "ten large": (20,) * 10 + (1,) * 30,
+    "five large": (30,) * 5 + (1,) * 100,
+    "three large": (20,) * 3 + (2,) * 57,
+    "growing": tuple(range(1, 31)),
+}
+"""In effect 40, 15, 13, 14, 21 and 23 clusters."""
+
+
+def _answers(
+    rng: np.random.Generator, sizes: tuple[int, ...], share: float, correlation: float, draws: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Right or wrong, in clusters whose own shares are drawn (beta) so that answers of one have this correlation."""
+    shape = (draws, len(sizes))
+    if correlation in (0.0, 1.0):
+        own = np.full(shape, share) if correlation == 0 else (rng.random(shape) < share).astype(float)
+    else:
+        scale = (1 - correlation) / correlation
+        own = rng.beta(share * scale, (1 - share) * scale, shape)
+    right = rng.random((draws, sum(sizes))) < own.repeat(sizes, axis=1)
+    return right.astype(float), np.repeat(np.arange(len(sizes)), sizes)
+
+
+@pytest.mark.parametrize("draws", [300, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", SIZES_OF_CLUSTERS)
+def test_shares_in_clusters_of_unequal_sizes_cover(name: str, draws: int) -> None:
+    """With all clusters counted, and the variance between them alone, 50 to 93 % where some are large."""
+    sizes, slack = SIZES_OF_CLUSTERS[name], 2 * np.sqrt(0.05 * 0.95 / draws)
+    rng = np.random.default_rng(len(name))
+    for share in (0.7, 0.9):
+        for correlation in (0.0, 0.3, 0.5, 1.0):
+            rows, of = _answers(rng, sizes, share, correlation, draws)
+            found = [share_interval(row, of) for row in rows]
+            hit = np.mean([bool(one.includes(share)) for one in found])
+            assert np.isfinite([float(one.low) for one in found]).all()
+            assert 0.93 - slack <= hit <= 0.995, (name, share, correlation, hit)
+            if draws > 1000:
+                print(f"share {share} {name:12} correlation {correlation}: covers {hit:6.1%}")
 
 
 def test_claims_on_their_bound_err_as_they_say() -> None:
@@ -173,4 +241,6 @@ def test_claims_on_their_bound_err_as_they_say() -> None:
         for n in (MIN_TESTED, 60):
             values = shape.draw(np.random.default_rng(n), (4000, n)) - shape.mean
             for p in one_sided(values):
+                assert np.isfinite(p).mean() > 0.99, (name, n)
+                assert (p <= 0.05).mean() >= (0.035 if name in SYMMETRIC else 0.005), (name, n)
                 assert (p <= 0.05).mean() <= 0.07 + 0.007, (name, n)

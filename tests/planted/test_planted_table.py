@@ -20,6 +20,8 @@ from interp.planting.table import (
     precision_at,
     ranks,
 )
+from interp.planting.trial import TEST, _scored
+from interp.statistics import MIN_SHOWN, mean_test, sign_flips
 
 NAN = float("nan")
 SCORED = st.lists(
@@ -134,3 +136,15 @@ def test_the_figure_shows_what_the_tables_hold(measured) -> None:
     assert [text.get_text() for text in alone.texts] == ["1.00", "–"]
     assert [text.get_text() for text in nulls.texts] == ["0.50", "–"]
     assert [label.get_text() for label in grid.get_xticklabels()] == ["rl (2)"]
+
+
+def test_a_dozen_prompts_are_tested_for_symmetry_because_no_test_of_the_mean_holds_there() -> None:
+    """All of one sign: 2 of the 2^12 choices of signs lie as far from 0. Skewed about a mean of 0, it errs."""
+    rng = np.random.default_rng(0)
+    effects = rng.exponential(1, (45, 12))
+    found = _scored(effects, tests=True)
+    np.testing.assert_allclose(found["p"], 2 / 2**12, atol=2e-4)  # 2^12 < resamples: exact
+    assert np.isnan(mean_test(effects)).all()
+    skewed = rng.exponential(1, (1000, 12)) - 1.0
+    assert (sign_flips(skewed) <= 0.05).mean() > 0.075  # what `TEST` warns of
+    assert "symmetry about 0, not the mean: that takes 36 prompts" in TEST and MIN_SHOWN == 36

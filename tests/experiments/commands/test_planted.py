@@ -56,6 +56,7 @@ def test_all_files_are_written(section, config) -> None:
     assert found.groupby("kind")["n_pairs"].first().to_dict() == {"rl": 1, "decoys": 1, "named": 1}
     assert set(pd.read_csv(config.out / "planted_null.csv")["kind"]) == {"identical", "noise"}
     assert "3 noise pairs" in found["definition"][0]
+    assert "p < 0.05 of a sign flip test over prompts, which tests symmetry about 0" in found["definition"][0]
     pairs = pd.read_csv(config.out / "planted_pairs.csv")
     plants = pd.read_csv(config.out / "plants.csv", keep_default_na=False)
     assert len(plants) == 3 + 3 + 3 + 2  # noise pairs, and every changed component of every pair

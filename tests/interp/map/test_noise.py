@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 from hooks import FrankenlensError, HookedVLM
 from interp.decision import find_decisions, null_pair_denominator, random_changes
 from interp.map import component_map, noise_cells
+from interp.map.noise import _means
 from interp.pair.pair import weights_sha256
 from interp.prompts import collate
 from tests.interp.decision.test_decision import SETTINGS, examples, made_pair
@@ -53,6 +55,17 @@ def test_noise_pairs_are_recipients_with_noise_and_leave_the_models_alone() -> N
             got = float(noise["noise_effect"].sel(noise_pair=number, reading="same", component=component)[0])
             assert got == pytest.approx(expected, abs=1e-5 * max(1, abs(expected)))
             assert abs(expected) > 1e-3
+
+
+def test_infinite_values_of_either_sign_are_an_infinite_mean() -> None:
+    """+inf and -inf together are no number, which would pass for a cell that no noise pair has."""
+    effect = np.array([[1.0, 2.0, np.nan], [np.inf, -np.inf, 0.0], [np.nan, np.nan, np.nan]])
+    cells = xr.Dataset(
+        {"effect": (("direction", "component", "role", "example"), effect[None, :, None])},
+        coords={"component": ["a", "b", "c"], "role": ["all"]},
+    )
+    found = _means({"same": cells})["means"][0, :, 0]
+    np.testing.assert_array_equal(found, [1.5, np.inf, np.nan])
 
 
 def test_a_noise_pairs_own_decisions_are_selected() -> None:

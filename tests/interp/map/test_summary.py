@@ -88,6 +88,52 @@ def test_a_cell_must_lie_above_all_cells_of_its_kind_in_noise_pairs():
     assert not summarise(effects, noise=unknown).sel(at)["beyond"]  # none is known
 
 
+def test_an_infinite_value_is_not_beyond_control_and_tops_no_ranking():
+    effects = synthetic_map()
+    noise = synthetic_noise(effects)
+    at = {"direction": "rl_to_in", "role": "decision"}
+    before = summarise(effects, noise=noise).sel(at)
+    cells = [f"blocks.6.{one}" for one in ("mlp", "attn.head.1")]
+    assert before["beyond"].sel(component=cells).all()
+    for name, one in (("effect", cells[0]), ("control_random", cells[1])):
+        effects[name].loc[at | {"component": one, "example": effects["example"][3]}] = np.inf
+    for given in (noise, None):
+        found = summarise(effects, noise=given).sel(at)
+        for one in cells:
+            cell = found.sel(component=one)
+            assert not cell["beyond"]
+            assert np.isnan(cell["p_random"]) and np.isnan(cell["margin"])
+            assert str(cell["reason"].values) == "an example's value is infinite"
+        assert not np.isinf(found["margin"]).any()
+    others = [one for one in found["component"].to_numpy() if one not in cells]
+    np.testing.assert_array_equal(
+        summarise(effects, noise=noise).sel(at)["margin"].sel(component=others),
+        before["margin"].sel(component=others),
+    )
+    table = strongest(summarise(effects, noise=noise), "rl_to_in", k=40)
+    assert np.isfinite(table["margin"].iloc[0])
+    assert not (table["component"].isin(cells) & (table["role"] == "decision")).any()
+
+
+def test_a_floor_that_is_infinite_is_none():
+    effects = synthetic_map()
+    noise = synthetic_noise(effects)
+    noise["noise_effect"].loc[
+        {"component": "blocks.0.attn.head.3", "role": "decision", "noise_pair": 0, "reading": "own"}
+    ] = np.inf
+    found = summarise(effects, noise=noise).sel(direction="rl_to_in")
+    heads = found["point"].to_numpy() == "head"
+    at = found.sel(role="decision")
+    for name in ("floor", "margin"):
+        np.testing.assert_array_equal(np.isnan(at[name].to_numpy()[heads]), True)
+    assert set(at["reason"].to_numpy()[heads]) == {"a noise pair's value is infinite"}
+    assert not at["beyond"].to_numpy()[heads].any()
+    elsewhere = summarise(effects, noise=synthetic_noise(effects)).sel(direction="rl_to_in")
+    np.testing.assert_array_equal(
+        at["margin"].to_numpy()[~heads], elsewhere.sel(role="decision")["margin"].to_numpy()[~heads]
+    )
+
+
 def test_whose_change_it_is_stands_in_words(summary):
     for component, words in (
         ("blocks.6.mlp", "as another example's"),

@@ -71,3 +71,14 @@ def test_missing_values_are_left_out_of_both_and_an_empty_cell_has_no_p() -> Non
     assert np.isnan(found[1])
     assert found[0] == pytest.approx(float(swap_test(done[0, 4:], random[:, 0, 4:])), abs=0.03)
     assert swap_test(np.zeros(6), np.zeros((1, 6))) == 1.0
+
+
+def test_a_cell_with_an_infinite_value_has_no_p_and_costs_no_other() -> None:
+    rng = np.random.default_rng(3)
+    done, random = rng.normal(0, 1, (3, 20)), rng.normal(0, 1, (2, 3, 20))
+    alone = swap_test(done[2], random[:, 2])
+    done[0, 4], random[1, 1, 7] = np.inf, -np.inf
+    for clusters in (None, np.arange(20) // 2):
+        found = swap_test(done, random, clusters=clusters)
+        np.testing.assert_array_equal(np.isnan(found), [True, True, False])
+    assert swap_test(done, random)[2] == alone

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given as fed
 from hypothesis import settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from experiments import embedded
 from hooks import FrankenlensError, HookedVLM
@@ -210,7 +211,7 @@ def test_steering_while_generating_equals_plain_hooks_under_hugging_face(planted
 
 def test_dose_response_is_steered_answers_graded_and_paired() -> None:
     pair = Pair.from_pretrained(embedded.path("in"), embedded.path("rl"))
-    examples = sample("sum", 20, 3, "map")
+    examples = sample("sum", 40, 3, "map")
     prompts = [pair.builder.build(example) for example in examples]
     found = differences(pair, prompts, "blocks.6.hook_resid_post", ("prefill",))
     directions = [mean_difference(found, "blocks.6.hook_resid_post")]
@@ -232,9 +233,13 @@ def test_dose_response_is_steered_answers_graded_and_paired() -> None:
     chance = dose["right"].to_numpy()[1:, 1].mean(0)
     change = change_interval(right, clean)
     assert (row["change"], row["change_low"]) == (pytest.approx(change.value), pytest.approx(change.low))
-    assert (row["p"], row["n"], row["left_out"]) == (mcnemar(right, clean).p, 20, 1)
+    assert (row["p"], row["n"], row["left_out"]) == (mcnemar(right, clean).p, 40, 1)
     assert row["above"] == pytest.approx((right - chance[:-1]).mean())
-    assert row["p_above"] == pytest.approx(float(mean_test(right - chance[:-1])), nan_ok=True)
+    above = right - chance[:-1]
+    assert np.std(above) > 0.1  # of so many that the mean has a test
+    assert row["p_above"] == pytest.approx(float(mean_test(above)))
+    t: Any = stats.ttest_1samp(above, 0)
+    assert row["p_above"] == pytest.approx(t.pvalue, rel=0.5)
     assert table.loc[table["draw"] >= 0, "p_corrected"].isna().all()
     figure = plot_dose(table.assign(model="IN"), "all")
     assert len(figure.axes) == 1
