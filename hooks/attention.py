@@ -138,6 +138,8 @@ def hooked_attention(
     given = (module, query, key, value, attention_mask, scaling, dropout, kwargs)
     if IN_FLOAT32 in tap.leaves:
         tap.apply(IN_FLOAT32, _in_float32(tap, *given))
+        # where scores are large, a key of no weight could be hidden or seen wrongly, and nothing would show it
+        tap.apply(IN_FLOAT32, _in_float32(tap, module, torch.zeros_like(query), *given[2:]))
     result: Any = (_dense if tap.dense else _as_the_user_set_it)(tap, *given)
     return tap.on_out("hook_z", result[0]), *result[1:]
 

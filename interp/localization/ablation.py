@@ -10,7 +10,7 @@ halves, heads nor controls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -168,7 +168,8 @@ def ablate(
     right = np.full((len(ablations), len(prompts)), np.nan)
     parsed, fault = right.copy(), np.full(right.shape, "", dtype=object)
     longer = [prompt.with_tokens(ids) for prompt, ids in zip(prompts, traces, strict=True)]
-    pools, number = cache(partial(_pools, vlm, longer, ablations, batch_size, seed)), _numbers(longer)
+    pools = cache(partial(_pools, vlm, longer, ablations, batch_size, seed))
+    numbers = cache(partial(_numbers, longer))
     kept.sort(key=lambda row: len(prompts[row]))
     steps = [kept[i : i + batch_size] for i in range(0, len(kept), batch_size)]
     with tqdm(total=len(steps) * len(ablations), desc="ablate", disable=not progress, delay=1) as bar:
@@ -178,7 +179,8 @@ def ablate(
 
                 def write(ablation: Ablation = ablation, rows: list[int] = some) -> list[list[int]]:
                     whole = collate([prompts[row] for row in rows], "left").to(vlm.device)
-                    pool, owners = pools().get(ablation.hook), [number[row] for row in rows]
+                    pool = pools().get(ablation.hook)
+                    owners = [numbers()[row] for row in rows] if ablation.kind == "resample" else []
                     hooks = ablation_hooks(ablation, whole, pool, owners, seed)
                     return greedy_batch(vlm, whole, max_new_tokens, hooks)
 
@@ -261,29 +263,32 @@ def ablation_hooks(
 def _pools(
     vlm: HookedVLM, prompts: Sequence[Prompt], ablations: Sequence[Ablation], batch_size: int, seed: int
 ) -> dict[str, Pool]:
-    """Clean activations by hook point; each token is owned by its prompt's number (`_numbers`)."""
+    """Clean activations by hook point; those that are resampled are owned by their prompt's number (`_numbers`)."""
     names = list(dict.fromkeys(a.hook for a in ablations if a.kind in ("mean", "resample")))
+    sampled = {a.hook for a in ablations if a.kind == "resample"}
     pools = {name: Pool() for name in names}
-    number = _numbers(prompts) if names else []
+    number = _numbers(prompts) if sampled else []
     for first in range(0, len(prompts) if names else 0, batch_size):
         some = prompts[first : first + batch_size]
         batch = collate(some).to(vlm.device)
         kinds = batch.roles.long()
         for row, prompt in enumerate(some):
             kinds[row, prompt.n_prompt_tokens : len(prompt)] = GENERATED
-        owner = torch.tensor(number[first : first + len(some)], device=kinds.device)
-        rows, keys = owner[:, None].expand_as(kinds), _keys(some, kinds, seed)
+        owned = {}
+        if sampled:
+            owner = torch.tensor(number[first : first + len(some)], device=kinds.device)
+            owned = {"prompts": owner[:, None].expand_as(kinds), "keys": _keys(some, kinds, seed)}
 
         def take(
             activation: Tensor,
             hook: HookContext,
             kinds: Tensor = kinds,
-            rows: Tensor = rows,
-            keys: Tensor = keys,
+            owned: Mapping[str, Tensor] = owned,
         ) -> None:
             for kind in range(GENERATED + 1):
                 here = (kinds == kind).to(activation.device)
-                pools[hook.name].add(kind, activation[here], rows[kinds == kind], keys[kinds == kind])
+                of = {name: one[kinds == kind] for name, one in owned.items() if hook.name in sampled}
+                pools[hook.name].add(kind, activation[here], **of)
 
         vlm.run_with_hooks(batch.inputs, [(name, take) for name in names], use_cache=False)
     return pools

@@ -30,10 +30,10 @@ class Pool:
         self,
         kind: int,
         activations: Float[Tensor, "token ..."],
-        prompts: Int[Tensor, " token"],
-        keys: Float[Tensor, " token"],
+        prompts: Int[Tensor, " token"] | None = None,
+        keys: Float[Tensor, " token"] | None = None,
     ) -> None:
-        """Take in the activations of some tokens of some prompts.
+        """Take in the activations of some tokens of some prompts; without prompts and keys, for their mean alone.
 
         Those of the smallest keys are kept for `sample`, in the order of their keys: where a token's key is random but
         its own, which are kept depends on neither the order nor the batches in which they come.
@@ -43,6 +43,8 @@ class Pool:
         total = activations.detach().double().sum(0).cpu()
         self._sums[kind] = self._sums[kind] + total if kind in self._sums else total
         self._counts[kind] = self._counts.get(kind, 0) + len(activations)
+        if prompts is None or keys is None:
+            return
         some = keys.cpu().argsort(stable=True)[:POOL]
         kept = activations.detach()[some.to(activations.device)].cpu()
         owners, keys = prompts.cpu()[some], keys.cpu()[some]

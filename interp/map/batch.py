@@ -14,7 +14,7 @@ from hooks import HookedVLM
 from interp.map.cells import KINDS, Donor, cells_of, run_cells
 from interp.map.components import Component, cached_names
 from interp.metrics import Metric
-from interp.prompts import Prompt, PromptBatch, collate
+from interp.prompts import Prompt, collate
 from interp.prompts.pairing import PatchBatch
 
 
@@ -23,13 +23,14 @@ class Batch:
     """Prompts that run together, in every direction.
 
     Attributes:
-        others: by model, the rows' partners, and of each row which of them (`interp.prompts.pairing`).
+        others: by model, the rows' partners (`interp.prompts.pairing.beside`); none where nothing is borrowed.
+        partner: of each row, which of all prompts its partner is.
         seeds: of the random directions.
     """
 
     models: Mapping[str, HookedVLM]
     prompts: Mapping[str, Sequence[Prompt]]
-    others: Mapping[str, PromptBatch | None]
+    others: Mapping[str, Sequence[Prompt]]
     partner: Int[Tensor, " row"]
     metric: Metric
     directions: Mapping[str, tuple[str, str]]
@@ -42,9 +43,8 @@ class Batch:
     @property
     def about(self) -> list[list[list[int]]]:
         """The tokens of all prompts, and of their partners."""
-        own = [[list(prompt.ids) for prompt in some] for some in self.prompts.values()]
-        beside = [[list(p.ids) for p in some.prompts] for some in self.others.values() if some is not None]
-        return own + beside
+        beside = [some for some in self.others.values() if some]
+        return [[list(prompt.ids) for prompt in some] for some in [*self.prompts.values(), *beside]]
 
     def run(self) -> dict[str, np.ndarray]:
         """By kind [direction component role row], the random ones [direction draw component role row]; and the ends
@@ -62,7 +62,8 @@ class Batch:
             batch = collate(self.prompts[name]).to(vlm.device)
             ready[name] = PatchBatch(batch, self.metric.reads(batch), self.partner.to(vlm.device))
             names = cached_names(vlm, self.wanted)
-            donors[name] = Donor(vlm, batch, names, self.metric, self.others[name])
+            others = collate(self.others[name]) if self.others[name] else None
+            donors[name] = Donor(vlm, batch, names, self.metric, others)
         for d, (donor, recipient) in enumerate(self.directions.values()):
             ways = (donors[donor], donors[recipient], ready[recipient])
             cells = cells_of(*ways, self.wanted, self.roles, self.kinds, self.seeds)

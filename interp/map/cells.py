@@ -47,7 +47,7 @@ class Donor:
         metric: Metric,
         others: PromptBatch | None = None,
     ) -> None:
-        """Runs the model once, and once more on `others`, the rows' partners (`interp.prompts.pairing.beside`)."""
+        """Runs the model once, and once more on the rows' partners (`interp.prompts.pairing.beside`)."""
         image = bool(batch.with_image.any())
         kept = [name for name in names if image or not of_vision(name)]
         self._others: Mapping[str, Tensor] = {}

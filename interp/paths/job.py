@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
@@ -52,15 +53,22 @@ class Job:
         self.between: Between = between
         _require_aligned(self.prompts, self.given)
         _require_tokens(self.prompts, where)
-        self._partner = partners(self.prompts)
+
+    @cached_property
+    def _partner(self) -> Int[Tensor, " prompt"]:
+        """Worked out for the control alone."""
+        return partners(self.prompts)
 
     def start(self, rows: Sequence[int], in_order: bool = False, others: bool = False) -> PathRun:
         """The clean runs of some prompts, with the donor's on their partners if asked."""
         select = self.metric.select(rows)
         batch = collate([self.prompts[row] for row in rows]).to(self.recipient.device)
         given = collate([self.given[row] for row in rows]).to(self.donor.device)
-        partner = self._partner[list(rows)].to(self.recipient.device)
+        partner = self._partner[list(rows)].to(self.recipient.device) if others else None
         ready = PatchBatch(batch, select.reads(batch), partner)
+        partnered = [
+            beside(some, rows, self._partner) if others else [] for some in (self.given, self.prompts)
+        ]
         here = _tokens(self.where, batch, ready.reads)
         return PathRun(
             self.recipient,
@@ -72,7 +80,7 @@ class Job:
             self.paths,
             self.between,
             in_order,
-            *(beside(some, rows, self._partner) if others else None for some in (self.given, self.prompts)),
+            *(collate(some) if some else None for some in partnered),
         )
 
 

@@ -13,8 +13,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.errors import FrankenlensError
-from interp.prompts.batch import PromptBatch, collate, in_a_strip
+from interp.prompts.batch import PromptBatch, in_a_strip
 from interp.prompts.prompt import Prompt
+
+_CONTENT = "_content"
 
 
 @dataclass(frozen=True)
@@ -132,23 +134,33 @@ def partners(prompts: Sequence[Prompt]) -> Int[Tensor, " prompt"]:
     return found
 
 
-def beside(
-    prompts: Sequence[Prompt], rows: Sequence[int], partner: Int[Tensor, " prompt"]
-) -> PromptBatch | None:
-    """The partners of some rows as a batch that lines up with theirs; rows without one stand there themselves.
+def beside(prompts: Sequence[Prompt], rows: Sequence[int], partner: Int[Tensor, " prompt"]) -> list[Prompt]:
+    """The partners of some rows, which line up with theirs; rows without one stand there themselves.
 
-    None where no row has a partner: there is nothing to run.
+    Empty where no row has a partner: there is nothing to run. Whoever runs them makes a batch of them.
     """
     if not bool((partner[list(rows)] >= 0).any()):
-        return None
+        return []
     chosen = [int(partner[row]) if partner[row] >= 0 else row for row in rows]
-    return collate([prompts[row] for row in chosen])
+    return [prompts[row] for row in chosen]
 
 
 def content(prompt: Prompt) -> str:
-    """SHA-256 of what a prompt gives to the model."""
+    """SHA-256 of what a prompt gives to the model, worked out once, and again if its tensors have changed."""
+    inputs = dict(sorted(prompt.inputs.items()))
+    # tensors that are made in inference mode do not count how often they are written to
+    counted = not any(tensor.is_inference() for tensor in inputs.values())
+    state = [(name, id(tensor), tensor._version) for name, tensor in inputs.items()] if counted else []
+    known, _, digest = prompt.__dict__.get(_CONTENT, ([], {}, ""))
+    if not state or state != known:
+        digest = _sha256(inputs)
+        prompt.__dict__[_CONTENT] = (state, inputs, digest)  # held, so that no other tensor is given their id
+    return digest
+
+
+def _sha256(inputs: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(prompt.inputs.items()):
+    for name, tensor in inputs.items():
         own = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(own.shape)} {own.dtype}".encode())
         digest.update(

@@ -17,6 +17,7 @@ from interp.questions.on_demand import Images
 
 LOOKED_AT = "looked_at"
 CONTENT = "looked_at_content"
+_HASHED = "_hashed"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Example:
     Attributes:
         id: unique within its data set; results are labelled by it.
         images: in the order in which the question refers to them, as `interp.questions.images.as_seen` gives them; a
-            tuple, or what decodes those of a file when they are used (`interp.questions.on_demand`).
+            tuple, or what decodes those of a file when they are used (`interp.questions.on_demand`). Their pixels stay
+            as they are: an example with others is another example (`dataclasses.replace`).
         question: the user's text, without template or image placeholders.
         answer: the reference answer, compared exactly (`interp.questions.tasks.grade`).
         task: name of the task, `""` where there is only one.
@@ -57,6 +59,23 @@ class Example:
         except FrankenlensError as error:
             raise FrankenlensError(f"example {self.id!r}, image {n} cannot be used: {error}") from error
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies hash their own pixels."""
+        return {name: value for name, value in self.__dict__.items() if name != _HASHED}
+
+    def _sha256(self, text: str) -> str:
+        """Of a text and all pixels: megabytes that every analysis asks for several times, hashed once."""
+        images, known = self.__dict__.get(_HASHED, (None, {}))
+        if images is not self.images:
+            known = {}
+            self.__dict__[_HASHED] = (self.images, known)
+        if text not in known:
+            digest = hashlib.sha256(text.encode())
+            for image in self.images:
+                digest.update(repr((image.mode, image.size)).encode() + image.tobytes())
+            known[text] = digest.hexdigest()
+        return known[text]
+
 
 def fingerprint(example: Example) -> str:
     """SHA-256 of what is asked: images, question and answer, whatever the example is called.
@@ -68,10 +87,7 @@ def fingerprint(example: Example) -> str:
         >>> fl.fingerprint(copy) == fl.fingerprint(example)
         True
     """
-    digest = hashlib.sha256(repr((example.question, example.answer)).encode())
-    for image in example.images:
-        digest.update(repr((image.mode, image.size)).encode() + image.tobytes())
-    return digest.hexdigest()
+    return example._sha256(repr((example.question, example.answer)))
 
 
 def cluster_of(example: Example) -> str:
@@ -84,10 +100,7 @@ def cluster_of(example: Example) -> str:
         return f"cluster {example.cluster}"
     if not example.images:
         return f"question {fingerprint(example)[:16]}"
-    digest = hashlib.sha256()
-    for image in example.images:
-        digest.update(repr((image.mode, image.size)).encode() + image.tobytes())
-    return f"images {digest.hexdigest()[:16]}"
+    return f"images {example._sha256('')[:16]}"
 
 
 def clusters_of(dataset: xr.Dataset, dim: str = "example") -> np.ndarray | None:

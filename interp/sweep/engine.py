@@ -20,7 +20,7 @@ from hooks import FrankenlensError, HookedVLM
 from hooks.memory import limit, parse_bytes
 from interp.metrics import Metric
 from interp.metrics.reading import Reading
-from interp.prompts import Prompt, PromptBatch, collate
+from interp.prompts import Prompt, collate
 from interp.prompts.pairing import beside, image_shapes, partners
 from interp.results.lock import locked
 from interp.results.store import Store
@@ -125,7 +125,7 @@ class _Part:
         means: Means,
         max_memory: int | None,
         partner: Int[Tensor, " batch"],
-        others: PromptBatch | None,
+        others: Sequence[Prompt],
     ) -> None:
         self.recipient, self.donor, self.given = recipient, donor, given
         self.interventions, self.max_memory, self.means = interventions, max_memory, means
@@ -211,11 +211,11 @@ class _Part:
 
     def _run_of_others(self) -> Mapping[str, Tensor]:
         names = _cached(self.recipient, self.interventions, ("resample",))
-        if self.others is None or not names:
+        if not self.others or not names:
             return {}
         if not bool(self.batch.with_image.any()):
             names = [name for name in names if not of_vision(name)]
-        inputs = self.others.to(self.recipient.device).inputs
+        inputs = collate(self.others).to(self.recipient.device).inputs
         with torch.no_grad():
             cache = self.recipient.run_with_cache(inputs, names, use_cache=False)[1]
         # a module that is called once an image leaves as many: one behind the other, as an edit of it sees them
@@ -233,7 +233,7 @@ class _Part:
     def _fingerprint(self) -> str:
         """Of everything that the batch's numbers depend on and the sweep's manifest does not name."""
         digest = sha256()
-        for prompt in [*self.batch.prompts, *self.given, *(self.others.prompts if self.others else ())]:
+        for prompt in [*self.batch.prompts, *self.given, *self.others]:
             digest.update(prompt.example.id.encode())
             for name, tensor in sorted(prompt.inputs.items()):
                 digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())

@@ -1,7 +1,10 @@
 """`frankenlens map` on the embedded pair, end to end."""
 
 import csv
+import hashlib
 import json
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,10 +29,37 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def hashed():
+    """The images whose pixels are hashed for fingerprints and clusters, once for each time."""
+    seen = []
+
+    class Counted:
+        def __init__(self, text: bytes) -> None:
+            self._own = hashlib.sha256(text)
+            self.hexdigest = self._own.hexdigest
+
+        def update(self, pixels: bytes) -> None:
+            seen.append(pixels)
+            self._own.update(pixels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("interp.questions.examples.hashlib", SimpleNamespace(sha256=Counted))
+        yield seen
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, hashed):
     folder = tmp_path_factory.mktemp("map")
     COMMAND.run(MapConfig(out=folder, **SMALL))
+    hashed.append(None)  # the run ends here
     return folder
+
+
+def test_a_run_hashes_no_image_twice_for_the_same_thing(out, hashed):
+    """Of each example once with its question (what was looked at), and once without (what hangs together)."""
+    of_the_run = hashed[: hashed.index(None)]
+    assert len(set(of_the_run)) > 1
+    assert max(Counter(of_the_run).values()) <= 2 and len(of_the_run) <= 2 * SMALL["n"]
 
 
 def test_all_four_files_are_written_and_nothing_else(out):

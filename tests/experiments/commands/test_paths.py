@@ -17,6 +17,7 @@ from interp.paths.pair import pair_paths, path_table
 from interp.paths.plots import plot_path_graph, plot_path_map
 from interp.results.files import load_dataset
 from interp.results.page import Section
+from tests.interp.statistics.plain_interval import plain_interval, plain_p
 
 FILES = ["paths.csv", "paths.nc", "paths_graph.png", "paths_map.png", "paths_senders.csv", "report.html"]
 SENDERS = ("blocks.7.mlp", "blocks.8.attn.head.1")
@@ -69,6 +70,37 @@ def test_recoveries_are_ratios_of_sums(made: tuple[Path, Section]) -> None:
         assert np.isnan(row["recovery_low"])  # too few decisions for an interval
     assert path_table(effects.isel(path=[0, 1]), refused="no difference")["recovery"].isna().all()
     assert set(section.tables["paths"]["path"]) == set(effects["path"].to_numpy())
+
+
+def test_intervals_and_ps_of_many_decisions_are_those_of_the_formulas(made: tuple[Path, Section]) -> None:
+    """Of the measured effects of few decisions, drawn out to 96 about 48 images, with noise of each image's own."""
+    effects = load_dataset(made[0] / "paths.nc")
+    rng, n = np.random.default_rng(0), effects.sizes["example"]
+    many = effects.drop_vars("example").isel(example=np.arange(96) % n)
+    many = many.assign_coords(cluster=("example", [f"image {i // 2}" for i in range(96)]))
+    for name in ("direct", "direct_other"):
+        size = float(np.abs(many[name]).mean())
+        many[name] = many[name] + size * rng.gamma(2, 0.5, (*many[name].shape[:-1], 48)).repeat(2, -1)
+    table = path_table(many, refused="")
+    for row in table.to_dict("records"):
+        one = many.sel(direction=row["direction"], path=row["path"])
+        direct, other, clusters = (one[name].to_numpy() for name in ("direct", "direct_other", "cluster"))
+        whole = (one["donor"] - one["recipient"]).to_numpy()
+        for name, expected in (
+            ("direct", plain_interval(direct, None, clusters)),
+            ("recovery", plain_interval(direct, whole, clusters)),
+            ("other_recovery", plain_interval(other, whole, clusters)),
+            ("excess", plain_interval(direct - other, whole, clusters)),
+        ):
+            found = [row[name + end] for end in ("", "_low", "_high")]
+            assert np.isfinite(found).all() and found[1] < found[0] < found[2]
+            np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+        assert 0 < row["p"] == pytest.approx(plain_p(direct, clusters), rel=1e-6)
+    for _, one in table.groupby("direction"):
+        p = one["p"].sort_values().to_numpy()
+        holm = np.minimum(1, np.maximum.accumulate(p * np.arange(len(p), 0, -1)))
+        np.testing.assert_allclose(one["p_corrected"].sort_values(), holm)
+        assert (holm > p).any()
 
 
 def test_whole_effects_are_those_of_the_component_map(made: tuple[Path, Section]) -> None:

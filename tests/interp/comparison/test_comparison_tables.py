@@ -26,6 +26,7 @@ from interp.comparison import (
 from interp.comparison.plots import plot_directions, plot_energy, plot_spectra
 from interp.regions import parse_partition, thirds
 from tests.families import EACH_KIND, redraw, tiny
+from tests.interp.statistics.plain_interval import plain_interval
 
 FOLDERS = (embedded.path("in"), embedded.path("rl"), embedded.path("base"))
 
@@ -221,6 +222,17 @@ def test_trends_are_the_mean_of_the_matrices_at_four_ranks(table) -> None:
     assert row["log_ratio"] < row["random"] and row["n"] == len(some) == 21
     assert np.isnan(row["low"])  # too few matrices for an interval
     assert np.isnan(found.loc[("projector", "rl", 20), "low"])
+    whole = trends(long, ["section"]).set_index(["section", "stage", "rank"])
+    for stage in ("in", "rl"):
+        decoder = table[
+            (table["stage"] == stage) & (table["section"] == "decoder") & table["columns"].notna()
+        ]
+        for rank in (10, 20):
+            row = whole.loc[("decoder", stage, rank)]
+            values = np.array([one[rank - 1] for one in decoder["log_spectrum"]])
+            assert row["n"] == len(values) == 63
+            np.testing.assert_allclose(row[["log_ratio", "low", "high"]].to_list(), plain_interval(values))
+            assert row["low"] < row["log_ratio"] < row["high"] < row["random"]
 
 
 def test_figures_of_an_identical_pair_and_without_base_are_drawn(tmp_path) -> None:

@@ -91,7 +91,8 @@ def test_a_component_from_the_same_model_changes_nothing_at_all(duo) -> None:
     ready = PatchBatch(batch, batch.mask("decision"), partners(prompts))
     run = CleanRun(vlm, batch.inputs)
     metric = LogitDifference(torch.tensor([1, 2]), torch.tensor([5, 6]))
-    own = Donor(vlm, batch, cached_names(vlm, wanted), metric, beside(prompts, [0, 1], partners(prompts)))
+    others = collate(beside(prompts, [0, 1], partners(prompts)))
+    own = Donor(vlm, batch, cached_names(vlm, wanted), metric, others)
     for component in wanted:
         where = None if component.point in BEFORE_THE_DECODER else batch.mask("all")
         edits = [edit for kind in KINDS for edit in edits_of(own, own, component, where, ready, kind)]

@@ -148,15 +148,35 @@ class Duo:
                 "source": source["prompts"][row] if "prompts" in source else None,
             }
             change = self.change(at, prompt, batch.mask(where)[0], **donated)
-            for receiver in receivers[:-1]:
-                change, at = self.passed(prompt, at, change, receiver, mlps_too)
-            last = receivers[-1].split(".")
-            free = f"mlp{last[1]}" if last[-1] == "mlp" else ""
-            logits, seen = self.frozen(prompt, at, change, mlps_too, free)
-            if receivers[-1] != "logits":
-                logits, _ = self.run(prompt, edits=[self.put(prompt, receivers[-1], seen)])
+            logits = self.along(prompt, at, receivers, change, mlps_too)
             found.append(float(metric(logits, batch) - clean))
         return np.array(found)
+
+    def along(
+        self, prompt: Any, at: str, receivers: list[str], change: Tensor, mlps_too: bool = True
+    ) -> Tensor:
+        """Logits when a change of what a component writes goes along a path."""
+        for receiver in receivers[:-1]:
+            change, at = self.passed(prompt, at, change, receiver, mlps_too)
+        last = receivers[-1].split(".")
+        free = f"mlp{last[1]}" if last[-1] == "mlp" else ""
+        logits, seen = self.frozen(prompt, at, change, mlps_too, free)
+        if receivers[-1] == "logits":
+            return logits
+        return self.run(prompt, edits=[self.put(prompt, receivers[-1], seen)])[0]
+
+    def everywhere(self, prompt: Any, at: str, change: Tensor) -> Tensor:
+        """Logits when a change of what a component writes goes wherever it goes."""
+        if at == "embed":
+            handle = self.layers[0].register_forward_pre_hook(_add_to_input(change), with_kwargs=True)
+            try:
+                return self.run(prompt)[0]
+            finally:
+                handle.remove()
+        kind, number = at.split(".")[2], int(at.split(".")[1])
+        module = self.layers[number].mlp if kind == "mlp" else self.layers[number].self_attn
+        clean = self.run(prompt)[1][f"{kind}{number}"]
+        return self.run(prompt, edits=[(module, _set(clean + change))])[0]
 
     def put(self, prompt: Any, receiver: str, seen: dict[str, Tensor]) -> Any:
         """The edit that writes a receiver's recorded output into a run, into one head only where it is a head's."""
@@ -359,7 +379,7 @@ def test_the_control_takes_the_change_of_the_partner() -> None:
     alike = [pair.prompts[0], pair.swapped[0]]  # same words, other images
     metric = LogitDifference(torch.tensor([30, 30]), torch.tensor([40, 40]))
     settings: Any = dict(donor=pair.donor, progress=False)
-    got = path_effects(pair.recipient, alike, metric, PATHS, **settings)
+    got = path_effects(pair.recipient, alike, metric, [*PATHS, *CHAINS], **settings)
     parsed = [Path.parse(path) for path in PATHS]
     run = Job(pair.recipient, alike, metric, parsed, pair.donor, None, "all", "frozen").start(
         [0, 1], others=True
@@ -379,7 +399,21 @@ def test_the_control_takes_the_change_of_the_partner() -> None:
         assert (run.sent(senders[name]) - expected).abs().max() > 100 * pair.tolerance
     for name in ("direct", "whole"):
         assert np.abs(got[f"{name}_other"] - got[name]).max() > 100 * pair.tolerance
-    single = path_effects(pair.recipient, alike, metric, PATHS, batch_size=1, **settings)
+    for row, prompt in enumerate(alike):
+        one = metric.select([row])
+        clean, mask = one(pair.run(prompt)[0], collate([prompt])), torch.ones(len(prompt))
+
+        def moved(logits: Tensor, one: Any = one, clean: Tensor = clean, prompt: Any = prompt) -> float:
+            return float(one(logits, collate([prompt])) - clean)
+
+        for path in [*PATHS, *CHAINS]:
+            sender, *receivers = path.split(" -> ")
+            change = pair.change(sender, alike[1 - row], mask, pair.donor.model)
+            expected = moved(pair.along(prompt, sender, receivers, change))
+            assert abs(float(got["direct_other"].sel(path=path)[row]) - expected) <= pair.tolerance
+            expected = moved(pair.everywhere(prompt, sender, change))
+            assert abs(float(got["whole_other"].sel(sender=sender)[row]) - expected) <= pair.tolerance
+    single = path_effects(pair.recipient, alike, metric, [*PATHS, *CHAINS], batch_size=1, **settings)
     for name in ("direct_other", "whole_other"):
         assert np.abs(single[name] - got[name]).max() <= pair.tolerance
     alone = path_effects(pair.recipient, pair.prompts[:1], pair.metric.select([0]), PATHS[:2], **settings)
