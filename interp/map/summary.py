@@ -212,8 +212,12 @@ def strongest(
         control_self.
 
     Raises:
-        FrankenlensError: the direction is not in the map.
+        FrankenlensError: the direction is not in the map, or what is read of its cells is not.
     """
+    if missing := [name for name in READ_OF_CELLS if name not in summary]:
+        raise FrankenlensError(
+            f"The map's cells have no {', '.join(missing)}: it is no summary, or an older one; make it again."
+        )
     known = [str(name) for name in summary["direction"].to_numpy()]
     if direction not in known:
         hint = nearest(direction, known)
@@ -227,7 +231,7 @@ def strongest(
         *(["floor"] if "floor" in one else []),
         *(["control_self"] if "control_self" in one and one["control_self"].ndim else []),
     ]
-    ranked = "effect_mean" if summary.attrs["refused"] else "recovery"
+    ranked = "effect_mean" if summary.attrs.get("refused") else "recovery"
     table = one[columns].to_dataframe().reset_index().dropna(subset=[ranked])
     table["whole"] = table["role"] == "all"
     best = (

@@ -85,6 +85,29 @@ def test_a_field_of_the_data_says_what_hangs_together(tmp_path: Path) -> None:
         require_sound(parsed("--cluster", "scene"))
 
 
+def test_a_cluster_that_is_named_twice_is_named_once(tmp_path: Path) -> None:
+    asked = [{"question": f"{i} + 1?", "answer": str(i + 1), "a": "x", "b": str(i)} for i in range(2)]
+    data = ["--data", _rows(tmp_path / "rows.jsonl", asked)]
+    with pytest.raises(
+        FrankenlensError, match=r"--fields cluster='a' and --cluster 'b' name two fields; give one"
+    ):
+        require_sound(parsed(*data, "--fields", "cluster=a", "--cluster", "b"))
+    for given in (["--fields", "cluster=a"], ["--cluster", "a"], ["--fields", "cluster=a", "--cluster", "a"]):
+        config = parsed(*data, *given)
+        require_sound(config)
+        assert {cluster_of(one) for one in load_questions(config).examples} == {"cluster x"}
+
+
+@pytest.mark.parametrize("given", [["--images-anywhere"], ["--max-pixels", "1000"]])
+def test_what_is_said_of_the_images_of_data_needs_data(given: list[str], tmp_path: Path) -> None:
+    with pytest.raises(
+        FrankenlensError, match=rf"^{given[0]} is of the images of --data; give --data as well"
+    ):
+        require_sound(parsed(*given))
+    data = _rows(tmp_path / "rows.jsonl", [{"question": "1 + 1?", "answer": "2"}])
+    require_sound(parsed("--data", data, *given))
+
+
 def test_a_question_under_several_ids_is_asked_once(tmp_path: Path) -> None:
     row = {"question": "1 + 1?", "answer": "2"}
     data = _rows(tmp_path / "rows.jsonl", [{**row, "id": i} for i in range(4)])

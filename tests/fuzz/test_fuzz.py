@@ -1,4 +1,4 @@
-"""No raw error and nothing that takes a second: addresses, hooks, interventions, grafts, sizes, rows, claims, graders.
+"""No raw error and nothing that takes a second: addresses, hooks, grafts, sizes, rows, claims, ledgers, graders.
 
 A few inputs of each kind in the default suite; `make fuzz` tries 2,000 (and FUZZ=N any number).
 """
@@ -6,6 +6,7 @@ A few inputs of each kind in the default suite; `make fuzz` tries 2,000 (and FUZ
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,8 @@ from experiments.settings import require_sound
 from hooks import Address, HookedVLM
 from hooks.memory import parse_bytes
 from interp.hypotheses import Claim, Family, read_claims
-from interp.questions import Example
+from interp.hypotheses.ledger import Ledger
+from interp.questions import Example, fingerprint
 from interp.questions.grading import GRADERS, Grade, judge
 from interp.questions.grading.mathematics import TIMEOUT
 from interp.questions.readers import read_jsonl
@@ -193,7 +195,10 @@ yaml_values = st.one_of(
 claims = st.lists(
     st.dictionaries(
         st.sampled_from(
-            ["name", "component", "at_least", "at_most", "role", "alpha", "body", "found_on", "x", "expected"]
+            [
+                *("name", "component", "at_least", "at_most", "role", "alpha", "body", "found_on", "x"),
+                *("expected", "n_max"),
+            ]
         ),
         yaml_values,
         max_size=6,
@@ -205,7 +210,7 @@ claims = st.lists(
 @fuzzed
 @given(
     st.one_of(raw.map(lambda one: one), claims),
-    st.dictionaries(st.sampled_from(["alpha", "found_on"]), yaml_values),
+    st.dictionaries(st.sampled_from(["alpha", "found_on", "n_max"]), yaml_values),
 )
 def test_claims_files(tmp_path_factory: pytest.TempPathFactory, some: Any, head: dict[str, str]) -> None:
     path = tmp_path_factory.mktemp("claims") / "a.claims.yaml"
@@ -245,7 +250,53 @@ def test_claims(data: st.DataObject) -> None:
         data.draw(st.one_of(st.just("blocks.0"), anything)),
     )
     found = answered(lambda: Claim(name, component, **values))
+    n_max = data.draw(st.one_of(st.none(), numbers, anything))
     answered(lambda: Family("f", (found,) if found else data.draw(anything), data.draw(anything)))
+    family = answered(lambda: Family("f", (CLAIM,), n_max=n_max))
+    assert family is None or n_max is None or 1 <= family.n_max < 2**53
+
+
+CLAIM = Claim("a", "blocks.0", at_least=0.2)
+ASKED = (Example("1", (), "q", "2"), Example("2", (), "r", "3"))
+PROMPTS = [[], [fingerprint(one) for one in ASKED], [fingerprint(ASKED[0])], ["another"]]
+
+
+def a_look() -> dict[str, Any]:
+    """As it is written, of other prompts."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "looks.jsonl"
+        Ledger(path).write("p", Family("f", (CLAIM,)), {"a": CLAIM}, ASKED[:1], {"a": "refuted"})
+        return json.loads(path.read_text())
+
+
+LOOK = a_look()
+looks = st.tuples(
+    st.dictionaries(
+        st.sampled_from(list(LOOK)),
+        st.one_of(json_values, st.sampled_from([*PROMPTS, "p", "supported", 0.2, 1, 2, 40, 10**400])),
+        max_size=3,
+    ),
+    st.lists(st.sampled_from([name for name in LOOK if name != "n_max"]), max_size=1),
+).map(
+    lambda one: json.dumps({k: v for k, v in (LOOK | one[0]).items() if k not in one[1]}).encode(
+        "utf-8", "replace"
+    )
+)
+
+
+@fuzzed
+@given(st.lists(st.one_of(raw, looks), max_size=4), st.one_of(st.none(), st.integers(1, 40)))
+def test_ledgers(tmp_path_factory: pytest.TempPathFactory, some: list[bytes], n_max: int | None) -> None:
+    path = tmp_path_factory.mktemp("looks") / "looks.jsonl"
+    path.write_bytes(b"\n".join([*some, b""]))
+    ledger = answered(lambda: Ledger(path))
+    if ledger is None:
+        return
+    given_ = ("p", Family("f", (CLAIM,), n_max=n_max), {"a": CLAIM}, ASKED)
+    found = answered(lambda: ledger.looks(*given_))
+    assert found is None or (found["a"].number >= 1 and all(share > 0 for share in found["a"].shares))
+    answered(lambda: ledger.write(*given_, {"a": "supported"}))
+    assert answered(lambda: Ledger(path)) is not None
 
 
 @fuzzed

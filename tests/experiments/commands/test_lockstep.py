@@ -10,14 +10,16 @@ import pytest
 from experiments import embedded
 from experiments.cli import main
 from experiments.commands import map as map_command
-from experiments.commands.lockstep import COMMAND, LockstepConfig
+from experiments.commands.lockstep import COMMAND, LockstepConfig, _map
 from experiments.commands.map import MapConfig
 from experiments.settings import load_examples
 from hooks.errors import FrankenlensError
 from interp.lockstep import Moved, lockstep
+from interp.map.summary import READ_OF_CELLS, summarise
 from interp.pair.pair import Pair
 from interp.questions.tasks import grade
-from interp.results.files import load_dataset
+from interp.results.files import load_dataset, provenance, save_dataset
+from tests.interp.map.synthetic import synthetic_map
 
 SMALL: dict[str, Any] = {"n": 32, "batch_size": 32, "max_new_tokens": 16, "n_random": 1}
 
@@ -97,6 +99,26 @@ def test_components_of_a_map_are_confirmed_on_questions_it_did_not_look_at(tmp_p
     with pytest.raises(FrankenlensError, match="all 16 questions were looked at"):
         COMMAND.run(LockstepConfig(out=tmp_path / "none", **{**config, "n": 16}))
     assert not list((tmp_path / "none").glob("*"))
+
+
+@pytest.mark.parametrize("missing", [*READ_OF_CELLS, "point"])
+def test_an_older_map_is_refused_by_what_it_lacks(tmp_path, missing):
+    summary = summarise(synthetic_map(layers=3, heads=2, vision=1)).drop_vars(missing)
+    save_dataset(summary, tmp_path / "map.nc", provenance({}, {}, {}, {}))
+    with pytest.raises(
+        FrankenlensError, match=rf"map.nc has no {missing} \[.*no result of `frankenlens map`"
+    ):
+        _map(tmp_path / "map.nc")
+
+
+def test_a_map_that_does_not_say_whether_recoveries_are_refused_is_none(tmp_path):
+    summary = summarise(synthetic_map(layers=3, heads=2, vision=1))
+    save_dataset(summary, tmp_path / "map.nc", provenance({}, {}, {}, {}))
+    assert set(_map(tmp_path / "map.nc").data_vars) == set(summary.data_vars)
+    del summary.attrs["refused"]
+    save_dataset(summary, tmp_path / "older.nc", provenance({}, {}, {}, {}))
+    with pytest.raises(FrankenlensError, match="older.nc is no result of `frankenlens map`"):
+        _map(tmp_path / "older.nc")
 
 
 def test_mistakes_are_one_error_each(tmp_path, capsys):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hooks.errors import FrankenlensError
-from interp.map.summary import cell_table, in_words, strongest, summarise
+from interp.map.summary import READ_OF_CELLS, cell_table, in_words, strongest, summarise
 from interp.statistics import mean_interval
 from tests.interp.map.synthetic import synthetic_map, synthetic_noise
 
@@ -30,6 +30,14 @@ def test_the_missing_role_of_an_example_is_left_out_of_both_sums(summary):
     assert int(one["n"]) == kept.sum() == 38
     gap = (summary["donor"] - summary["recipient"]).sel(direction="rl_to_in").to_numpy()
     assert float(one["recovery"]) == pytest.approx(float(one["effect"].sum()) / gap[kept].sum())
+
+
+@pytest.mark.parametrize("missing", READ_OF_CELLS)
+def test_a_map_without_what_is_read_of_its_cells_is_refused_by_name(summary, missing):
+    with pytest.raises(FrankenlensError, match=f"cells have no {missing}: .* an older one; make it again"):
+        strongest(summary.drop_vars(missing), "rl_to_in")
+    with pytest.raises(FrankenlensError, match="cells have no effect_mean, effect_mean_low, .*margin"):
+        strongest(synthetic_map(), "rl_to_in")
 
 
 def test_a_role_that_is_empty_throughout_has_n_0_and_no_value(summary):

@@ -16,6 +16,7 @@ from PIL import Image
 from experiments.commands.map import COMMAND, MapConfig
 from experiments.settings import DataSettings, load_examples, require_sound
 from hooks.errors import FrankenlensError
+from interp.questions.examples import cluster_of
 from interp.questions.readers import Fields, read_jsonl
 
 ROWS = [
@@ -210,6 +211,21 @@ def test_rows_of_a_csv_file(tmp_path):
         (3, "5 cells under 4 columns"),
         (4, "the field 'answer' must hold text, found None"),
     ]
+
+
+def test_a_column_without_a_name_says_nothing_of_clusters(tmp_path):
+    """What pandas writes in front, an index: rows about one image hang together all the same."""
+    other = IMAGE.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for name, image in (("a.png", IMAGE), ("b.png", other)):
+        image.save(tmp_path / name)
+    asked = [{"question": f"how many {i} ?", "answer": "3", "image": f"{'aab'[i]}.png"} for i in range(3)]
+    for index in (True, False):
+        pd.DataFrame(asked).to_csv(tmp_path / "d.csv", index=index)
+        assert (tmp_path / "d.csv").read_text().startswith(",question" if index else "question")
+        examples, report = read_jsonl(tmp_path / "d.csv")
+        assert not report.failures and [one.cluster for one in examples] == ["", "", ""]
+        first, second, third = map(cluster_of, examples)
+        assert first == second != third and first.startswith("images ") and third.startswith("images ")
 
 
 def test_names_of_fields_on_the_command_line(tmp_path):

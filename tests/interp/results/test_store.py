@@ -143,6 +143,27 @@ def test_damaged_records_are_never_believed(tmp_path: Path) -> None:
         assert found == {"right": [1.0, None], "why": ["", "x"]} or (found is None and len(said) == 1)
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
+def test_a_record_that_may_not_be_read_is_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    write_record(path, [1])
+    path.chmod(0)
+    with pytest.raises(FrankenlensError, match=r"Cannot read .*record.json: Permission denied"):
+        read_record(path)
+
+
+def test_a_record_that_cannot_be_read_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "record.json"
+    write_record(path, [1])
+
+    def failing(self: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(FrankenlensError, match=rf"Cannot read .*record.json: {os.strerror(errno.EIO)}"):
+        read_record(path)
+
+
 @pytest.fixture(scope="module")
 def result() -> xr.Dataset:
     rng = np.random.default_rng(0)
