@@ -32,7 +32,7 @@ def share_interval(
     as one. The variance is the larger of the one between clusters and the one that the intraclass correlation gives
     (by analysis of variance: Fleiss, Statistical Methods for Rates and Proportions, 1981): where a few clusters are
     large, the first is too small as soon as these happen to agree. Sizes from equal to 5 of 30 beside 100 of 1,
-    correlations from 0 to 1, shares .7 and .9: 94 to 99 %; by the first variance alone, all clusters counted, 50 to 97.
+    correlations from 0 to 1, shares .7 and .9: 93 to 99 %; by the first variance alone, all clusters counted, 50 to 97.
 
     Example:
         >>> share = fl.statistics.share_interval(np.array([1, 1, 1, 1, 1, 1, 1, 1, 1, 0]))
