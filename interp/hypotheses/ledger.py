@@ -226,6 +226,7 @@ def _is_look(one: Any) -> bool:
         and one.get("correction") in STRICTEST_FIRST
         and isinstance(prompts, list)
         and all(isinstance(prompt, str) for prompt in prompts)
+        and "n_max" in one
         and (n_max is None or _is_number(n_max))
     )
 

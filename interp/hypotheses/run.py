@@ -91,7 +91,9 @@ def put_to_test(
     if weights[0] == weights[1]:
         verdicts = judge(family, claims, {}, origin, dict.fromkeys(claims, SAME))
         return Outcome(tuple(verdicts), tuple(examples), None, {}, left_out)
-    looks = None if ledger is None else ledger.looks(" ".join(weights), family, claims, examples)
+    # what was found on these very prompts is no test of it, and confirms nothing later
+    tests = {name: claim for name, claim in claims.items() if origin[name] != "exploratory"}
+    looks = None if ledger is None else ledger.looks(" ".join(weights), family, tests, examples)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     decisions, refused = None, {}
     needing = [claim for claim in claims.values() if claim.quantity != "accuracy"]
@@ -110,6 +112,6 @@ def put_to_test(
     found = judge(family, claims, measured, origin, refused, clusters=clusters, looks=looks, seed=seed)
     verdicts = [replace(one, population=population_of(examples)) for one in found]
     if ledger is not None:
-        said = {one.claim.name: one.verdict for one in verdicts}
-        ledger.write(" ".join(weights), family, claims, examples, said)
+        said = {one.claim.name: one.verdict for one in verdicts if one.claim.name in tests}
+        ledger.write(" ".join(weights), family, tests, examples, said)
     return Outcome(tuple(verdicts), tuple(examples), decisions, measured, left_out)

@@ -276,7 +276,7 @@ looks = st.tuples(
         st.one_of(json_values, st.sampled_from([*PROMPTS, "p", "supported", 0.2, 1, 2, 40, 10**400])),
         max_size=3,
     ),
-    st.lists(st.sampled_from([name for name in LOOK if name != "n_max"]), max_size=1),
+    st.lists(st.sampled_from(list(LOOK)), max_size=1),
 ).map(
     lambda one: json.dumps({k: v for k, v in (LOOK | one[0]).items() if k not in one[1]}).encode(
         "utf-8", "replace"

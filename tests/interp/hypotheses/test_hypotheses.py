@@ -17,6 +17,7 @@ from interp.decision import find_decisions
 from interp.hypotheses import (
     Claim,
     Family,
+    Ledger,
     Measured,
     fingerprint,
     judge,
@@ -457,6 +458,21 @@ def test_a_real_plant_the_whole_decoder_is_found_and_a_null_head_is_not(pair, he
     assert [v.verdict for v in outcome.verdicts] == ["supported", "refuted", "refuted"]
     assert by_name["everything"].control_says == "beyond control"
     assert all(torch.equal(tensor, before[name]) for name, tensor in pair.in_.model.state_dict().items())
+
+
+def test_a_look_at_the_prompts_that_a_claim_was_found_on_is_no_test_of_it(pair, held_out, tmp_path) -> None:
+    found_on, fresh = held_out, sample("sum", 20, seed=12, split="map")
+    claim = _claim(
+        component=("blocks.0-8", "embed"), body="weights", found_on=frozenset(e.id for e in found_on)
+    )
+    family, ledger = Family("f", (claim,), decision="first"), tmp_path / "looks.jsonl"
+    settings = {"max_new_tokens": 48, "progress": False, "allow_reuse": True}
+    (seen,) = put_to_test(pair, family, found_on, ledger=Ledger(ledger), **settings).verdicts
+    assert (seen.verdict, seen.origin) == ("supported", "exploratory")
+    assert not ledger.exists()
+    (test,) = put_to_test(pair, family, fresh, ledger=Ledger(ledger), **settings).verdicts
+    assert (test.look, test.origin) == (1, "held out")
+    assert len(ledger.read_text().splitlines()) == 1
 
 
 def test_an_identical_pair_supports_nothing(pair, held_out) -> None:
