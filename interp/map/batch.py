@@ -6,16 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import HookedVLM
+from hooks.batches import fitting, forward_bytes, logits_bytes
+from hooks.memory import point_bytes
 from interp.map.cells import KINDS, Donor, cells_of, run_cells
 from interp.map.components import Component, cached_names
 from interp.metrics import Metric
 from interp.prompts import Prompt, collate
 from interp.prompts.pairing import PatchBatch
+from interp.sweep.batch import stored_bytes
 
 
 @dataclass(frozen=True)
@@ -73,3 +77,36 @@ class Batch:
                 found[cell.kind][(d, *draw, cell.component, cell.role)] = values
             ends[0, d], ends[1, d] = donors[recipient].metric, donors[donor].metric
         return {**found, "ends": ends}
+
+
+def rows_at_once(
+    models: Mapping[str, HookedVLM],
+    wanted: Sequence[Component],
+    width: int,
+    kinds: Sequence[str],
+    batch_size: int,
+) -> int:
+    """Prompts that run together: `batch_size`, or as many as there is memory for.
+
+    Of each the activations of both models are kept (those on its partner too, where that is a control), and the
+    streams, keys and values that the recipient is taken up at.
+
+    Args:
+        models: of the pair.
+        wanted: what is patched.
+        width: tokens of the longest prompt.
+        kinds: what takes an activation's place.
+        batch_size: at most.
+
+    Raises:
+        FrankenlensError: there is no memory for one prompt.
+    """
+    tokens = {"input_ids": torch.empty(1, width, device="meta")}
+    sizes = []
+    for vlm in models.values():
+        points = (vlm.hook_points[name] for name in cached_names(vlm, wanted))
+        cached = sum(point_bytes(vlm, point, tokens) for point in points)
+        cached *= len(models) * (2 if "other" in kinds else 1)
+        of_row = cached + stored_bytes(vlm, width) + 2 * forward_bytes(vlm, width)
+        sizes.append(fitting(vlm, batch_size, of_row, "a map", logits_bytes(vlm, width)))
+    return min(sizes)

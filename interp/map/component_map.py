@@ -15,7 +15,8 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from interp.map.batch import Batch
+from hooks.batches import in_parts
+from interp.map.batch import Batch, rows_at_once
 from interp.map.cells import KINDS
 from interp.map.components import (
     BEFORE_THE_DECODER,
@@ -203,19 +204,21 @@ def _map(
     }
     ends = np.full((2, len(directions), len(first)), np.nan)
     seeds = range(seed, seed + n_random)
-    total = _n_runs(wanted, roles, kinds, n_random) * len(directions) * -(-len(first) // batch_size)
+    size = rows_at_once(models, wanted, max(map(len, first)), kinds, batch_size)
+    total = _n_runs(wanted, roles, kinds, n_random) * len(directions) * -(-len(first) // size)
     # all directions go between the same two models, whose prompts line up
     _, recipient = next(iter(directions.values()))
     partner = partners(prompts[recipient]) if "other" in kinds else torch.full((len(first),), -1)
     with tqdm(total=total, desc="patching", unit="run", disable=not progress) as bar:
-        for number, rows in enumerate(batches_of(first, batch_size)):
+
+        def measure(rows: Sequence[int]) -> dict[str, np.ndarray]:
             some = {name: [own[i] for i in rows] for name, own in prompts.items()}
             others = {name: beside(own, rows, partner) for name, own in prompts.items()}
             job = Batch(
                 models,
                 some,
                 others,
-                partner[rows],
+                partner[list(rows)],
                 metric.select(rows),
                 directions,
                 wanted,
@@ -227,10 +230,13 @@ def _map(
             of = fingerprint(
                 [one.name for one in wanted], roles, list(directions), list(kinds), list(seeds), job.about
             )
-            found = part(keep, f"map-{number:06d}", job.run, of)
-            for kind in KINDS:
-                kept[kind][..., rows] = found[kind]
-            ends[..., rows] = found["ends"]
+            return part(keep, f"map-{rows[0]:06d}-{len(rows)}", job.run, of)
+
+        for batch in batches_of(first, size):
+            for rows, found in in_parts(batch, size, measure):
+                for kind in KINDS:
+                    kept[kind][..., rows] = found[kind]
+                ends[..., rows] = found["ends"]
         bar.total = bar.n  # roles that no row of a batch has are not run
         bar.refresh()
     found = _dataset(kept, ends, list(directions), wanted, roles, [p.example for p in first], metric)

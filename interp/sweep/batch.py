@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.batches import at_once
+from hooks.batches import at_once, item_bytes
 from hooks.weights import d_mlp
 from interp.metrics.logits import Logits
 from interp.metrics.reading import Reading
@@ -182,13 +182,10 @@ class BatchSweep:
     def _storage_estimate(self) -> int:
         """Streams, keys and values (kept as they are read and as they are used), and what single edits start from."""
         rows, width = self.batch.roles.shape
-        a_layer = 2 * self.vlm.d_model + 4 * max(
-            block.n_kv_heads * block.d_head for block in self.vlm.anatomy.text.blocks
-        )
         edits = [edit for edits in self.interventions for edit in edits]
         names = {*self._names, *needed_names(edits, self.vlm)}
         further = sum(self._floats(name) for name in names if not of_vision(name))
-        return rows * width * (a_layer * len(self.vlm.anatomy.text.blocks) + further) * self._item
+        return rows * (stored_bytes(self.vlm, width) + width * further * self._item)
 
     def _floats(self, name: str) -> int:
         """Per token."""
@@ -245,3 +242,10 @@ class BatchSweep:
                 f"{len(self.batch)} prompts of {self.batch.roles.shape[1]} tokens, which takes about "
                 f"{least / 2**20:.0f} MiB; give more, or a smaller batch_size"
             )
+
+
+def stored_bytes(vlm: HookedVLM, width: int) -> int:
+    """What a row of so many tokens leaves to be taken up at: streams, keys and values, as read and as they are used."""
+    blocks = vlm.anatomy.text.blocks
+    a_layer = 2 * vlm.d_model + 4 * max((block.n_kv_heads * block.d_head for block in blocks), default=0)
+    return width * a_layer * len(blocks) * item_bytes(vlm)
