@@ -1,6 +1,7 @@
 """A pair with the vocabulary of real models, 151,936 words, and next to nothing else, so that it alone shows.
 
-Run as `python -m tests.real_size CHOICE N_TRACES N_TOKENS`: peak memory of `find_decisions` over the models' own.
+Run as `python -m tests.real_size WHAT N_TRACES N_TOKENS` with a choice of decisions, "map" or "map-first": the peak
+of main memory over the models' own, of `find_decisions` or of a map, under `memory_limit(LIMIT)` where LIMIT is set.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from experiments import embedded
 from hooks import HookedVLM
+from hooks.memory import memory_limit
 from hooks.processors import load_processor
+from interp.decision import find_decisions
+from interp.map import component_map
 from interp.pair.pair import Pair
+from interp.questions.tasks import sample
 
 N_WORDS = 151_936
 
@@ -109,18 +114,25 @@ def _status(name: str) -> int:
 
 
 def main() -> None:
-    """Prints the peak of `find_decisions`, in bytes, and what it found."""
-    from interp.decision import find_decisions
-    from interp.questions.tasks import sample
-
-    choice, n_traces, n_tokens = sys.argv[1], *map(int, sys.argv[2:4])
+    """Prints the peak of `find_decisions`, or of a map on its decisions, in bytes, and what was found."""
+    what, n_traces, n_tokens = sys.argv[1], *map(int, sys.argv[2:4])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     pair = real_words()
     examples = sample("sum", n_traces, seed=0, split="map")
-    with peak() as found:
-        decisions = find_decisions(pair, examples, choice, max_new_tokens=n_tokens, batch_size=n_traces)
+    choice = {"map": "soft", "map-first": "first"}.get(what, what)
+    with peak() as found, memory_limit(os.environ.get("LIMIT")):
+        decisions = find_decisions(
+            pair, examples, choice, max_new_tokens=n_tokens, batch_size=min(n_traces, 32)
+        )
     told = {"peak": found.most, "n": len(decisions), "steps": [len(t.trace_ids) for t in decisions.rl_traces]}
-    print(json.dumps(told | {"denominator": float((decisions.rl_values - decisions.in_values).mean())}))
+    told |= {"denominator": float((decisions.rl_values - decisions.in_values).mean())}
+    if choice != what:
+        with peak() as found, memory_limit(os.environ.get("LIMIT")):
+            effects = component_map(
+                pair, decisions, points=("attn_out", "mlp_out"), roles=["all", "decision"]
+            )
+        told |= {"peak": found.most, "largest": float(abs(effects["effect"]).max())}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":
