@@ -160,7 +160,8 @@ def bench_of(command: Command, config: Any, settings: PlanSettings) -> Bench:
     vlm = weightless(checkpoints(config)[0], config.dtype, settings.on)
     if settings.tokens is not None:
         n = config.n
-        prompts = stated(min(n, SAMPLE), settings.tokens, settings.image_tokens)
+        some = min(n, SAMPLE, max(2, config.batch_size))  # they are all alike
+        prompts = stated(some, settings.tokens, settings.image_tokens)
         return Bench(settings, config, vlm, (), prompts, n)
     examples = list(getattr(command.load(config), "examples", ()))
     if not examples:
@@ -201,7 +202,9 @@ def _plan(name: str, command: Command, bench: Bench) -> Plan:
 
 def _assumed(bench: Bench) -> list[str]:
     own, asked = bench.settings, bench.workload
-    told = [f"{asked.n:,} prompts like the {len(asked.prompts)} at hand, traces of {asked.trace_tokens} tokens"]
+    told = [
+        f"{asked.n:,} prompts like the {len(asked.prompts)} at hand, traces of {asked.trace_tokens} tokens"
+    ]
     if hasattr(bench.config, "decision"):
         told.append(f"{own.decided:.0%} of them have a decision, at {own.decided_at:.0%} of the trace")
     if getattr(bench.config, "decision", None) == "decisive":

@@ -10,6 +10,7 @@ from interp.plan.maps import MapPlan
 from interp.plan.prompts import Workload
 from interp.plan.runs import Reads, Runs, of_decision, of_trace
 from interp.plan.work import Work, together
+from interp.prompts import Prompt
 
 
 def reads_of(choice: str) -> Reads:
@@ -59,7 +60,7 @@ def noise_maps(runs: Runs, planned: MapPlan, asked: Workload, choice: str) -> Wo
     return _with_weights(work, runs, scales=False)
 
 
-def _decided(asked: Workload, choice: str):  # noqa: ANN202
+def _decided(asked: Workload, choice: str) -> list[Prompt]:
     return asked.traces if choice == "soft" else asked.cut
 
 

@@ -43,7 +43,7 @@ def _product(one: torch.Tensor) -> None:
     (one @ one)[0, 0].item()
 
 
-def amount(n: float, unit: str, base: int = 1000) -> str:
+def amount(n: int | float, unit: str, base: int = 1000) -> str:
     """A number with the unit that suits it: 3.2 GiB, 41 TFLOP."""
     letters = ["", *_STEPS]
     step = 0
@@ -54,7 +54,7 @@ def amount(n: float, unit: str, base: int = 1000) -> str:
     return f"{digits} {letter}{unit}"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Seconds, minutes, hours or days, whichever says it shortest."""
     for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:

@@ -103,13 +103,15 @@ class MapPlan:
         clean = self._arithmetic.forward(rows, width, pictures, rows + planned.n_read)
         beside_it = 0
         if others is not None:
-            beside_it = self._arithmetic.forward(*others.roles.shape, pictures_of(vlm, others.prompts), rows)
+            own = pictures_of(vlm, others.prompts)
+            beside_it = self._arithmetic.forward(rows, others.roles.shape[1], own, rows)
         flops = 2 * (clean + beside_it) + self._directions * sweep
         donors = self._footprint.kept(cached_names(vlm, wanted), rows, width, pictures)
         held = {"activations of both models": 2 * donors * (1 + (others is not None))}
         held |= held_by_sweep(self._footprint, planned, pictures, still)
         runs = self._directions * (len(cells) + 1) + 2 + 2 * (others is not None)
-        return Work("batch", runs, flops, held)
+        disk = 2 * 8 * rows * self._directions * len(wanted) * len(roles) * (3 + self._n_random)
+        return Work("batch", runs, flops, held, disk)
 
     def _made(self, cell: Cell, planned: PlannedSweep, ready: PatchBatch) -> int:
         """What takes an activation's place, and what the writer then adds."""
@@ -119,17 +121,19 @@ class MapPlan:
             if edit.where is None or first is None or edit.point.layer is None or first >= planned.end:
                 continue
             tokens = len(ready.batch) * (planned.end - first)
-            total += tokens * self._of_one(edit.point, ASKED[cell.kind])
+            total += tokens * self._of_one(edit.point, cell.kind)
         return total
 
-    def _of_one(self, point: HookPoint, asked: int) -> int:
-        """One token: heads through W_O, once as they are and once for each activation that is asked for."""
+    def _of_one(self, point: HookPoint, kind: str) -> int:
+        """One token: a head through W_O, once as it is and once for each activation that is asked for."""
         block = self._vlm.anatomy.text.blocks[point.layer or 0]
         if point.leaf == "hook_result":
-            return (1 + asked) * self._arithmetic.row(block.out) // block.n_heads
+            heads = (1 + ASKED[kind]) * self._arithmetic.row(block.out) // block.n_heads
+            writer = block.writer("attn")
+            behind_a_norm = writer is not None and writer.module != writer.body and kind != "self"
+            return heads + behind_a_norm * self._arithmetic.row(block.out)
         if point.leaf == "hook_z":
-            return self._arithmetic.row(block.out)
-        if point.leaf == "hook_expert_out":
-            experts = point.experts
-            return 0 if experts is None else (1 + asked) * self._arithmetic.row(experts.module)
+            return self._arithmetic.row(block.out) * (kind != "self")
+        if point.leaf == "hook_expert_out" and point.experts is not None:
+            return (1 + ASKED[kind]) * self._arithmetic.row(point.experts.module)
         return 0

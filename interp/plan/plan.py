@@ -40,12 +40,12 @@ class Plan:
     cuts: Sequence[str] = field(default_factory=tuple)
 
     @property
-    def flops(self) -> float:
+    def flops(self) -> int | float:
         """Of all steps, whoever does them; what every worker does is counted once."""
         return sum(work.flops for work in self.works)
 
     @property
-    def runs(self) -> float:
+    def runs(self) -> int | float:
         """Forward passes, steps of generation and interventions, each on a batch."""
         return sum(work.runs for work in self.works)
 
@@ -110,7 +110,7 @@ class Plan:
             again = f"; done by one of them alone: {', '.join(once)}" if once else ""
             size = _bytes(sum(self.weights.values()))
             told.append(
-                f"{self.workers} workers: prompts are shared out, and the models ({size}) are there once a worker{again}"
+                f"{self.workers} workers: prompts are shared out, the models ({size}) are there once a worker{again}"
             )
         return told
 
@@ -123,7 +123,7 @@ class Plan:
         return {name: getattr(self, name) for name in names} | {"works": works} | more | told
 
 
-def _bytes(n: float) -> str:
+def _bytes(n: int | float) -> str:
     return amount(n, "B", 1024)
 
 

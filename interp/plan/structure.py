@@ -78,6 +78,7 @@ def without_weights(vlm: HookedVLM, on: str = "cpu") -> Weightless:
         model = type(vlm.model)._from_config(vlm.model.config, dtype=vlm.model.dtype)
     found = of_model(model, vlm.processor, on)
     found.anatomy, found.hook_points, found.absent = vlm.anatomy, dict(vlm.hook_points), dict(vlm.absent)
+    found.opening = vlm.opening
     return found
 
 
@@ -89,7 +90,7 @@ def at_tokens(vlm: HookedVLM) -> bool:
     if is_read_off(vlm.model.config):
         return True
     other = rebuilt(type(vlm.model), vlm.model.config)
-    inputs = opening_inputs(other, vlm.processor)
+    inputs = vlm.opening or opening_inputs(other, vlm.processor)
     opened = HookedVLM(other, vlm.processor, inputs=inputs, check=False)
     prompt = Prompt.from_inputs(inputs, image_token_id=opened.image_token_id)
     batch = collate([prompt])

@@ -52,12 +52,16 @@ class SweepCost:
 
     def clean(self, longer: bool) -> int:
         """The runs that interventions start from, and the proof that they can."""
-        total = 0
-        if self._planned.shortcuts == "tokens and layers":
-            total += self._whole(self._rows) + self._check()
-            total += self._read()
+        total, planned = 0, self._planned
+        if planned.tried:
+            total += self._whole(self._rows)
+        if planned.shortcuts == "tokens and layers":
+            total += self._check() + self._read()
         if longer:
             total += self._whole(self._rows)
+        reruns = any(not _is_early(edits) for edits in planned.interventions)
+        if reruns and planned.shortcuts == "layers":  # that a rerun can begin at a layer is tried once
+            total += self._rows * self._arithmetic.decoder(self._width, self._width)
         return total + self._read()
 
     def _whole(self, read: int) -> int:
@@ -95,10 +99,9 @@ class SweepCost:
 
     def _longer(self, edits: Iterable[Edit]) -> int:
         """A rerun of all tokens: from a layer on, or the whole model where something acts before the decoder."""
-        points = [edit.point for edit in edits]
-        if any(before_the_decoder(point.name) or point.layer is None for point in points):
+        if _is_early(edits):
             return self._whole(self._rows) + self._read()
-        first = min(point.layer or 0 for point in points)
+        first = min(edit.point.layer or 0 for edit in edits)
         blocks = range(first, self._vlm.n_layers)
         total = sum(self._arithmetic.block(layer, self._width, self._width) for layer in blocks)
         return self._rows * total + self._read()
@@ -127,3 +130,9 @@ class SweepCost:
         if first == end // 2 and block.site is not None:
             total += 2 * self._arithmetic.block(layer, tokens, end) + 2 * self._block(layer, first)
         return total
+
+
+def _is_early(edits: Iterable[Edit]) -> bool:
+    """Whether an intervention acts on something that is computed before the first decoder block."""
+    points = [edit.point for edit in edits]
+    return any(before_the_decoder(point.name) or point.layer is None for point in points)

@@ -20,8 +20,8 @@ class Work:
     """
 
     what: str
-    runs: float = 0
-    flops: float = 0.0
+    runs: int | float = 0
+    flops: int | float = 0
     held: Mapping[str, int] = field(default_factory=dict)
     disk: int = 0
     scales: bool = True
@@ -31,7 +31,7 @@ class Work:
         """All that is held together."""
         return sum(self.held.values())
 
-    def times(self, n: float) -> Work:
+    def times(self, n: int | float) -> Work:
         """The same step n times, one after the other: what is held does not grow."""
         return replace(self, runs=self.runs * n, flops=self.flops * n, disk=round(self.disk * n))
 

@@ -38,7 +38,11 @@ class _Unread:
 
 
 class PlannedSweep(BatchSweep):
-    """`BatchSweep` of a model that is not run; its weights may be on the meta device."""
+    """`BatchSweep` of a model that is not run; its weights may be on the meta device.
+
+    Attributes:
+        tried: whether taking the model up at a token is tried, even if it turns out that it cannot be.
+    """
 
     def __init__(
         self,
@@ -64,7 +68,8 @@ class PlannedSweep(BatchSweep):
         columns = reads.any(0).nonzero()[:, 0]
         newlines = any(name.endswith("image_newline") for name, _ in vlm.model.named_parameters())
         stored: Any = _Unrun(int(columns[-1]) + 1, batch.mask("image"), not newlines)
-        self._run = stored if at_tokens and any(self._is_fast(edits) for edits in interventions) else None
+        self.tried = any(self._is_fast(edits) for edits in interventions)
+        self._run = stored if at_tokens and self.tried else None
         self.shortcuts = "tokens and layers" if self._run is not None else "layers"
 
     @property

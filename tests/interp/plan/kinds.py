@@ -1,4 +1,4 @@
-"""Pairs of four kinds of models, tiny or wide enough that what they make outweighs everything else, and long prompts."""
+"""Pairs of four kinds of models, tiny or so wide that what they make outweighs everything else, and long prompts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from tests.architectures.randomize import randomize
 from tests.architectures.shrink import FIRST_MARK
 
 KINDS = ("llava", "qwen3_vl", "qwen3_vl_moe", "llava+gemma2")
-ROLES = ("template", "image", "question", "reasoning", "answer")
 
 
 def models(kind: str, width: int = 64, layers: int = 3) -> tuple[HookedVLM, HookedVLM]:
     """Two models of one architecture with random weights; experts run one by one, so that their products are seen."""
     entry = ARCHITECTURES[kind]
-    text = {**entry.config["text_config"], "hidden_size": width, "intermediate_size": 3 * width}
+    text = {**entry.config.get("text_config", {}), "hidden_size": width, "intermediate_size": 3 * width}
     text |= {"max_position_embeddings": 4096, "moe_intermediate_size": width}
-    if "+" not in kind:  # its layers take turns, and are as many as that needs
+    if kind in KINDS[:3]:  # the layers of others take turns, and are as many as that needs
         text["num_hidden_layers"] = layers
-    vision = dict(entry.config["vision_config"])
+    vision = dict(entry.config.get("vision_config", {}))
     if kind.startswith("qwen"):
         vision["out_hidden_size"] = width
         text.pop("mlp_only_layers", None)
