@@ -13,6 +13,8 @@ from typing import Any
 
 import tyro
 
+from experiments.contract import SAMPLE as TRIED
+from experiments.contract import admitted
 from experiments.frame import Command
 from experiments.options import from_command_line
 from experiments.settings import PairSettings, checkpoints, prompt_settings, require_sound
@@ -67,7 +69,7 @@ class Bench:
         settings: of the plan.
         config: of the command.
         vlm: the structure of the models of the pair.
-        examples: what the command asks; empty where numbers are stated.
+        examples: of those that the command asks; empty where numbers are stated.
         prompts: some of its prompts.
         n: how many there are.
     """
@@ -90,6 +92,11 @@ class Bench:
     def at_tokens(self) -> bool:
         """Whether sweeps can be taken up at a token."""
         return at_tokens(self.vlm)
+
+    @property
+    def scale(self) -> float:
+        """Prompts that each of those at hand stands for."""
+        return self.n / len(self.prompts)
 
     @property
     def builder(self) -> PromptBuilder:
@@ -168,7 +175,7 @@ def bench_of(command: Command, config: Any, settings: PlanSettings) -> Bench:
         raise FrankenlensError("this command asks no questions that a plan can read; state --tokens")
     some = examples[:: -(-len(examples) // SAMPLE)]
     builder = _builder(vlm, config)
-    return Bench(settings, config, vlm, examples, [builder.build(one) for one in some], len(examples))
+    return Bench(settings, config, vlm, some, [builder.build(one) for one in some], len(examples))
 
 
 def _builder(vlm: Weightless, config: PairSettings) -> PromptBuilder:
@@ -182,7 +189,7 @@ def _builder(vlm: Weightless, config: PairSettings) -> PromptBuilder:
 def _plan(name: str, command: Command, bench: Bench) -> Plan:
     assert command.plan is not None
     settings, runs = bench.settings, bench.runs()
-    works = list(command.plan.works(bench, bench.config))
+    works = [*_tried(command, bench), *command.plan.works(bench, bench.config)]
     base = checkpoints(bench.config)[2] if command.plan.base else bench.config.base
     names = ["IN", "RL", *(["Base"] if base else [])]
     rate = parse_rate(settings.rate) if settings.rate else measured_rate(bench.vlm.model.dtype, settings.on)
@@ -198,6 +205,15 @@ def _plan(name: str, command: Command, bench: Bench) -> Plan:
         _assumed(bench),
         runs.arithmetic.uncounted,
     )
+
+
+def _tried(command: Command, bench: Bench) -> Iterator[Work]:
+    """Texts that show, before anything is measured, whether what the models write can be read."""
+    if command.admit is admitted:
+        asked, n = bench.workload, min(bench.n, TRIED)
+        steps = [asked.trace_tokens] * len(asked.prompts)
+        one = bench.runs().written("whether texts of both models can be read", asked.prompts, steps)
+        yield replace(one.times(2 * n / len(asked.prompts)), scales=False)
 
 
 def _assumed(bench: Bench) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from interp.decision import NOISE_PAIRS
@@ -42,7 +44,7 @@ def null_pairs(runs: Runs, asked: Workload, choice: str) -> Work:
     else:
         own = [along, runs.read("own decisions", asked.cut, of_decision, 2).times(asked.decided)]
     all_of_them = together("pairs that learnt nothing", [same, *own]).times(draws)
-    return _with_weights(all_of_them, runs)
+    return set_aside(all_of_them, runs)
 
 
 def two_by_two(runs: Runs, asked: Workload) -> Work:
@@ -54,10 +56,11 @@ def two_by_two(runs: Runs, asked: Workload) -> Work:
 def noise_maps(runs: Runs, planned: MapPlan, asked: Workload, choice: str) -> Work:
     """`interp.map.noise_cells`, with `planned` a map of one direction and the donor's cells alone."""
     some = _decided(asked, choice)[:NOISE_PROMPTS]
-    own = runs.read("decisions of its own", asked.traces[:NOISE_PROMPTS], of_trace)
-    maps = planned.work(some).times(2)
+    n = min(NOISE_PROMPTS, round(asked.n * _share(asked, choice)))
+    own = runs.read("decisions of its own", asked.traces[: len(some)], of_trace)
+    maps = planned.work(some).times(2 * n / len(some))
     work = together("maps of pairs that learnt nothing", [own, maps]).times(NOISE_PAIRS)
-    return _with_weights(work, runs, scales=False)
+    return replace(set_aside(work, runs), scales=False)
 
 
 def _decided(asked: Workload, choice: str) -> list[Prompt]:
@@ -68,7 +71,6 @@ def _share(asked: Workload, choice: str) -> float:
     return 1.0 if choice == "soft" else asked.decided
 
 
-def _with_weights(work: Work, runs: Runs, scales: bool = True) -> Work:
-    """One model holds other weights in the meantime, and its own are set aside."""
-    held = {**work.held, "one model's weights, set aside": runs.footprint.weights()}
-    return Work(work.what, work.runs, work.flops, held, work.disk, scales)
+def set_aside(work: Work, runs: Runs) -> Work:
+    """One model holds other weights in the meantime, and its own are kept."""
+    return work.beside("one model's weights, set aside", runs.footprint.weights())

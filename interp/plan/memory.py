@@ -75,9 +75,10 @@ class Footprint:
         own: Any = [*self._vlm.model.parameters(), *self._vlm.model.buffers()]
         return sum(tensor.numel() * tensor.element_size() for tensor in own)
 
-    def forward(self, rows: int, tokens: int) -> int:
-        """What a plain forward pass holds in its widest block, stream included."""
-        return self.stream(rows, tokens) + self._passing(rows, tokens, tokens, "dense" if self._eager else "")
+    def forward(self, rows: int, tokens: int, looked_at: bool = False) -> int:
+        """What a forward pass holds in its widest block, stream included; with patterns that are looked at, or not."""
+        way = "dense" if self._eager or looked_at else ""
+        return self.stream(rows, tokens) + self._passing(rows, tokens, tokens, way)
 
     def lanes(self, rows: int, queries: int, keys: int, dense: bool = False) -> int:
         """What lanes hold together in their widest block, and where they join, streams included.

@@ -26,6 +26,10 @@ class Work:
     disk: int = 0
     scales: bool = True
 
+    def beside(self, item: str, size: int) -> Work:
+        """The same step while something else is held."""
+        return replace(self, held={**self.held, item: size})
+
     @property
     def peak(self) -> int:
         """All that is held together."""

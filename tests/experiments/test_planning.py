@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 
 from experiments import embedded, planning
 from experiments.cli import COMMANDS, main
+from experiments.options import from_command_line
 from hooks import HookedVLM
+from interp.pair.pair import Pair
+from tests.interp.plan.test_map_plans import counted
 
 NUMBERS = ["--n", "40", "--tokens", "60", "--image-tokens", "16", "--trace-tokens", "8", "--rate", "1TFLOP/s"]
 
@@ -88,6 +92,25 @@ def test_two_mistakes(weightless_pair: list[str], capsys: pytest.CaptureFixture[
 
 
 def _plan(*args: str) -> Any:
-    from importlib import import_module
-
     return planning.plan("map", import_module(COMMANDS["map"][0]).COMMAND, args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "tokens", "args"),
+    [
+        ("attention", 13, ""),
+        ("metrics", 8, ""),
+        ("transfer", 8, "--variants factors --ranks --scales 0.5 --controls --dtype float32"),
+        ("map", 8, "--batch-size 2 --points attn_out --decision soft --direction rl_to_in"),
+    ],
+)
+def test_flops_of_whole_commands(name: str, tokens: int, args: str) -> None:
+    command = import_module(COMMANDS[name][0]).COMMAND
+    given = ["--n", "4", "--max-new-tokens", str(tokens), "--unparsed", "1", *args.split()]
+    config = from_command_line(command.settings, given, name)
+    settings = planning.PlanSettings(trace_tokens=tokens, rate="1TFLOP/s")
+    planned = planning.planned(name, command, config, settings)
+    pair = Pair.from_pretrained(*(embedded.path(one) for one in ("in", "rl", "base")))
+    measure = command.prepare(config)
+    assert planned.flops == pytest.approx(counted(lambda: list(measure(pair))), rel=0.1)
