@@ -137,19 +137,24 @@ def plan(name: str, command: Any, args: Sequence[str]) -> Plan:
             f"there is no plan of {name} yet: what it computes is counted nowhere, and a guess is no plan. "
             "frankenlens plan --help names the commands that have one."
         )
-    settings, rest = tyro.cli(
-        PlanSettings, prog=f"frankenlens plan {name}", args=list(args), return_unknown_args=True
-    )
-    config = from_command_line(command.settings, rest, f"frankenlens {name}")
+    settings, config = read(name, command, args)
     require_sound(config)
     command.check(config)
     made = planned(name, command, config, settings)
     print(made.table())
-    if any(arg == "--out" or arg.startswith("--out=") for arg in rest):
+    if any(arg == "--out" or arg.startswith("--out=") for arg in args):
         config.out.mkdir(parents=True, exist_ok=True)
         write_whole(config.out / "plan.json", json.dumps(made.data(), indent=1).encode())
         print(f"{config.out}: plan.json")
     return made
+
+
+def read(name: str, command: Command, args: Sequence[str]) -> tuple[PlanSettings, Any]:
+    """The options of the plan, and those of the command, from one command line."""
+    settings, rest = tyro.cli(
+        PlanSettings, prog=f"frankenlens plan {name}", args=list(args), return_unknown_args=True
+    )
+    return settings, from_command_line(command.settings, rest, f"frankenlens {name}")
 
 
 def planned(name: str, command: Command, config: Any, settings: PlanSettings) -> Plan:
