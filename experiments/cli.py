@@ -87,6 +87,12 @@ def _outcome(name: str, rest: Sequence[str]) -> tuple[int, str]:
 
 
 def _run(name: str, rest: Sequence[str]) -> None:
+    plans, rest = name == "plan" or "--plan" in rest, [arg for arg in rest if arg != "--plan"]
+    if name == "plan":
+        if not rest or rest[0] in ("-h", "--help"):
+            print(_help_of_plan())
+            return
+        name, *rest = rest
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS)
         raise FrankenlensError(
@@ -95,6 +101,11 @@ def _run(name: str, rest: Sequence[str]) -> None:
     from experiments.options import from_command_line
 
     command = import_module(COMMANDS[name][0]).COMMAND
+    if plans:
+        from experiments.planning import plan
+
+        plan(name, command, rest)
+        return
     command.run(from_command_line(command.settings, rest, f"frankenlens {name}"))
 
 
@@ -107,6 +118,25 @@ def _help() -> str:
             *lines,
             "",
             "frankenlens COMMAND --help lists the options.",
+            "frankenlens plan COMMAND [OPTIONS], or COMMAND --plan, says what it would take, and runs nothing.",
+        ]
+    )
+
+
+def _help_of_plan() -> str:
+    """Which commands can be planned; the others say so by themselves."""
+    having = [
+        name
+        for name, (module, _) in COMMANDS.items()
+        if getattr(import_module(module).COMMAND, "plan", None) is not None
+    ]
+    return "\n".join(
+        [
+            "usage: frankenlens plan COMMAND [OPTIONS OF THE PLAN] [OPTIONS OF THE COMMAND]",
+            "",
+            f"  planned: {', '.join(having)}",
+            "",
+            "frankenlens plan COMMAND --help lists the options of the plan.",
         ]
     )
 

@@ -36,6 +36,20 @@ from interp.results.whole import write_whole
 Item = TypeVar("Item")
 
 
+class Planned(Protocol):
+    """What a command is planned by; `experiments.planning` has the one there is."""
+
+    @property
+    def works(self) -> Callable[[Any, Any], Iterable[Any]]:
+        """From what is planned with, and the settings, to the steps."""
+        ...
+
+    @property
+    def base(self) -> bool:
+        """Whether Base is opened too."""
+        ...
+
+
 @runtime_checkable
 class Opened(Protocol):
     """What is measured: a `Pair`, or whatever else a command opens."""
@@ -76,6 +90,7 @@ class Command(Generic[Settings, Models, Question]):
         measure: the sections of the page, one after the other, as they are finished. What `load` and `admit` left out
             is added to their accounts.
         admit: what of that can be asked of what was opened, and read; refuses a pair whose traces cannot be read.
+        plan: the work that it is (`experiments.planning.Planned`); None where no honest count of it exists yet.
     """
 
     settings: type[Settings]
@@ -84,6 +99,7 @@ class Command(Generic[Settings, Models, Question]):
     open: Callable[[Settings], Models]
     measure: Callable[[Models, Question, Settings], Iterable[Section]]
     admit: Callable[[Models, Question, Settings], Question] = admitted
+    plan: Planned | None = None
 
     def prepare(self, config: Settings) -> Callable[[Models], Iterator[Section]]:
         """Check and load; what remains is to measure, whatever is opened.

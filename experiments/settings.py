@@ -307,9 +307,13 @@ def load_triple(config: PairSettings) -> Pair:
 def _opened(config: PairSettings, base: str | None) -> Pair:
     in_, rl, _ = checkpoints(config)
     loading: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
-    prompts = {"template": _template(config), "system": config.system, "accept": config.accept}
-    prompts["instruction"] = config.instruction
+    prompts = {**prompt_settings(config), "accept": config.accept}
     return Pair.from_pretrained(in_, rl, base, trace_format=config.trace_format, **prompts, **loading)
+
+
+def prompt_settings(config: PairSettings) -> dict[str, Any]:
+    """What stands around every question, for `PromptBuilder`."""
+    return {"template": _template(config), "system": config.system, "instruction": config.instruction}
 
 
 def _template(config: PairSettings) -> str | None:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import torch
 import xarray as xr
 
 from experiments.frame import Command, kept
 from experiments.options import a_task, default, require_known
+from experiments.planning import Bench, Planned
 from experiments.settings import (
     CORRECTIONS,
     Correction,
@@ -31,6 +33,8 @@ from interp.attention.plots import TITLES
 from interp.attention.shift import PAIR, TRACES
 from interp.decision import null_changes
 from interp.pair.pair import Pair
+from interp.plan import decisions as plans
+from interp.plan.work import Work
 from interp.prompts.roles import ROLES
 from interp.questions.examples import with_looked_at
 from interp.questions.tasks import REASONING
@@ -185,4 +189,19 @@ def _account(config: AttentionConfig, found: xr.Dataset, partition: Partition) -
     return Account(definition, f"{n} questions", correction, config.seed, **about)
 
 
-COMMAND = Command(AttentionConfig, check, load, load_pair, measure)
+def work(bench: Bench, config: AttentionConfig) -> Iterator[Work]:
+    """What `attention_shift` computes, counted and not run."""
+    asked, runs = bench.workload, bench.runs()
+    steps = [asked.trace_tokens] * len(asked.prompts)
+    for name in ("IN", "RL"):
+        written = bench.runs(2 * config.batch_size).written(f"greedy text of {name}", asked.prompts, steps)
+        yield written.times(asked.scale)
+    once = runs.looked_at("both models along both texts", asked.traces, config.queries)
+    yield once.times(4 * asked.scale)
+    if config.nulls:
+        n = 1 + (bench.vlm.model.dtype != torch.bfloat16)
+        nulls = replace(once, what="pairs that learnt nothing").times(2 * n * asked.scale)
+        yield plans.set_aside(nulls, runs)
+
+
+COMMAND = Command(AttentionConfig, check, load, load_pair, measure, plan=Planned(work))

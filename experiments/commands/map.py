@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from experiments.frame import Command, kept
 from experiments.options import require_known
+from experiments.planning import Bench, Planned
 from experiments.settings import Questions, QuestionSettings, load_pair, load_questions
 from hooks.errors import FrankenlensError
 from interp.decision import (
@@ -24,6 +25,9 @@ from interp.decision import (
 )
 from interp.map import DIRECTIONS, MAP_POINTS, POINTS, component_map, map_section, noise_cells, summarise
 from interp.pair.pair import Pair
+from interp.plan import decisions as plans
+from interp.plan.maps import MapPlan
+from interp.plan.work import Work
 from interp.results.page import Section
 
 
@@ -74,4 +78,22 @@ def measure(pair: Pair, asked: Questions, config: MapConfig) -> Iterator[Section
     yield map_section(summary, seed=config.seed)
 
 
-COMMAND = Command(MapConfig, check, load_questions, load_pair, measure)
+def work(bench: Bench, config: MapConfig) -> Iterator[Work]:
+    """What `measure` computes, counted and not run."""
+    asked, runs, choice = bench.workload, bench.runs(), config.decision
+    for one in plans.found_decisions(runs, asked, choice):
+        yield one.times(asked.scale)
+    some = asked.traces if choice == "soft" else asked.cut
+    share = asked.scale * (1.0 if choice == "soft" else asked.decided)
+    settings: dict[str, Any] = {"points": config.points, "at_tokens": bench.at_tokens}
+    settings |= {"batch_size": config.batch_size}
+    directions = 2 if config.direction == "both" else 1
+    yield MapPlan(bench.vlm, plans.reads_of(choice), directions, **settings).work(some).times(share)
+    noise = MapPlan(bench.vlm, plans.reads_of(choice), 1, kinds=("donor",), **settings)
+    yield plans.noise_maps(runs, noise, asked, choice)
+    yield plans.null_pairs(runs, asked, choice).times(asked.scale)
+    if choice != "soft":
+        yield plans.two_by_two(runs, asked).times(asked.scale)
+
+
+COMMAND = Command(MapConfig, check, load_questions, load_pair, measure, plan=Planned(work))

@@ -17,7 +17,8 @@ import xarray as xr
 from experiments.frame import Command, kept
 from experiments.options import Only, default, require_known
 from experiments.papers import ASKED, PaperSettings, described, paper_questions, refuse_own_data
-from experiments.settings import Questions, load_questions, load_triple
+from experiments.planning import Bench, Planned
+from experiments.settings import Questions, checkpoints, load_questions, load_triple
 from hooks.errors import FrankenlensError
 from interp.fine_grained import (
     METRICS,
@@ -34,6 +35,7 @@ from interp.fine_grained import (
 from interp.fine_grained.paper import DESCRIBED
 from interp.fine_grained.questions import APART
 from interp.pair.pair import Pair
+from interp.plan.work import Work
 from interp.questions.examples import Example, with_looked_at
 from interp.questions.tasks.description import describe_scene
 from interp.results.page import Account, Section
@@ -222,4 +224,27 @@ def _account(config: MetricsConfig, n: int, left_out: Counter[str]) -> Account:
     )
 
 
-COMMAND = Command(MetricsConfig, check, load, load_triple, measure)
+def work(bench: Bench, config: MetricsConfig) -> Iterator[Work]:
+    """What `ask` computes for each model, counted and not run.
+
+    Raises:
+        FrankenlensError: a model describes the images, in words that nobody knows before it is asked; or numbers of
+            tokens are stated, and the variants of a question are not made of these.
+    """
+    if config.paper or config.describe == "model" or not bench.examples:
+        raise FrankenlensError(
+            "metrics is planned on questions that can be read (no --tokens) and that have their descriptions "
+            "(no --paper, no --describe model): else nobody knows how long its prompts are."
+        )
+    runs, tokens = bench.runs(), bench.workload.trace_tokens
+    template = config.described or (SYNTHETIC if config.data is None else TEMPLATE)
+    names = ["IN", "RL", *(["Base"] if checkpoints(config)[2] else [])]
+    for metrics, some in _groups(bench.examples, config, Counter()):
+        ready = questions(bench.builder, some, template=template, metrics=metrics)
+        for variant, prompts in ready.prompts.items():
+            own = list(prompts.values())
+            written = runs.written(f"replies: {variant}", own, [tokens] * len(own))
+            yield written.times(bench.scale * len(names))
+
+
+COMMAND = Command(MetricsConfig, check, load, load_triple, measure, plan=Planned(work, base=True))

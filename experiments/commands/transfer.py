@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,18 +15,23 @@ import pandas as pd
 from experiments.frame import Command, finished
 from experiments.options import Only, default
 from experiments.papers import ASKED, PaperSettings, described, paper_questions, refuse_own_data
+from experiments.planning import Bench, Planned
 from experiments.settings import (
     CORRECTIONS,
     Correction,
     Questions,
+    checkpoints,
     load_examples,
     load_triple,
 )
+from hooks import HookedVLM
 from hooks.address import Address
 from hooks.errors import FrankenlensError
 from interp.fine_grained import METRICS, PAPER_N, table_2_metrics
 from interp.fine_grained.paper import DESCRIBED
 from interp.pair.pair import Pair
+from interp.plan import decisions as plans
+from interp.plan.work import Work
 from interp.questions.examples import fingerprint, with_looked_at
 from interp.questions.tasks import PERCEPTION, REASONING
 from interp.regions import Partition, parse_partition
@@ -146,7 +151,7 @@ def measure(pair: Pair, asked: Questions, config: TransferConfig) -> Iterator[Se
         FrankenlensError: the partition does not cover the model, or an address names nothing.
     """
     partition = parse_partition(config.partition, pair.in_.n_layers)
-    variants = chosen(pair, partition, config)
+    variants = chosen(pair.in_, partition, config)
     metrics = _metrics(pair, asked, config)
     others = {} if pair.base is None else {"Base": pair.base}
     keep = _kept(pair, asked, config)
@@ -178,9 +183,9 @@ def _metrics(pair: Pair, asked: Questions, config: TransferConfig) -> Mapping[st
     return {"": table_2_metrics(pair.builder, measured, template=DESCRIBED, **config.running)}
 
 
-def chosen(pair: Pair, partition: Partition, config: TransferConfig) -> list[Variant]:
+def chosen(vlm: HookedVLM, partition: Partition, config: TransferConfig) -> list[Variant]:
     """The variants that the settings name, controls last."""
-    vlm, found = pair.in_, []
+    found: list[Variant] = []
     partition.require(vlm.n_layers)
     if "orders" in config.variants:
         found += orders(partition, vlm, "early" if config.rest == "early" else "recipient")
@@ -283,4 +288,21 @@ def _account(
     return Account(definition, n, correction, config.seed, str(partition), left_out, counts)
 
 
-COMMAND = Command(TransferConfig, check, load, load_triple, measure)
+def work(bench: Bench, config: TransferConfig) -> Iterator[Work]:
+    """What `transfer` computes, counted and not run; grafts that half precision does not hold are not run either.
+
+    Raises:
+        FrankenlensError: the paper's metrics, whose prompts hold descriptions that are asked for first.
+    """
+    if config.paper:
+        raise FrankenlensError("there is no plan of transfer --paper yet: its prompts hold descriptions.")
+    variants = chosen(bench.vlm, parse_partition(config.partition, bench.vlm.n_layers), config)
+    asked, runs = bench.workload, bench.runs()
+    once = runs.written("answers of one model", asked.prompts, [asked.trace_tokens] * len(asked.prompts))
+    models = 3 if checkpoints(config)[2] else 2
+    yield replace(once, what=f"answers of {models} models").times(models * asked.scale)
+    grafted = replace(once, what=f"answers of {len(variants)} variants").times(len(variants) * asked.scale)
+    yield plans.set_aside(grafted, runs)
+
+
+COMMAND = Command(TransferConfig, check, load, load_triple, measure, plan=Planned(work, base=True))

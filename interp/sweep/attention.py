@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from hooks import HookedVLM
 
 _NAME = "frankenlens_segment"
-_SHORT = 32
+SHORT = 32
 """Segments up to this many tokens attend densely to the shared prefix; longer ones copy it and use SDPA."""
 
 Tap = Callable[[str, Tensor], Tensor]
@@ -118,7 +118,7 @@ def segment_attention(
     some, visible = query, context.visible
     if context.wanted is not None:
         some, visible = query[:, :, context.wanted], visible[:, :, context.wanted]
-    if some.shape[2] <= _SHORT:
+    if some.shape[2] <= SHORT:
         out = _shared_prefix(context, some, key, value, visible, scale)
     else:
         out = _with_copies(replace(context, visible=visible), some, key, value, scale, dense=False)

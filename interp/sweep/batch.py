@@ -94,28 +94,40 @@ class BatchSweep:
 
     def run(self, numbers: Sequence[int]) -> Iterator[tuple[int, Float[Tensor, "metric batch"]]]:
         """The metrics under each of these interventions, in the order they become known."""
-        groups: dict[int, list[tuple[int, Edit]]] = {}
-        for number in numbers:
-            edits, first = self.interventions[number], self._first_column(number)
-            if first is None:
-                yield number, self.clean
-            elif self._run is None or not self._is_fast(edits) or self._is_apart(edits[0]):
-                whole = self._clean_run()
-                logits = whole.rerun([edit.hook() for edit in edits])
-                # unembedding fewer tokens may round differently: what changes nothing is the clean run
-                yield number, self.clean if logits.equal(whole.logits) else self._reading(logits)
-            elif first >= self._run.end:
-                yield number, self.clean  # after all that is read
-            else:
-                groups.setdefault(first, []).append((number, edits[0]))
-        for first, lanes in sorted(groups.items()):
+        unchanged, longer, groups = self.grouped(numbers)
+        for number in unchanged:
+            yield number, self.clean
+        for number in longer:
+            whole = self._clean_run()
+            logits = whole.rerun([edit.hook() for edit in self.interventions[number]])
+            # unembedding fewer tokens may round differently: what changes nothing is the clean run
+            yield number, self.clean if logits.equal(whole.logits) else self._reading(logits)
+        for span, lanes in groups:
             assert self._run is not None
-            span = Span(first, self._run.end)
-            lanes.sort(key=lambda lane: lane[1].start)
             size = self._lanes_at_once(span)
             for at in range(0, len(lanes), size):
                 for number, logits in run_lanes(self._run, lanes[at : at + size], span):
                     yield number, self.clean if logits is None else self._of_reached(number, logits)
+
+    def grouped(
+        self, numbers: Sequence[int]
+    ) -> tuple[list[int], list[int], list[tuple[Span, list[tuple[int, Edit]]]]]:
+        """Interventions that nothing is run for, those that rerun whole layers, and lanes by the tokens they run on."""
+        unchanged, longer = [], []
+        groups: dict[int, list[tuple[int, Edit]]] = {}
+        for number in numbers:
+            edits, first = self.interventions[number], self._first_column(number)
+            if first is None:
+                unchanged.append(number)
+            elif self._run is None or not self._is_fast(edits) or self._is_apart(edits[0]):
+                longer.append(number)
+            elif first >= self._run.end:
+                unchanged.append(number)  # after all that is read
+            else:
+                groups.setdefault(first, []).append((number, edits[0]))
+        end = 0 if self._run is None else self._run.end
+        lanes = [(Span(first, end), sorted(group, key=_start)) for first, group in sorted(groups.items())]
+        return unchanged, longer, lanes
 
     def _of_reached(self, number: int, logits: Logits) -> Float[Tensor, "metric batch"]:
         """The metrics; exactly the clean ones in rows where all that is touched comes after all that is read."""
@@ -249,3 +261,7 @@ def stored_bytes(vlm: HookedVLM, width: int) -> int:
     blocks = vlm.anatomy.text.blocks
     a_layer = 2 * vlm.d_model + 4 * max((block.n_kv_heads * block.d_head for block in blocks), default=0)
     return width * a_layer * len(blocks) * item_bytes(vlm)
+
+
+def _start(lane: tuple[int, Edit]) -> tuple[int, int]:
+    return lane[1].start

@@ -20,13 +20,22 @@ from hooks.uninterrupted import registered
 from interp.metrics.logits import Logits
 from interp.sweep.activations import activation_of
 from interp.sweep.attention import segment_attention_on
-from interp.sweep.edits import STAGES, Edit, Span
+from interp.sweep.edits import Edit, Span
 from interp.sweep.stored import StoredRun
 
 Lane = tuple[int, Edit]
 """An intervention's number and its edit."""
 Value = tuple[int, Logits | None]
 """An intervention's number and the logits under it at the run's columns; None where nothing has changed."""
+
+
+def own_part(edit: Edit, in_turn: bool) -> str:
+    """What of its own block a lane runs: all of it ("block"), all of it with the edit inside its attention ("inside"),
+    the writer behind the edit ("second"), or nothing ("").
+    """
+    if edit.stage == "mid":
+        return "second" if in_turn else ""
+    return {"pre": "block", "inside": "inside"}.get(edit.stage or "", "")
 
 
 def run_lanes(run: StoredRun, lanes: Sequence[Lane], span: Span) -> Iterator[Value]:
@@ -44,11 +53,11 @@ def run_lanes(run: StoredRun, lanes: Sequence[Lane], span: Span) -> Iterator[Val
     with torch.no_grad(), segment_attention_on(run.vlm, run.attentions):
         for layer in range(waiting[0][1].start[0] if waiting else 0, n_layers):
             joined: list[Tensor] = []
-            here: dict[str, list[Lane]] = {stage: [] for stage in STAGES}
+            here: dict[str, list[Lane]] = {"block": [], "inside": [], "second": [], "": []}
             while waiting and waiting[0][1].start[0] == layer:
                 number, edit = waiting.pop(0)
-                here[edit.stage or ""].append((number, edit))
-            for number, edit in here["pre"]:
+                here[own_part(edit, run.halves[layer].in_turn)].append((number, edit))
+            for number, edit in here["block"]:
                 own = run.pre(layer, span)
                 stream, ok = _join(stream, _begin_pre(run, edit, own, span), own)
                 if ok:
@@ -62,8 +71,7 @@ def run_lanes(run: StoredRun, lanes: Sequence[Lane], span: Span) -> Iterator[Val
                 after += [number for number, _ in here["inside"]]
                 joined.append(_run_inside(run, layer, [edit for _, edit in here["inside"]], span))
             mids: Tensor | None = None
-            in_turn = run.halves[layer].in_turn
-            for number, edit in here["mid"] if in_turn else []:
+            for number, edit in here["second"]:
                 own = run.mid(layer, span)
                 mids, ok = _join(mids, _begin_mid(run, layer, edit, own, span), own)
                 if ok:
@@ -72,7 +80,7 @@ def run_lanes(run: StoredRun, lanes: Sequence[Lane], span: Span) -> Iterator[Val
                     yield number, None
             if mids is not None:
                 joined.append(_run_mlp(run, layer, mids, span))
-            for number, edit in here["post"] if in_turn else here["mid"] + here["post"]:
+            for number, edit in here[""]:
                 own = run.post(layer, span)
                 new = _begin_post(run, layer, edit, own, span)
                 if torch.equal(new, own):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -75,16 +75,11 @@ class StoredRun:
         self.attentions = [vlm.module(site.module) for site in self._attending.values()]
         self._calls: list[dict[str, Any]] = []
         self.cache: dict[str, Tensor] = {}
-        own = [f"blocks.{layer}.hook_resid_pre" for layer in range(len(text))]
-        own += [f"blocks.{layer}.hook_resid_mid" for layer, half in enumerate(self.halves) if half.in_turn]
-        last = f"blocks.{len(self.blocks) - 1}.hook_resid_post"
         self.has_image = vlm.has_image(batch.inputs)
         self._deepstack = {
             int(name.split(".")[1]): name for name in vlm.hook_points if name.endswith("hook_deepstack")
         }
-        before = [f"blocks.{layer}.hook_resid_post" for layer in self._deepstack]
-        kept = dict.fromkeys([*names, *own, last, *before])
-        kept |= dict.fromkeys(self._deepstack.values())
+        kept = dict.fromkeys([*names, *streams(vlm, self.halves), *self._deepstack.values()])
         self._run([name for name in kept if self.has_image or not of_vision(name)])
 
     def _run(self, names: list[str]) -> None:
@@ -408,6 +403,14 @@ class StoredRun:
             raw = raw.reshape(self.read(half.point(half.second), span).shape)
             found["at its neurons"] = half.added(half.second, raw), self.read(half.point(half.second), span)
         return found
+
+
+def streams(vlm: HookedVLM, halves: Sequence[Halves]) -> list[str]:
+    """The states of the stream that a stored run keeps, whatever it is continued from."""
+    found = [f"blocks.{layer}.hook_resid_pre" for layer in range(len(halves))]
+    found += [f"blocks.{layer}.hook_resid_mid" for layer, half in enumerate(halves) if half.in_turn]
+    deepstack = [name.split(".")[1] for name in vlm.hook_points if name.endswith("hook_deepstack")]
+    return [*found, *(f"blocks.{layer}.hook_resid_post" for layer in (len(halves) - 1, *deepstack))]
 
 
 def _require_one_stream(vlm: HookedVLM) -> None:

@@ -148,6 +148,7 @@ def prompt(*ids: int) -> Prompt:
 def test_a_prompt_that_changes_is_not_taken_for_what_it_was() -> None:
     own, same, longer = prompt(5, 6), prompt(5, 6), prompt(5, 6, 7)
     assert content(own) == content(same) == content(own) != content(longer)
+    assert isinstance(own.inputs, dict) and isinstance(same.inputs, dict)
     own.inputs["input_ids"] = torch.tensor([[5, 7]])
     assert content(own) == content(prompt(5, 7)) != content(same)
     same.inputs["input_ids"][0, 1] = 7

@@ -80,7 +80,7 @@ def test_small_images_are_held_and_tensors_of_tokens_always() -> None:
     builder = PromptBuilder(tiny_processor("qwen2_vl"))
     (example,) = examples(1)
     prompt = builder.build(example)
-    assert prompt.inputs._made is None  # 64 x 64 pixels
+    assert isinstance(prompt.inputs, pixels.Inputs) and prompt.inputs._made is None  # 64 x 64 pixels
     assert "input_ids" in prompt.inputs and "nothing" not in prompt.inputs
     with pytest.raises(KeyError):
         prompt.inputs["nothing"]
