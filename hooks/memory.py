@@ -114,15 +114,14 @@ def _text(path: str) -> str:
         return ""
 
 
-def require_room_for_cache(vlm: Opened, inputs: Mapping[str, Any], names: Iterable[str]) -> None:
+def require_room_for_cache(vlm: Opened, inputs: Mapping[str, Any], points: Iterable[HookPoint]) -> None:
     """Refuses a cache that there is no memory for, before anything runs.
 
     Raises:
         FrankenlensError: what it would take, by hook point, and what is free.
     """
     sizes: dict[str, int] = {}
-    for name in names:
-        point = vlm.hook_points[name]
+    for point in points:
         sizes[point.leaf] = sizes.get(point.leaf, 0) + point_bytes(vlm, point, inputs)
     total = sum(sizes.values())
     device = next(vlm.model.parameters()).device

@@ -312,7 +312,7 @@ class HookedVLM(Traceable):
         keep, names = Keeper(), self.names(names_filter)
         if names_filter is None:
             names = [name for name in names if self.hook_points[name].place != "expert_out"]
-        require_room_for_cache(self, inputs, names)
+        require_room_for_cache(self, inputs, map(self.point, names))
         layer = self._hooks_of([(name, keep) for name in names])
         with self.attached(layer):
             output = self(inputs, **kwargs)

@@ -104,7 +104,7 @@ def rows_at_once(
     tokens = {"input_ids": torch.empty(1, width, device="meta")}
     sizes = []
     for vlm in models.values():
-        points = (vlm.hook_points[name] for name in cached_names(vlm, wanted))
+        points = map(vlm.point, cached_names(vlm, wanted))
         cached = sum(point_bytes(vlm, point, tokens) for point in points)
         cached *= len(models) * (2 if "other" in kinds else 1)
         of_row = cached + stored_bytes(vlm, width) + 2 * forward_bytes(vlm, width)
