@@ -111,7 +111,7 @@ def difference_interval(
         >>> rl, in_ = np.tile([3.0, 1, 2, 5, 4, 2, 3, 4], 5), np.tile([2.0, 1, 1, 4, 2, 2, 3, 2], 5)
         >>> gain = fl.difference_interval(rl, in_)
         >>> fl.interval_text(gain.value, gain.low, gain.high)
-        '0.88 [0.62, 1.14]'
+        '0.88 [0.63, 1.14]'
     """
     return mean_interval(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), **settings)
 
