@@ -46,11 +46,12 @@ _HEADS = {True: (256, 4.0, 0.35), False: (0, 0.0, 0.0)}  # rank, largest beside 
 
 
 def measure(folder: Path, largest: bool = True) -> dict[str, Any]:
-    """Ratios, differences and gigabytes of every case."""
+    """Ratios, differences and gigabytes of every case; each is told on standard error when it is known."""
     found: dict[str, Any] = {}
     for name, (shape, trained) in CASES.items():
         checkpoints = write(folder, shape, trained)
         found[name] = {**_subspaces(checkpoints, shape), **_spectra(checkpoints, shape)}
+        print(name, found[name], file=sys.stderr, flush=True)
     if largest:
         name, shape, trained = LARGEST
         checkpoints = write(folder, shape, trained)
