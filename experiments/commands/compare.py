@@ -58,7 +58,7 @@ class CompareConfig(ModelSettings):
         partition: of the decoder: paper (thirds, the first ones larger), code (cuts at n//3 and 2n//3), or sizes such
             as 8/12/8.
         spectra: singular values of every update (minutes for 7B; without, it is as fast as reading the files).
-        subspace: dimensions of W's principal subspace; 0 leaves subspaces out, which for 7B take longest.
+        subspace: dimensions of W's principal subspace; 0 leaves subspaces out, which for 7B take as long as spectra.
         regions: further addresses with a row in compare_addresses.csv, e.g. blocks.9-18.mlp; every layer, attention,
             MLP and head has one anyway.
         energy: what the figure of energy shows: update (norm of a layer's update: the root of the sum of squares),
@@ -170,6 +170,7 @@ def account(
         parts.append(mixed)
     parts += ["log(σ_i / σ_1) of each matrix's update"] if config.spectra else []
     outside = f"principal subspaces of W before the stage, {config.subspace} dimensions a side"
+    parts += [*_computed(table)]
     tensors = table["param_name"].nunique()
     return Account(
         "; ".join([*parts, *([outside] if config.subspace else [])]),
@@ -179,6 +180,26 @@ def account(
         left_out=_left_out(opened, table),
         counts={"tensors": tensors},
     )
+
+
+_WAYS = {
+    "svd": "a float64 SVD",
+    "gram float32": "a float32 Gram matrix",
+    "gram float64": "a float64 Gram matrix",
+    "gram": "a float64 Gram matrix",
+    "krylov": "Krylov steps until their error no longer shows in the angles",
+    "krylov and gram": "Krylov steps on one side of the stage and a float64 Gram matrix on the other",
+    "gram and krylov": "a float64 Gram matrix on one side of the stage and Krylov steps on the other",
+}
+
+
+def _computed(table: pd.DataFrame) -> Iterator[str]:
+    """How spectra and subspaces were computed, and of how many matrices."""
+    for column, what in (("spectrum_method", "singular values"), ("subspace_method", "subspaces")):
+        if column in table:
+            ways = table[column].map(_WAYS).value_counts()
+            if len(ways):
+                yield f"{what} by {', '.join(f'{way} ({n} matrices)' for way, n in ways.items())}"
 
 
 def _mixed(opened: Mapping[str, Checkpoint]) -> str:

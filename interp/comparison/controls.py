@@ -32,7 +32,7 @@ def gaussian_spectrum(rows: int, columns: int, seed: int = 0) -> Spectrum:
     between[1::2] = np.sqrt(draw.chisquare(short - 1 - steps[:-1]))
     found = scipy.linalg.eigvalsh_tridiagonal(np.zeros(2 * short), between, lapack_driver="sterf")
     values = np.abs(found[::-1][:short])
-    return Spectrum(values, values >= 1e-9 * values[0])
+    return Spectrum(values, values >= 1e-9 * values[0], "tridiagonal")
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,17 +10,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooks.errors import FrankenlensError
+from interp.comparison.passes import Blocks, Passes
+
 TOP = 50
 SMALL = 512  # up to this many rows or columns, singular values come from a float64 SVD
 SVD_SHARE, SINGLE_SHARE, DOUBLE_SHARE = 1e-11, 0.03, 1e-6
 """Singular values below this share of the largest are not trusted: relative errors there can exceed 1e-4 (1e-5 for the
 SVD), measured for a float64 SVD and for Gram matrices in float32 and in float64."""
+BROKEN = "a matrix has entries that are infinite or NaN; save the checkpoint again, whole."
 NUCLEAR = 1e-4  # relative error of the sum of all singular values that is let pass
-_TILES = 8  # of the Gram matrix, along each side: those above the diagonal are not computed
-_COPIED = 1 << 22  # entries that are converted at once
-
-Blocks = Callable[[], Iterator[Float[Tensor, "long short"]]]
-"""Gives a matrix anew in blocks along its longer side; one that is wider than tall, its transpose."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,13 @@ class Spectrum:
         values: all of them.
         trusted: where the relative error is below 1e-4. The others are right to 1e-3 of the largest at worst, and
             all together (the nuclear norm) to 1e-4.
+        method: `svd` of the matrix in float64, or the eigenvalues of its Gram matrix (`gram float32`, `gram float64`);
+            `none` of a zero matrix, `tridiagonal` of a random draw.
     """
 
     values: Float[np.ndarray, " rank"]
     trusted: Bool[np.ndarray, " rank"]
+    method: str = "svd"
 
     @property
     def stable_rank(self) -> float:
@@ -91,17 +93,22 @@ def blockwise(blocks: Blocks, shape: Sequence[int], largest: float, top: int = T
         shape: rows and columns.
         largest: size of the largest entry; by it all is divided, lest squares leave float32's range.
         top: how many values must be trusted if float32 is to do.
+
+    Raises:
+        FrankenlensError: an entry is infinite or NaN.
     """
+    if not np.isfinite(largest):
+        raise FrankenlensError(BROKEN)
     if not largest:
-        return Spectrum(np.zeros(min(shape)), np.ones(min(shape), dtype=bool))
+        return Spectrum(np.zeros(min(shape)), np.ones(min(shape), dtype=bool), "none")
     if is_small(shape):
         matrix = torch.cat([block.double() for block in blocks()]) / largest
         values = torch.linalg.svdvals(matrix).numpy() * largest
         return Spectrum(values, values >= SVD_SHARE * values[0])
-    found = _by_gram(blocks, shape, largest, torch.float32, SINGLE_SHARE)
+    found = _by_gram(blocks, shape, largest, np.float32, SINGLE_SHARE)
     if found.trusted[:top].all() and _nuclear_error(found, SINGLE_SHARE) <= NUCLEAR:
         return found
-    return _by_gram(blocks, shape, largest, torch.float64, DOUBLE_SHARE)
+    return _by_gram(blocks, shape, largest, np.float64, DOUBLE_SHARE)
 
 
 def _nuclear_error(found: Spectrum, share: float) -> float:
@@ -118,25 +125,11 @@ def is_small(shape: Sequence[int]) -> bool:
 
 
 def _by_gram(
-    blocks: Blocks, shape: Sequence[int], largest: float, dtype: torch.dtype, share: float
+    blocks: Blocks, shape: Sequence[int], largest: float, kind: type[np.floating], share: float
 ) -> Spectrum:
-    squares = torch.linalg.eigvalsh(gram(blocks, shape, dtype, largest))
+    gram = torch.from_numpy(
+        Passes(blocks, shape).gram(kind, largest).T
+    )  # its lower triangle is now the upper
+    squares = torch.linalg.eigvalsh(gram, UPLO="U")
     values = squares.clamp(min=0).sqrt().flip(0).double().numpy() * largest
-    return Spectrum(values, values >= share * values[0])
-
-
-def gram(
-    blocks: Blocks, shape: Sequence[int], dtype: torch.dtype, scale: float = 1.0
-) -> Float[Tensor, "short short"]:
-    """M^T M, or M M^T where M is wider than tall, of M / `scale`: its lower triangle, all that LAPACK reads."""
-    short = min(shape)
-    found = torch.zeros(short, short, dtype=dtype)
-    edges = torch.linspace(0, short, _TILES + 1).long().tolist()
-    for block in blocks():
-        for piece in block.T.split(max(1, _COPIED // short), dim=1):
-            part = piece.to(dtype) / scale
-            for i in range(_TILES):
-                for j in range(i + 1):
-                    rows, columns = slice(edges[i], edges[i + 1]), slice(edges[j], edges[j + 1])
-                    found[rows, columns].addmm_(part[rows], part[columns].T)
-    return found
+    return Spectrum(values, values >= share * values[0], f"gram {np.dtype(kind)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import scipy.linalg
@@ -11,15 +12,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.comparison.singular_values import DOUBLE_SHARE, SVD_SHARE, Blocks, gram, is_small
+from hooks.errors import FrankenlensError
+from interp.comparison.passes import Blocks, Passes
+from interp.comparison.search import Search
+from interp.comparison.singular_values import BROKEN, DOUBLE_SHARE, SVD_SHARE, is_small
+
+ERROR = 1e-7
+"""Of the largest angle between a subspace that was searched for and the true one, in radians."""
+Method = Literal["svd", "krylov", "gram"]
 
 
 @dataclass(frozen=True)
 class Subspace:
-    """The leading singular vectors of a matrix, orthonormal columns: left (of its rows) and right (of its columns)."""
+    """The leading singular vectors of a matrix, orthonormal columns: left (of its rows) and right (of its columns).
+
+    Attributes:
+        method: `svd` of the whole matrix in float64; `krylov`, steps of `interp.comparison.search.Search`, ended by
+            their residuals; `gram`, all eigenvectors of the Gram matrix in float64, where the steps did not converge.
+        error: bound, to first order, of the angle (radians) to the true subspace, where `method` is `krylov`; else 0.
+    """
 
     left: Float[Tensor, "row k"]
     right: Float[Tensor, "column k"]
+    method: Method = "svd"
+    error: float = 0.0
 
     @property
     def k(self) -> int:
@@ -27,42 +43,107 @@ class Subspace:
         return self.left.shape[1]
 
 
-@torch.no_grad()
-def leading(blocks: Blocks, shape: Sequence[int], k: int) -> Subspace:
-    """The `k` leading singular vectors of a matrix, in float64; of a large one by its float64 Gram matrix.
+class Leading:
+    """The leading singular vectors of a matrix, as exact as they are asked for.
+
+    Args:
+        blocks: the matrix.
+        shape: rows and columns.
+        k: fewer are found where the matrix has no more singular values that differ from 0.
+
+    Attributes:
+        method, error: as in `Subspace`.
+
+    Raises:
+        FrankenlensError: an entry is infinite or NaN.
+    """
+
+    @torch.no_grad()
+    def __init__(self, blocks: Blocks, shape: Sequence[int], k: int) -> None:
+        self._blocks, self._tall, self.error = blocks, shape[0] >= shape[1], 0.0
+        self._passes, self._k = Passes(blocks, shape), min(k, *shape)
+        self._far: Float[np.ndarray, "long k"] | None = None
+        self._search: Search | None = None
+        if is_small(shape):
+            self.method: Method = "svd"
+            self._by_svd()
+            return
+        self.method, self.error = "krylov", np.inf
+        try:
+            self._search = Search(self._passes, self._k)
+            self._search.narrow(DOUBLE_SHARE**2)
+            self.until(ERROR)
+        except np.linalg.LinAlgError:  # infinite or NaN, or so large that squares leave float32
+            self._by_gram()
+
+    @torch.no_grad()
+    def until(self, error: float) -> bool:
+        """Takes more steps until the error is as small as this; whether it is, or is as small as rounding lets it be.
+
+        Where steps do not bring it to `ERROR`, the Gram matrix does.
+        """
+        if self._search is None or self.error <= error:
+            return True
+        self._far, converged = None, self._search.until(error)
+        self._near, self.error, self._k = self._search.vectors, self._search.error, self._search.k
+        if self.error > ERROR:
+            self._by_gram()
+            return True
+        return converged
+
+    @property
+    def k(self) -> int:
+        """Dimensions."""
+        return self._k
+
+    @property
+    def short_side(self) -> Float[Tensor, "short k"]:
+        """The singular vectors of the shorter side, orthonormal columns."""
+        return torch.from_numpy(self._near[:, : self._k].copy())
+
+    @property
+    def subspace(self) -> Subspace:
+        """Both sides, in float64."""
+        if self._far is None:
+            self._far = np.linalg.qr(self._passes.times(np.ascontiguousarray(self._near[:, : self._k])))[0]
+        far, near = torch.from_numpy(self._far[:, : self._k].copy()), self.short_side
+        return Subspace(*((far, near) if self._tall else (near, far)), self.method, self.error)
+
+    def _by_svd(self) -> None:
+        whole = torch.cat([block.double() for block in self._blocks()])
+        if not whole.isfinite().all():
+            raise FrankenlensError(BROKEN)
+        far, values, near = torch.linalg.svd(whole, full_matrices=False)
+        self._k = min(self._k, int((values > SVD_SHARE * values[0]).sum()))
+        self._far, self._near = far.numpy(), near.T.numpy()
+
+    def _by_gram(self) -> None:
+        short, gram = self._passes.short, self._passes.gram(np.float64)
+        if not np.isfinite(np.diag(gram).sum()):
+            raise FrankenlensError(BROKEN)
+        wanted = [short - self._k, short - 1]
+        values, vectors = scipy.linalg.eigh(
+            gram, lower=True, subset_by_index=wanted, overwrite_a=True, check_finite=False
+        )
+        self._near, self._k = vectors[:, ::-1].copy(), int((values > DOUBLE_SHARE**2 * values[-1]).sum())
+        self._search, self.error, self.method = None, 0.0, "gram"
+
+
+def leading(blocks: Blocks, shape: Sequence[int], k: int, error: float = ERROR) -> Subspace:
+    """The `k` leading singular vectors of a matrix, in float64.
 
     Args:
         blocks: the matrix, as in `interp.comparison.singular_values.blockwise`.
         shape: rows and columns.
         k: fewer are returned where the matrix has no more singular values that differ from 0.
+        error: bound of the angle (radians) to the true subspace.
+
+    Raises:
+        FrankenlensError: an entry is infinite or NaN.
     """
-    small = is_small(shape)
-    far, near = _by_svd(blocks, k) if small else _by_gram(blocks, shape, k)
-    return Subspace(far, near) if shape[0] >= shape[1] else Subspace(near, far)
-
-
-def _by_svd(blocks: Blocks, k: int) -> tuple[Float[Tensor, "long k"], Float[Tensor, "short k"]]:
-    whole = torch.cat([block.double() for block in blocks()])
-    far, values, near = torch.linalg.svd(whole, full_matrices=False)
-    k = min(k, int((values > SVD_SHARE * values[0]).sum()))
-    return far[:, :k], near[:k].T
-
-
-def _by_gram(
-    blocks: Blocks, shape: Sequence[int], k: int
-) -> tuple[Float[Tensor, "long k"], Float[Tensor, "short k"]]:
-    short = min(shape)
-    k = min(k, short)
-    squares = (
-        gram(blocks, shape, torch.float64).numpy().T
-    )  # in Fortran's order, where the lower triangle is the upper
-    wanted = [short - k, short - 1]
-    values, vectors = scipy.linalg.eigh(
-        squares, lower=False, subset_by_index=wanted, overwrite_a=True, check_finite=False
-    )
-    near = torch.from_numpy(vectors[:, ::-1].copy())[:, : int((values > DOUBLE_SHARE**2 * values[-1]).sum())]
-    far = torch.cat([_product(block, near) for block in blocks()])
-    return torch.linalg.qr(far)[0], near
+    found = Leading(blocks, shape, k)
+    found.until(error)
+    return found.subspace
 
 
 def principal_angles(a: Float[Tensor, "n k"], b: Float[Tensor, "n k"]) -> Float[np.ndarray, " k"]:
@@ -88,18 +169,12 @@ def energy_outside(blocks: Blocks, shape: Sequence[int], subspace: Subspace) -> 
     By chance, of an update without direction, it is 1 - k^2 / (rows * columns).
     """
     tall = shape[0] >= shape[1]
-    far, near = (subspace.left, subspace.right) if tall else (subspace.right, subspace.left)
-    inside, energy, first = torch.zeros(subspace.k, subspace.k, dtype=torch.float64), 0.0, 0
-    for block in blocks():
-        inside += far[first : first + len(block)].T @ _product(block, near)
-        energy += float(block.norm(dtype=torch.float64)) ** 2
-        first += len(block)
-    return 1 - float(inside.square().sum()) / energy if energy else np.nan
-
-
-def _product(
-    matrix: Float[Tensor, "long short"], vectors: Float[Tensor, "short k"]
-) -> Float[Tensor, "long k"]:
-    """In float64, a piece of the matrix at a time."""
-    step = max(1, (1 << 22) // matrix.shape[1])
-    return torch.cat([piece.double() @ vectors for piece in matrix.split(step)])
+    sides = (subspace.left, subspace.right) if tall else (subspace.right, subspace.left)
+    far, near = (side.numpy() for side in sides)
+    inside, energy, first = np.zeros((subspace.k, subspace.k)), 0.0, 0
+    for piece in Passes(blocks, shape).pieces(np.dtype(np.float64)):
+        inside += far[first : first + len(piece)].T @ (piece @ near)
+        flat = piece.ravel(order="K")
+        energy += float(flat @ flat)
+        first += len(piece)
+    return 1 - float((inside**2).sum()) / energy if energy else np.nan

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from hooks.errors import FrankenlensError
 from interp.comparison.alignment import align
 from interp.comparison.checkpoint import Checkpoint
 from interp.comparison.controls import gaussian_spectrum, rounding
+from interp.comparison.directions import directions
 from interp.comparison.energy import Sums, energies
+from interp.comparison.held import difference, held
 from interp.comparison.names import Place, places
-from interp.comparison.singular_values import TOP, Spectrum, blockwise, is_small
+from interp.comparison.singular_values import TOP, Spectrum, blockwise
 from interp.comparison.stored import Stored, counted_in
-from interp.comparison.subspace import energy_outside, leading, principal_angles
 from interp.comparison.workers import READERS, in_threads
 from interp.updates import type_name
 
 Source = Checkpoint | Path | str
-_ROWS = 1 << 20  # entries of a block
 _AT_ONCE = {"spectra": 2, "subspaces": 1}  # matrices: each takes up to 400 and 700 MB
 _OF_SPECTRUM = (
     "spectral_norm",
@@ -67,11 +63,14 @@ def compare(
       cosine negative, by about rounding_norm² / the product of the norms);
     - with `spectra`: spectral_norm, nuclear_norm, stable_rank, effective_rank, condition_number, log_volume (sum of
       the logarithms of the `top` largest singular values), n_untrusted (singular values with a relative error that may
-      exceed 1e-4), log_spectrum: log(σ_i / σ_1) of the `top` largest, which `spectra` makes a long table of; ranks and
-      log_spectrum again with `_random`, of a Gaussian matrix of the same shape;
+      exceed 1e-4), spectrum_method (how they were computed: `Spectrum.method`), log_spectrum: log(σ_i / σ_1) of the
+      `top` largest, which `spectra` makes a long table of; ranks and log_spectrum again with `_random`, of a Gaussian
+      matrix of the same shape;
     - with `subspace`: principal angles (radians; largest and mean) between the leading left, and right, singular
       subspaces of the weights before and after; energy_outside = 1 - |U^T Δ V|² / |Δ|², U and V those before;
-      energy_outside_chance, of an update without direction; subspace_k, the dimensions that there were.
+      energy_outside_chance, of an update without direction; subspace_k, the dimensions that there were;
+      subspace_method and subspace_error (`Subspace.method`, `.error`, of both together): how they were found, and what
+      the angles may be off by (radians).
 
     What does not exist is NaN: spectra of vectors, ranks and cosines of updates that are zero.
 
@@ -104,8 +103,9 @@ def compare(
         found = in_threads(some, work, sizes * len(stages), "spectra", progress, at_most=_AT_ONCE["spectra"])
         table = pd.concat([table, pd.DataFrame(found)], axis=1)
     if subspace is not None:
-        some = partial(_subspaces, checkpoints, subspace)
-        by_tensor = in_threads(some, names, sizes, "subspaces", progress, at_most=_AT_ONCE["subspaces"])
+        some = partial(directions, checkpoints, subspace)
+        changed = [(name, [one.largest > 0 for one in sums[i][0]]) for i, name in enumerate(names)]
+        by_tensor = in_threads(some, changed, sizes, "subspaces", progress, at_most=_AT_ONCE["subspaces"])
         found = [rows[k] for k in range(len(stages)) for rows in by_tensor]
         table = pd.concat([table, pd.DataFrame(found)], axis=1)
     folders = {s: str(c.folder) for s, c in zip(("rl", "in", "base"), reversed(checkpoints), strict=False)}
@@ -195,8 +195,8 @@ def _spectral(top: int, seed: int, work: tuple[Checkpoint, Checkpoint, str, floa
         absent = dict.fromkeys(
             (*_OF_SPECTRUM, "n_untrusted", "stable_rank_random", "effective_rank_random"), np.nan
         )
-        return absent | {"log_spectrum": (), "log_spectrum_random": ()}
-    found = blockwise(partial(_delta_blocks, before, after, name), shape, largest, top)
+        return absent | {"spectrum_method": None, "log_spectrum": (), "log_spectrum_random": ()}
+    found = blockwise(difference(held(before, name), held(after, name), shape), shape, largest, top)
     random = gaussian_spectrum(*shape, seed)
     return _numbers(found, top) | {
         "stable_rank_random": random.stable_rank,
@@ -217,37 +217,6 @@ def _numbers(found: Spectrum, top: int) -> dict[str, Any]:
     numbers: dict[str, Any] = dict(zip(_OF_SPECTRUM, values, strict=True))
     return numbers | {
         "n_untrusted": int((~found.trusted).sum()),
+        "spectrum_method": found.method,
         "log_spectrum": tuple(found.log_ratios(top).tolist()),
     }
-
-
-def _subspaces(checkpoints: Sequence[Checkpoint], k: int, name: str) -> list[dict[str, Any]]:
-    """Of one tensor in every stage; each checkpoint's singular vectors are found once."""
-    shape = checkpoints[0].tensors[name].matrix
-    if shape is None:
-        return [{} for _ in checkpoints[1:]]
-    found = [leading(partial(_blocks, one, name), shape, k) for one in checkpoints]
-    rows = []
-    for (before, old), (after, new) in pairwise(zip(checkpoints, found, strict=True)):
-        delta = partial(_delta_blocks, before, after, name)
-        row = {"subspace_k": old.k, "energy_outside": energy_outside(delta, shape, old)}
-        row["energy_outside_chance"] = 1 - old.k**2 / (shape[0] * shape[1])
-        for side in ("left", "right") if old.k == new.k > 0 else ():
-            angles = principal_angles(getattr(old, side), getattr(new, side))
-            row |= {f"principal_angle_max_{side}": angles[-1], f"principal_angle_mean_{side}": angles.mean()}
-        rows.append(row)
-    return rows
-
-
-def _blocks(checkpoint: Checkpoint, name: str) -> Iterator[Float[Tensor, "_long _short"]]:
-    """In float64 where the matrix is decomposed as it is, else in float32."""
-    small = is_small(checkpoint.tensors[name].matrix or (0, 0))
-    for block in checkpoint.blocks(name, _ROWS):
-        yield block.double() if small or block.dtype == torch.float64 else block.float()
-
-
-def _delta_blocks(
-    before: Checkpoint, after: Checkpoint, name: str
-) -> Iterator[Float[Tensor, "_long _short"]]:
-    for one, two in zip(_blocks(before, name), _blocks(after, name), strict=True):
-        yield two - one

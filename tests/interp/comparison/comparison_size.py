@@ -25,9 +25,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from interp.comparison import Checkpoint, align
+from interp.comparison.directions import directions
 from interp.comparison.energy import energies
+from interp.comparison.held import difference, held
 from interp.comparison.singular_values import TOP
-from interp.comparison.table import _AT_ONCE, _delta_blocks, _spectral, _subspaces
+from interp.comparison.table import _AT_ONCE, _spectral
 from interp.comparison.workers import READERS, in_threads
 
 STAGES = ("base", "in", "rl")
@@ -105,9 +107,9 @@ def measure(folder: Path) -> dict[str, Any]:
     some = [(checkpoints[1], checkpoints[2], name, 0.01) for name in (largest, *layer[-3:])]
     in_threads(partial(_spectral, TOP, 0), some, [1] * len(some), "spectra", False, 2, _AT_ONCE["spectra"])
     found["VmHWM, spectra, two at once (GB)"] = peak()
-    few = [LAYER + "mlp.down_proj.weight", LAYER + "mlp.up_proj.weight"]
+    few = [(LAYER + f"mlp.{name}_proj.weight", (True, True)) for name in ("down", "up")]
     in_threads(
-        partial(_subspaces, checkpoints, 16), few, [1] * 2, "subspaces", False, 1, _AT_ONCE["subspaces"]
+        partial(directions, checkpoints, 16), few, [1] * 2, "subspaces", False, 1, _AT_ONCE["subspaces"]
     )
     found["VmHWM, subspaces, one at once (GB)"] = peak()
     found["RssAnon, peak (GB)"] = watch.stop()
@@ -154,7 +156,9 @@ def _plain(
     """Wall and CPU seconds of svdvals in float32 alone (reading is not counted), and our largest error against it."""
     total, errors = np.zeros(2), []
     for name, found in zip(layer, ours, strict=True):
-        delta = torch.cat(list(_delta_blocks(before, after, name))).float()
+        delta = torch.cat(
+            list(difference(held(before, name), held(after, name), before.tensors[name].shape)())
+        ).float()
         clocks, values = _clocks(partial(torch.linalg.svdvals, delta))
         total += clocks
         wanted = values[:TOP].double().numpy()

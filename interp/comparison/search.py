@@ -1,0 +1,214 @@
+"""Leading singular vectors by block Krylov steps, in float32 as far as it carries, then in float64; and their error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float
+
+from interp.comparison.passes import Passes
+
+GUARD = 8
+"""Vectors beyond those wanted that are carried along: what is wanted is told from what follows by them."""
+FLOOR = 1e-6  # of an eigenvalue: float32 brings residuals little below this
+_MOST = 640  # vectors of a basis
+_STEPS = 60  # in float64, at most
+_INNER = 12  # steps on a Gram matrix for each step on the matrix
+_Values = Float[np.ndarray, " _m"]
+_Vectors = Float[np.ndarray, "short _m"]
+
+
+class Search:
+    """The k leading right singular vectors of a matrix M, as eigenvectors of M^T M that is never formed at first.
+
+    Block Krylov steps with full orthogonalization (Golub & Underwood 1977) from a random block, by Rayleigh and Ritz:
+    one pass over M a step. In float32, until its rounding shows; then from the vectors found, in float64. Where
+    float32 steps promise to take longer than forming the Gram matrix, it is formed, in float32, and steps are taken on
+    it; it then also preconditions the steps in float64 (Davidson 1975).
+
+    Args:
+        passes: M.
+        k: how many.
+        seed: of the random block. Vectors of a matrix nearby would save a third of the steps, and could hide a
+            direction that is new and orthogonal to them all.
+
+    Attributes:
+        values: eigenvalues of M^T M: of those wanted and of what was carried along, descending.
+        vectors: theirs, orthonormal, in float64.
+        error: bound, to first order, of the sine of the largest angle between the span of the first k and the true
+            one, by residuals and gaps.
+        n_passes: over M.
+
+    Raises:
+        np.linalg.LinAlgError: a product is infinite or NaN: M has such entries, or its squares leave float32.
+    """
+
+    def __init__(self, passes: Passes, k: int, seed: int = 0) -> None:
+        self.k, self.passes, self.n_passes = k, passes, 0
+        self._width = min(passes.short, k + GUARD)
+        block = np.random.default_rng(seed).standard_normal((passes.short, self._width))
+        self._gram: Float[np.ndarray, "short short"] | None = None
+        self._in_single(block.astype(np.float32))
+        self._basis = _Basis(self.vectors.astype(np.float64), self._apply)
+        self._see(self._basis)
+
+    def until(self, error: float) -> bool:
+        """Goes on in float64 until the error is bounded by this; whether it is."""
+        errors = [math.inf]
+        for _ in range(_STEPS):
+            errors.append(self.error)
+            if self.error <= error:
+                return True
+            if self._gram is not None and len(errors) > 6 and self.error > 0.1 * errors[-6]:
+                return False
+            self._weigh(errors, error, 14 * self.k)
+            if self._basis.width + self.k > _MOST:
+                self._basis = _Basis(self.vectors, self._apply)
+            residuals = self._basis.residuals(self.k)
+            self._basis.widen(residuals if self._gram is None else self._solved(residuals))
+            self._see(self._basis)
+        return False
+
+    def narrow(self, share: float) -> None:
+        """Fewer are wanted, where not so many eigenvalues are above a share of the largest."""
+        self.k = int((self.values[: self.k] > share * self.values[0]).sum())
+        self._see(self._basis)
+
+    def _in_single(self, block: _Vectors) -> None:
+        """Float32 steps, to where float32 ends."""
+        basis, errors = _Basis(block, self._apply), [math.inf]
+        while basis.width + self._width <= min(_MOST, self.passes.short):
+            self._see(basis)
+            errors.append(self.error)
+            if self._floored(basis):
+                return
+            self._weigh(errors, 1e-5, 5 * self._width)
+            basis.widen(basis.residuals(self._width))
+        self._see(basis)
+
+    def _weigh(self, errors: list[float], target: float, columns: int) -> None:
+        """Forms the Gram matrix where it would cost less than the steps that are left: each as much as some columns."""
+        if self._gram is not None or len(errors) < 5 or columns * _left(errors, target) < self.passes.short:
+            return
+        self._gram = self.passes.gram(np.float32)
+        self._gram += np.tril(self._gram, -1).T
+        self.n_passes += 1
+
+    def _floored(self, basis: _Basis) -> bool:
+        sizes = np.linalg.norm(basis.residuals(self.k), axis=0)
+        return bool((sizes <= FLOOR * np.maximum(self.values[: self.k], 0.1 * self.values[0])).all())
+
+    def _apply(self, block: _Vectors) -> _Vectors:
+        if self._gram is not None and block.dtype == np.float32:
+            return self._gram @ block
+        self.n_passes += 1
+        return self.passes.gram_times(block)
+
+    def _see(self, basis: _Basis) -> None:
+        self.values, self.vectors = basis.values[: self._width], basis.vectors(self._width)
+        self.error = _bound(self.values, np.linalg.norm(basis.residuals(self._width), axis=0), self.k)
+
+    def _solved(self, residuals: _Vectors) -> _Vectors:
+        """(G - θ)^-1 of each residual beside the vectors found, G in float32, in a Krylov space of its own."""
+        assert self._gram is not None
+        held, block = self.vectors.astype(np.float32), _orthonormal(residuals.astype(np.float32))
+        basis = _Basis(_orthonormal(block, held), lambda some: self._gram @ some, held)  # type: ignore[operator]
+        for _ in range(_INNER):
+            basis.widen(basis.images[:, -self.k :])
+        values, rotated = np.linalg.eigh(basis.products)
+        inside = rotated.T @ (basis.of.T @ residuals.astype(np.float32))
+        return (basis.of @ (rotated @ (inside / (values[:, None] - self.values[: self.k])))).astype(
+            np.float64
+        )
+
+
+class _Basis:
+    """Orthonormal vectors, what M^T M makes of them, and its eigenvalues in their span.
+
+    Attributes:
+        of, images: the vectors, and M^T M of them.
+        products: V^T M^T M V.
+    """
+
+    def __init__(
+        self, block: _Vectors, apply: Callable[[_Vectors], _Vectors], beside: _Vectors | None = None
+    ) -> None:
+        self._apply, self._beside = apply, beside
+        self.of = block[:, :0]
+        self.images, self.products = self.of, np.zeros((0, 0))
+        self._solution: tuple[_Values, Float[np.ndarray, "_m _m"]] | None = None
+        self.widen(block)
+
+    @property
+    def width(self) -> int:
+        """How many vectors."""
+        return self.of.shape[1]
+
+    def widen(self, block: _Vectors) -> None:
+        """By what of a block is orthogonal to what there is."""
+        held = self.of if self._beside is None else np.concatenate([self._beside, self.of], 1)
+        new = _orthonormal(block, held)
+        images = self._apply(new)
+        if not np.isfinite(images).all():
+            raise np.linalg.LinAlgError("a product is infinite or NaN")
+        across = (self.of.T @ images).astype(np.float64)
+        own = (new.T @ images).astype(np.float64)
+        self.products = np.block([[self.products, across], [across.T, (own + own.T) / 2]])
+        self.of, self.images = np.concatenate([self.of, new], 1), np.concatenate([self.images, images], 1)
+        self._solution = None
+
+    @property
+    def values(self) -> _Values:
+        """Ritz values, descending."""
+        return self._solved()[0]
+
+    def _solved(self) -> tuple[_Values, Float[np.ndarray, "_m _m"]]:
+        if self._solution is None:
+            values, rotated = np.linalg.eigh(self.products)
+            self._solution = values[::-1], rotated[:, ::-1]
+        return self._solution
+
+    def vectors(self, n: int) -> _Vectors:
+        """The n leading Ritz vectors."""
+        return self.of @ self._solved()[1][:, :n].astype(self.of.dtype)
+
+    def residuals(self, n: int) -> _Vectors:
+        """M^T M x - θ x of each."""
+        some = self._solved()[1][:, :n].astype(self.of.dtype)
+        return self.images @ some - (self.of @ some) * self.values[:n].astype(self.of.dtype)
+
+
+def _orthonormal(block: _Vectors, held: _Vectors | None = None) -> _Vectors:
+    """The span of a block, orthogonal to what is held; twice, which is enough."""
+    for _ in range(2):
+        if held is not None:
+            block = block - held @ (held.T @ block)
+        block = np.linalg.qr(block)[0]
+    return block
+
+
+def _left(errors: list[float], target: float) -> float:
+    """Steps that are left, if errors go on falling as in the last three."""
+    rate = math.log(errors[-4] / errors[-1]) / 3 if errors[-1] < errors[-4] < math.inf else 0.0
+    return math.log(max(1.0, errors[-1] / target)) / rate if rate > 0 else math.inf
+
+
+def _bound(values: _Values, residuals: _Values, k: int) -> float:
+    """Of the sine of the largest angle between k Ritz vectors' span and that of the k leading eigenvectors.
+
+    Residuals are orthogonal to all Ritz vectors, so that the first j > k as a whole can only err towards eigenvectors
+    behind them: by residual / gap, the gap being that to θ_j. By as much the vectors k+1..j err too, and what goes by
+    them into the first k is smaller by their residual / the gap at k. The best j counts.
+    """
+    if not k or not values[0]:
+        return 0.0
+    following = np.append(values, 0.0)
+    found, cut = math.inf, values[k - 1] - following[k]
+    for j in range(k, len(values) + 1):
+        rest = float(np.linalg.norm(residuals[k:j]))
+        gaps = values[:k] - following[max(k, j - 1)] - 2 * rest
+        if cut > 0 and gaps[-1] > 0:
+            found = min(found, (1 + rest / cut) * float(np.linalg.norm(residuals[:k] / gaps)))
+    return found
