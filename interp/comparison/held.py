@@ -22,7 +22,8 @@ def held(checkpoint: Checkpoint, name: str) -> Blocks:
     if stored.entries * stored.dtype.itemsize > HELD:
         return lambda: checkpoint.blocks(name, _BLOCK)
     whole = checkpoint.read(name).view(stored.matrix or (-1, 1))
-    tall = whole if whole.shape[0] >= whole.shape[1] else whole.T
+    tall = whole if whole.shape[0] >= whole.shape[1] else whole.T.contiguous()
+    del whole
     return lambda: iter(tall.split(max(1, _BLOCK // tall.shape[1])))
 
 

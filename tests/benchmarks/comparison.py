@@ -2,7 +2,8 @@
 
 `python -m tests.benchmarks.comparison FOLDER` writes matrices to the folder, measures and prints JSON. Times are CPU
 seconds of this process, old and new in turn, medians; differences are relative, to float64; memory is the kernel's
-peak of resident memory (VmHWM) while the new way runs, after it was set back (/proc/self/clear_refs).
+peak of resident memory (VmHWM) while the new way runs in a process of its own, after it was set back
+(/proc/self/clear_refs).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -55,36 +58,30 @@ def measure(folder: Path, largest: bool = True) -> dict[str, Any]:
     if largest:
         name, shape, trained = LARGEST
         checkpoints = write(folder, shape, trained)
-        reset_peak()
-        seconds, row = clock(lambda: directions(checkpoints, K, ("w", (True,)))[0])
+        seconds, row = clock(lambda: _rows(checkpoints, shape))
         found[name] = {"subspaces, new (CPU s)": seconds, "method": row["subspace_method"]}
-        seconds, _ = clock(lambda: _spectrum(checkpoints, shape))
-        found[name] |= {"spectra, new (CPU s)": seconds, "VmHWM (GB)": peak()}
+        found[name] |= {"spectra, new (CPU s)": clock(lambda: _spectrum(checkpoints, shape))[0]}
+        for what, function in (("subspaces", _rows), ("spectra", _spectrum)):
+            found[name][f"{what}, VmHWM (GB)"] = _peak_alone(function, checkpoints, shape)
     return found
 
 
 def _subspaces(checkpoints: Sequence[Checkpoint], shape: tuple[int, int]) -> dict[str, Any]:
-    reset_peak()
-    directions(checkpoints, K, ("w", (True,)))
-    memory = peak()
     before, after = (held(one, "w") for one in checkpoints)
     clocks, (exactly, row) = _in_turn(
         lambda: exact.angles(before, after, shape, K),
-        lambda: directions(checkpoints, K, ("w", (True,)))[0],
+        lambda: _rows(checkpoints, shape),
     )
     worst = max(abs(row[name] / value - 1) for name, value in exactly.items())
     return {
         **_told("subspaces", clocks),
         "subspaces, worst difference": worst,
         "method": row["subspace_method"],
-        "subspaces, VmHWM (GB)": memory,
+        "subspaces, VmHWM (GB)": _peak_alone(_rows, checkpoints, shape),
     }
 
 
 def _spectra(checkpoints: Sequence[Checkpoint], shape: tuple[int, int]) -> dict[str, Any]:
-    reset_peak()
-    _spectrum(checkpoints, shape)
-    memory = peak()
     before, after = (held(one, "w") for one in checkpoints)
     delta = difference(before, after, shape)
     clocks, (_, ours) = _in_turn(lambda: exact.spectrum(delta, shape), lambda: _spectrum(checkpoints, shape))
@@ -96,7 +93,7 @@ def _spectra(checkpoints: Sequence[Checkpoint], shape: tuple[int, int]) -> dict[
         **_told("spectra", clocks),
         "spectra, worst difference": max(worst.values()),
         "spectrum_method": ours.method,
-        "spectra, VmHWM (GB)": memory,
+        "spectra, VmHWM (GB)": _peak_alone(_spectrum, checkpoints, shape),
     }
 
 
@@ -110,6 +107,25 @@ def numbers(found: Spectrum) -> list[tuple[str, float]]:
 def _spectrum(checkpoints: Sequence[Checkpoint], shape: tuple[int, int]) -> Spectrum:
     before, after = (held(one, "w") for one in checkpoints)
     return blockwise(difference(before, after, shape), shape, 1.0)
+
+
+def _rows(checkpoints: Sequence[Checkpoint], shape: tuple[int, int]) -> dict[str, Any]:
+    return directions(checkpoints, K, ("w", (True,)))[0]
+
+
+def _peak_alone(
+    function: Callable[..., Any], checkpoints: Sequence[Checkpoint], shape: tuple[int, int]
+) -> float:
+    """In a process of its own: what the old way left behind is not in it."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_peak, function, checkpoints, shape).result()
+
+
+def _peak(function: Callable[..., Any], checkpoints: Sequence[Checkpoint], shape: tuple[int, int]) -> float:
+    torch.set_num_threads(1)
+    reset_peak()
+    function(checkpoints, shape)
+    return peak()
 
 
 def _in_turn(old: Callable[[], Any], new: Callable[[], Any]) -> tuple[list[list[float]], tuple[Any, Any]]:

@@ -27,7 +27,7 @@ def test_subspaces_are_several_times_faster_with_the_same_figures_in_little_memo
     print(done.stdout)
     found = json.loads(done.stdout)
     largest = found.pop("embedding, trained")
-    assert largest["VmHWM (GB)"] <= 1.5
+    assert max(value for name, value in largest.items() if "VmHWM" in name) <= 1.5
     for name, row in found.items():
         assert row["method"] == "krylov"
         assert row["subspaces, worst difference"] <= 1e-4
