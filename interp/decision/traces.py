@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hooks import HookedVLM
 from hooks.batches import at_once, fitting, forward_bytes, in_parts, item_bytes, logits_bytes
+from hooks.plain import own_parameter, plain_weight
 from interp.metrics.logits import Logits, chunks, run_for_logits
 from interp.prompts import Prompt, collate
 
@@ -62,24 +64,35 @@ class StepLogits:
 
 
 class Head:
-    """A copy of a model's unembedding as it is now."""
+    """A copy of a model's unembedding as it is now, in memory where it is offloaded."""
 
     def __init__(self, vlm: HookedVLM) -> None:
-        module = vlm.module(vlm.anatomy.unembed)
-        self._module, self._after = copy.deepcopy(module).requires_grad_(False), vlm.anatomy.after_unembedding
-        self._module._forward_hooks.clear()
-        self._module._forward_pre_hooks.clear()
-        self._device = next(module.parameters()).device
+        module, self._after = vlm.module(vlm.anatomy.unembed), vlm.anatomy.after_unembedding
+        weight, bias = plain_weight(module), own_parameter(module, "bias")
+        if weight is None:  # wrapped or packed: its own forward alone knows
+            self._linear: Callable[[Tensor], Tensor] = copy.deepcopy(module).requires_grad_(False)
+            self._device = next(module.parameters()).device
+        else:
+            kept = weight.clone(), None if bias is None else bias.detach().clone()
+            self._linear, self._device = partial(_linear, *kept), weight.device
 
     def __call__(self, normed: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead vocab"]:
         """Logits of what the final norm gives out."""
         with torch.no_grad():
-            return self._after(self._module(normed.to(self._device)))
+            return self._after(self._linear(normed.to(self._device)))
 
     @classmethod
     def of(cls, vlm: HookedVLM) -> Head | None:
         """None where the model's readout is not known, and logits are all there is."""
         return cls(vlm) if vlm.can("lens") else None
+
+
+def _linear(
+    weight: Float[Tensor, "vocab d_model"],
+    bias: Float[Tensor, " vocab"] | None,
+    x: Float[Tensor, "*lead d_model"],
+) -> Float[Tensor, "*lead vocab"]:
+    return nn.functional.linear(x, weight, bias)
 
 
 def trace_logits(

@@ -132,3 +132,15 @@ def test_what_must_read_a_weight_refuses_a_packed_one(pair, decisions) -> None:
         FrankenlensError, match=r"neurons needs the numbers of a Packed, which are wrapped or packed"
     ):
         matrix(packed, "attribution of neurons")
+
+
+def test_soft_decisions_that_keep_streams_and_their_null_pairs(pair, away, monkeypatch) -> None:
+    """The copy of an unembedding that is not in memory works as it does."""
+    for name in ("interp.decision.soft.DENSE", "interp.metrics.kinds.HELD"):
+        monkeypatch.setattr(name, 0)
+    examples = sample("sum", 3, 5, "map")
+    found, expected = (find_decisions(own, examples, "soft", max_new_tokens=12) for own in (away, pair))
+    scale = 1e-5 * max(1.0, float(np.abs(expected.rl_values).max()))
+    for values in ("in_values", "rl_values"):
+        np.testing.assert_allclose(getattr(found, values), getattr(expected, values), rtol=0, atol=scale)
+    assert np.abs(expected.rl_values - expected.in_values).max() > 100 * scale
