@@ -26,6 +26,7 @@ from hooks.processors import load_processor
 from interp.decision import find_decisions
 from interp.map import component_map
 from interp.pair.pair import Pair
+from interp.questions.examples import Example
 from interp.questions.tasks import sample
 
 N_WORDS = 151_936
@@ -113,6 +114,18 @@ def _status(name: str) -> int:
     return 1024 * int(kib)
 
 
+class Obliging:
+    """A grader for models that answer nothing: RL is right, IN is wrong, and right after every third forced token."""
+
+    def __init__(self, n: int) -> None:
+        self._n, self._asked = n, 0
+
+    def __call__(self, answer: str | None, example: Example) -> bool:
+        self._asked += 1
+        after = self._asked - 2 * self._n
+        return self._asked <= self._n or (after > 0 and after % 3 == 0)
+
+
 def main() -> None:
     """Prints the peak of `find_decisions`, or of a map on its decisions, in bytes, and what was found."""
     what, n_traces, n_tokens = sys.argv[1], *map(int, sys.argv[2:4])
@@ -122,7 +135,12 @@ def main() -> None:
     choice = {"map": "soft", "map-first": "first"}.get(what, what)
     with peak() as found, memory_limit(os.environ.get("LIMIT")):
         decisions = find_decisions(
-            pair, examples, choice, max_new_tokens=n_tokens, batch_size=min(n_traces, 32)
+            pair,
+            examples,
+            choice,
+            grader=Obliging(n_traces),
+            max_new_tokens=n_tokens,
+            batch_size=min(n_traces, 32),
         )
     told = {"peak": found.most, "n": len(decisions), "steps": [len(t.trace_ids) for t in decisions.rl_traces]}
     told |= {"denominator": float((decisions.rl_values - decisions.in_values).mean())}

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from hooks import FrankenlensError, HookedVLM
 from hooks.engine import HookContext, HookFunction
 from interp.decision import Change, changed_weights
+from interp.metrics.logits import sparing_logits
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair
 from interp.prompts import Prompt, collate
@@ -159,7 +160,8 @@ def attention_mass(
             for layer, block in enumerate(vlm.anatomy.text.blocks)
             if block.site is not None
         ]
-        vlm.run_with_hooks(batch.inputs, [(name, hook) for name in names], use_cache=False)
+        with sparing_logits(vlm) as extra:
+            vlm.run_with_hooks(batch.inputs, [(name, hook) for name in names], use_cache=False, **extra)
         for layer, found in seen.items():
             mass[layer, : found.shape[1], rows] = found.cpu().numpy()
     return mass

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
 from interp.lens.image_grid import ImageGrid, image_grids
+from interp.metrics.logits import sparing_logits
 from interp.prompts import Prompt
 from interp.prompts.roles import ROLES
 
@@ -91,7 +92,8 @@ def attention_view(
             'layers=[-1], queries="reasoning".'
         )
     names = {f"blocks.{layer}.attn.hook_pattern": layer for layer in layers}
-    _, cache = vlm.run_with_cache(prompt.inputs, list(names), use_cache=False)
+    with sparing_logits(vlm) as extra:
+        _, cache = vlm.run_with_cache(prompt.inputs, list(names), use_cache=False, **extra)
     patterns = {layer: cache[name][0, heads][:, rows].float().cpu() for name, layer in names.items()}
     grids = image_grids(prompt) if "image" in prompt.roles else []
     page = _template().render(

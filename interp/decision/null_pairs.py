@@ -18,6 +18,7 @@ from hooks.errors import FrankenlensError
 from hooks.swapped import like, swapped
 from interp.decision.result import DecisionSet
 from interp.decision.soft import soft_difference
+from interp.decision.spilled import Spill
 from interp.decision.traces import Head, StepLogits, next_tokens, trace_logits
 from interp.metrics import LogitDifference, Metric, evaluate
 from interp.pair.pair import Pair
@@ -232,8 +233,8 @@ def _own_soft(
     vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int
 ) -> tuple[Sequence[Prompt], Callable[[], np.ndarray]]:
     """As `_own_first`, for the soft metric: its denominator is KL(p || q) + KL(q || p), summed over the trace."""
-    head = Head.of(vlm)
-    now = [logits.kept(head) for _, logits in trace_logits(vlm, traces, batch_size)]
+    head, spill = Head.of(vlm), Spill()
+    now = [logits.kept(head, spill) for _, logits in trace_logits(vlm, traces, batch_size)]
 
     def difference() -> np.ndarray:
         before = (logits for _, logits in trace_logits(vlm, traces, batch_size))

@@ -1,9 +1,10 @@
 """The soft metric of two models on their traces, without a number for every word.
 
 Its weights, p_after - p_before at every step, are a vocabulary a step. Where all of them together are more than
-`DENSE`, what both models give their unembeddings is kept in their place, a hundredth of that, beside a copy of both
-unembeddings; a step's weights are made from it when the metric reads the step. They are the same to the last bits of
-float32 and stay what they are, whatever happens to the models' weights afterwards.
+`DENSE`, what both models give their unembeddings is kept in their place, a hundredth of that (of many prompts in a
+temporary file), beside a copy of both unembeddings; a step's weights are made from it when the metric reads the step.
+They are the same to the last bits of float32 and stay what they are, whatever happens to the models' weights
+afterwards.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks import HookedVLM
+from interp.decision.spilled import Spill
 from interp.decision.traces import Head, StepLogits, trace_logits
 from interp.metrics import HELD, SoftDifference
 from interp.prompts import Prompt
@@ -77,11 +79,12 @@ def soft_difference(
     n_weights = sum(len(trace.trace_ids) for trace in traces) * after.n_logits
     heads = (None, None) if n_weights <= DENSE else (Head.of(after), Head.of(before))
     weights: list[Tensor | Change] = []
+    spill = Spill()
     for new, old in both(after, before, traces, batch_size, progress):
         if heads[0] is None or heads[1] is None:
             weights.append(Change(new, old).dense())
         else:
-            weights.append(Change(new.kept(heads[0]), old.kept(heads[1])))
+            weights.append(Change(new.kept(heads[0], spill), old.kept(heads[1], spill)))
     start = torch.tensor([trace.n_prompt_tokens - 1 for trace in traces], dtype=torch.long)
     return SoftDifference(tuple(weights), start)
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from hooks import HookedVLM
 from hooks.batches import at_once, fitting, forward_bytes, in_parts, item_bytes, logits_bytes
 from hooks.plain import own_parameter, plain_weight
+from interp.decision.spilled import Spill, Spilled
 from interp.metrics.logits import Logits, chunks, run_for_logits
 from interp.prompts import Prompt, collate
 
@@ -37,12 +38,12 @@ class StepLogits:
     """A model's logits for each token of a trace, given those before it; made when they are asked for, in float32.
 
     Attributes:
-        source: what they are made of [step d_model]; without `unembed`, they themselves.
+        source: what they are made of [step d_model], in memory or in a file; without `unembed`, they themselves.
         n_words: of the vocabulary.
         unembed: from the source to logits.
     """
 
-    source: Float[Tensor, "step width"]
+    source: Float[Tensor, "step width"] | Spilled
     n_words: int
     unembed: Callable[[Tensor], Tensor] | None
 
@@ -57,10 +58,10 @@ class StepLogits:
         """Steps whose logits may exist together."""
         return chunks(len(self), at_once(self.n_words, self.source.device))
 
-    def kept(self, head: Head | None) -> StepLogits:
-        """The same when the model has moved on: its stream in main memory, under a head that does not change."""
+    def kept(self, head: Head | None, spill: Spill) -> StepLogits:
+        """The same when the model has moved on: its stream kept there, under a head that does not change."""
         unembed = None if self.unembed is None else head
-        return StepLogits(self.source.to("cpu", copy=True), self.n_words, unembed)
+        return StepLogits(spill.keep(self.source[:]), self.n_words, unembed)
 
 
 class Head:

@@ -26,6 +26,7 @@ from hooks.engine import HookContext, HookFunction
 from hooks.weights import part_paths
 from interp.localization.outcomes import Grader
 from interp.localization.pools import GENERATED, Pool
+from interp.metrics.logits import sparing_logits
 from interp.pair.generation import greedy, greedy_batch
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.prompts.pairing import content
@@ -290,7 +291,8 @@ def _pools(
                 of = {name: one[kinds == kind] for name, one in owned.items() if hook.name in sampled}
                 pools[hook.name].add(kind, activation[here], **of)
 
-        vlm.run_with_hooks(batch.inputs, [(name, take) for name in names], use_cache=False)
+        with sparing_logits(vlm) as extra:
+            vlm.run_with_hooks(batch.inputs, [(name, take) for name in names], use_cache=False, **extra)
     return pools
 
 

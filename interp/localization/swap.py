@@ -36,6 +36,7 @@ from hooks import FrankenlensError, HookedVLM
 from hooks.engine import HookContext, HookFunction
 from interp import regions
 from interp.localization.outcomes import NOT_COUNTED, OUTCOMES, Grader, outcome, same_answer
+from interp.metrics.logits import sparing_logits
 from interp.pair.generation import greedy_batch
 from interp.prompts import Prompt, PromptBatch, PromptBuilder, collate
 from interp.prompts.pairing import image_shapes
@@ -224,8 +225,10 @@ def _states(
     names = list(dict.fromkeys(name for what, layer in layers for name in _names(what, layer)))
     ends = {swap.last + 1 for swap in swaps if swap.last + 1 < vlm.n_layers}
     after = [f"blocks.{layer}.hook_resid_pre" for layer in sorted(ends)]
-    own = dict(vlm.run_with_cache(batch.inputs, after, use_cache=False)[1]) if after else {}
-    return own, dict(vlm.run_with_cache(source.inputs, names, use_cache=False)[1])
+    with sparing_logits(vlm) as extra:
+        run = partial(vlm.run_with_cache, use_cache=False, **extra)
+        own = dict(run(batch.inputs, after)[1]) if after else {}
+        return own, dict(run(source.inputs, names)[1])
 
 
 @dataclass(frozen=True)

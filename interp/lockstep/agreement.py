@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hooks import HookedVLM
 from interp.lockstep.run import Written
+from interp.metrics.logits import sparing_logits
 from interp.prompts import Prompt, collate
 
 _POSITIONS = 512  # whose logits are made at once
@@ -72,11 +73,12 @@ def _choices(
     """The arg max before each of the last `steps` tokens; logits are made for these alone, a few at a time."""
     order = sorted(range(len(traces)), key=lambda row: len(traces[row]))
     found: dict[int, list[int]] = {}
-    name, run = "ln_final.hook_normalized", {"use_cache": False}
+    name = "ln_final.hook_normalized"
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         inputs = collate([traces[row] for row in rows], "left").to(vlm.device).inputs
-        _, cache = vlm.run_with_cache(inputs, [name], logits_to_keep=1, **run)
+        with sparing_logits(vlm) as extra:
+            _, cache = vlm.run_with_cache(inputs, [name], use_cache=False, **extra)
         states = [cache[name][i, -1 - steps[row] : -1] for i, row in enumerate(rows)]
         suppressed = torch.tensor(traces[0].builder.suppressed_ids, dtype=torch.long)
         chosen = [_arg_max(vlm, some, suppressed) for some in torch.cat(states).split(_POSITIONS)]

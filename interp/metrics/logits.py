@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -136,6 +136,29 @@ def run_with_cache_for_logits(
     with vlm.exclusive("reading logits"), read.on():
         output, cache = vlm.run_with_cache(inputs, list(names), use_cache=False, **read.extra)
     return read.logits(output), cache
+
+
+@contextmanager
+def sparing_logits(vlm: HookedVLM, column: int = -1) -> Iterator[dict[str, Any]]:
+    """Forward passes inside are run for their activations: they make the logits of one column alone, if that can be.
+
+    Args:
+        vlm: the opened model.
+        column: of the batch.
+
+    Yields:
+        What the model is to be called with, beside its inputs.
+    """
+    if not vlm.can("lens"):
+        one = 1 if column == -1 else torch.tensor([column], device=vlm.device)
+        yield {"logits_to_keep": one} if keeps_some(vlm) else {}
+        return
+
+    def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (args[0][:, [column]], *args[1:]) if args and args[0].ndim == 3 else None
+
+    with registered(partial(vlm.module(vlm.anatomy.unembed).register_forward_pre_hook, cut)):
+        yield {}
 
 
 def unmade(

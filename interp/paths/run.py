@@ -15,6 +15,7 @@ from hooks.engine import HookContext
 from hooks.selfcheck_writes import tolerance
 from interp.map.cells import Donor
 from interp.metrics import Metric
+from interp.metrics.logits import sparing_logits
 from interp.paths.path import Between, Path, Receiver, sender_hook, writes_at
 from interp.prompts import PromptBatch
 from interp.prompts.pairing import PatchBatch
@@ -172,7 +173,9 @@ class PathRun:
         if not names:
             return
         inputs = self.rows.batch.inputs
-        _, cache = self.vlm.run_with_cache(inputs, list(dict.fromkeys(names.values())), use_cache=False)
+        with sparing_logits(self.vlm) as extra:
+            points = list(dict.fromkeys(names.values()))
+            _, cache = self.vlm.run_with_cache(inputs, points, use_cache=False, **extra)
         real = self.rows.batch.mask("all")
         for place, receiver in receivers.items():
             expected = cache[names[place]]

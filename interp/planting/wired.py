@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks import FrankenlensError, HookedVLM, weight_slices
+from interp.metrics.logits import sparing_logits
 from interp.prompts import Prompt, collate
 
 WIRED = ("query-key", "joint", "cancelling", "backup")
@@ -203,7 +204,8 @@ def _seen(in_: HookedVLM, layer: int, prompts: Sequence[Prompt]) -> _Seen:
     module = in_.model.get_submodule(in_.anatomy.text.blocks[layer].mlp)
     handle = module.register_forward_pre_hook(lambda module, args: kept.append(args[0].detach()))
     try:
-        _, cache = in_.run_with_cache(batch.inputs, names, use_cache=False)
+        with sparing_logits(in_) as extra:
+            _, cache = in_.run_with_cache(batch.inputs, names, use_cache=False, **extra)
     finally:
         handle.remove()
     real = batch.mask("all")

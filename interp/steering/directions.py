@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from hooks import FrankenlensError, HookContext, HookedVLM
 from hooks.errors import nearest
 from interp.lockstep.moved import WHEN
+from interp.metrics.logits import sparing_logits
 from interp.pair.pair import Pair
 from interp.prompts import Prompt, PromptBatch, collate
 
@@ -172,5 +173,6 @@ def _mean_at(
         flat = activation.flatten(2).float().masked_fill(~here[..., None], 0.0)
         kept.append((flat.sum(1) / here.sum(1, keepdim=True)).cpu())
 
-    vlm.run_with_hooks(batch.to(vlm.device).inputs, [(site, read)], use_cache=False, logits_to_keep=1)
+    with sparing_logits(vlm) as extra:
+        vlm.run_with_hooks(batch.to(vlm.device).inputs, [(site, read)], use_cache=False, **extra)
     return kept[0]

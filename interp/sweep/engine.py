@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from hooks import FrankenlensError, HookedVLM
 from hooks.memory import limit, parse_bytes
 from interp.metrics import Metric
+from interp.metrics.logits import sparing_logits
 from interp.metrics.reading import Reading
 from interp.prompts import Prompt, collate
 from interp.prompts.pairing import beside, image_shapes, partners
@@ -206,8 +207,8 @@ class _Part:
         batch = collate(self.given).to(self.donor.device)
         if not bool(batch.with_image.any()):  # nothing fires there, and nothing is touched
             names = [name for name in names if not of_vision(name)]
-        with torch.no_grad():
-            return self.donor.run_with_cache(batch.inputs, names, use_cache=False)[1]
+        with torch.no_grad(), sparing_logits(self.donor) as extra:
+            return self.donor.run_with_cache(batch.inputs, names, use_cache=False, **extra)[1]
 
     def _run_of_others(self) -> Mapping[str, Tensor]:
         names = _cached(self.recipient, self.interventions, ("resample",))
@@ -216,8 +217,8 @@ class _Part:
         if not bool(self.batch.with_image.any()):
             names = [name for name in names if not of_vision(name)]
         inputs = collate(self.others).to(self.recipient.device).inputs
-        with torch.no_grad():
-            cache = self.recipient.run_with_cache(inputs, names, use_cache=False)[1]
+        with torch.no_grad(), sparing_logits(self.recipient) as extra:
+            cache = self.recipient.run_with_cache(inputs, names, use_cache=False, **extra)[1]
         # a module that is called once an image leaves as many: one behind the other, as an edit of it sees them
         return {name: torch.cat(list(cache.calls(name))) for name in names}
 
@@ -274,8 +275,8 @@ def _means(
     for rows in tqdm(parts, desc="means", disable=not progress, delay=1):
         batch = collate([prompts[row] for row in rows]).to(vlm.device)
         there = [hook for hook in hooks if bool(batch.with_image.any()) or not of_vision(hook)]
-        with torch.no_grad():
-            _, cache = vlm.run_with_cache(batch.inputs, there, use_cache=False)
+        with torch.no_grad(), sparing_logits(vlm) as extra:
+            _, cache = vlm.run_with_cache(batch.inputs, there, use_cache=False, **extra)
         for key, where in wanted.items():
             if key[0] not in there:
                 continue

@@ -17,7 +17,7 @@ from hooks.errors import one_line
 from hooks.points import interface_point
 from hooks.selfcheck_writes import tolerance
 from hooks.uninterrupted import registered
-from interp.metrics.logits import Logits, keeps_some, unmade
+from interp.metrics.logits import Logits, sparing_logits, unmade
 from interp.prompts import PromptBatch
 from interp.sweep.attention import SegmentContext, Tap, segment_attention_on
 from interp.sweep.edits import Span
@@ -97,12 +97,18 @@ class StoredRun:
             for layer, site in self._attending.items()
             for leaf in ("hook_rot_k", "hook_v")
         ]
-        extra: dict[str, Any] = {"logits_to_keep": self.columns[-1:]} if keeps_some(self.vlm) else {}
-        with torch.no_grad(), self.vlm.attached(ends), registered(*seen):
+        last = int(self.columns[-1])
+        with (
+            torch.no_grad(),
+            self.vlm.attached(ends),
+            registered(*seen),
+            sparing_logits(self.vlm, last) as extra,
+        ):
             output = self.vlm.run_with_hooks(
                 self.batch.inputs, [(name, self._keep) for name in names], use_cache=False, **extra
             )
-        self._last_logits = output.logits[:, -1 if extra else int(self.columns[-1])].clone()
+        made = output.logits
+        self._last_logits = made[:, min(last, made.shape[1] - 1)].clone()
         if len(self._calls) != len(self.blocks):
             raise Unsupported("its decoder blocks do not run once each, in order")
         unseen = [layer for layer in self._attending if f"blocks.{layer}.interface.hook_v" not in self.cache]

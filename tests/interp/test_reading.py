@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +13,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks import batches
+from interp.attention import attention_mass, attention_view
 from interp.decision import find_decisions
 from interp.map import attribute
 from interp.metrics import AnswerLogProbability, Metric, Reading, Summed, TraceLogLikelihood, evaluate
 from interp.metrics.logits import Logits, run_for_logits
 from interp.pair.pair import Pair
-from interp.prompts import PromptBatch, collate
+from interp.paths import path_effects
+from interp.prompts import Prompt, PromptBatch, collate
 from interp.questions.tasks import sample
+from interp.steering.directions import differences
+from interp.sweep import Intervention, residual_map, sweep
 
 
 @dataclass(frozen=True)
@@ -98,3 +104,49 @@ def test_attribution_in_chunks_is_attribution(pair: Pair, request: pytest.Fixtur
     size = np.nanmax(np.abs(whole))
     assert size > 1e-2
     np.testing.assert_allclose(found, whole, rtol=0, atol=1e-5 * max(1.0, size))
+
+
+PATH = "blocks.1.attn.head.0 -> blocks.3.mlp"
+
+
+def _attention(pair: Pair, prompts: list[Prompt]) -> None:
+    attention_mass(pair.in_, prompts, "reasoning", "image")
+    attention_view(pair.in_, prompts[0], heads=[0])
+
+
+def _donors(pair: Pair, prompts: list[Prompt]) -> None:
+    site = "blocks.2.hook_mlp_out"
+    kinds = [Intervention(site, kind) for kind in ("replace", "mean", "resample")]
+    sweep(pair.in_, prompts, kinds, AnswerLogProbability(), donor=pair.rl, progress=False)
+
+
+def _residual_map(pair: Pair, prompts: list[Prompt]) -> None:
+    residual_map(pair.in_, prompts, AnswerLogProbability(), donor=pair.rl, progress=False)
+
+
+def _directions(pair: Pair, prompts: list[Prompt]) -> None:
+    differences(pair, prompts, "blocks.1.hook_resid_post")
+
+
+def _paths(pair: Pair, prompts: list[Prompt]) -> None:
+    path_effects(pair.in_, prompts, AnswerLogProbability(), [PATH], donor=pair.rl, progress=False)
+
+
+@pytest.mark.parametrize(
+    "run", [_attention, _donors, _residual_map, _directions, _paths], ids=lambda run: run.__name__
+)
+def test_who_wants_activations_makes_no_logits_of_all_tokens(pair: Pair, run: Any) -> None:
+    """The unembedding is applied to no more than is read, or to a row's last token."""
+    prompts = [
+        pair.builder.build(e, "<think> 1 2 3 </think> answer 2")
+        for e in sample("sum", 2, seed=0, split="map")
+    ]
+    most: list[int] = []
+    with ExitStack() as stack:
+        for vlm in pair.models.values():
+            unembed = vlm.module(vlm.anatomy.unembed)
+            handle = unembed.register_forward_hook(lambda m, a, out: most.append(out[..., 0].numel()))
+            stack.callback(handle.remove)
+        run(pair, prompts)
+    assert most
+    assert max(most) <= 16 < len(prompts[0])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -11,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from hooks import batches
+from hooks import FrankenlensError, batches
 from hooks.memory import memory_limit
 from interp.decision import find_decisions, null_pair_denominator, soft
 from interp.decision.null_pairs import changed_weights, null_changes
+from interp.decision.spilled import Spill, Spilled
 from interp.metrics import SoftDifference, evaluate
 from interp.pair.pair import Pair
 from interp.questions.tasks import sample
@@ -24,8 +27,9 @@ N = 6
 
 @pytest.fixture
 def chunked(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
-    """Seven places at a time, and no weight of the soft metric kept."""
+    """Seven places at a time, no weight of the soft metric kept, and most states in a file."""
     monkeypatch.setitem(batches.AT_ONCE, "cpu", 7 * pair.in_.n_logits)
+    monkeypatch.setattr("interp.decision.spilled.IN_MEMORY", 20_000)
     for name in ("interp.decision.soft.DENSE", "interp.metrics.kinds.HELD"):
         monkeypatch.setattr(name, 0)
 
@@ -115,3 +119,35 @@ def test_32_traces_of_2000_tokens_of_151936_words_take_at_most_one_and_a_half_gi
     found = peak_of(choice, 32, 2000)
     assert sum(found["steps"]) > 32 * 1000
     assert found["peak"] <= 1.5 * 2**30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_in_a_file_are_those_that_were_kept(dtype: torch.dtype) -> None:
+    """Bit for bit, NaN and infinity too, in any order, and when they are copied or pickled."""
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(n, 5, generator=generator).to(dtype) for n in (3, 1, 0, 40, 7)]
+    given[3][2, 1], given[3][39, 4] = torch.nan, -torch.inf
+    spill = Spill(most=3 * 5 * given[0].itemsize)
+    kept = [spill.keep(one) for one in given]
+    assert [isinstance(one, Spilled) for one in kept] == [False, True, False, True, True]
+    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
+    for i in (3, 0, 4, 1, 2):
+        for some in (slice(None), slice(1, 3), slice(5, 2), slice(-2, None), slice(0, 99)):
+            assert torch.equal(kept[i][some].view(bits), given[i][some].view(bits))
+        assert len(kept[i]) == len(given[i])
+    for again in (copy.deepcopy(kept[3]), pickle.loads(pickle.dumps(kept[3]))):
+        assert torch.equal(again[:].view(bits), given[3].view(bits))
+
+
+def test_where_the_disk_is_full_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    spill = Spill(most=0)
+    spill.keep(torch.ones(2, 2))
+
+    def full(self: Any, data: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    file = spill._file
+    assert file is not None
+    monkeypatch.setattr(file, "_file", type("Full", (), {"seek": lambda s, at: at, "write": full})())
+    with pytest.raises(FrankenlensError, match="TMPDIR"):
+        spill.keep(torch.ones(2, 2))

@@ -1,0 +1,110 @@
+"""States of many prompts: some in main memory, the rest in a temporary file that nobody sees.
+
+What a pair of 7B models gives its unembeddings along 1,000 traces of 2,000 tokens is 28 GB. It is read prompt by
+prompt, so a file serves as well as memory; it is gone when nobody holds its states any more, killed runs included.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import weakref
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooks.errors import FrankenlensError
+from hooks.memory import in_words
+
+IN_MEMORY = 1 << 28
+"""Bytes of states that a `Spill` keeps in main memory."""
+
+
+class Spill:
+    """Where the states of many prompts are kept.
+
+    Args:
+        most: bytes that stay in main memory.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._left = IN_MEMORY if most is None else most
+        self._file: _File | None = None
+
+    def keep(self, states: Float[Tensor, "row width"]) -> Tensor | Spilled:
+        """A copy that nothing changes.
+
+        Raises:
+            FrankenlensError: there is no room for it on the disk.
+        """
+        copy = states.detach().to("cpu", copy=True).contiguous()
+        self._left -= copy.nbytes
+        if self._left >= 0 or not copy.nbytes:
+            return copy
+        self._file = self._file or _File()
+        return self._file.keep(copy)
+
+
+class Spilled:
+    """States in a file [row width]; rows of it are read when they are asked for."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, file: _File, start: int, like: Float[Tensor, "row width"]) -> None:
+        self._file, self._start, self._n = file, start, len(like)
+        self._width, self._dtype, self._row = like.shape[1], like.dtype, like.nbytes // len(like)
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, rows: slice) -> Float[Tensor, "some width"]:
+        first, end, step = rows.indices(self._n)
+        if step != 1:
+            raise ValueError("rows that follow one another are read")
+        n = max(0, end - first)
+        data = self._file.read(self._start + first * self._row, n * self._row)
+        flat = torch.frombuffer(data, dtype=self._dtype) if n else torch.empty(0, dtype=self._dtype)
+        return flat.view(n, self._width)
+
+    def __reduce__(self) -> tuple:
+        return _itself, (self[:],)
+
+
+class _File:
+    """Without a name, so that it goes with its last reader."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="frankenlens-", buffering=0)  # noqa: SIM115
+        self._end, self._alone = 0, threading.Lock()
+        weakref.finalize(self, self._file.close)
+
+    def keep(self, states: Float[Tensor, "row width"]) -> Spilled:
+        data, start, done = memoryview(states.view(torch.uint8).numpy().data).cast("B"), self._end, 0
+        try:
+            with self._alone:
+                self._file.seek(start)
+                while done < len(data):
+                    done += self._file.write(data[done:]) or 0
+        except OSError as error:
+            raise FrankenlensError(
+                f"the states of the soft metric's traces need more than the {in_words(start)} that the folder for "
+                f"temporary files holds ({error}); set TMPDIR to a folder with room, or ask for fewer prompts (n)"
+            ) from error
+        self._end = start + len(data)
+        return Spilled(self, start, states)
+
+    def read(self, start: int, n: int) -> bytearray:
+        data, done = bytearray(n), 0
+        with self._alone:
+            self._file.seek(start)
+            while done < n:
+                found = self._file.readinto(memoryview(data)[done:])
+                if not found:
+                    raise OSError("a temporary file is shorter than what was written to it")
+                done += found
+        return data
+
+
+def _itself(states: Tensor) -> Tensor:
+    return states
