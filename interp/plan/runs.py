@@ -74,19 +74,16 @@ class Runs:
         return together(what, found)
 
     def looked_at(self, what: str, prompts: Sequence[Prompt], target: str) -> Work:
-        """A forward pass whose patterns are summed up from a role's queries, and that makes all logits."""
+        """A forward pass whose patterns are summed up from a role's queries."""
         vlm, found = self.vlm, []
         for chosen in batches_of(prompts, self.batch_size):
             some = [prompts[row] for row in chosen]
             batch = collate(some)
             (rows, width), queries = batch.roles.shape, int(batch.mask(target).any(0).sum())
             heads = sum(block.n_heads for block in vlm.anatomy.text.blocks)
-            flops = self.arithmetic.forward(rows, width, pictures_of(vlm, some), rows * width)
-            logits = rows * width * vlm.n_logits * vlm.model.dtype.itemsize
-            held = {"logits of all tokens": logits, "a forward pass": self.footprint.stream(rows, width)}
-            passing = {"a forward pass and its patterns": self.footprint.forward(rows, width, looked_at=True)}
-            widest = max(held, passing, key=lambda one: sum(one.values()))
-            found.append(Work(what, 1, flops + 2 * rows * heads * queries * (width + 1), widest))
+            flops = self.arithmetic.forward(rows, width, pictures_of(vlm, some), rows)
+            held = {"a forward pass and its patterns": self.footprint.forward(rows, width, looked_at=True)}
+            found.append(Work(what, 1, flops + 2 * rows * heads * queries * (width + 1), held))
         return together(what, found)
 
 
