@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooks import HookedVLM
+from hooks.batches import fitting, forward_bytes, in_parts, item_bytes, logits_bytes
 from interp.lockstep.run import Written
 from interp.prompts import Prompt, collate
 
@@ -73,15 +74,21 @@ def _choices(
     order = sorted(range(len(traces)), key=lambda row: len(traces[row]))
     found: dict[int, list[int]] = {}
     name, run = "ln_final.hook_normalized", {"use_cache": False}
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
+
+    def run_over(rows: Sequence[int]) -> list[list[int]]:
         inputs = collate([traces[row] for row in rows], "left").to(vlm.device).inputs
         _, cache = vlm.run_with_cache(inputs, [name], logits_to_keep=1, **run)
         states = [cache[name][i, -1 - steps[row] : -1] for i, row in enumerate(rows)]
         suppressed = torch.tensor(traces[0].builder.suppressed_ids, dtype=torch.long)
         chosen = [_arg_max(vlm, some, suppressed) for some in torch.cat(states).split(_POSITIONS)]
         pieces = torch.cat(chosen).split([steps[row] for row in rows])
-        found |= {row: piece.tolist() for row, piece in zip(rows, pieces, strict=True)}
+        return [piece.tolist() for piece in pieces]
+
+    width = max(map(len, traces), default=1)
+    of_row = forward_bytes(vlm, width) + width * vlm.d_model * item_bytes(vlm)
+    size = fitting(vlm, batch_size, of_row, "reading traces", logits_bytes(vlm, _POSITIONS))
+    for rows, pieces in in_parts(order, size, run_over):
+        found |= dict(zip(rows, pieces, strict=True))
     return [found[row] for row in range(len(traces))]
 
 

@@ -44,5 +44,5 @@ class Floor:
     def _last(self, tokens: int, keys: int) -> int:
         block, layer = self._blocks[-1], len(self._blocks) - 1
         mlp, out = self._arithmetic.second(layer), self._arithmetic.row(block.out)
-        keys_and_values = self._arithmetic.row(block.path) - mlp - 2 * out  # queries are as many numbers as W_O is given
+        keys_and_values = self._arithmetic.row(block.path) - mlp - 2 * out  # W_Q is as large as W_O
         return tokens * keys_and_values + 2 * out + mlp + attention(block.sites, 1, keys)

@@ -1,4 +1,4 @@
-"""The wheels that `make gpu` needs, and one message where some are missing. Runs alone: it imports nothing of the project.
+"""The wheels that `make gpu` needs, and one message where some are missing. It imports nothing of the project.
 
 PyTorch is never installed from here: the build that fits the machine's driver is there already.
 """

@@ -70,7 +70,9 @@ VISION: dict[tuple[str, str], dict[str, Any]] = {
     ),
 }  # fmt: skip
 IDS = {  # pixels' placeholder, video's, and what stands around an image
-    "full": dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653),
+    "full": dict(
+        image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653
+    ),
     "tiny": dict(image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8),
 }  # fmt: skip
 WORDS = {"full": (10, 128000), "tiny": (10, 256)}

@@ -328,7 +328,7 @@ def _inputs(own: Subject, place: int = 0) -> dict[str, Tensor]:
 
 
 def _times(own: Subject, arms: Sequence[Callable[[], Any]], most: int) -> list[list[float]]:
-    """Seconds of each arm, in turn, after one round that does not count; in some 5 seconds, and at least three times."""
+    """Seconds of each arm, in turn, after a round that does not count; for some 5 seconds, three times at least."""
     first = sum(seconds_of(own.device, arm) for arm in arms)
     rounds = min(most, max(3, int(5 / max(first, 1e-9))))
     taken: list[list[float]] = [[] for _ in arms]

@@ -137,7 +137,10 @@ class Peak:
         if self._device.type != "cuda":
             return {}
         most = torch.cuda.max_memory_allocated(self._device)
-        return {"peak_gib": round(most / 2**30, 3), "peak_gained_gib": round((most - self._before) / 2**30, 3)}
+        return {
+            "peak_gib": round(most / 2**30, 3),
+            "peak_gained_gib": round((most - self._before) / 2**30, 3),
+        }
 
 
 def synchronized(device: torch.device) -> float:
