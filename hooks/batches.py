@@ -168,4 +168,5 @@ def _attempt(rows: Sequence[Row], run: Callable[[Sequence[Row]], Found]) -> tupl
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that a device, or main memory, is full."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    known = (MemoryRanOut, torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, known) or "DefaultCPUAllocator" in str(error)

@@ -10,6 +10,9 @@ from hooks import FrankenlensError
 from hooks.memory import memory_limit
 from tests.methods import METHODS, Asked, N, Numbers, differing, watched
 
+LONG = ("component_map", "verify", "routes", "two_by_two", "path_effects", "ablate", "lockstep")
+"""Whose limit is looked for with the slow tests alone."""
+
 
 @pytest.fixture(scope="module")
 def asked(pair) -> Asked:
@@ -36,17 +39,28 @@ def _full() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_full_device_halves_what_runs_and_changes_no_number(name: str, asked: Asked, plain) -> None:
+def _full_host() -> None:
+    torch.empty(1 << 50, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [*((name, _full) for name in METHODS), ("sweep", _full_host), ("knockout", _full_host)],
+)
+def test_a_full_device_halves_what_runs_and_changes_no_number(
+    name: str, full: Callable[[], None], asked: Asked, plain
+) -> None:
     expected, at_once = plain(name)
     assert at_once > 2 and all(np.isfinite(values).any() for values in expected.values())
-    with watched(asked, 2, _full) as widest:
+    with watched(asked, 2, full) as widest:
         found = METHODS[name](asked)
     assert widest.rows <= 2
     assert not differing(found, expected)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in METHODS]
+)
 def test_a_limit_runs_fewer_at_once_or_refuses_before_it_starts(name: str, asked: Asked, plain) -> None:
     """The least power of two that is not refused: with half of it nothing had run."""
     expected, at_once = plain(name)

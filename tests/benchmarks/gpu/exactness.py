@@ -37,7 +37,7 @@ SITES = {
 
 def steps_of(device: torch.device) -> list[Step]:
     """A step for each family."""
-    return [Step(family, 14, partial(family_cases, family, device)) for family in FAMILIES]
+    return [Step(family, 12, partial(family_cases, family, device)) for family in FAMILIES]
 
 
 def cases() -> list[tuple[torch.dtype, str]]:

@@ -68,16 +68,16 @@ def steps_of(name: str, size: str, device: torch.device, dtype: torch.dtype) -> 
     """The steps of one shape, with the seconds that each may take."""
     own = Subject(name, size, device, dtype)
     first = [
-        Step("weights", 20, partial(weights, own)),
-        Step("opening", 25, partial(opening, own), ("weights",)),
+        Step("weights", 15, partial(weights, own)),
+        Step("opening", 20, partial(opening, own), ("weights",)),
         Step("forward", 10, partial(forward, own), ("opening",)),
     ]
     if name == "llama":
         return [*first, Step("head scan", 30, partial(head_scan, own, 30), ("forward",))]
     return [
         *first,
-        Step("head map", 50, partial(head_scan, own, 50), ("forward",)),
-        Step("residual map", 40, partial(residual_scan, own, 40), ("forward",)),
+        Step("head map", 45, partial(head_scan, own, 45), ("forward",)),
+        Step("residual map", 35, partial(residual_scan, own, 35), ("forward",)),
         Step("attribution", 15, partial(attribution, own), ("forward",)),
     ]
 
