@@ -81,8 +81,9 @@ def _rows(found: Mapping[str, Any]) -> list[str]:
                 continue
             of = "" if step.get("sites") == step.get("of_sites") else f" of {step['of_sites']}"
             each = step.get("forwards_one_by_one_s")
+            sites = step.get("sites", step.get("components"))
             lines.append(
-                f"| {NAMES[model]} | {name} | {step.get('sites', step.get('components'))}{of} | {step['seconds']:.1f} | "
+                f"| {NAMES[model]} | {name} | {sites}{of} | {step['seconds']:.1f} | "
                 f"{'–' if each is None else f'{each:.0f}'} | {step['share_of_floor']:.2f} | "
                 f"{step.get('peak_gib', float('nan')):.1f} |"
             )
