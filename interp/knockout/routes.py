@@ -18,10 +18,11 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import in_parts
 from interp.decision import Change, changed_weights
 from interp.knockout.attached import missing
 from interp.knockout.cut import Knockout, layers_label, require_cuts
-from interp.knockout.effects import CutBatch, cut_lanes
+from interp.knockout.effects import CutBatch, cut_lanes, rows_fitting
 from interp.knockout.random_edges import control_kinds, controls
 from interp.metrics import AnswerLogProbability, Metric
 from interp.pair.pair import Pair
@@ -96,24 +97,29 @@ def routes(
     value = np.full((len(readers), 2, len(flat), len(prompts)), np.nan)
     clean, n_edges = np.full((len(readers), len(prompts)), np.nan), np.zeros((len(cuts), len(prompts)), int)
     rows.sort(key=lambda row: len(prompts[row]))
-    steps = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    total = 2 * len(readers) * len(flat) * len(steps)
+    width = max(len(prompts[row]) for row in rows)
+    size = min(rows_fitting(vlm, width, batch_size) for vlm, _ in readers.values())
+    total = 2 * len(readers) * len(flat) * -(-len(rows) // size)
     with tqdm(total=total, desc="routes", unit="cut", disable=not progress, delay=1) as bar:
         for m, (vlm, change) in enumerate(readers.values()):
+
+            def measure(some: Sequence[int], m: int = m, vlm: HookedVLM = vlm) -> None:
+                """Fills in these rows."""
+                batch = collate([prompts[row] for row in some]).to(vlm.device)
+                lanes = cut_lanes(vlm, batch, flat)
+                for route, lane in enumerate(lanes[::n_windows]):
+                    n_edges[route, some] = lane.parts[0].edges.flatten(1).sum(1).cpu().numpy()
+                drawn = [(seed, row) for row in some]
+                beside = controls(lanes, n_windows, kinds, batch.mask("all"), drawn)
+                with torch.no_grad():
+                    part = CutBatch(vlm, batch, wanted.select(some))
+                    clean[m, some] = part.clean
+                    for number, found in part.run([*lanes, *beside]):
+                        value[m, number // len(flat), number % len(flat), some] = found
+                        bar.update()
+
             with nullcontext() if change is None else changed_weights(vlm.model, change):
-                for some in steps:
-                    batch = collate([prompts[row] for row in some]).to(vlm.device)
-                    lanes = cut_lanes(vlm, batch, flat)
-                    for route, lane in enumerate(lanes[::n_windows]):
-                        n_edges[route, some] = lane.parts[0].edges.flatten(1).sum(1).cpu().numpy()
-                    drawn = [(seed, row) for row in some]
-                    beside = controls(lanes, n_windows, kinds, batch.mask("all"), drawn)
-                    with torch.no_grad():
-                        part = CutBatch(vlm, batch, wanted.select(some))
-                        clean[m, some] = part.clean
-                        for number, found in part.run([*lanes, *beside]):
-                            value[m, number // len(flat), number % len(flat), some] = found
-                            bar.update()
+                list(in_parts(rows, size, measure))
     examples = [prompt.example for prompt in prompts]
     return _dataset(
         value, clean, n_edges, why, cuts, kinds, list(readers), examples, wanted, pair.in_.n_layers

@@ -33,11 +33,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import in_parts
 from hooks.engine import HookContext, HookFunction
 from interp import regions
 from interp.localization.outcomes import NOT_COUNTED, OUTCOMES, Grader, outcome, same_answer
 from interp.metrics.logits import sparing_logits
-from interp.pair.generation import greedy_batch
+from interp.pair.generation import greedy_batch, rows_fitting
 from interp.prompts import Prompt, PromptBatch, PromptBuilder, collate
 from interp.prompts.pairing import image_shapes
 from interp.questions.examples import Example, cluster_of
@@ -144,11 +145,15 @@ def vision_swap(
     found = np.full((len(swaps), len(pairs)), np.nan)
     fault, differs = np.full(found.shape, "", dtype=object), np.zeros(len(pairs), dtype=bool)
     rows = sorted(prompts, key=lambda row: len(prompts[row][0]))
-    steps = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    with tqdm(total=len(steps) * (len(swaps) + 2), desc="swap", disable=not progress, delay=1) as bar:
-        for some in steps:
+    both = [one for row in rows for one in prompts[row]]
+    size = rows_fitting([vlm, vlm], both, max_new_tokens, batch_size)  # targets, and what sources leave
+    total = -(-len(rows) // size) * (len(swaps) + 2)
+    with tqdm(total=total, desc="swap", disable=not progress, delay=1) as bar:
+
+        def measure(some: Sequence[int]) -> None:
+            """Fills in these rows."""
             job = _Job(vlm, tuple([prompts[row][side] for row in some] for side in (0, 1)), swaps)
-            kept = under(keep, f"{some[0]:06d}")
+            kept = under(keep, f"{some[0]:06d}-{len(some)}")
             for side, name in enumerate(("target", "source")):
                 write = partial(job.clean, side, max_new_tokens)
                 written = part(kept, name, write, job.of(max_new_tokens))
@@ -165,6 +170,8 @@ def vision_swap(
                         score = _scored(answer, clean[0, row], clean[1, row], pairs[row], grader)
                         found[number, row], fault[number, row] = score
                 bar.update()
+
+        list(in_parts(rows, size, measure))
     values = {
         "outcome": (("swap", "example"), found),
         "text": (("swap", "example"), text.astype(str)),

@@ -53,15 +53,28 @@ def greedy(
 
         return part(keep, f"{by_length.index(rows[0]):06d}-{len(rows)}", made, of)
 
-    width = max(map(len, prompts)) + max_new_tokens
-    of_row = forward_bytes(vlm, width) + 2 * cache_bytes(vlm, width) + 16 * vlm.n_logits
-    size = fitting(vlm, batch_size, of_row, f"writing {max_new_tokens} tokens")
+    size = rows_fitting([vlm], prompts, max_new_tokens, batch_size)
     with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress) as bar:
         for rows, made in in_parts(by_length, size, write):
             for row, ids in zip(rows, made, strict=True):
                 written[row] = ids
             bar.update(len(rows))
     return written
+
+
+def rows_fitting(
+    models: Sequence[HookedVLM], prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int
+) -> int:
+    """Prompts that models write after together, each with a cache of its own.
+
+    Raises:
+        FrankenlensError: there is no memory for one prompt.
+    """
+    width, sizes = max(map(len, prompts), default=1) + max_new_tokens, []
+    for vlm in models:
+        of_row = forward_bytes(vlm, width) + 2 * len(models) * cache_bytes(vlm, width) + 16 * vlm.n_logits
+        sizes.append(fitting(vlm, batch_size, of_row, f"writing {max_new_tokens} tokens"))
+    return min(sizes)
 
 
 @torch.no_grad()

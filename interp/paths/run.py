@@ -68,8 +68,7 @@ class PathRun:
                 `other` is read from.
         """
         self.vlm, self.rows, self._where, self._between = recipient, rows, where, between
-        senders = _stored(sender_hook(path.sender) for path in paths)
-        names = [*senders, *_needed(recipient, paths, between == "mlps", in_order)]
+        senders, names = kept_for_paths(recipient, paths, between, in_order)
         read = rows.reads.any(0).nonzero()[:, 0]
         self.clean = CleanRun(recipient, rows.batch.inputs, dict.fromkeys(names), read)
         self.donor = Donor(donor, given, senders, metric, others)
@@ -268,6 +267,14 @@ class PathRun:
             del self._kept[next(iter(self._kept))]
         self._kept[key] = value  # the last one asked for stays longest
         return value
+
+
+def kept_for_paths(
+    vlm: HookedVLM, paths: Sequence[Path], between: Between, in_order: bool
+) -> tuple[list[str], list[str]]:
+    """Hook points kept of the donor, and of the recipient."""
+    senders = _stored(sender_hook(path.sender) for path in paths)
+    return senders, [*senders, *_needed(vlm, paths, between == "mlps", in_order)]
 
 
 def _stored(hooks: Iterable[str]) -> list[str]:

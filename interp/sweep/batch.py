@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks import FrankenlensError, HookedVLM
-from hooks.batches import at_once, item_bytes
+from hooks import HookedVLM
+from hooks.batches import MemoryRanOut, at_once, in_parts, item_bytes, lanes_fitting
+from hooks.memory import limit
 from hooks.weights import d_mlp
 from interp.metrics.logits import Logits
 from interp.metrics.reading import Reading
@@ -103,11 +105,21 @@ class BatchSweep:
             # unembedding fewer tokens may round differently: what changes nothing is the clean run
             yield number, self.clean if logits.equal(whole.logits) else self._reading(logits)
         for span, lanes in groups:
-            assert self._run is not None
             size = self._lanes_at_once(span)
-            for at in range(0, len(lanes), size):
-                for number, logits in run_lanes(self._run, lanes[at : at + size], span):
-                    yield number, self.clean if logits is None else self._of_reached(number, logits)
+            if self._max_memory is None:  # a plan does not ask what is free here and now
+                size = lanes_fitting(self.vlm, size, self.lane_bytes(span), self._held)
+            for _, found in in_parts(lanes, size, partial(self._of_lanes, span)):
+                yield from found
+
+    def _of_lanes(
+        self, span: Span, lanes: Sequence[tuple[int, Edit]]
+    ) -> list[tuple[int, Float[Tensor, "metric batch"]]]:
+        """The metrics under interventions that all begin in the first column of a span, at once."""
+        assert self._run is not None
+        return [
+            (number, self.clean if logits is None else self._of_reached(number, logits))
+            for number, logits in run_lanes(self._run, lanes, span)
+        ]
 
     def grouped(
         self, numbers: Sequence[int]
@@ -181,10 +193,17 @@ class BatchSweep:
         rows = len(self.batch)
         lanes = max(1, LANE_TOKENS.get(self.vlm.device.type, 8192) // (rows * len(span)))
         if self._max_memory is None:
-            return lanes
-        free = self._max_memory - self.stored_bytes - self.logits_bytes
+            if limit() is None:
+                return lanes
+            return lanes_fitting(self.vlm, lanes, self.lane_bytes(span), self._held)
+        free = self._max_memory - self._held
         fits = max(1, int(free // self.lane_bytes(span)))
         return min(lanes, fits)
+
+    @property
+    def _held(self) -> int:
+        """What is taken beside the lanes."""
+        return self.stored_bytes + self.logits_bytes
 
     @property
     def stored_bytes(self) -> int:
@@ -249,7 +268,7 @@ class BatchSweep:
             return
         least = self.stored_bytes + self.lane_bytes(Span(0, self.batch.roles.shape[1])) + self.logits_bytes
         if least > self._max_memory:
-            raise FrankenlensError(
+            raise MemoryRanOut(
                 f"max_memory of {self._max_memory / 2**20:.0f} MiB is too small for one intervention on "
                 f"{len(self.batch)} prompts of {self.batch.roles.shape[1]} tokens, which takes about "
                 f"{least / 2**20:.0f} MiB; give more, or a smaller batch_size"

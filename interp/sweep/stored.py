@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import is_out_of_memory
 from hooks.engine import Hook, HookContext, together
 from hooks.errors import one_line
 from hooks.points import interface_point
@@ -363,9 +364,9 @@ class StoredRun:
                 for layer in range(len(self.blocks)):
                     try:
                         self._check_block(layer, span, real[:, span.columns], start == self.end // 2)
-                    except torch.OutOfMemoryError:  # says nothing about the model
-                        raise
                     except NOT_CALLED_AGAIN as error:
+                        if is_out_of_memory(error):  # says nothing about the model
+                            raise
                         told = one_line(error, 120)
                         raise Unsupported(
                             f"its block {layer} does not run on some tokens alone ({type(error).__name__}: {told})"
