@@ -14,10 +14,10 @@ from typing import Literal
 import pandas as pd
 import xarray as xr
 
+from experiments.bench import Bench, Planned
 from experiments.frame import Command, kept
 from experiments.options import Only, default, require_known
 from experiments.papers import ASKED, PaperSettings, described, paper_questions, refuse_own_data
-from experiments.planning import Bench, Planned
 from experiments.settings import Questions, checkpoints, load_questions, load_triple
 from hooks.errors import FrankenlensError
 from interp.fine_grained import (

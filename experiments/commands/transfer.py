@@ -12,10 +12,10 @@ from typing import Literal
 
 import pandas as pd
 
+from experiments.bench import Bench, Planned
 from experiments.frame import Command, finished
 from experiments.options import Only, default
 from experiments.papers import ASKED, PaperSettings, described, paper_questions, refuse_own_data
-from experiments.planning import Bench, Planned
 from experiments.settings import (
     CORRECTIONS,
     Correction,

@@ -148,19 +148,11 @@ class CutBatch:
             clean = CleanRun(self.vlm, self.batch.inputs, columns=self._reading.columns)
             yield from ((lane.number, self._measure(clean.rerun(lane.hooks()))) for lane in lanes)
             return
-        groups: dict[int, list[Lane]] = {}
-        for lane in lanes:
-            groups.setdefault(lane.first_column, []).append(lane)
-        for first, group in sorted(groups.items()):
-            if first >= run.end:  # after all that is read
-                yield from ((lane.number, self.clean) for lane in group)
-                continue
-            span = Span(first, run.end)
-            size = max(1, LANE_TOKENS.get(self.vlm.device.type, 8192) // (len(self.batch) * len(span)))
-            group.sort(key=lambda lane: lane.start)
-            for at in range(0, len(group), size):
-                for number, logits in run_cuts(run, group[at : at + size], span):
-                    yield number, self._measure(logits)
+        unreached, groups = grouped(lanes, run.end, len(self.batch), self.vlm.device.type)
+        yield from ((lane.number, self.clean) for lane in unreached)
+        for span, group in groups:
+            for number, logits in run_cuts(run, group, span):
+                yield number, self._measure(logits)
 
     def run_whole(self, cut: Cut) -> Float[np.ndarray, " batch"]:
         """The metric under a cut that is no lane."""
@@ -174,6 +166,33 @@ class CutBatch:
     @torch.no_grad()
     def _measure(self, logits: Logits) -> Float[np.ndarray, " batch"]:
         return self._reading(logits)[0].double().cpu().numpy()
+
+
+def grouped(
+    lanes: Sequence[Lane], end: int, rows: int, device: str
+) -> tuple[list[Lane], list[tuple[Span, list[Lane]]]]:
+    """Lanes that reach nothing that is read, and those that ride together with the tokens that they run on.
+
+    Args:
+        lanes: of one batch.
+        end: one past the last column that is read.
+        rows: of the batch.
+        device: its type.
+    """
+    firsts: dict[int, list[Lane]] = {}
+    for lane in lanes:
+        firsts.setdefault(lane.first_column, []).append(lane)
+    unreached: list[Lane] = []
+    riding: list[tuple[Span, list[Lane]]] = []
+    for first, group in sorted(firsts.items()):
+        if first >= end:
+            unreached += group
+            continue
+        span = Span(first, end)
+        size = max(1, LANE_TOKENS.get(device, 8192) // (rows * len(span)))
+        group.sort(key=lambda lane: lane.start)
+        riding += [(span, group[at : at + size]) for at in range(0, len(group), size)]
+    return unreached, riding
 
 
 def _require_rows(prompts: Sequence[Prompt], cuts: Sequence[Cut], metric: Metric) -> None:

@@ -64,6 +64,24 @@ class SweepCost:
             total += self._rows * self._arithmetic.decoder(self._width, self._width)
         return total + self._read()
 
+    def lane(self, first_layer: int, first: int, whole: bool) -> int:
+        """One copy of the batch from a layer and a column on.
+
+        Args:
+            first_layer, first: where it joins.
+            whole: whether the last block runs on all of its tokens, not on those alone that are read.
+        """
+        last, end = self._vlm.n_layers - 1, self._planned.end
+        total = sum(self._block(layer, first) for layer in range(first_layer, last))
+        total += self._arithmetic.block(last, end - first, end) if whole else self._block(last, first)
+        return self._rows * total + self._read()
+
+    def longer(self, first_layer: int) -> int:
+        """A rerun of all tokens from a layer on."""
+        blocks = range(first_layer, self._vlm.n_layers)
+        total = sum(self._arithmetic.block(layer, self._width, self._width) for layer in blocks)
+        return self._rows * total + self._read()
+
     def _whole(self, read: int) -> int:
         return self._arithmetic.forward(self._rows, self._width, self._pictures, read)
 
@@ -101,10 +119,7 @@ class SweepCost:
         """A rerun of all tokens: from a layer on, or the whole model where something acts before the decoder."""
         if _is_early(edits):
             return self._whole(self._rows) + self._read()
-        first = min(edit.point.layer or 0 for edit in edits)
-        blocks = range(first, self._vlm.n_layers)
-        total = sum(self._arithmetic.block(layer, self._width, self._width) for layer in blocks)
-        return self._rows * total + self._read()
+        return self.longer(min(edit.point.layer or 0 for edit in edits))
 
     def _check(self) -> int:
         """`StoredRun.check`: every block from the first token, from the middle, and at the last."""
