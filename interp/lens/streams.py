@@ -19,7 +19,7 @@ from hooks.uninterrupted import registered
 from hooks.vlm import FwdHooks
 from interp.lens.head import OutputHead, head_of, verify
 from interp.lens.tokens import Tokens
-from interp.prompts import PromptBatch, collate
+from interp.prompts import Prompt, PromptBatch, collate
 
 CHUNK = 2**26
 """Logits that exist at one time, 256 MB in float32."""
@@ -112,14 +112,19 @@ def batches(
     tokens: Tokens, batch_size: int, label: str, progress: bool
 ) -> Iterator[tuple[Int[Tensor, " some"], PromptBatch, Int[Tensor, " some"], Int[Tensor, " some"]]]:
     """Prompts of like length together: (which tokens, batch, their rows, their columns)."""
-    order = sorted(range(len(tokens.prompts)), key=lambda row: len(tokens.prompts[row]))
-    for first in tqdm(range(0, len(order), batch_size), desc=label, disable=not progress, delay=1):
-        chosen = order[first : first + batch_size]
-        place = torch.full((len(order),), -1)
+    steps = in_order(tokens.prompts, batch_size)
+    for chosen in tqdm(steps, desc=label, disable=not progress, delay=1):
+        place = torch.full((len(tokens.prompts),), -1)
         place[chosen] = torch.arange(len(chosen))
         index = (place[tokens.row] >= 0).nonzero().flatten()
         batch = collate([tokens.prompts[row] for row in chosen])  # right padding: a column is a position
         yield index, batch, place[tokens.row[index]], tokens.position[index]
+
+
+def in_order(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
+    """Rows of the prompts by batch."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
 def run_at(
