@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from experiments.contract import SAMPLE as TRIED
 from experiments.frame import Command
 from experiments.settings import prompt_settings
 from hooks.errors import FrankenlensError
@@ -196,3 +197,10 @@ class Planned:
     asks: bool = True
     weights: Callable[[Bench, Any], dict[str, int]] | None = None
     structure: Callable[[Any, PlanSettings], Weightless] | None = None
+
+
+def tried(bench: Bench, prompts: Sequence[Any], n: int | float, models: int = 2) -> Work:
+    """Texts that show, before anything is measured, whether what the models write can be read."""
+    steps = [bench.trace_tokens] * len(prompts)
+    one = bench.runs().written("whether texts can be read", prompts, steps)
+    return replace(one.times(models * min(n, TRIED) / len(prompts)), scales=False)

@@ -12,8 +12,7 @@ from typing import Any
 
 import tyro
 
-from experiments.bench import Bench, Planned, PlanSettings, Questions
-from experiments.contract import SAMPLE as TRIED
+from experiments.bench import Bench, Planned, PlanSettings, Questions, tried
 from experiments.contract import admitted
 from experiments.frame import Command, Recipe
 from experiments.options import from_command_line
@@ -95,13 +94,6 @@ def works_of(command: Planable, bench: Bench) -> Iterator[Work]:
     if isinstance(command, Command) and command.admit is admitted and _planned_by(command).asks:
         yield tried(bench, bench.prompts, bench.n)
     yield from _planned_by(command).works(bench, bench.config)
-
-
-def tried(bench: Bench, prompts: Sequence[Any], n: int | float, models: int = 2) -> Work:
-    """Texts that show, before anything is measured, whether what the models write can be read."""
-    steps = [bench.trace_tokens] * len(prompts)
-    one = bench.runs().written("whether texts can be read", prompts, steps)
-    return replace(one.times(models * min(n, TRIED) / len(prompts)), scales=False)
 
 
 def _planned_by(command: Planable) -> Planned:
