@@ -114,7 +114,7 @@ def _plan(name: str, command: Planable, bench: Bench) -> Plan:
         settings.devices,
         settings.workers,
         settings.on == "cpu",
-        list(_assumed(own, bench)),
+        list(_assumed(command, bench)),
         runs.arithmetic.uncounted,
     )
 
@@ -127,8 +127,9 @@ def _weights(own: Planned, bench: Bench) -> dict[str, int]:
     return dict.fromkeys(names, bench.runs().footprint.weights())
 
 
-def _assumed(planned_by: Planned, bench: Bench) -> Iterator[str]:
-    own = bench.settings
+def assumed_by(command: Planable, bench: Bench) -> Iterator[str]:
+    """What a command takes for granted, in words."""
+    planned_by, own = _planned_by(command), bench.settings
     if planned_by.asks:
         asked = bench.workload
         yield f"{asked.n:,} prompts like the {len(asked.prompts)} at hand, traces of {asked.trace_tokens} tokens"
@@ -138,7 +139,11 @@ def _assumed(planned_by: Planned, bench: Bench) -> Iterator[str]:
         yield f"{own.tries:g} continuations are tried for each"
     if planned_by.assumed is not None:
         yield from planned_by.assumed(bench, bench.config)
-    if own.on == "cpu":
+
+
+def _assumed(command: Planable, bench: Bench) -> Iterator[str]:
+    yield from assumed_by(command, bench)
+    if bench.settings.on == "cpu":
         yield (
             "memory is given back when it is freed; the C library keeps some, as much again at worst "
             "(MALLOC_MMAP_THRESHOLD_=262144 in the environment gives it back)"

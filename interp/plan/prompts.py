@@ -124,3 +124,22 @@ def up_to_the_answer(prompt: Prompt, n: int) -> Prompt:
         before[0], before[-1] = "template", "template"
     roles = (*prompt.roles, *before, "answer")
     return replace(long, roles=roles, builder=_Ended(image_token_id=prompt.builder.image_token_id))
+
+
+def variants_of(prompts: Sequence[Prompt], described: int, in_words: bool = False) -> dict[str, list[Prompt]]:
+    """Prompts as the fine-grained metrics ask them, by numbers: with an image, a black one, a description, or none.
+
+    Those without an image are among the prompts, or, where all have one, what is left of them without it.
+
+    Args:
+        prompts: some that stand for all.
+        described: tokens of a description.
+        in_words: whether one stands in the image's place where there is none.
+    """
+    seen = [prompt for prompt in prompts if "image" in prompt.roles]
+    text = [prompt for prompt in prompts if "image" not in prompt.roles]
+    more = in_words * described
+    for prompt in seen if len(seen) == len(prompts) else ():
+        text += stated(1, max(1, len(prompt) - prompt.roles.count("image")) + more)
+    longer = [stated(1, len(prompt) + described, prompt.roles.count("image"))[0] for prompt in seen]
+    return {"image": seen, "black": seen, "described": longer, "text": text}
