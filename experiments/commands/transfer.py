@@ -313,7 +313,7 @@ def _described(bench: Bench) -> Iterator[Work]:
 
 
 def _asked(bench: Bench, config: TransferConfig) -> Iterator[Work]:
-    """What one model is asked; of the paper each metric's variants, with descriptions as long as what a model writes."""
+    """What one model is asked; of the paper each metric's variants, descriptions as long as what is written."""
     asked: list[Sequence[Prompt]] = [bench.prompts]
     if config.paper:
         own = variants_of(bench.prompts, bench.trace_tokens)

@@ -112,11 +112,7 @@ class PathRun:
         """The receiver's output under a path, as an edit of the recipient's run."""
         receiver = path.receiver
         touched = (self.arriving(path, other) != 0).any(-1)
-        layer = self.vlm.n_layers - 1 if receiver.layer is None else receiver.layer
-        leaf = {"q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "in": "hook_mlp_out"}[
-            receiver.via
-        ]
-        leaf = "hook_resid_post" if receiver.address is None else leaf
+        layer, leaf = received_at(receiver, self.vlm.n_layers)
         key = ("output", path.sender, path.through, layer, leaf, other)
 
         def new(activation: Tensor, span: Span) -> Tensor:
@@ -268,6 +264,13 @@ class PathRun:
             del self._kept[next(iter(self._kept))]
         self._kept[key] = value  # the last one asked for stays longest
         return value
+
+
+def received_at(receiver: Receiver, n_layers: int) -> tuple[int, str]:
+    """Layer and hook point of what a receiver makes of its input."""
+    if receiver.address is None or receiver.layer is None:
+        return n_layers - 1, "hook_resid_post"
+    return receiver.layer, "hook_mlp_out" if receiver.via == "in" else f"attn.hook_{receiver.via}"
 
 
 def _stored(hooks: Iterable[str]) -> list[str]:
