@@ -41,7 +41,8 @@ class SweepCost:
         """
         planned = self._planned
         _, longer, groups = planned.grouped(range(len(planned.interventions)))
-        total = self.clean(bool(longer))
+        again = any(not _is_early(planned.interventions[number]) for number in longer)
+        total = self.clean(bool(longer), again)
         kinds: Counter[Kind] = Counter()
         for span, lanes in groups:
             for number, edit in lanes:
@@ -50,8 +51,13 @@ class SweepCost:
         total += sum(n * self._lane(*kind) for kind, n in kinds.items())
         return total + sum(self._longer(planned.interventions[number]) for number in longer)
 
-    def clean(self, longer: bool) -> int:
-        """The runs that interventions start from, and the proof that they can."""
+    def clean(self, longer: bool, again: bool) -> int:
+        """The runs that interventions start from, and the proof that they can.
+
+        Args:
+            longer: whether some rerun all tokens.
+            again: whether some of these begin at a layer.
+        """
         total, planned = 0, self._planned
         if planned.tried:
             total += self._whole(self._rows)
@@ -59,8 +65,7 @@ class SweepCost:
             total += self._check() + self._read()
         if longer:
             total += self._whole(self._rows)
-        reruns = any(not _is_early(edits) for edits in planned.interventions)
-        if reruns and planned.shortcuts == "layers":  # that a rerun can begin at a layer is tried once
+        if again:  # that a rerun can begin at a layer is tried once
             total += self._rows * self._arithmetic.decoder(self._width, self._width)
         return total + self._read()
 
