@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 from experiments.contract import SAMPLE as TRIED
-from experiments.frame import Command
 from experiments.settings import prompt_settings
 from hooks.errors import FrankenlensError
 from interp.plan.prompts import SAMPLE, Workload, stated
@@ -55,11 +54,12 @@ class Questions:
     """What is asked, read when it is first wanted; numbers where these are stated.
 
     Attributes:
-        command, config, settings: whose questions they are.
+        load: reads them.
+        config, settings: whose questions they are.
         vlm: whose prompts they are made into.
     """
 
-    command: Command
+    load: Callable[[Any], Any]
     config: Any
     settings: PlanSettings
     vlm: Weightless
@@ -67,7 +67,7 @@ class Questions:
     @cached_property
     def loaded(self) -> Any:
         """What the command loads; None where numbers are stated."""
-        return None if self.settings.tokens is not None else self.command.load(self.config)
+        return None if self.settings.tokens is not None else self.load(self.config)
 
     @cached_property
     def examples(self) -> Sequence[Any]:
@@ -189,6 +189,7 @@ class Planned:
         asks: whether it asks prompts, whose numbers are then named.
         weights: model to bytes, where it holds others than those of the pair.
         structure: of its models, where they are not IN's.
+        load: what is read in place of what the command loads.
     """
 
     works: Callable[[Bench, Any], Iterable[Work]]
@@ -197,6 +198,7 @@ class Planned:
     asks: bool = True
     weights: Callable[[Bench, Any], dict[str, int]] | None = None
     structure: Callable[[Any, PlanSettings], Weightless] | None = None
+    load: Callable[[Any], Any] | None = None
 
 
 def tried(bench: Bench, prompts: Sequence[Any], n: int | float, models: int = 2) -> Work:

@@ -86,7 +86,12 @@ def bench_of(command: Planable, config: Any, settings: PlanSettings) -> Bench:
         vlm = own.structure(config, settings)
     else:
         vlm = weightless(checkpoints(config)[0], getattr(config, "dtype", "auto"), settings.on)
-    return Bench(settings, config, vlm, Questions(command, config, settings, vlm))
+    load = own.load or getattr(command, "load", _nothing)
+    return Bench(settings, config, vlm, Questions(load, config, settings, vlm))
+
+
+def _nothing(config: Any) -> None:
+    """What a recipe asks."""
 
 
 def works_of(command: Planable, bench: Bench) -> Iterator[Work]:

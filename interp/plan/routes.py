@@ -61,7 +61,10 @@ class RoutesPlan:
             (rows, width), longer = batch.roles.shape, sum(cost.longer(lane.start) for lane in every)
             again = self._arithmetic.forward(rows, width, pictures, rows + reads)
             return Work(
-                "batch", len(every) + 3, cost.clean(True, True) + again + longer, self._held(planned, pictures)
+                "batch",
+                len(every) + 3,
+                cost.clean(True, True) + again + longer,
+                self._held(planned, pictures),
             )
         unreached, groups = grouped(every, planned.end, len(some), vlm.device.type)
         flops = cost.clean(False, False)
