@@ -16,7 +16,7 @@ from experiments.triple.model import END, START, build_model, build_tokenizer
 from experiments.triple.packing import IGNORED, IMAGE_TOKENS, Packer
 from experiments.triple.replies import BATCH, MAX_REPLY
 from experiments.triple.rl import RL, drawn
-from experiments.triple.supervised import Schedule
+from experiments.triple.supervised import DrawRows, Schedule
 from interp.plan.images import pictures_of
 from interp.plan.prompts import stated
 from interp.plan.runs import Runs
@@ -38,9 +38,17 @@ def structure(config: Any, settings: PlanSettings) -> Weightless:
     return of_model(model, None, settings.on)
 
 
-def supervised(runs: Runs, packer: Packer, draw_rows: Any, schedule: Schedule, seed: int, sees: bool) -> Work:
+def supervised(
+    runs: Runs,
+    packer: Packer,
+    draw_rows: DrawRows,
+    schedule: Schedule,
+    seed: int,
+    sees: bool,
+    frozen: Sequence[str] = (),
+) -> Work:
     """A supervised stage on packed rows; `draw_rows` as in `experiments.triple.supervised.turns_loss`."""
-    plan, found = TrainingPlan(runs, sees=sees), []
+    plan, found = TrainingPlan(runs, frozen, sees), []
     for step in range(min(SOME, schedule.steps)):
         packed = packer.pack(*draw_rows(np.random.default_rng([seed, step])))
         rows, width = packed["input_ids"].shape
