@@ -153,7 +153,7 @@ class Bench:
         """What the models are asked."""
         return self.asking(self.prompts, self.n)
 
-    def asking(self, prompts: Sequence[Prompt], n: int | float) -> Workload:
+    def asking(self, prompts: Sequence[Prompt], n: int) -> Workload:
         """Other prompts than all of them, by the same assumptions."""
         own = self.settings
         return Workload(prompts, n, self.trace_tokens, own.decided, own.decided_at, own.tries)

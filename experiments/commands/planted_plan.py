@@ -9,11 +9,11 @@ from typing import Any
 from experiments.bench import Bench, tried
 from experiments.retraining import plants
 from experiments.settings import load_examples
+from experiments.triple.mixes import QUESTIONS, REASONING_SHARE
 from experiments.triple.model import build_tokenizer
 from experiments.triple.packing import Packer
 from experiments.triple.plan import reinforced, supervised, tokens_of
 from experiments.triple.supervised import traces
-from experiments.triple.train import QUESTIONS, REASONING_SHARE
 from interp.plan.decisions import set_aside
 from interp.plan.planting import TrialPlan, effect
 from interp.plan.prompts import SAMPLE, Workload

@@ -12,6 +12,7 @@ import torch
 
 from experiments.bench import Bench, PlanSettings
 from experiments.triple.evaluate import TASK_NAMES, test_examples
+from experiments.triple.mixes import mixes
 from experiments.triple.model import END, START, build_model, build_tokenizer
 from experiments.triple.packing import IGNORED, IMAGE_TOKENS, Packer
 from experiments.triple.replies import BATCH, MAX_REPLY
@@ -106,8 +107,6 @@ def _prompts(packer: Packer, asked: Sequence[str], more: int = 0) -> list[Prompt
 
 def work(bench: Bench, config: Any) -> Iterator[Work]:
     """What `experiments.triple.train.run` computes."""
-    from experiments.triple.train import mixes  # it is what makes this plan its own
-
     runs, tokens = bench.runs(1), tokens_of(bench)
     packer = Packer(build_tokenizer(), config.size.patch)
     base, cold, more = mixes(config)

@@ -19,26 +19,19 @@ from experiments.bench import Planned
 from experiments.frame import Recipe, require_begun_alike
 from experiments.triple import checkpoints, evaluate
 from experiments.triple.clock import CpuClock
+from experiments.triple.mixes import mixes
 from experiments.triple.model import ModelSize, build_model, build_tokenizer
 from experiments.triple.packing import Packer
 from experiments.triple.plan import assumed, structure, work
 from experiments.triple.rl import RL, require_grpo, train_rl
 from experiments.triple.supervised import (
-    DrawRows,
     Schedule,
     align_loss,
-    fresh_rows,
-    traces,
     train,
     turns_loss,
 )
 from hooks.errors import FrankenlensError
 from interp.results.lock import locked
-
-BASE_MIX = ("colour_at", "shape_at", "count", "count", "exists")
-"""Perception tasks as Base meets them; counting is the hardest and comes twice."""
-QUESTIONS = 4  # per image, in one row
-REASONING_SHARE = 0.4  # of the cold start's rows
 
 
 @dataclass(frozen=True)
@@ -121,14 +114,6 @@ def _stage(config: TrainTriple, name: str, make: Make) -> Path:
         checkpoints.save(make(config, unfinished, clock), folder)
         clock.write()
     return folder
-
-
-def mixes(config: TrainTriple) -> tuple[DrawRows, DrawRows, DrawRows]:
-    """What makes the rows of Base's questions, of the cold start, and of the control."""
-    base = fresh_rows(BASE_MIX, config.perception.batch, QUESTIONS, chains=False, descriptions=2)
-    cold = traces(REASONING_SHARE, config.misses, config.cold_start.batch, QUESTIONS)
-    share, batch = 1 - config.rl.perception, config.control_schedule.batch
-    return base, cold, traces(share, config.misses, batch, QUESTIONS)
 
 
 def _make_base(config: TrainTriple, folder: Path, clock: CpuClock) -> Model:
