@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 import xarray as xr
 
+from experiments.bench import Bench, Planned
 from experiments.frame import Command, kept
 from experiments.options import a_task, default, require_known
-from experiments.planning import Bench, Planned
 from experiments.settings import (
     CORRECTIONS,
     Correction,

@@ -12,10 +12,10 @@ from typing import Literal
 
 import pandas as pd
 
+from experiments.bench import Bench, Planned
 from experiments.frame import Command, finished
 from experiments.options import Only, default
 from experiments.papers import ASKED, PaperSettings, described, paper_questions, refuse_own_data
-from experiments.planning import Bench, Planned
 from experiments.settings import (
     CORRECTIONS,
     Correction,
@@ -29,9 +29,12 @@ from hooks.address import Address
 from hooks.errors import FrankenlensError
 from interp.fine_grained import METRICS, PAPER_N, table_2_metrics
 from interp.fine_grained.paper import DESCRIBED
+from interp.fine_grained.questions import NEEDS
 from interp.pair.pair import Pair
 from interp.plan import decisions as plans
-from interp.plan.work import Work
+from interp.plan.prompts import variants_of
+from interp.plan.work import Work, together
+from interp.prompts import Prompt
 from interp.questions.examples import fingerprint, with_looked_at
 from interp.questions.tasks import PERCEPTION, REASONING
 from interp.regions import Partition, parse_partition
@@ -289,20 +292,43 @@ def _account(
 
 
 def work(bench: Bench, config: TransferConfig) -> Iterator[Work]:
-    """What `transfer` computes, counted and not run; grafts that half precision does not hold are not run either.
-
-    Raises:
-        FrankenlensError: the paper's metrics, whose prompts hold descriptions that are asked for first.
-    """
-    if config.paper:
-        raise FrankenlensError("there is no plan of transfer --paper yet: its prompts hold descriptions.")
+    """What `transfer` computes, counted and not run; grafts that half precision does not hold are not run either."""
     variants = chosen(bench.vlm, parse_partition(config.partition, bench.vlm.n_layers), config)
-    asked, runs = bench.workload, bench.runs()
-    once = runs.written("answers of one model", asked.prompts, [asked.trace_tokens] * len(asked.prompts))
-    models = 3 if checkpoints(config)[2] else 2
-    yield replace(once, what=f"answers of {models} models").times(models * asked.scale)
-    grafted = replace(once, what=f"answers of {len(variants)} variants").times(len(variants) * asked.scale)
+    runs, models = bench.runs(), 3 if checkpoints(config)[2] else 2
+    if config.paper:
+        yield from _described(bench)
+    once = together("answers of one model", _asked(bench, config))
+    yield replace(once, what=f"answers of {models} models").times(models)
+    grafted = replace(once, what=f"answers of {len(variants)} variants").times(len(variants))
     yield plans.set_aside(grafted, runs)
 
 
-COMMAND = Command(TransferConfig, check, load, load_triple, measure, plan=Planned(work, base=True))
+def _described(bench: Bench) -> Iterator[Work]:
+    prompts = bench.prompts
+    yield (
+        bench.runs()
+        .written("descriptions by IN", prompts, [bench.trace_tokens] * len(prompts))
+        .times(bench.scale)
+    )
+
+
+def _asked(bench: Bench, config: TransferConfig) -> Iterator[Work]:
+    """What one model is asked; of the paper each metric's variants, descriptions as long as what is written."""
+    asked: list[Sequence[Prompt]] = [bench.prompts]
+    if config.paper:
+        own = variants_of(bench.prompts, bench.trace_tokens)
+        asked = [own[variant] for metric in METRICS for variant in NEEDS[metric] if own[variant]]
+    for prompts in asked:
+        scale = config.n / len(prompts) if config.paper else bench.scale
+        yield bench.runs().written("answers", prompts, [bench.trace_tokens] * len(prompts)).times(scale)
+
+
+def assumed(bench: Bench, config: TransferConfig) -> Iterator[str]:
+    """What `work` takes for granted."""
+    if config.paper:
+        yield f"descriptions of {bench.trace_tokens} tokens; black images as large as the others"
+
+
+COMMAND = Command(
+    TransferConfig, check, load, load_triple, measure, plan=Planned(work, base=True, assumed=assumed)
+)

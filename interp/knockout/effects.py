@@ -160,15 +160,9 @@ class CutBatch:
             clean = CleanRun(self.vlm, self.batch.inputs, columns=self._reading.columns)
             yield from ((lane.number, self._measure(clean.rerun(lane.hooks()))) for lane in lanes)
             return
-        groups: dict[int, list[Lane]] = {}
-        for lane in lanes:
-            groups.setdefault(lane.first_column, []).append(lane)
-        for first, group in sorted(groups.items()):
-            if first >= run.end:  # after all that is read
-                yield from ((lane.number, self.clean) for lane in group)
-                continue
-            span = Span(first, run.end)
-            group.sort(key=lambda lane: lane.start)
+        unreached, groups = grouped(lanes, run.end, len(self.batch), self.vlm.device.type)
+        yield from ((lane.number, self.clean) for lane in unreached)
+        for span, group in groups:
 
             def measure(some: Sequence[Lane], span: Span = span) -> list[tuple[int, np.ndarray]]:
                 return [(number, self._measure(logits)) for number, logits in run_cuts(run, some, span)]
@@ -178,12 +172,11 @@ class CutBatch:
 
     def _lanes_at_once(self, lanes: Sequence[Lane], span: Span) -> int:
         rows, width = len(self.batch), self.batch.roles.shape[1]
-        most = max(1, LANE_TOKENS.get(self.vlm.device.type, 8192) // (rows * len(span)))
         of_row = forward_bytes(self.vlm, span.stop)
         if any(not part.is_mask for lane in lanes for part in lane.parts):
             of_row += scores_bytes(self.vlm, span.stop)
         held = rows * stored_bytes(self.vlm, width) + logits_bytes(self.vlm, rows * width)
-        return lanes_fitting(self.vlm, most, rows * of_row, held)
+        return lanes_fitting(self.vlm, len(lanes), rows * of_row, held)
 
     def run_whole(self, cut: Cut) -> Float[np.ndarray, " batch"]:
         """The metric under a cut that is no lane."""
@@ -197,6 +190,33 @@ class CutBatch:
     @torch.no_grad()
     def _measure(self, logits: Logits) -> Float[np.ndarray, " batch"]:
         return self._reading(logits)[0].double().cpu().numpy()
+
+
+def grouped(
+    lanes: Sequence[Lane], end: int, rows: int, device: str
+) -> tuple[list[Lane], list[tuple[Span, list[Lane]]]]:
+    """Lanes that reach nothing that is read, and those that ride together with the tokens that they run on.
+
+    Args:
+        lanes: of one batch.
+        end: one past the last column that is read.
+        rows: of the batch.
+        device: its type.
+    """
+    firsts: dict[int, list[Lane]] = {}
+    for lane in lanes:
+        firsts.setdefault(lane.first_column, []).append(lane)
+    unreached: list[Lane] = []
+    riding: list[tuple[Span, list[Lane]]] = []
+    for first, group in sorted(firsts.items()):
+        if first >= end:
+            unreached += group
+            continue
+        span = Span(first, end)
+        size = max(1, LANE_TOKENS.get(device, 8192) // (rows * len(span)))
+        group.sort(key=lambda lane: lane.start)
+        riding += [(span, group[at : at + size]) for at in range(0, len(group), size)]
+    return unreached, riding
 
 
 def _require_rows(prompts: Sequence[Prompt], cuts: Sequence[Cut], metric: Metric) -> None:

@@ -20,7 +20,7 @@ from hooks.uninterrupted import registered
 from hooks.vlm import FwdHooks
 from interp.lens.head import OutputHead, head_of, verify
 from interp.lens.tokens import Tokens
-from interp.prompts import PromptBatch, collate
+from interp.prompts import Prompt, PromptBatch, collate
 
 CHUNK = 2**26
 """Logits that exist at one time, 256 MB in float32."""
@@ -144,16 +144,16 @@ def in_batches(
     tokens: Tokens, size: int, label: str, progress: bool, run: Callable[[Some], Found]
 ) -> Iterator[tuple[Int[Tensor, " some"], Found]]:
     """(Which tokens, what `run` gives for them), prompts of like length together; fewer where memory runs out."""
-    order = sorted(range(len(tokens.prompts)), key=lambda row: len(tokens.prompts[row]))
 
     def measure(chosen: Sequence[int]) -> tuple[Int[Tensor, " some"], Found]:
         some = Some.of(tokens, chosen)
         return some.index, run(some)
 
-    with tqdm(total=len(order), desc=label, unit="prompt", disable=not progress, delay=1) as bar:
-        for chosen, found in in_parts(order, size, measure):
-            yield found
-            bar.update(len(chosen))
+    with tqdm(total=len(tokens.prompts), desc=label, unit="prompt", disable=not progress, delay=1) as bar:
+        for step in in_order(tokens.prompts, size):
+            for chosen, found in in_parts(step, len(step), measure):
+                yield found
+                bar.update(len(chosen))
 
 
 def rows_fitting(vlm: HookedVLM, tokens: Tokens, n_kept: int, batch_size: int) -> int:
@@ -166,6 +166,12 @@ def rows_fitting(vlm: HookedVLM, tokens: Tokens, n_kept: int, batch_size: int) -
     of_row = forward_bytes(vlm, width) + (n_kept + 2) * width * vlm.d_model * item_bytes(vlm)
     whole = 3 * 4 * min(CHUNK, width * vlm.n_logits)
     return fitting(vlm, batch_size, of_row, "a lens", whole)
+
+
+def in_order(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
+    """Rows of the prompts by batch."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
 def run_at(

@@ -139,7 +139,7 @@ def vision_swap(
         FrankenlensError: no pairs, no swaps, or a swap of layers that the model does not have; before anything runs.
     """
     _require(vlm, pairs, swaps)
-    prompts, why = _prompts(builder, pairs, resize)
+    prompts, why = paired_prompts(builder, pairs, resize)
     text = np.full((len(swaps), len(pairs)), "", dtype=object)
     clean = np.full((2, len(pairs)), None, dtype=object)
     found = np.full((len(swaps), len(pairs)), np.nan)
@@ -224,14 +224,19 @@ def _write(mask: Bool[Tensor, "batch pos"], value: Tensor) -> HookFunction:
     return write
 
 
+def names_of(swaps: Sequence[Swap], n_layers: int) -> tuple[list[str], list[str]]:
+    """Activations of the target that swaps put back behind them, and of the source that they put in."""
+    layers = [(swap.what, layer) for swap in swaps for layer in range(swap.first, swap.last + 1)]
+    ends = {swap.last + 1 for swap in swaps if swap.last + 1 < n_layers}
+    after = [f"blocks.{layer}.hook_resid_pre" for layer in sorted(ends)]
+    return after, list(dict.fromkeys(name for what, layer in layers for name in _names(what, layer)))
+
+
 @torch.no_grad()
 def _states(
     vlm: HookedVLM, batch: PromptBatch, source: PromptBatch, swaps: Sequence[Swap]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    layers = [(swap.what, layer) for swap in swaps for layer in range(swap.first, swap.last + 1)]
-    names = list(dict.fromkeys(name for what, layer in layers for name in _names(what, layer)))
-    ends = {swap.last + 1 for swap in swaps if swap.last + 1 < vlm.n_layers}
-    after = [f"blocks.{layer}.hook_resid_pre" for layer in sorted(ends)]
+    after, names = names_of(swaps, vlm.n_layers)
     with sparing_logits(vlm) as extra:
         run = partial(vlm.run_with_cache, use_cache=False, **extra)
         own = dict(run(batch.inputs, after)[1]) if after else {}
@@ -301,7 +306,7 @@ def _scored(
         return number, str(error)
 
 
-def _prompts(
+def paired_prompts(
     builder: PromptBuilder, pairs: Sequence[tuple[Example, Example]], resize: bool
 ) -> tuple[dict[int, tuple[Prompt, Prompt]], list[str]]:
     """Row to the two prompts, and per row why there are none."""

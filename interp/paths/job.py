@@ -94,7 +94,7 @@ class Job:
         partnered = [
             beside(some, rows, self._partner) if others else [] for some in (self.given, self.prompts)
         ]
-        here = _tokens(self.where, batch, ready.reads)
+        here = changed_tokens(self.where, batch, ready.reads)
         return PathRun(
             self.recipient,
             self.donor,
@@ -153,7 +153,10 @@ def complete_senders(
     return [s not in chained and given[s] >= set(receivers_of(vlm, s, between)) for s in senders]
 
 
-def _tokens(where: Where, batch: PromptBatch, reads: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+def changed_tokens(
+    where: Where, batch: PromptBatch, reads: Bool[Tensor, "batch pos"]
+) -> Bool[Tensor, "batch pos"]:
+    """The tokens at which senders are changed; "decision": those that are read."""
     return (reads if where == "decision" else where_mask(where, batch)) & batch.mask("all")
 
 

@@ -111,11 +111,7 @@ class PathRun:
         """The receiver's output under a path, as an edit of the recipient's run."""
         receiver = path.receiver
         touched = (self.arriving(path, other) != 0).any(-1)
-        layer = self.vlm.n_layers - 1 if receiver.layer is None else receiver.layer
-        leaf = {"q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "in": "hook_mlp_out"}[
-            receiver.via
-        ]
-        leaf = "hook_resid_post" if receiver.address is None else leaf
+        layer, leaf = received_at(receiver, self.vlm.n_layers)
         key = ("output", path.sender, path.through, layer, leaf, other)
 
         def new(activation: Tensor, span: Span) -> Tensor:
@@ -275,6 +271,13 @@ def kept_for_paths(
     """Hook points kept of the donor, and of the recipient."""
     senders = _stored(sender_hook(path.sender) for path in paths)
     return senders, [*senders, *_needed(vlm, paths, between == "mlps", in_order)]
+
+
+def received_at(receiver: Receiver, n_layers: int) -> tuple[int, str]:
+    """Layer and hook point of what a receiver makes of its input."""
+    if receiver.address is None or receiver.layer is None:
+        return n_layers - 1, "hook_resid_post"
+    return receiver.layer, "hook_mlp_out" if receiver.via == "in" else f"attn.hook_{receiver.via}"
 
 
 def _stored(hooks: Iterable[str]) -> list[str]:
