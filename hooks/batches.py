@@ -19,10 +19,39 @@ from hooks.opened import Opened
 from hooks.weights import d_mlp
 
 Found = TypeVar("Found")
+Row = TypeVar("Row")
 AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
 """Logits that exist together: 64 and 512 MiB in float32."""
+_FULL = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
+"""What PyTorch's other errors say where there is no memory: libraries that take theirs beside its own."""
 SHARE = 0.5
 """Of the memory that is free, for what is estimated."""
+
+
+def batched(rows: Sequence[Row], batch_size: int) -> list[Sequence[Row]]:
+    """The rows, `batch_size` at a time.
+
+    Raises:
+        FrankenlensError: `batch_size` is below 1, with which nothing would run and nothing be said.
+    """
+    require_batch_size(batch_size)
+    return [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+
+
+def require_batch_size(batch_size: int) -> None:
+    """Refuses batches of nothing.
+
+    Raises:
+        FrankenlensError: `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise FrankenlensError(f"batch_size is {batch_size}; it must be at least 1")
 
 
 def fitting(vlm: Opened, batch_size: int, of_row: int, what: str, whole: int = 0) -> int:
@@ -36,8 +65,9 @@ def fitting(vlm: Opened, batch_size: int, of_row: int, what: str, whole: int = 0
         whole: bytes that are taken once, however many rows there are.
 
     Raises:
-        FrankenlensError: there is no memory for one row.
+        FrankenlensError: there is no memory for one row, or `batch_size` is below 1.
     """
+    require_batch_size(batch_size)
     free = room(vlm.device)
     if free is None:
         return batch_size
@@ -91,8 +121,8 @@ def in_parts(
     Raises:
         FrankenlensError: memory runs out with one row.
     """
-    for first in range(0, len(rows), size):
-        yield from _halved(rows[first : first + size], run)
+    for some in batched(rows, size):
+        yield from _halved(some, run)
 
 
 def _halved(
@@ -126,4 +156,5 @@ def _attempt(rows: Sequence[int], run: Callable[[Sequence[int]], Found]) -> tupl
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that a device, or main memory, is full."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    said = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in said for words in _FULL)

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import batched
 from hooks.engine import HookContext, HookFunction
 from interp.decision import Change, changed_weights
 from interp.metrics.logits import sparing_logits
@@ -149,9 +150,7 @@ def attention_mass(
     layers, heads = vlm.n_layers, vlm.n_heads
     mass = np.full((layers, heads, len(prompts)), np.nan)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    starts = range(0, len(order), batch_size)
-    for first in tqdm(starts, desc="attention", disable=not progress, delay=1):
-        rows = order[first : first + batch_size]
+    for rows in tqdm(batched(order, batch_size), desc="attention", disable=not progress, delay=1):
         batch = collate([prompts[row] for row in rows]).to(vlm.device)
         seen: dict[int, Float[Tensor, "batch head"]] = {}
         hook = summing(batch.mask(target), batch.mask(source), seen)

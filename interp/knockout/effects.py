@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import batched, require_batch_size
 from interp.knockout.attached import knocked_out, missing
 from interp.knockout.cut import Cut, cut_layers, cut_name, layers_label, require_cuts, together
 from interp.knockout.lanes import Lane, Part, run_cuts
@@ -60,13 +61,12 @@ def knockout_effects(
     require_cuts(vlm, cuts)
     if not prompts:
         raise FrankenlensError("knockout_effects needs at least one prompt")
-    if batch_size < 1:
-        raise FrankenlensError(f"batch_size is {batch_size}; it must be at least 1")
+    require_batch_size(batch_size)
     _require_rows(prompts, cuts, metric)
     value = np.full((len(cuts), len(prompts)), np.nan)
     clean, n_edges = np.full(len(prompts), np.nan), np.zeros(value.shape, dtype=int)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    steps = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    steps = batched(order, batch_size)
     with tqdm(
         total=len(steps) * len(cuts), desc="knockout", unit="cut", disable=not progress, delay=1
     ) as bar:

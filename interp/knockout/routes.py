@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import batched
 from interp.decision import Change, changed_weights
 from interp.knockout.attached import missing
 from interp.knockout.cut import Knockout, layers_label, require_cuts
@@ -96,7 +97,7 @@ def routes(
     value = np.full((len(readers), 2, len(flat), len(prompts)), np.nan)
     clean, n_edges = np.full((len(readers), len(prompts)), np.nan), np.zeros((len(cuts), len(prompts)), int)
     rows.sort(key=lambda row: len(prompts[row]))
-    steps = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    steps = batched(rows, batch_size)
     total = 2 * len(readers) * len(flat) * len(steps)
     with tqdm(total=total, desc="routes", unit="cut", disable=not progress, delay=1) as bar:
         for m, (vlm, change) in enumerate(readers.values()):

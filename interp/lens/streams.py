@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import batched
 from hooks.engine import HookContext
 from hooks.uninterrupted import registered
 from hooks.vlm import FwdHooks
@@ -113,8 +114,7 @@ def batches(
 ) -> Iterator[tuple[Int[Tensor, " some"], PromptBatch, Int[Tensor, " some"], Int[Tensor, " some"]]]:
     """Prompts of like length together: (which tokens, batch, their rows, their columns)."""
     order = sorted(range(len(tokens.prompts)), key=lambda row: len(tokens.prompts[row]))
-    for first in tqdm(range(0, len(order), batch_size), desc=label, disable=not progress, delay=1):
-        chosen = order[first : first + batch_size]
+    for chosen in tqdm(batched(order, batch_size), desc=label, disable=not progress, delay=1):
         place = torch.full((len(order),), -1)
         place[chosen] = torch.arange(len(chosen))
         index = (place[tokens.row] >= 0).nonzero().flatten()

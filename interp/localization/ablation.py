@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import Address, FrankenlensError, HookedVLM
+from hooks.batches import batched
 from hooks.engine import HookContext, HookFunction
 from hooks.weights import part_paths
 from interp.localization.outcomes import Grader
@@ -172,7 +173,7 @@ def ablate(
     pools = cache(partial(_pools, vlm, longer, ablations, batch_size, seed))
     numbers = cache(partial(_numbers, longer))
     kept.sort(key=lambda row: len(prompts[row]))
-    steps = [kept[i : i + batch_size] for i in range(0, len(kept), batch_size)]
+    steps = batched(kept, batch_size)
     with tqdm(total=len(steps) * len(ablations), desc="ablate", disable=not progress, delay=1) as bar:
         for some in steps:
             batch = [prompts[row] for row in some]
@@ -269,8 +270,7 @@ def _pools(
     sampled = {a.hook for a in ablations if a.kind == "resample"}
     pools = {name: Pool() for name in names}
     number = _numbers(prompts) if sampled else []
-    for first in range(0, len(prompts) if names else 0, batch_size):
-        some = prompts[first : first + batch_size]
+    for some in batched(prompts if names else [], batch_size):
         batch = collate(some).to(vlm.device)
         kinds = batch.roles.long()
         for row, prompt in enumerate(some):

@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import batched
 from hooks.engine import HookContext, HookFunction
 from interp import regions
 from interp.localization.outcomes import NOT_COUNTED, OUTCOMES, Grader, outcome, same_answer
@@ -144,7 +145,7 @@ def vision_swap(
     found = np.full((len(swaps), len(pairs)), np.nan)
     fault, differs = np.full(found.shape, "", dtype=object), np.zeros(len(pairs), dtype=bool)
     rows = sorted(prompts, key=lambda row: len(prompts[row][0]))
-    steps = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    steps = batched(rows, batch_size)
     with tqdm(total=len(steps) * (len(swaps) + 2), desc="swap", disable=not progress, delay=1) as bar:
         for some in steps:
             job = _Job(vlm, tuple([prompts[row][side] for row in some] for side in (0, 1)), swaps)

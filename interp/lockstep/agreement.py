@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooks import HookedVLM
+from hooks.batches import batched
 from interp.lockstep.run import Written
 from interp.metrics.logits import sparing_logits
 from interp.prompts import Prompt, collate
@@ -74,8 +75,7 @@ def _choices(
     order = sorted(range(len(traces)), key=lambda row: len(traces[row]))
     found: dict[int, list[int]] = {}
     name = "ln_final.hook_normalized"
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
+    for rows in batched(order, batch_size):
         inputs = collate([traces[row] for row in rows], "left").to(vlm.device).inputs
         with sparing_logits(vlm) as extra:
             _, cache = vlm.run_with_cache(inputs, [name], use_cache=False, **extra)

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import HookedVLM
+from hooks.batches import batched
 from interp.lockstep.cached import CachedModel
 from interp.lockstep.intervention import Intervention
 from interp.lockstep.moved import Moved
@@ -154,8 +155,7 @@ def write_all(
     chooser = Chooser(prompts, sampling, max_new_tokens)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     with tqdm(total=len(prompts), desc=bar, unit="prompt", disable=not bar, delay=1) as shown:
-        for first in range(0, len(prompts), batch_size):
-            rows = by_length[first : first + batch_size]
+        for rows in batched(by_length, batch_size):
             some = [prompts[row] for row in rows]
 
             def write(some: Sequence[Prompt] = some, rows: Sequence[int] = rows) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.batches import in_parts
+from hooks.batches import batched, in_parts
 from interp.map.batch import Batch, rows_at_once
 from interp.map.cells import KINDS
 from interp.map.components import (
@@ -261,8 +261,7 @@ def batches_of(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]
     order = sorted(
         range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].roles, image_shapes(prompts[i]), i)
     )
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    yield from map(list, batched(order, batch_size))
 
 
 def _n_runs(wanted: Sequence[Component], roles: Sequence[str], kinds: Sequence[str], n_random: int) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookContext, HookedVLM
+from hooks.batches import batched
 from hooks.errors import nearest
 from interp.lockstep.moved import WHEN
 from interp.metrics.logits import sparing_logits
@@ -78,9 +79,8 @@ def differences(
             )
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     found: dict[int, Tensor] = {}
-    starts = range(0, len(order), batch_size)
-    for first in tqdm(starts, desc="differences", unit="batch", disable=not progress, delay=1):
-        rows = order[first : first + batch_size]
+    steps = batched(order, batch_size)
+    for rows in tqdm(steps, desc="differences", unit="batch", disable=not progress, delay=1):
         batch = collate([prompts[row] for row in rows])
         where = named(batch, when)
         means = [_mean_at(vlm, batch, site, where) for vlm in (pair.rl, pair.in_)]
