@@ -114,15 +114,28 @@ def item_bytes(vlm: Opened) -> int:
 
 
 def in_parts(
-    rows: Sequence[int], size: int, run: Callable[[Sequence[int]], Found]
+    rows: Sequence[int],
+    size: int,
+    run: Callable[[Sequence[int]], Found],
+    done: Callable[[Sequence[int]], int] | None = None,
 ) -> Iterator[tuple[Sequence[int], Found]]:
     """What `run` gives for `size` rows at a time, and for half of them, and half of these, where memory runs out.
 
+    Args:
+        rows: what is run.
+        size: at most so many together.
+        run: gives something for some rows.
+        done: how many of the rows that are left were run together when this was begun, the first of them among these;
+            0 for none. They are `run` together again, whatever there is memory for today, so that it finds them.
+
     Raises:
-        FrankenlensError: memory runs out with one row.
+        FrankenlensError: memory runs out with one row, or `size` is below 1.
     """
-    for some in batched(rows, size):
-        yield from _halved(some, run)
+    require_batch_size(size)
+    while rows:
+        n = (done(rows) if done else 0) or size
+        yield from _halved(rows[:n], run)
+        rows = rows[n:]
 
 
 def _halved(

@@ -134,6 +134,19 @@ def test_files_that_a_container_has_read_make_way(
     assert free_memory(CPU) == 4096
 
 
+def test_what_was_begun_in_other_parts_is_gone_on_with_in_these() -> None:
+    asked: list[int] = []
+
+    def run(rows: Sequence[int]) -> list[int]:
+        asked.append(len(rows))
+        return [10 * row for row in rows]
+
+    begun = {0: 5, 5: 3, 12: 1}
+    found = list(in_parts(range(15), 4, run, lambda rows: begun.get(rows[0], 0)))
+    assert [value for _, values in found for value in values] == [10 * row for row in range(15)]
+    assert asked == [5, 3, 4, 1, 2]
+
+
 def test_other_errors_are_not_taken_for_a_full_memory() -> None:
     def run(rows: Sequence[int]) -> list[int]:
         raise RuntimeError("shapes do not match")
