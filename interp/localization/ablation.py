@@ -270,14 +270,15 @@ def _pools(
     sampled = {a.hook for a in ablations if a.kind == "resample"}
     pools = {name: Pool() for name in names}
     number = _numbers(prompts) if sampled else []
-    for some in batched(prompts if names else [], batch_size):
+    for rows in batched(range(len(prompts) if names else 0), batch_size):
+        some = [prompts[row] for row in rows]
         batch = collate(some).to(vlm.device)
         kinds = batch.roles.long()
         for row, prompt in enumerate(some):
             kinds[row, prompt.n_prompt_tokens : len(prompt)] = GENERATED
         owned = {}
         if sampled:
-            owner = torch.tensor(number[first : first + len(some)], device=kinds.device)
+            owner = torch.tensor([number[row] for row in rows], device=kinds.device)
             owned = {"prompts": owner[:, None].expand_as(kinds), "keys": _keys(some, kinds, seed)}
 
         def take(

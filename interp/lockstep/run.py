@@ -155,7 +155,7 @@ def write_all(
     chooser = Chooser(prompts, sampling, max_new_tokens)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     with tqdm(total=len(prompts), desc=bar, unit="prompt", disable=not bar, delay=1) as shown:
-        for rows in batched(by_length, batch_size):
+        for step, rows in enumerate(batched(by_length, batch_size)):
             some = [prompts[row] for row in rows]
 
             def write(some: Sequence[Prompt] = some, rows: Sequence[int] = rows) -> list[dict[str, Any]]:
@@ -164,7 +164,7 @@ def write_all(
                 return [_plain(run.result(i, max_new_tokens)) for i in range(len(rows))]
 
             of = fingerprint(max_new_tokens, sampling, rows, [list(prompt.ids) for prompt in some])
-            for row, own in zip(rows, part(keep, f"{first:06d}", write, of), strict=True):
+            for row, own in zip(rows, part(keep, f"{step * batch_size:06d}", write, of), strict=True):
                 found[row] = _of_plain(prompts[row], own)
             shown.update(len(rows))
     return [found[row] for row in range(len(prompts))]
