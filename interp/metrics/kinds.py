@@ -48,6 +48,14 @@ class LogitDifference:
     units: str = field(default="nats", init=False)
     empty: float = field(default=float("nan"), init=False)
 
+    def __post_init__(self) -> None:
+        sizes = {len(one) for one in (self.a, self.b, self.position) if one is not None}
+        if len(sizes) > 1 or any(bool((ids < 0).any()) for ids in (self.a, self.b)):
+            raise FrankenlensError(
+                f"the logit difference of {self.a.tolist()} and {self.b.tolist()}: give two token ids for each prompt, "
+                "none below 0 (a word that the tokenizer does not have?)"
+            )
+
     @property
     def n_rows(self) -> int:
         """How many prompts it was made for."""

@@ -101,6 +101,12 @@ def test_a_position_off_the_prompt_is_refused(
         metric(logits, batch)
 
 
+def test_ids_that_are_none_are_refused() -> None:
+    for ids in ([3, -1], [-100, 3]):
+        with pytest.raises(FrankenlensError, match="two token ids for each prompt, none below 0"):
+            LogitDifference(torch.tensor([1, 2]), torch.tensor(ids))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_steps_of_a_trace_that_is_not_there_are_refused(pair: Pair, prompts: list[Prompt], side: str) -> None:
     weights = tuple(torch.randn(len(p.trace_ids), pair.in_.n_logits) for p in prompts)
