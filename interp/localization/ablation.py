@@ -173,7 +173,7 @@ def ablate(
     pools = cache(partial(_pools, vlm, longer, ablations, batch_size, seed))
     numbers = cache(partial(_numbers, longer))
     kept.sort(key=lambda row: len(prompts[row]))
-    steps = batched(kept, batch_size)
+    steps = list(map(list, batched(kept, batch_size)))
     with tqdm(total=len(steps) * len(ablations), desc="ablate", disable=not progress, delay=1) as bar:
         for some in steps:
             batch = [prompts[row] for row in some]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from interp.metrics.logits import run_for_logits
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair
 from interp.prompts import Prompt, PromptBatch, collate
+from interp.prompts.batch import PaddingSide
 from interp.questions.tasks import sample
 
 
@@ -37,12 +39,12 @@ from interp.questions.tasks import sample
 class Given:
     """A metric of a user's own."""
 
-    value: Callable[[Tensor], object]
+    value: Callable[[Tensor], Any]
     role: str = "decision"
     name: str = field(default="given", init=False)
     units: str = field(default="nats", init=False)
 
-    def __call__(self, logits, batch):
+    def __call__(self, logits: Tensor, batch: PromptBatch) -> Any:
         return self.value(logits)
 
     def reads(self, batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
@@ -50,6 +52,10 @@ class Given:
 
     def select(self, rows) -> Metric:
         return self
+
+
+def _louder(name: str, weight: Tensor) -> Tensor:
+    return 1.5 * weight
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +95,7 @@ def test_values_in_half_precision_and_truths_are_numbers(pair: Pair, prompts: li
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("place", [-1, 33])
 def test_a_position_off_the_prompt_is_refused(
-    pair: Pair, prompts: list[Prompt], side: str, place: int
+    pair: Pair, prompts: list[Prompt], side: PaddingSide, place: int
 ) -> None:
     ids = torch.arange(4)
     metric = LogitDifference(ids + 9, ids, torch.tensor([place, 3, 3, 3]))
@@ -108,7 +114,9 @@ def test_ids_that_are_none_are_refused() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_steps_of_a_trace_that_is_not_there_are_refused(pair: Pair, prompts: list[Prompt], side: str) -> None:
+def test_steps_of_a_trace_that_is_not_there_are_refused(
+    pair: Pair, prompts: list[Prompt], side: PaddingSide
+) -> None:
     weights = tuple(torch.randn(len(p.trace_ids), pair.in_.n_logits) for p in prompts)
     soft = SoftDifference(weights, torch.tensor([p.n_prompt_tokens - 1 for p in prompts]))
     cut = [prompts[0].truncated(prompts[0].n_prompt_tokens + 1), *prompts[1:]]
@@ -167,12 +175,12 @@ def test_logits_are_made_of_the_weights_that_ran_though_another_thread_changes_t
         expected = reading(logits)
         (_, steps), *_ = trace_logits(vlm, prompts, 4)
         first = steps[:1].clone()
-        with changed_weights(vlm.model, lambda name, weight: 1.5 * weight):
+        with changed_weights(vlm.model, _louder):
             assert float((reading(logits) - expected).abs().max()) > 1  # what is guarded against
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
-        with changed_weights(vlm.model, lambda name, weight: 1.5 * weight):
+        with changed_weights(vlm.model, _louder):
             inside.set()
             leave.wait(30)
 
@@ -193,10 +201,14 @@ def test_hooks_of_its_owner_on_the_unembedding_are_in_its_copy(pair: Pair) -> No
     vlm = pair.in_
     head, normed = vlm.model.get_submodule(vlm.anatomy.unembed), torch.randn(3, vlm.d_model)
     gain = torch.rand(vlm.n_logits) + 0.5
-    handle = head.register_forward_hook(lambda module, args, out: out * gain)
+
+    def louder(module: torch.nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out * gain
+
+    handle = head.register_forward_hook(louder)
     try:
         kept, expected = Head(vlm), vlm.unembed(normed).detach()
-        with changed_weights(vlm.model, lambda name, weight: 1.5 * weight):
+        with changed_weights(vlm.model, _louder):
             found = kept(normed)
             assert float((vlm.unembed(normed) - expected).abs().max()) > 0.1
     finally:
