@@ -22,12 +22,40 @@ Row = TypeVar("Row")
 Found = TypeVar("Found")
 AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
 """Logits that exist together: 64 and 512 MiB in float32."""
+_FULL = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
+"""What PyTorch's other errors say where there is no memory: libraries that take theirs beside its own."""
 SHARE = 0.5
 """Of the memory that is free, for what is estimated."""
 
 
 class MemoryRanOut(FrankenlensError):
     """There is no memory for what was asked at once; less at a time may fit."""
+
+
+def batched(rows: Sequence[Row], batch_size: int) -> list[Sequence[Row]]:
+    """The rows, `batch_size` at a time.
+
+    Raises:
+        FrankenlensError: `batch_size` is below 1, with which nothing would run and nothing be said.
+    """
+    require_batch_size(batch_size)
+    return [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+
+
+def require_batch_size(batch_size: int) -> None:
+    """Refuses batches of nothing.
+
+    Raises:
+        FrankenlensError: `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise FrankenlensError(f"batch_size is {batch_size}; it must be at least 1")
 
 
 def fitting(vlm: Opened, batch_size: int, of_row: int, what: str, whole: int = 0) -> int:
@@ -43,8 +71,7 @@ def fitting(vlm: Opened, batch_size: int, of_row: int, what: str, whole: int = 0
     Raises:
         FrankenlensError: `batch_size` is below 1, or there is no memory for one row.
     """
-    if batch_size < 1:
-        raise FrankenlensError(f"batch_size is {batch_size}; it must be at least 1")
+    require_batch_size(batch_size)
     free = budget(vlm)
     if free is None:
         return batch_size
@@ -120,17 +147,31 @@ def item_bytes(vlm: Opened) -> int:
 
 
 def in_parts(
-    rows: Sequence[Row], size: int, run: Callable[[Sequence[Row]], Found]
+    rows: Sequence[Row],
+    size: int,
+    run: Callable[[Sequence[Row]], Found],
+    done: Callable[[Sequence[Row]], int] | None = None,
 ) -> Iterator[tuple[Sequence[Row], Found]]:
     """What `run` gives for `size` rows at a time, and for half of them, and half of these, where memory runs out.
 
     A run that is broken off is begun again: what it adds to anything must be added by the caller, of what it gives.
 
+    Args:
+        rows: what is run.
+        size: at most so many together.
+        run: gives something for some rows.
+        done: how many of the rows that are left were run together when this was begun, the first of them among these;
+            0 for none. They are `run` together again, whatever there is memory for today, so that it finds them.
+
     Raises:
         MemoryRanOut: memory runs out with one row.
+        FrankenlensError: `size` is below 1.
     """
-    for first in range(0, len(rows), size):
-        yield from _halved(rows[first : first + size], run)
+    require_batch_size(size)
+    while rows:
+        n = (done(rows) if done else 0) or size
+        yield from _halved(rows[:n], run)
+        rows = rows[n:]
 
 
 def _halved(
@@ -169,4 +210,4 @@ def _attempt(rows: Sequence[Row], run: Callable[[Sequence[Row]], Found]) -> tupl
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that a device, or main memory, is full."""
     known = (MemoryRanOut, torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, known) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, known) or any(words in str(error) for words in _FULL)

@@ -6,6 +6,7 @@ prompt, so a file serves as well as memory; it is gone when nobody holds its sta
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import weakref
@@ -42,7 +43,10 @@ class Spill:
         self._left -= copy.nbytes
         if self._left >= 0 or not copy.nbytes:
             return copy
-        self._file = self._file or _File()
+        if (
+            self._file is None or self._file.process != os.getpid()
+        ):  # a fork would write over what its parent does
+            self._file = _File()
         return self._file.keep(copy)
 
 
@@ -76,7 +80,7 @@ class _File:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="frankenlens-", buffering=0)  # noqa: SIM115
-        self._end, self._alone = 0, threading.Lock()
+        self._end, self._alone, self.process = 0, threading.Lock(), os.getpid()
         weakref.finalize(self, self._file.close)
 
     def keep(self, states: Float[Tensor, "row width"]) -> Spilled:
@@ -96,14 +100,20 @@ class _File:
 
     def read(self, start: int, n: int) -> bytearray:
         data, done = bytearray(n), 0
+        while done < n:
+            found = self._some(start + done, memoryview(data)[done:])
+            if not found:
+                raise OSError("a temporary file is shorter than what was written to it")
+            done += found
+        return data
+
+    def _some(self, start: int, into: memoryview) -> int:
+        """A forked process has the file's own place in common with its parent, so none is set where it can be told."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [into], start)
         with self._alone:
             self._file.seek(start)
-            while done < n:
-                found = self._file.readinto(memoryview(data)[done:])
-                if not found:
-                    raise OSError("a temporary file is shorter than what was written to it")
-                done += found
-        return data
+            return self._file.readinto(into) or 0
 
 
 def _itself(states: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from interp.lockstep.sampling import Chooser, Sampling
 from interp.lockstep.transplant import Transplant
 from interp.pair.generation import rows_fitting
 from interp.prompts import Prompt, PromptBatch, collate
-from interp.results.store import Store, fingerprint, part
+from interp.results.store import Store, begun, fingerprint, part
 
 _CROWDED = 0.75  # finished rows are kept in the batch until fewer than this share of it is still written
 
@@ -156,6 +156,12 @@ def write_all(
     chooser = Chooser(prompts, sampling, max_new_tokens)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
 
+    place = {row: number for number, row in enumerate(by_length)}
+
+    def of(rows: Sequence[int]) -> str:
+        ids = [list(prompts[row].ids) for row in rows]
+        return fingerprint(max_new_tokens, sampling, list(rows), ids)
+
     def written(rows: Sequence[int]) -> list[dict[str, Any]]:
         some = [prompts[row] for row in rows]
 
@@ -164,12 +170,14 @@ def write_all(
             run.write(max_new_tokens)
             return [_plain(run.result(i, max_new_tokens)) for i in range(len(rows))]
 
-        of = fingerprint(max_new_tokens, sampling, list(rows), [list(prompt.ids) for prompt in some])
-        return part(keep, f"{by_length.index(rows[0]):06d}-{len(rows)}", write, of)
+        return part(keep, f"{place[rows[0]]:06d}-{len(rows)}", write, of(rows))
+
+    def done(rows: Sequence[int]) -> int:
+        return begun(keep, f"{place[rows[0]]:06d}", len(rows), lambda n: of(rows[:n]))
 
     size = rows_fitting(models, prompts, max_new_tokens, batch_size)
     with tqdm(total=len(prompts), desc=bar, unit="prompt", disable=not bar, delay=1) as shown:
-        for rows, made in in_parts(by_length, size, written):
+        for rows, made in in_parts(by_length, size, written, done):
             for row, own in zip(rows, made, strict=True):
                 found[row] = _of_plain(prompts[row], own)
             shown.update(len(rows))

@@ -32,12 +32,14 @@ class Logits:
         columns: which columns of the batch these are, ascending.
         n_words: of the vocabulary.
         unembed: from the source to logits.
+        alone: no other thread runs the model, or has other weights in it, while logits are made inside.
     """
 
     source: Float[Tensor, "batch column width"]
     columns: Int[Tensor, " column"]
     n_words: int
     unembed: Callable[[Tensor], Tensor] | None = None
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @classmethod
     def made(cls, logits: Float[Tensor, "batch pos vocab"]) -> Logits:
@@ -165,7 +167,7 @@ def unmade(
     vlm: HookedVLM, normed: Float[Tensor, "batch column d_model"], columns: Int[Tensor, " column"]
 ) -> Logits:
     """Of what the final norm gives out at these columns."""
-    return Logits(normed, columns, vlm.n_logits, vlm.unembed)
+    return Logits(normed, columns, vlm.n_logits, vlm.unembed, partial(vlm.exclusive, "reading logits"))
 
 
 def keeps_some(vlm: HookedVLM) -> bool:

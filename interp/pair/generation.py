@@ -13,7 +13,7 @@ from hooks import FrankenlensError, HookedVLM
 from hooks.batches import cache_bytes, fitting, forward_bytes, in_parts
 from hooks.vlm import FwdHooks
 from interp.prompts import Prompt, PromptBatch, collate
-from interp.results.store import Store, fingerprint, part
+from interp.results.store import Store, begun, fingerprint, part
 
 
 @torch.no_grad()
@@ -44,18 +44,24 @@ def greedy(
         return written
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
 
+    place = {row: at for at, row in enumerate(by_length)}
+
     def write(rows: Sequence[int]) -> list[list[int]]:
-        some = [prompts[row] for row in rows]
-        of = fingerprint(max_new_tokens, list(rows), [list(prompt.ids) for prompt in some])
-
         def made() -> list[list[int]]:
-            return greedy_batch(vlm, collate(some, "left").to(vlm.device), max_new_tokens)
+            batch = collate([prompts[row] for row in rows], "left")
+            return greedy_batch(vlm, batch.to(vlm.device), max_new_tokens)
 
-        return part(keep, f"{by_length.index(rows[0]):06d}-{len(rows)}", made, of)
+        return part(keep, f"{place[rows[0]]:06d}-{len(rows)}", made, of(rows))
+
+    def of(rows: Sequence[int]) -> str:
+        return fingerprint(max_new_tokens, list(rows), [list(prompts[row].ids) for row in rows])
+
+    def done(rows: Sequence[int]) -> int:
+        return begun(keep, f"{place[rows[0]]:06d}", len(rows), lambda n: of(rows[:n]))
 
     size = rows_fitting([vlm], prompts, max_new_tokens, batch_size)
     with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress) as bar:
-        for rows, made in in_parts(by_length, size, write):
+        for rows, made in in_parts(by_length, size, write, done):
             for row, ids in zip(rows, made, strict=True):
                 written[row] = ids
             bar.update(len(rows))

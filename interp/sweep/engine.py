@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.batches import in_parts
+from hooks.batches import batched, in_parts
 from hooks.memory import limit, parse_bytes
 from interp.metrics import Metric
 from interp.metrics.logits import sparing_logits
@@ -350,12 +350,10 @@ def _require(
 
 def _parts(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
     """Row numbers by batch; equal lengths and roles stand together."""
-    if batch_size < 1:
-        raise FrankenlensError(f"batch_size is {batch_size}; it must be at least 1")
     order = sorted(
         range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].roles, image_shapes(prompts[i]), i)
     )
-    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    return [list(some) for some in batched(order, batch_size)]
 
 
 def _about(

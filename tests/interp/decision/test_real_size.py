@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -137,6 +138,28 @@ def test_states_in_a_file_are_those_that_were_kept(dtype: torch.dtype) -> None:
         assert len(kept[i]) == len(given[i])
     for again in (copy.deepcopy(kept[3]), pickle.loads(pickle.dumps(kept[3]))):
         assert torch.equal(again[:].view(bits), given[3].view(bits))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_that_reads_states_takes_none_of_its_parents() -> None:
+    """The two have one file, and one place in it."""
+    spill = Spill(most=0)
+    states = [torch.full((40, 64), float(n)) for n in range(64)]
+    kept = [spill.keep(one) for one in states]
+
+    def wrong(times: int) -> int:
+        return sum(not torch.equal(one[:], states[n]) for _ in range(times) for n, one in enumerate(kept))
+
+    child = os.fork()
+    if not child:
+        try:
+            found = wrong(120)
+        except BaseException:
+            found = 1
+        os._exit(min(found, 1))
+    here = wrong(120)
+    _, status = os.waitpid(child, 0)
+    assert here == 0 and os.waitstatus_to_exitcode(status) == 0
 
 
 def test_where_the_disk_is_full_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
