@@ -126,32 +126,32 @@ def _of(shape: Sequence[int], item: int) -> _Matrix:
     return _Matrix(max(rows, columns), min(rows, columns), item)
 
 
-def values_alone(long: int, short: int) -> float:
+def values_alone(long: int, short: int) -> int | float:
     """Singular values of a matrix."""
     return 4 * long * short**2 - 4 / 3 * short**3
 
 
-def thin_svd(long: int, short: int) -> float:
+def thin_svd(long: int, short: int) -> int | float:
     """Singular values and vectors of both sides: by way of R, or at once, whichever is less."""
     return min(6 * long * short**2 + 20 * short**3, 14 * long * short**2 + 8 * short**3)
 
 
-def eigenvalues_alone(n: int) -> float:
+def eigenvalues_alone(n: int) -> int | float:
     """Of a symmetric matrix."""
     return 4 / 3 * n**3
 
 
-def _values(one: _Matrix) -> float:
+def _values(one: _Matrix) -> int | float:
     if one.small:
         return values_alone(one.long, one.short)
     return one.long * one.short**2 + eigenvalues_alone(one.short)
 
 
-def _vectors(one: _Matrix) -> float:
+def _vectors(one: _Matrix) -> int | float:
     return thin_svd(one.long, one.short)
 
 
-def _searched(one: _Matrix, k: int) -> float:
+def _searched(one: _Matrix, k: int) -> int | float:
     """Passes over the matrix, and what keeps the basis orthonormal."""
     width = min(one.short, k + GUARD)
     passes = 4 * one.entries * ((SINGLE + 1) * width + DOUBLE * k) + 2 * one.entries * k
