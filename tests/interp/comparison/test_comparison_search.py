@@ -10,6 +10,7 @@ from interp.comparison import energy_outside, leading, principal_angles, spectru
 from interp.comparison.directions import _angles
 from interp.comparison.held import difference
 from interp.comparison.passes import Passes, product
+from interp.comparison.search import Search
 from interp.comparison.singular_values import SMALL
 from interp.comparison.subspace import ERROR, Leading
 from tests.interp.comparison import exact
@@ -31,6 +32,11 @@ SPECTRA = {
 def _blocks(matrix: torch.Tensor):
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     return lambda: iter(tall.split(100))
+
+
+def _search(found: Leading) -> Search:
+    assert found._search is not None, found.method
+    return found._search
 
 
 def _values(matrix: torch.Tensor) -> np.ndarray:
@@ -132,14 +138,14 @@ def test_a_matrix_nearby_is_searched_from_the_vectors_found_with_fewer_passes_an
     old, cold = Leading(_blocks(before), shape, K), Leading(_blocks(after), shape, K)
     near = Leading(_blocks(after), shape, K, old, change)
     assert near.method == "krylov"
-    assert near._search.n_passes <= cold._search.n_passes - 3
+    assert _search(near).n_passes <= _search(cold).n_passes - 3
     for found in (near, cold):
         for ours, theirs in zip((found.subspace.left, found.subspace.right), _sides(after), strict=True):
             assert scipy.linalg.subspace_angles(ours.numpy(), theirs[:, :K]).max() <= ERROR
     apart = np.diff(-_values(before)[K - 1 : K + 1])[0]  # the gap that the update must not close
     assert 2 * change < apart
     doubtful = Leading(_blocks(after), shape, K, old, 1.0)
-    assert doubtful._search.n_passes == cold._search.n_passes
+    assert _search(doubtful).n_passes == _search(cold).n_passes
 
 
 def test_a_new_direction_is_not_missed_from_vectors_found_before_it() -> None:
@@ -152,10 +158,10 @@ def test_a_new_direction_is_not_missed_from_vectors_found_before_it() -> None:
     for size in (2.0, 1.05 * values[K - 1]):
         after = before + torch.from_numpy(size * np.outer(left[:, 640], right[:, 640]))
         found = Leading(_blocks(after), after.shape, K, old, size)
-        assert not found._search.apart(old._search, size)
+        assert not _search(found).apart(_search(old), size)
         assert np.linalg.norm(found.subspace.right.numpy().T @ right[:, 640]) == pytest.approx(1, abs=1e-6)
     small = before + torch.from_numpy(1e-3 * np.outer(left[:, 640], right[:, 640]))
-    assert Leading(_blocks(small), small.shape, K, old, 1e-3)._search.apart(old._search, 1e-3)
+    assert _search(Leading(_blocks(small), small.shape, K, old, 1e-3)).apart(_search(old), 1e-3)
 
 
 def test_single_products_are_those_of_float64_in_every_order() -> None:
