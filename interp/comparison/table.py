@@ -105,8 +105,8 @@ def compare(
         table = pd.concat([table, pd.DataFrame(found)], axis=1)
     if subspace is not None:
         some = partial(directions, checkpoints, subspace)
-        changed = [(name, [one.largest > 0 for one in sums[i][0]]) for i, name in enumerate(names)]
-        by_tensor = in_threads(some, changed, sizes, "subspaces", progress, at_most=AT_ONCE["subspaces"])
+        changes = [(name, _changes(table, i, len(names), sums[i][0])) for i, name in enumerate(names)]
+        by_tensor = in_threads(some, changes, sizes, "subspaces", progress, at_most=AT_ONCE["subspaces"])
         found = [rows[k] for k in range(len(stages)) for rows in by_tensor]
         table = pd.concat([table, pd.DataFrame(found)], axis=1)
     folders = {s: str(c.folder) for s, c in zip(("rl", "in", "base"), reversed(checkpoints), strict=False)}
@@ -182,6 +182,15 @@ def _row(name: str, place: Place, stored: Stored, stage: str, sums: Sums) -> dic
         "max_abs": sums.largest,
         "sparsity": sums.unchanged / sums.n,
     }
+
+
+def _changes(table: pd.DataFrame, at: int, n: int, sums: Sequence[Sums]) -> list[float]:
+    """Of each stage's update of the tensor in that row, at least its spectral norm: by its spectrum, if known."""
+    norms: Any = table["spectral_norm" if "spectral_norm" in table else "fro_norm"]
+    return [
+        max(1.001 * float(norms[stage * n + at]), one.largest) if one.largest else 0.0
+        for stage, one in enumerate(sums)
+    ]
 
 
 def _cosine(sums: Sequence[Sums], product: float) -> float:
