@@ -56,7 +56,7 @@ from interp.transfer import (
     transfer_table,
     unmeasured,
 )
-from interp.transfer.transfer import Metric
+from interp.transfer.outcomes import Metric
 from interp.updates import LEAST_COSINE, LEAST_SHARE, NORM_WITHIN
 
 GROUPS: Mapping[str, Sequence[str]] = {"perception": PERCEPTION, "reasoning": REASONING}

@@ -24,7 +24,7 @@ from interp.prompts import PromptBuilder
 from interp.questions.examples import Example, cluster_of
 from interp.questions.grading import Grade, judge
 from interp.results.store import Store, under
-from interp.transfer.transfer import Metric, Outcomes, Together
+from interp.transfer.outcomes import Metric, Outcomes, Together
 
 Judge = Callable[[str | None, Example], Grade]
 """How an answer (None: there is none) is graded."""

@@ -42,7 +42,7 @@ def greedy(
     written: list[list[int]] = [[] for _ in prompts]
     if not prompts:
         return written
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    by_length = rows_by_length(prompts)
 
     def write(rows: Sequence[int]) -> list[list[int]]:
         some = [prompts[row] for row in rows]
@@ -53,15 +53,34 @@ def greedy(
 
         return part(keep, f"{by_length.index(rows[0]):06d}-{len(rows)}", made, of)
 
-    width = max(map(len, prompts)) + max_new_tokens
-    of_row = forward_bytes(vlm, width) + 2 * cache_bytes(vlm, width) + 16 * vlm.n_logits
-    size = fitting(vlm, batch_size, of_row, f"writing {max_new_tokens} tokens")
+    size = rows_at_once(vlm, prompts, max_new_tokens, batch_size)
     with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress) as bar:
         for rows, made in in_parts(by_length, size, write):
             for row, ids in zip(rows, made, strict=True):
                 written[row] = ids
             bar.update(len(rows))
     return written
+
+
+def rows_by_length(prompts: Sequence[Prompt]) -> list[int]:
+    """Rows in the order in which they are written, so that prompts of like length run together."""
+    return sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+
+
+def rows_at_once(vlm: HookedVLM, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int) -> int:
+    """Prompts that are written to together: as many as there is memory for.
+
+    Raises:
+        FrankenlensError: there is none for one.
+    """
+    of_row = bytes_of_row(vlm, prompts, max_new_tokens)
+    return fitting(vlm, batch_size, of_row, f"writing {max_new_tokens} tokens")
+
+
+def bytes_of_row(vlm: HookedVLM, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
+    """What writing to the longest of these prompts takes."""
+    width = max(map(len, prompts)) + max_new_tokens
+    return forward_bytes(vlm, width) + 2 * cache_bytes(vlm, width) + 16 * vlm.n_logits
 
 
 @torch.no_grad()
