@@ -31,6 +31,7 @@ from interp.fine_grained import METRICS, PAPER_N, table_2_metrics
 from interp.fine_grained.paper import DESCRIBED
 from interp.pair.pair import Pair
 from interp.plan import decisions as plans
+from interp.plan.variants import proof, written_together
 from interp.plan.work import Work
 from interp.questions.examples import fingerprint, with_looked_at
 from interp.questions.tasks import PERCEPTION, REASONING
@@ -57,6 +58,7 @@ from interp.transfer import (
     unmeasured,
 )
 from interp.transfer.outcomes import Metric
+from interp.transfer.prefixes import sharing
 from interp.updates import LEAST_COSINE, LEAST_SHARE, NORM_WITHIN
 
 GROUPS: Mapping[str, Sequence[str]] = {"perception": PERCEPTION, "reasoning": REASONING}
@@ -299,10 +301,18 @@ def work(bench: Bench, config: TransferConfig) -> Iterator[Work]:
     variants = chosen(bench.vlm, parse_partition(config.partition, bench.vlm.n_layers), config)
     asked, runs = bench.workload, bench.runs()
     once = runs.written("answers of one model", asked.prompts, [asked.trace_tokens] * len(asked.prompts))
-    models = 3 if checkpoints(config)[2] else 2
+    grafts = {"IN": (), **{variant.name: variant.grafts for variant in variants}}
+    grouped = {name: grafts[name] for name in sharing(bench.vlm, grafts)}
+    models = (3 if checkpoints(config)[2] else 2) - ("IN" in grouped)
     yield replace(once, what=f"answers of {models} models").times(models * asked.scale)
-    grafted = replace(once, what=f"answers of {len(variants)} variants").times(len(variants) * asked.scale)
-    yield plans.set_aside(grafted, runs)
+    if grouped:
+        yield proof(runs, grouped)
+        what = f"answers of {len(grouped)} that write together"
+        shared = written_together(runs, what, grouped, asked.prompts, asked.trace_tokens)
+        yield plans.set_aside(shared.times(asked.scale), runs)
+    if alone := sum(variant.name not in grouped for variant in variants):
+        grafted = replace(once, what=f"answers of {alone} variants alone").times(alone * asked.scale)
+        yield plans.set_aside(grafted, runs)
 
 
 COMMAND = Command(TransferConfig, check, load, load_triple, measure, plan=Planned(work, base=True))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from hooks import HookedVLM
 from hooks.anatomy.structure import structure_of
@@ -24,12 +25,12 @@ from hooks.anatomy.watching import first_floating
 from hooks.errors import one_line
 from hooks.replaced import Forward, replaced
 from interp.pair.generation import plain_greedy
-from interp.prompts import PromptBatch
 from interp.sweep.rerun import NOT_CALLED_AGAIN
 from interp.transfer.kept import blank, copied, mapped, n_bytes, same
 from interp.transfer.prefixes import BLOCKS, EMBED, Step
 
-_STEPS = 3  # of generation, in the proof: the keys and values are used in all but the first
+PROOF_STEPS = 3
+"""Of generation: the keys and values are used in all but the first."""
 _IN_PASSING = ("last_hidden_state", "hidden_states", "attentions")
 """What a projector's output holds beside the features, which nobody reads."""
 
@@ -157,7 +158,7 @@ class Replays:
         stream, rest = _taken_apart(out)
         behind_all = self._given is not None and all(before in self._layers for before in range(layer))
         if behind_all and self._fits(cache.layers[layer]):
-            self._layers[layer] = copy.deepcopy(cache.layers[layer])
+            self._layers[layer] = _copied(cache.layers[layer])
             if layer + 1 in levels and self._fits(stream):
                 self._streams[layer + 1] = stream.clone(), rest
         return out
@@ -171,7 +172,7 @@ class Replays:
                 "its first block is not given what it was given with the same weights before it"
             )
         cache = _cache_of(args, kwargs)
-        kept = copy.deepcopy(self._layers[layer])
+        kept = _copied(self._layers[layer])
         if layer == len(cache.layers):
             cache.layers.append(kept)
         else:
@@ -190,39 +191,32 @@ def roots(vlm: HookedVLM) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def proved(vlm: HookedVLM, batch: PromptBatch, levels: Collection[int], front: bool) -> str:
+def proved(vlm: HookedVLM, inputs: Mapping[str, Any], levels: Collection[int], front: bool) -> str:
     """Why a model cannot be taken up behind so many blocks; "" where it can, and its logits are the same bit for bit.
 
     Args:
         vlm: the opened model, with any weights.
-        batch: a small one, padded on the left, with what the prompts have: images.
+        inputs: a prompt or a few, small ones, with what others have: images.
         levels: blocks that are not to be run on prompts.
         front: whether features of images are to be used again.
     """
     if reason := _refused(vlm):
         return reason
-    whole = BLOCKS + vlm.n_layers
     kept = Replays(vlm)
     try:
-        plain = _logits(vlm, batch)
         with kept.running(Step("", 0, front, tuple(levels))):
-            recorded = _logits(vlm, batch)
-        if not same(plain, recorded):
-            return "it does not give the same logits twice"
+            whole = _logits(vlm, inputs)
         for level in sorted(levels, reverse=True) or [0]:
-            with kept.running(Step("", min(whole, BLOCKS + level), False, ())):
-                again = _logits(vlm, batch)
-            if not same(plain, again):
+            with kept.running(Step("", BLOCKS + level, False, ())):
+                again = _logits(vlm, inputs)
+            if not same(whole, again):
                 return f"taken up behind {level} blocks, it gives other logits"
     except torch.OutOfMemoryError:  # says nothing about the model
         raise
-    except (Unsupported, *NOT_CALLED_AGAIN) as error:
-        told = (
-            str(error)
-            if isinstance(error, Unsupported)
-            else f"{type(error).__name__}: {one_line(error, 120)}"
-        )
-        return told
+    except Unsupported as error:
+        return str(error)
+    except NOT_CALLED_AGAIN as error:
+        return f"{type(error).__name__}: {one_line(error, 120)}"
     return ""
 
 
@@ -240,12 +234,11 @@ def _refused(vlm: HookedVLM) -> str:
     return ""
 
 
-def _logits(vlm: HookedVLM, batch: PromptBatch) -> list[Tensor]:
+def _logits(vlm: HookedVLM, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Of the first steps after a prompt."""
-    builder = batch.prompts[0].builder
-    with plain_greedy(vlm.model, (), builder.pad_id):
+    with plain_greedy(vlm.model, (), 0):
         made = vlm.generate(
-            batch.inputs, max_new_tokens=_STEPS, return_dict_in_generate=True, output_logits=True
+            inputs, max_new_tokens=PROOF_STEPS, return_dict_in_generate=True, output_logits=True
         )
     return [*made.logits, made.sequences]
 
@@ -255,6 +248,11 @@ def _cache_of(args: tuple, kwargs: Mapping[str, Any]) -> Any:
     if found is None or not isinstance(getattr(found, "layers", None), list):
         raise Unsupported("its blocks are handed no cache of layers")
     return found
+
+
+def _copied(layer: Any) -> Any:
+    """A layer of a cache that changes no more; one that is only ever put longer tensors in shares those that it has."""
+    return copy.copy(layer) if type(layer) is DynamicLayer else copy.deepcopy(layer)
 
 
 def _given(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import torch
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.anatomy.watching import has_pixels
 from hooks.batches import SHARE, is_out_of_memory
 from hooks.memory import limit, room
 from interp.pair.generation import bytes_of_row, greedy, greedy_batch, rows_at_once, rows_by_length
@@ -39,7 +40,8 @@ class Writing:
         self._vlm, self._donor, self._runs = recipient, donor, runs
         self._paths: dict[str, Path] = {name: path_of(recipient, grafts) for name, grafts in runs.items()}
         self._order = in_order(self._paths)
-        self._whole: str | None = None  # why runs share nothing; "" once it is proved that they can
+        self._whole = ""  # why runs share nothing
+        self._proved: set[bool] = set()  # that they can: with an image, or without one
 
     @torch.no_grad()
     def written(
@@ -121,14 +123,17 @@ class Writing:
         return None
 
     def _shares(self, texts: Texts) -> bool:
-        """Whether it is proved that runs can share, on two prompts of unequal length, one with an image."""
-        if self._whole is None:
-            batch = _small(texts.prompts).to(self._vlm.device)
+        """Whether it is proved that runs can share, on the prompt that the model was opened with where that will do."""
+        opening, has_image = self._vlm.opening, any(prompt.has_image for prompt in texts.prompts)
+        if not self._whole and not self._proved & {True, has_image}:
+            shows_image = has_pixels(opening)
+            will_do = bool(opening) and (shows_image or not has_image)
+            inputs = opening if will_do else _small(texts.prompts).to(self._vlm.device).inputs
             paths = list(self._paths.values())
             alike = {common(one, two) for at, one in enumerate(paths) for two in paths[at + 1 :]}
             levels = sorted(one - BLOCKS for one in alike if one > BLOCKS)
-            self._whole = ""
-            if why := proved(self._vlm, batch, levels, front=max(alike, default=0) > 0):
+            self._proved.add(shows_image if will_do else has_image)
+            if why := proved(self._vlm, inputs, levels, front=max(alike, default=0) > 0):
                 self._say(why)
         return not self._whole
 

@@ -102,12 +102,14 @@ def _plan(*args: str) -> Any:
         ("attention", 13, ""),
         ("metrics", 8, ""),
         ("transfer", 8, "--variants factors --ranks --scales 0.5 --controls --dtype float32"),
+        ("transfer", 8, "--variants orders parts --ranks --scales --controls layers --dtype float32"),
         ("map", 8, "--batch-size 2 --points attn_out --decision soft --direction rl_to_in"),
     ],
 )
-def test_flops_of_whole_commands(name: str, tokens: int, args: str) -> None:
+def test_flops_of_whole_commands(name: str, tokens: int, args: str, tmp_path: Path) -> None:
     command = import_module(COMMANDS[name][0]).COMMAND
-    given = ["--n", "4", "--max-new-tokens", str(tokens), "--unparsed", "1", *args.split()]
+    given = ["--n", "4", "--max-new-tokens", str(tokens), "--unparsed", "1", "--out", str(tmp_path)]
+    given += args.split()
     config = from_command_line(command.settings, given, name)
     settings = planning.PlanSettings(trace_tokens=tokens, rate="1TFLOP/s")
     planned = planning.planned(name, command, config, settings)
