@@ -33,6 +33,7 @@ from interp.fine_grained.questions import NEEDS
 from interp.pair.pair import Pair
 from interp.plan import decisions as plans
 from interp.plan.prompts import variants_of
+from interp.plan.variants import proof, written_together
 from interp.plan.work import Work, together
 from interp.prompts import Prompt
 from interp.questions.examples import fingerprint, with_looked_at
@@ -59,7 +60,8 @@ from interp.transfer import (
     transfer_table,
     unmeasured,
 )
-from interp.transfer.transfer import Metric
+from interp.transfer.outcomes import Metric
+from interp.transfer.prefixes import sharing
 from interp.updates import LEAST_COSINE, LEAST_SHARE, NORM_WITHIN
 
 GROUPS: Mapping[str, Sequence[str]] = {"perception": PERCEPTION, "reasoning": REASONING}
@@ -294,13 +296,23 @@ def _account(
 def work(bench: Bench, config: TransferConfig) -> Iterator[Work]:
     """What `transfer` computes, counted and not run; grafts that half precision does not hold are not run either."""
     variants = chosen(bench.vlm, parse_partition(config.partition, bench.vlm.n_layers), config)
-    runs, models = bench.runs(), 3 if checkpoints(config)[2] else 2
+    runs, grafts = bench.runs(), {"IN": (), **{variant.name: variant.grafts for variant in variants}}
+    grouped = {name: grafts[name] for name in sharing(bench.vlm, grafts)}
+    models = (3 if checkpoints(config)[2] else 2) - ("IN" in grouped)
     if config.paper:
         yield from _described(bench)
-    once = together("answers of one model", _asked(bench, config))
+    asked, steps = list(_asked(bench, config)), bench.trace_tokens
+    each = (runs.written("answers", some, [steps] * len(some)).times(scale) for some, scale in asked)
+    once = together("answers of one model", each)
     yield replace(once, what=f"answers of {models} models").times(models)
-    grafted = replace(once, what=f"answers of {len(variants)} variants").times(len(variants))
-    yield plans.set_aside(grafted, runs)
+    if grouped:
+        yield proof(runs, grouped)
+        what = f"answers of {len(grouped)} that write together"
+        shared = (written_together(runs, what, grouped, some, steps).times(scale) for some, scale in asked)
+        yield plans.set_aside(together(what, shared), runs)
+    if alone := sum(variant.name not in grouped for variant in variants):
+        grafted = replace(once, what=f"answers of {alone} variants alone").times(alone)
+        yield plans.set_aside(grafted, runs)
 
 
 def _described(bench: Bench) -> Iterator[Work]:
@@ -312,15 +324,15 @@ def _described(bench: Bench) -> Iterator[Work]:
     )
 
 
-def _asked(bench: Bench, config: TransferConfig) -> Iterator[Work]:
-    """What one model is asked; of the paper each metric's variants, descriptions as long as what is written."""
-    asked: list[Sequence[Prompt]] = [bench.prompts]
-    if config.paper:
-        own = variants_of(bench.prompts, bench.trace_tokens)
-        asked = [own[variant] for metric in METRICS for variant in NEEDS[metric] if own[variant]]
-    for prompts in asked:
-        scale = config.n / len(prompts) if config.paper else bench.scale
-        yield bench.runs().written("answers", prompts, [bench.trace_tokens] * len(prompts)).times(scale)
+def _asked(bench: Bench, config: TransferConfig) -> Iterator[tuple[Sequence[Prompt], float]]:
+    """Prompts that one model is asked, and how many each stands for; of the paper each metric's variants."""
+    if not config.paper:
+        yield bench.prompts, bench.scale
+        return
+    own = variants_of(bench.prompts, bench.trace_tokens)
+    for variant in (variant for metric in METRICS for variant in NEEDS[metric]):
+        if own[variant]:
+            yield own[variant], config.n / len(own[variant])
 
 
 def assumed(bench: Bench, config: TransferConfig) -> Iterator[str]:

@@ -22,8 +22,8 @@ from interp.prompts import collate
 from interp.prompts.pairing import PatchBatch
 from interp.questions.examples import Example
 from interp.regions import parse_partition
+from interp.transfer.answers import answers
 from interp.transfer.grafts import Graft, grafted, require_graftable
-from interp.transfer.transfer import answers
 
 Moved = tuple[str, str, str, tuple[str, ...]]
 """Body, role, direction, addresses."""

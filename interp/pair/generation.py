@@ -42,8 +42,7 @@ def greedy(
     written: list[list[int]] = [[] for _ in prompts]
     if not prompts:
         return written
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-
+    by_length = rows_by_length(prompts)
     place = {row: at for at, row in enumerate(by_length)}
 
     def write(rows: Sequence[int]) -> list[list[int]]:
@@ -68,6 +67,11 @@ def greedy(
     return written
 
 
+def rows_by_length(prompts: Sequence[Prompt]) -> list[int]:
+    """Rows in the order in which they are written, so that prompts of like length run together."""
+    return sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+
+
 def rows_fitting(
     models: Sequence[HookedVLM], prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int
 ) -> int:
@@ -76,11 +80,15 @@ def rows_fitting(
     Raises:
         FrankenlensError: there is no memory for one prompt.
     """
-    width, sizes = max(map(len, prompts), default=1) + max_new_tokens, []
-    for vlm in models:
-        of_row = forward_bytes(vlm, width) + 2 * len(models) * cache_bytes(vlm, width) + 16 * vlm.n_logits
-        sizes.append(fitting(vlm, batch_size, of_row, f"writing {max_new_tokens} tokens"))
-    return min(sizes)
+    what = f"writing {max_new_tokens} tokens"
+    sizes = (bytes_of_row(vlm, prompts, max_new_tokens, len(models)) for vlm in models)
+    return min(fitting(vlm, batch_size, of_row, what) for vlm, of_row in zip(models, sizes, strict=True))
+
+
+def bytes_of_row(vlm: HookedVLM, prompts: Sequence[Prompt], max_new_tokens: int, n_models: int = 1) -> int:
+    """What writing to the longest of these prompts takes, where so many models do it."""
+    width = max(map(len, prompts), default=1) + max_new_tokens
+    return forward_bytes(vlm, width) + 2 * n_models * cache_bytes(vlm, width) + 16 * vlm.n_logits
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ class Setting:
     metric: LogitDifference
 
 
-def build(family: str) -> Setting:
+def build(family: str, vision_layers: int | None = None) -> Setting:
     """The setting of a family; every parameter drawn from a seed, norm gains and biases included.
 
     Qwen2.5-VL has 200 image tokens and then 64 text tokens (two before the image). A CLIP tower is square: LLaVA has
@@ -61,8 +61,8 @@ def build(family: str) -> Setting:
     if family == "qwen2_5_vl":
         text["rope_parameters"]["mrope_section"] = [4, 6, 6]
         vision: dict[str, Any] = dict(
-            depth=4, hidden_size=WIDTH, intermediate_size=VISION_D_MLP[family], num_heads=4, patch_size=4,
-            spatial_merge_size=2, out_hidden_size=WIDTH, window_size=32, fullatt_block_indexes=[1, 3],
+            depth=vision_layers or 4, hidden_size=WIDTH, intermediate_size=VISION_D_MLP[family], num_heads=4,
+            patch_size=4, spatial_merge_size=2, out_hidden_size=WIDTH, window_size=32, fullatt_block_indexes=[1, 3],
         )  # fmt: skip
         config: Any = Qwen2_5_VLConfig(
             text_config=text,
@@ -77,8 +77,8 @@ def build(family: str) -> Setting:
         size = (80, 160)
     else:
         vision = dict(
-            hidden_size=WIDTH, intermediate_size=VISION_D_MLP[family], num_hidden_layers=5, num_attention_heads=4,
-            image_size=84, patch_size=6,
+            hidden_size=WIDTH, intermediate_size=VISION_D_MLP[family], num_hidden_layers=vision_layers or 5,
+            num_attention_heads=4, image_size=84, patch_size=6,
         )  # fmt: skip
         config = LlavaConfig(
             text_config=LlamaConfig(**text),

@@ -69,6 +69,23 @@ def test_what_does_not_fit_says_what_would(weightless_pair: list[str]) -> None:
     assert "--devices" in "".join(_plan(*weightless_pair, *NUMBERS, "--device-memory", "1MB").cuts)
 
 
+def test_variants_that_write_together_are_planned_without_weights(weightless_pair: list[str]) -> None:
+    def works(*args: str) -> dict[str, Any]:
+        command = import_module(COMMANDS["transfer"][0]).COMMAND
+        made = planning.plan("transfer", command, [*weightless_pair, *NUMBERS, *args])
+        return {work.what: work for work in made.works}
+
+    found = works("--variants", "orders", "--scales", "--ranks", "2", "--controls")
+    assert found["answers of 1 models"].runs == found["answers of 1 variants alone"].runs  # RL; rank 2
+    together = found["answers of 7 that write together"]
+    assert together.runs == 7 * found["answers of 1 models"].runs
+    assert together.flops < 0.75 * 7 * found["answers of 1 models"].flops
+    assert not found["whether variants can write together"].scales
+    assert together.held["what variants have in common on a batch"] > 0
+    alone = works("--variants", "--scales", "0.5", "--ranks", "--controls")
+    assert not any("together" in what for what in alone) and "answers of 2 models" in alone
+
+
 def test_questions_are_read_where_no_numbers_are_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     made = _plan("--n", "5", "--trace-tokens", "4", "--rate", "1TFLOP/s", "--points", "attn_out")
     assert any("5 prompts like the 5 at hand" in one for one in made.assumed)

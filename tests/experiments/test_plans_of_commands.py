@@ -44,6 +44,7 @@ def planned(name: str, command: Any, config: Any, tokens: int, **more: Any) -> A
         ("attention", 4, 13, ""),
         ("metrics", 4, 8, ""),
         ("transfer", 4, 8, f"--variants factors --ranks --scales 0.5 --controls {WIDE}"),
+        ("transfer", 4, 8, f"--variants orders parts --ranks --scales --controls layers {WIDE}"),
         ("map", 4, 8, "--batch-size 2 --points attn_out --decision soft --direction rl_to_in"),
         ("localize", 2, 2, "--modes single --parts block attn --model base"),
         ("lockstep", 3, 8, "--components blocks.4.mlp blocks.5.attn.head.1 --n-random 1"),
