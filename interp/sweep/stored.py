@@ -145,7 +145,7 @@ class StoredRun:
             whole = self.logits.source.clone()
             whole[:, within] = normed.to(whole)
             normed = whole
-        return unmade(self.vlm, normed, self.columns)
+        return self.logits.of(normed)
 
     def _keep(self, activation: Tensor, hook: HookContext) -> None:
         kept = activation.detach()
@@ -235,11 +235,18 @@ class StoredRun:
         given = self._arguments(layer, span, len(stream) // len(self.batch))
         some: list[Any] = []
         if wanted is not None:
-            half = self.halves[layer].block
+            half, width = self.halves[layer].block, len(span)
             norm, mlp = self.vlm.module(half.mid_norm), self.vlm.module(half.mlp)
             take = partial(norm.register_forward_pre_hook, lambda _, args: (args[0][:, wanted], *args[1:]))
-            spread = partial(mlp.register_forward_hook, lambda *io: _spread(io[-1], wanted, len(span)))
+            spread = partial(mlp.register_forward_hook, lambda *io: _spread(io[-1], wanted, width))
             some = [take, spread]
+            site = self._attending.get(layer)
+            if site is not None and site.out is not None:
+                out = self.vlm.module(site.out)
+                some += [
+                    partial(out.register_forward_pre_hook, partial(_taken, wanted, width)),
+                    partial(out.register_forward_hook, partial(_given_back, wanted, width)),
+                ]
         with registered(*some) if some else nullcontext():
             key = self.halves[layer].block.key
             out = self.blocks[layer](**{key: stream}, **given) if key else self.blocks[layer](stream, **given)
@@ -470,6 +477,18 @@ def _by_name(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str,
             raise Unsupported("its blocks are called with positional arguments without names")
         found |= value if name in names else {name: value}
     return found
+
+
+def _taken(wanted: Tensor, width: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Of the heads' outputs [lane column width], those of some columns; another layout is left as it is."""
+    whole = args[0]
+    return (whole[:, wanted], *args[1:]) if whole.ndim == 3 and whole.shape[1] == width else None
+
+
+def _given_back(wanted: Tensor, width: int, module: nn.Module, args: tuple[Any, ...], made: Any) -> Any:
+    """What `_taken` left out, set to zero."""
+    narrowed = isinstance(made, Tensor) and made.ndim == 3 and made.shape[1] == len(wanted)
+    return _spread(made, wanted, width) if narrowed else None
 
 
 def _spread(few: Any, wanted: Int[Tensor, " column"], width: int) -> Any:

@@ -131,20 +131,27 @@ def build(family: str) -> Setting:
 
 def _decoder(family: str, text: dict[str, Any]) -> Any:
     """The configuration of the decoder inside a LLaVA."""
+    kind: Any = LlamaConfig
+    head, own = WIDTH // HEADS, dict[str, Any]()
     if family == "llava+gemma3":
+        kind = Gemma3TextConfig
         kinds = ["sliding_attention" if slides(family, i) else "full_attention" for i in range(LAYERS)]
-        rope = dict.fromkeys(("sliding_attention", "full_attention"), text["rope_parameters"])
-        own: dict[str, Any] = {"head_dim": WIDTH // HEADS, "query_pre_attn_scalar": WIDTH // HEADS}
-        return Gemma3TextConfig(
-            **text | own | {"rope_parameters": rope}, layer_types=kinds, sliding_window=WINDOW
-        )
+        own = {
+            "head_dim": head,
+            "query_pre_attn_scalar": head,
+            "layer_types": kinds,
+            "sliding_window": WINDOW,
+        }
+        own["rope_parameters"] = dict.fromkeys(set(kinds), text["rope_parameters"])
     if family == "llava+qwen3_moe":
-        few = {"num_experts": EXPERTS, "num_experts_per_tok": ACTIVE, "moe_intermediate_size": D_MLP[family]}
-        return Qwen3MoeConfig(**text, **few, head_dim=WIDTH // HEADS, norm_topk_prob=True)
+        kind = Qwen3MoeConfig
+        own = {"num_experts": EXPERTS, "num_experts_per_tok": ACTIVE, "moe_intermediate_size": D_MLP[family]}
+        own |= {"head_dim": head, "norm_topk_prob": True}
     if family == "llava+lfm2":
+        kind = Lfm2Config
         kinds = ["conv" if convolves(family, i) else "full_attention" for i in range(LAYERS)]
-        return Lfm2Config(**text, layer_types=kinds, conv_L_cache=KERNEL, block_auto_adjust_ff_dim=False)
-    return LlamaConfig(**text)
+        own = {"layer_types": kinds, "conv_L_cache": KERNEL, "block_auto_adjust_ff_dim": False}
+    return kind(**text | own)
 
 
 def _question(builder: PromptBuilder, picture: Image.Image, seed: int) -> str:
