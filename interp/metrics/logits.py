@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -45,6 +45,13 @@ class Logits:
     def made(cls, logits: Float[Tensor, "batch pos vocab"]) -> Logits:
         """Those that exist already."""
         return cls(logits, torch.arange(logits.shape[1], device=logits.device), logits.shape[-1])
+
+    def of(self, source: Float[Tensor, "batch column width"]) -> Logits:
+        """Those of another run at the same columns, made of this."""
+        made = replace(self, source=source)
+        if source.device == self.source.device:
+            made.__dict__["_place"] = self._place
+        return made
 
     @cached_property
     def _place(self) -> Int[Tensor, " pos"]:

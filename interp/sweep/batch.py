@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks import HookedVLM
@@ -17,6 +17,7 @@ from hooks.weights import d_mlp
 from interp.metrics.logits import Logits
 from interp.metrics.reading import Reading
 from interp.prompts import PromptBatch
+from interp.sweep.attention import segment_attention_on
 from interp.sweep.brigade import run_lanes
 from interp.sweep.edits import Edit, Span, needed_names
 from interp.sweep.halves import Halves
@@ -104,12 +105,16 @@ class BatchSweep:
             logits = whole.rerun([edit.hook() for edit in self.interventions[number]])
             # unembedding fewer tokens may round differently: what changes nothing is the clean run
             yield number, self.clean if logits.equal(whole.logits) else self._reading(logits)
-        for span, lanes in groups:
-            size = self._lanes_at_once(span)
-            if self._max_memory is None:  # a plan does not ask what is free here and now
-                size = lanes_fitting(self.vlm, size, self.lane_bytes(span), self._held)
-            for _, found in in_parts(lanes, size, partial(self._of_lanes, span)):
-                yield from found
+        if not groups:
+            return
+        assert self._run is not None
+        with segment_attention_on(self.vlm, self._run.attentions):
+            for span, lanes in groups:
+                size = self._lanes_at_once(span)
+                if self._max_memory is None:  # a plan does not ask what is free here and now
+                    size = lanes_fitting(self.vlm, size, self.lane_bytes(span), self._held)
+                for _, found in in_parts(lanes, size, partial(self._of_lanes, span)):
+                    yield from found
 
     def _of_lanes(
         self, span: Span, lanes: Sequence[tuple[int, Edit]]
@@ -147,9 +152,13 @@ class BatchSweep:
         found = self._reading(logits)
         if edit.where is None:
             return found
-        to_come = self._reading.reads.flip(1).cumsum(1).flip(1).bool()
-        reached = (edit.where.to(to_come.device) & to_come).any(1)
+        reached = (edit.where.to(self._to_come.device) & self._to_come).any(1)
         return torch.where(reached.to(found.device), found, self.clean)
+
+    @cached_property
+    def _to_come(self) -> Bool[Tensor, "batch pos"]:
+        """The tokens from which on something is read."""
+        return self._reading.reads.flip(1).cumsum(1).flip(1).bool()
 
     def _is_fast(self, edits: Sequence[Edit]) -> bool:
         """Whether these are one edit, at a place where the clean run can be taken up."""
