@@ -1,7 +1,7 @@
 """Attention of a segment of tokens whose earlier keys and values are those of a clean run.
 
-Lanes, copies of the batch under different interventions, share the prefix: short segments attend to it without
-copying it, long ones through SDPA.
+Lanes, copies of the batch under different interventions, share the prefix, and attend to it without copying it where
+the kernel allows (`interp.sweep.joined`). Elsewhere only short segments do, and long ones copy it for SDPA.
 """
 
 from __future__ import annotations

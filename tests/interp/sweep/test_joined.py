@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from interp.sweep.attention import SegmentContext, _shared_prefix, _with_copies
 from interp.sweep.joined import can_join, joined
 
 ROWS, COPIES, BEFORE, N = 2, 3, 37, 11
@@ -67,6 +68,13 @@ def test_it_is_one_softmax_over_all_keys(kind: str, kv_heads: int, last_only: bo
     scores = (query @ all_keys.transpose(2, 3) * 0.3).double().masked_fill(~seen, -torch.inf)
     wanted = scores.softmax(-1).nan_to_num(nan=0.0) @ all_values.double()
     assert (found - wanted).abs().max() <= 1e-5
+    context = SegmentContext(keys, values, visible, kind == "all before")
+    for other in (
+        _shared_prefix(context, query, key, value, visible, 0.3),
+        _with_copies(context, query, key, value, 0.3, dense=False),
+        _with_copies(context, query, key, value, 0.3, dense=True),
+    ):  # in half precisions, on other devices, and where the pattern is looked at
+        assert (other - wanted).abs().max() <= 1e-5
     near = scores[..., BEFORE:].softmax(-1).nan_to_num(nan=0.0) @ all_values[:, :, BEFORE:].double()
     if seen[..., :BEFORE].any():
         assert (near - wanted).abs().max() > 100 * 1e-5
