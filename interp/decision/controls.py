@@ -36,7 +36,8 @@ def two_by_two(pair: Pair, decisions: DecisionSet, batch_size: int = 32) -> xr.D
     Raises:
         FrankenlensError: the choice is `soft`, which has no single decision position.
     """
-    if not isinstance(decisions.metric, LogitDifference):
+    whole = decisions.metric
+    if not isinstance(whole, LogitDifference):
         raise FrankenlensError(
             f"two_by_two needs decisions at one token: choose first or decisive, not {decisions.choice}"
         )
@@ -45,7 +46,7 @@ def two_by_two(pair: Pair, decisions: DecisionSet, batch_size: int = 32) -> xr.D
 
     def measure(rows: Sequence[int]) -> Float[np.ndarray, "weights prefix row"]:
         batch = collate([decisions.prompts[row] for row in rows], "left")
-        metric: LogitDifference = decisions.metric.select(rows)
+        metric = whole.select(rows)
         found = np.full((2, 2, len(rows)), np.nan)
         for column, prefix in enumerate(models.values()):
             for row, weights in enumerate(models.values()):
