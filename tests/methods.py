@@ -160,7 +160,9 @@ def _routes(asked: Asked) -> Numbers:
 def _logit_lens(asked: Asked) -> Numbers:
     found = logit_lens(asked.pair.rl, asked.decisions.prompts, where="decision", progress=False)
     return {
-        name: found[name].values for name in found.data_vars if np.issubdtype(found[name].dtype, np.floating)
+        str(name): found[name].values
+        for name in found.data_vars
+        if np.issubdtype(found[name].dtype, np.floating)
     }
 
 

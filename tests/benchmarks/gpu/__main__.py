@@ -65,7 +65,8 @@ def machine(asked: argparse.Namespace) -> dict[str, Any]:
 
 def worker(group: str, asked: argparse.Namespace, *more: str) -> list[str]:
     """The command of a process."""
-    own = [sys.executable, "-m", "tests.benchmarks.gpu", "--worker", group]
+    flags = ["-S"] if sys.flags.no_site else []
+    own = [sys.executable, *flags, "-m", "tests.benchmarks.gpu", "--worker", group]
     return [*own, "--device", asked.device, "--shape", asked.shape, *more]
 
 

@@ -191,7 +191,11 @@ def _attached(model: Any, family: str, name: str, prompt: Prompt) -> Callable[[]
     """One of `SITES`, as PyTorch's own hook; what takes it off."""
     text = parts(model, family).text
     if name == "MLP":
-        return text[1].mlp.register_forward_hook(lambda module, args, output: output * 0.5).remove
+
+        def halve(module: Any, args: tuple, output: Tensor) -> Tensor:
+            return output * 0.5
+
+        return text[1].mlp.register_forward_hook(halve).remove
     if name == "stream":
 
         def stream(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -106,7 +106,8 @@ SMALL = Size(40, (8, 12))
 
 def config_of(name: str, size: str) -> Any:
     """The configuration of a shape."""
-    text = TEXT[name, size] | dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    none: dict[str, Any] = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    text: dict[str, Any] = TEXT[name, size] | none
     if name == "llama":
         return LlamaConfig(**text, tie_word_embeddings=False)
     return CONFIGS[name](

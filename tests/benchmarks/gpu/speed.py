@@ -11,7 +11,6 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,12 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hooks import HookedVLM
 from interp.map.attribution import attribute_within
-from interp.metrics import LogitDifference
-from interp.prompts import Prompt, collate
 from interp.sweep import head_map, residual_map
-from tests.benchmarks.gpu.floor import Floor
 from tests.benchmarks.gpu.shapes import PROMPTS, SMALL, inputs_of, model_of, prompt_of
 from tests.benchmarks.gpu.steps import Step, seconds_of, synchronized
+from tests.benchmarks.gpu.subject import Subject, inputs_for, with_head, with_stream
 
 EVERY = {"full": 25, "tiny": 4}
 """Tokens between the positions of a residual map."""
@@ -36,32 +33,6 @@ SHARE = 0.6
 """Of a step's time that a scan is planned to take."""
 WITHIN = 0.1
 """Of the largest logit: how far a scan in bfloat16 may be from plain hooks, as in tests/hooks/test_bit_identity.py."""
-
-
-@dataclass
-class Subject:
-    """A model, two prompts of it, and what is known of them so far."""
-
-    name: str
-    size: str
-    device: torch.device
-    dtype: torch.dtype
-    given: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def vlm(self) -> HookedVLM:
-        return self.given["vlm"]
-
-    @property
-    def prompts(self) -> tuple[Prompt, Prompt]:
-        """What is acted on, and what activations are from."""
-        return self.given["prompts"]
-
-    @property
-    def floor(self) -> Floor:
-        return Floor(self.vlm, len(self.prompts[0]))
-
-    metric = LogitDifference(torch.tensor([11]), torch.tensor([12]))
 
 
 def steps_of(name: str, size: str, device: torch.device, dtype: torch.dtype) -> list[Step]:
@@ -105,7 +76,7 @@ def opening(own: Subject) -> dict[str, Any]:
     """Seconds to open, first and again, against one forward of the small prompt; logits are the bare model's."""
     model = own.given["model"]
     small = {k: v.to(own.device) for k, v in inputs_of(model, own.size, SMALL, 2).items()}
-    inputs = _inputs(own)
+    inputs = inputs_for(own)
     bare = model(**inputs, use_cache=False).logits
     plain = statistics.median(_times(own, [lambda: model(**small, use_cache=False)], 3)[0])
     taken = []
@@ -127,7 +98,7 @@ def opening(own: Subject) -> dict[str, Any]:
 @torch.no_grad()
 def forward(own: Subject) -> dict[str, Any]:
     """A plain forward and its rate, and how many times as long one takes with nothing attached, and with a cache."""
-    inputs, vlm = _inputs(own), own.vlm
+    inputs, vlm = inputs_for(own), own.vlm
     bare: Any = vlm.model
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(vlm.n_layers)]
     arms = {
@@ -183,7 +154,7 @@ def head_scan(own: Subject, seconds: float) -> dict[str, Any]:
 
     found, layers, values = _scanned(own, scan, of_layer, heads, seconds)
     sites = [(0, 0), (len(layers) // 2, heads // 2), (len(layers) - 1, heads - 1)]
-    plain = [_with_head(own, layers[i], head) for i, head in sites]
+    plain = [with_head(own, layers[i], head) for i, head in sites]
     return {**found, **_agreement(own, [float(values[site]) for site in sites], plain)}
 
 
@@ -206,7 +177,7 @@ def residual_scan(own: Subject, seconds: float) -> dict[str, Any]:
     found, layers, values = _scanned(own, scan, of_layer, len(positions), seconds)
     last = len(positions) - 1
     sites = [(0, 0), (len(layers) // 2, last // 2), (len(layers) - 1, last)]
-    plain = [_with_stream(own, layers[i], positions[at]) for i, at in sites]
+    plain = [with_stream(own, layers[i], positions[at]) for i, at in sites]
     return {
         "every_n_tokens": EVERY[own.size],
         **found,
@@ -273,58 +244,6 @@ def _agreement(own: Subject, ours: Sequence[float], plain: Sequence[float]) -> d
         )
     effect = max(abs(value - own.given["clean"]) for value in plain)
     return {"difference": difference, "tolerance": tolerance, "largest_effect": effect}
-
-
-@torch.no_grad()
-def _with_stream(own: Subject, layer: int, token: int) -> float:
-    """The metric of one full forward, the stream before a layer replaced at a token by a plain hook."""
-    block = own.vlm.module(own.vlm.anatomy.text.blocks[layer].path)
-
-    def read(module: Any, args: tuple, kwargs: dict) -> None:
-        held.append((args[0] if args else kwargs["hidden_states"]).clone())
-
-    def write(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        hidden = (args[0] if args else kwargs["hidden_states"]).clone()
-        hidden[:, token] = held[0][:, token]
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-    held: list[Tensor] = []
-    return _replaced(own, partial(block.register_forward_pre_hook, with_kwargs=True), read, write)
-
-
-@torch.no_grad()
-def _with_head(own: Subject, layer: int, head: int) -> float:
-    """The same of one head at all tokens: what W_O is given of it."""
-    block = own.vlm.anatomy.text.blocks[layer]
-    columns = slice(head * block.d_head, (head + 1) * block.d_head)
-
-    def read(module: Any, args: tuple) -> None:
-        held.append(args[0].clone())
-
-    def write(module: Any, args: tuple) -> tuple:
-        mixed = args[0].clone()
-        mixed[..., columns] = held[0][..., columns]
-        return (mixed, *args[1:])
-
-    held: list[Tensor] = []
-    return _replaced(own, own.vlm.module(block.out).register_forward_pre_hook, read, write)
-
-
-def _replaced(own: Subject, register: Callable[..., Any], read: Any, write: Any) -> float:
-    model: Any = own.vlm.model
-    for place, hook in ((1, read), (0, write)):
-        handle = register(hook)
-        try:
-            logits = model(**_inputs(own, place), use_cache=False).logits
-        finally:
-            handle.remove()
-    own.given["largest"] = float(logits[0, -1].abs().max())
-    a, b = int(own.metric.a), int(own.metric.b)
-    return float(logits[0, -1, a].float() - logits[0, -1, b].float())
-
-
-def _inputs(own: Subject, place: int = 0) -> dict[str, Tensor]:
-    return collate(own.prompts[place : place + 1]).to(own.device).inputs
 
 
 def _times(own: Subject, arms: Sequence[Callable[[], Any]], most: int) -> list[list[float]]:

@@ -175,7 +175,7 @@ def test_the_whole_command_on_a_python_with_no_more_than_the_wheels_it_names(tmp
                 os.symlink(str(found), bare / top)
     command = [sys.executable, "-S", "-m", "tests.benchmarks.gpu", "--out", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(bare), "OMP_NUM_THREADS": "1"}
-    lacks = [sys.executable, "-S", "-c", "import matplotlib"]
+    lacks = [sys.executable, "-S", "-c", "import nnsight"]
     assert subprocess.run(lacks, env=environment, capture_output=True).returncode
     ran = subprocess.run(
         [*command, "--shape", "tiny", "--device", "cpu"],
