@@ -83,6 +83,7 @@ def knockout_effects(
             for cut in sorted(set(range(len(cuts))) - {lane.number for lane in lanes}):
                 value[cut, rows] = part.run_whole(cuts[cut])
                 bar.update()
+            del part  # before the next one is made: it holds all streams, keys and values
     return xr.Dataset(
         {
             "value": (("cut", "example"), value),

@@ -114,6 +114,7 @@ def routes(
                         for number, found in part.run([*lanes, *beside]):
                             value[m, number // len(flat), number % len(flat), some] = found
                             bar.update()
+                    del part  # before the next one is made: it holds all streams, keys and values
     examples = [prompt.example for prompt in prompts]
     return _dataset(
         value, clean, n_edges, why, cuts, kinds, list(readers), examples, wanted, pair.in_.n_layers
