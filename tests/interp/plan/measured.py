@@ -1,4 +1,6 @@
-"""What a run really held, and what was planned: `python -m tests.interp.plan.measured WHAT KIND WIDTH LAYERS ROWS TOKENS`.
+"""What a run really held, and what was planned.
+
+`python -m tests.interp.plan.measured WHAT KIND WIDTH LAYERS ROWS TOKENS`
 
 A process of its own, because the kernel counts pages of a whole process.
 """
