@@ -151,6 +151,11 @@ def _vectors(one: _Matrix) -> int | float:
     return thin_svd(one.long, one.short)
 
 
+def passes(long: int, short: int, k: int) -> int:
+    """Products with a matrix while its leading singular vectors are searched for, and their other sides."""
+    return 4 * long * short * ((SINGLE + 1) * min(short, k + GUARD) + DOUBLE * k) + 2 * long * short * k
+
+
 def _searched(one: _Matrix, k: int) -> int | float:
     """Passes over the matrix, and what keeps the basis orthonormal."""
     width = min(one.short, k + GUARD)

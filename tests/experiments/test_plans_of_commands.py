@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -45,13 +46,13 @@ def planned(name: str, command: Any, config: Any, tokens: int, **more: Any) -> A
         ("metrics", 4, 8, ""),
         ("transfer", 4, 8, f"--variants factors --ranks --scales 0.5 --controls {WIDE}"),
         ("transfer", 4, 8, f"--variants orders parts --ranks --scales --controls layers {WIDE}"),
-        ("map", 4, 8, "--batch-size 2 --points attn_out --decision soft --direction rl_to_in"),
+        ("map", 3, 8, "--batch-size 2 --points attn_out --decision soft --direction rl_to_in"),
         ("localize", 2, 2, "--modes single --parts block attn --model base"),
         ("lockstep", 3, 8, "--components blocks.4.mlp blocks.5.attn.head.1 --n-random 1"),
         ("paths", 3, 8, "--decision soft --batch-size 2 --senders blocks.5.attn.head.1 --direction rl_to_in"),
         ("paths", 3, 8, "--decision soft --top 1 --receivers logits --where decision"),
         ("planted", 3, 6, "--kinds rl --pairs 1 --noise-pairs 1 --changed 2"),
-        ("suite", 4, 3, f"--parts metrics attention {WIDE}"),
+        ("suite", 4, 13, f"--parts metrics attention {WIDE}"),
     ],
 )
 def test_flops_of_whole_commands(
@@ -67,8 +68,8 @@ def test_flops_of_whole_commands(
 @pytest.mark.parametrize(
     ("name", "args"),
     [
-        ("knockout", "--routes image->question reasoning->last"),
-        ("knockout", "--layers suffixes --mass lost --routes question->reasoning --batch-size 2"),
+        ("knockout", "--routes 'image -> question' 'reasoning -> last'"),
+        ("knockout", "--layers suffixes --mass lost --routes 'question -> reasoning' --batch-size 2"),
         ("lens", "--tuned-steps 3"),
     ],
 )
@@ -80,7 +81,7 @@ def test_flops_of_commands_that_read_whole_traces(triple: Pair, name: str, args:
     assert len(lengths) == 1
     (tokens,), some = lengths, list(found.decisions)[:4]
     at = sum(one.index or 0 for one in some) / len(some) / tokens
-    command, config = configured(name, ["--n", "4", *args.split()])
+    command, config = configured(name, ["--n", "4", *shlex.split(args)])
     command = replace(command, load=lambda config: Questions([asked[one.row] for one in some]))
     measure = command.prepare(config)
     run = counted(lambda: list(measure(triple)))
