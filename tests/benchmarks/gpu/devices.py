@@ -25,7 +25,7 @@ def steps_of(device: torch.device) -> list[Step]:
     """Both."""
     return [
         Step("several devices", 15, partial(several, device)),
-        Step("out of memory", 45, partial(out_of_memory, device)),
+        Step("out of memory", 80, partial(out_of_memory, device)),
     ]
 
 
