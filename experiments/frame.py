@@ -42,12 +42,10 @@ class Planned(Protocol):
     @property
     def works(self) -> Callable[[Any, Any], Iterable[Any]]:
         """From what is planned with, and the settings, to the steps."""
-        ...
 
     @property
     def base(self) -> bool:
         """Whether Base is opened too."""
-        ...
 
 
 @runtime_checkable

@@ -181,9 +181,10 @@ def measure(pair: Pair, asked: Questions, config: KnockoutConfig) -> Iterator[Se
 
 def _chosen(in_words: bool, config: KnockoutConfig) -> list[str]:
     """The routes that are cut: those that were asked for; of the default ones, those that the questions may have."""
+    wanted = [" -> ".join(part.strip() for part in name.split("->")) for name in config.routes]
     if "routes" in config.given or not in_words:
-        return list(config.routes)
-    cuts = {name: parse_route(name) for name in config.routes}
+        return wanted
+    cuts = {name: parse_route(name) for name in wanted}
     return [name for name, cut in cuts.items() if "image" not in (cut.source, cut.target)]
 
 
