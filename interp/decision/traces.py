@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from hooks import HookedVLM
 from hooks.batches import at_once, fitting, forward_bytes, in_parts, item_bytes, logits_bytes
 from hooks.plain import own_parameter, plain_weight
-from interp.decision.spilled import Spill, Spilled
+from hooks.spilled import Spill, Spilled
 from interp.metrics.logits import Logits, chunks, run_for_logits
 from interp.prompts import Prompt, collate
 

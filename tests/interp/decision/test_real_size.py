@@ -16,9 +16,9 @@ import torch
 
 from hooks import FrankenlensError, batches
 from hooks.memory import memory_limit
+from hooks.spilled import Spill, Spilled
 from interp.decision import find_decisions, null_pair_denominator, soft
 from interp.decision.null_pairs import changed_weights, null_changes
-from interp.decision.spilled import Spill, Spilled
 from interp.metrics import SoftDifference, evaluate
 from interp.pair.pair import Pair
 from interp.questions.tasks import sample
@@ -30,7 +30,7 @@ N = 6
 def chunked(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
     """Seven places at a time, no weight of the soft metric kept, and most states in a file."""
     monkeypatch.setitem(batches.AT_ONCE, "cpu", 7 * pair.in_.n_logits)
-    monkeypatch.setattr("interp.decision.spilled.IN_MEMORY", 20_000)
+    monkeypatch.setattr("hooks.spilled.IN_MEMORY", 20_000)
     for name in ("interp.decision.soft.DENSE", "interp.metrics.kinds.HELD"):
         monkeypatch.setattr(name, 0)
 
