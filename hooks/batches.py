@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from hooks.errors import FrankenlensError, one_line
-from hooks.memory import NOT_WORTH_ASKING, in_words, limit, room
+from hooks.memory import NOT_WORTH_ASKING, in_words, limit, room_of
 from hooks.opened import Opened
 from hooks.weights import d_mlp
 
@@ -78,7 +78,7 @@ def fitting(vlm: Opened, batch_size: int, of_row: int, what: str, whole: int = 0
     rows = int((free - whole) // of_row)
     if rows >= 1:
         return min(batch_size, rows)
-    whose = f"free on {vlm.device}" if limit() is None else "allowed (--max-memory, memory_limit)"
+    whose = "free" if limit() is None else "allowed (--max-memory, memory_limit)"
     raise MemoryRanOut(
         f"{what} takes about {in_words(of_row + whole)} for one prompt, beside the models, and "
         f"{in_words(free)} of memory is {whose}. Give it more, or shorter prompts or traces."
@@ -105,7 +105,7 @@ def lanes_fitting(vlm: Opened, most: int, of_lane: int, held: int) -> int:
 
 def budget(vlm: Opened) -> int | None:
     """Bytes that estimates may add up to: the limit, else half of what is free; None where that is not known."""
-    free = room(vlm.device)
+    free = room_of(vlm)
     return free if free is None or limit() is not None else int(SHARE * free)
 
 

@@ -98,6 +98,13 @@ def room(device: torch.device) -> int | None:
     return free_memory(device) if given is None else given
 
 
+def room_of(vlm: Opened) -> int | None:
+    """The least room on any of the devices that a model is spread over; None where that is not known of one."""
+    devices = {vlm.device, *(one.device for one in vlm.model.parameters() if one.device.type != "meta")}
+    rooms = [room(device) for device in devices]
+    return None if None in rooms else min(one for one in rooms if one is not None)
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on a device, those that PyTorch holds in reserve there among them."""
     if device.type == "cuda":

@@ -14,8 +14,7 @@ import torch
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.anatomy.watching import has_pixels
-from hooks.batches import SHARE, is_out_of_memory
-from hooks.memory import limit, room
+from hooks.batches import budget, is_out_of_memory
 from interp.pair.generation import bytes_of_row, greedy, greedy_batch, rows_by_length, rows_fitting
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.results.store import Store, fingerprint
@@ -147,11 +146,10 @@ class Writing:
 
     def _spare(self, texts: Texts, n_rows: int) -> int | None:
         """Bytes that may be kept beside a batch that is being written."""
-        free = room(self._vlm.device)
+        free = budget(self._vlm)
         if free is None:
             return None
-        taken = n_rows * bytes_of_row(self._vlm, texts.prompts, texts.max_new_tokens)
-        return max(0, int((SHARE if limit() is None else 1.0) * free) - taken)
+        return max(0, free - n_rows * bytes_of_row(self._vlm, texts.prompts, texts.max_new_tokens))
 
 
 def _small(prompts: Sequence[Prompt]) -> PromptBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from hooks import FrankenlensError, HookedVLM, memory
 from hooks.batches import fitting, in_parts
-from hooks.memory import free_memory, in_words, limit, memory_limit, point_bytes, room
+from hooks.memory import free_memory, in_words, limit, memory_limit, point_bytes, room, room_of
 from tests.families import EACH_KIND, tiny
 
 CPU = torch.device("cpu")
@@ -54,6 +55,25 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_runs(
         handle.remove()
     assert ran
     assert limit() is None
+
+
+def test_of_several_devices_the_fullest_decides(
+    opened: tuple[HookedVLM, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on the meta device is offloaded, and has no memory of its own."""
+    free, (vlm, _) = {"cuda:0": 900, "cuda:1": 300, "cpu": 5000}, opened
+    monkeypatch.setattr("hooks.memory.free_memory", lambda device: free[str(device)])
+
+    def spread(*names: str) -> HookedVLM:
+        parameters = [SimpleNamespace(device=torch.device(name)) for name in names]
+        monkeypatch.setattr(vlm.model, "parameters", lambda: iter(parameters))
+        return vlm
+
+    assert room_of(spread("cpu", "cuda:0")) == 900
+    assert room_of(spread("cuda:0", "cuda:1", "meta")) == 300
+    assert fitting(spread("cuda:0", "cuda:1"), 32, 10, "this") == 15
+    with memory_limit(200):
+        assert room_of(spread("cuda:0", "cuda:1")) == 200
 
 
 def test_the_innermost_limit_holds_and_ends_with_its_context() -> None:
