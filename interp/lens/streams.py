@@ -6,16 +6,19 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
+import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.batches import fitting, forward_bytes, in_parts, item_bytes
+from hooks.batches import budget, fitting, forward_bytes, in_parts, item_bytes
 from hooks.engine import HookContext
+from hooks.memory import NOT_WORTH_ASKING, limit
 from hooks.uninterrupted import registered
 from hooks.vlm import FwdHooks
 from interp.lens.head import OutputHead, head_of, verify
@@ -81,6 +84,38 @@ def stream_name(layer: int, n_layers: int) -> str:
     return f"blocks.{layer}.hook_resid_pre" if layer < n_layers else f"blocks.{layer - 1}.hook_resid_post"
 
 
+def groups(tokens: Tokens, vlm: HookedVLM, n_kept: int) -> list[Tokens]:
+    """The tokens, prompts in a row together whose streams may exist at once: in half of the memory that there is.
+
+    Args:
+        tokens: of all prompts, in their order.
+        vlm: whose memory counts.
+        n_kept: streams of each token, of all models that are read together.
+    """
+    each = torch.bincount(tokens.row, minlength=len(tokens.prompts)) * n_kept * vlm.d_model * item_bytes(vlm)
+    total = int(each.sum())
+    if total < NOT_WORTH_ASKING and limit() is None:
+        return [tokens]
+    free = budget(vlm)
+    if free is None or total <= free // 2:
+        return [tokens]
+    ends, taken = [0], 0
+    for row, size in enumerate(each.tolist()):
+        if taken and taken + size > free // 2:
+            ends.append(row)
+            taken = 0
+        taken += size
+    return [tokens.of_prompts(*some) for some in pairwise([*ends, len(tokens.prompts)])]
+
+
+def joined(tokens: Tokens, parts: Sequence[xr.Dataset]) -> xr.Dataset:
+    """What was found of each of the `groups`, along all tokens."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = xr.concat(list(parts), "token", coords="minimal", compat="override", join="override")
+    return whole.assign_coords(tokens.coordinates())
+
+
 @torch.no_grad()
 def read_streams(
     vlm: HookedVLM,
@@ -103,7 +138,8 @@ def read_streams(
     def run(some: Some) -> tuple[dict[str, Tensor], OutputHead]:
         return run_at(vlm, some.batch.to(vlm.device), some.rows, some.columns, list(names))
 
-    size = rows_fitting(vlm, tokens, len(names), batch_size)
+    held = len(tokens) * len(names) * vlm.d_model * item_bytes(vlm)
+    size = rows_fitting(vlm, tokens, len(names), batch_size, held)
     for index, (kept, own) in in_batches(tokens, size, "lens", progress, run):
         head = own
         for name, layer in names.items():
@@ -156,15 +192,15 @@ def in_batches(
                 bar.update(len(chosen))
 
 
-def rows_fitting(vlm: HookedVLM, tokens: Tokens, n_kept: int, batch_size: int) -> int:
-    """Prompts that run together: a forward of each, and so many streams of its tokens.
+def rows_fitting(vlm: HookedVLM, tokens: Tokens, n_kept: int, batch_size: int, held: int = 0) -> int:
+    """Prompts that run together: a forward of each, and so many streams of its tokens, beside what is held.
 
     Raises:
         FrankenlensError: there is no memory for one prompt.
     """
     width = max(map(len, tokens.prompts))
     of_row = forward_bytes(vlm, width) + (n_kept + 2) * width * vlm.d_model * item_bytes(vlm)
-    whole = 3 * 4 * min(CHUNK, width * vlm.n_logits)
+    whole = 3 * 4 * min(CHUNK, width * vlm.n_logits) + held
     return fitting(vlm, batch_size, of_row, "a lens", whole)
 
 

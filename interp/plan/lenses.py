@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hooks.memory import limit
 from interp.lens.streams import CHUNK, in_order
 from interp.metrics.logits import keeps_some
 from interp.plan.images import pictures_of
@@ -19,6 +20,12 @@ COPIES = 6
 """Of the terms of a divergence that exist at once."""
 MOST_TOKENS, A_STEP = 20_000, 512
 """`interp.lens.tuned_lens.train_tuned_lens`: tokens that are kept, and that a step takes."""
+
+
+def _within_limit(kept: int) -> int:
+    """Streams that exist together: of no more prompts than half of the limit holds (`interp.lens.streams.groups`)."""
+    most = limit()
+    return kept if most is None else min(kept, most // 2)
 
 
 class LensPlan:
@@ -39,7 +46,8 @@ class LensPlan:
     ) -> Work:
         """`read_streams`, at all tokens or at so many of each prompt, with the proof of the head."""
         scale, found = self._scale if scale is None else scale, []
-        held = {"streams of every layer": round(self._kept(self._tokens(prompts, places)) * scale)}
+        kept = round(self._kept(self._tokens(prompts, places)) * scale)
+        held = {"streams of every layer": _within_limit(kept)}
         for rows in in_order(prompts, self._runs.batch_size):
             some = [prompts[row] for row in rows]
             n, width = len(some), max(map(len, some))
@@ -68,7 +76,7 @@ class LensPlan:
         """`compare_lenses` of one comparison: the streams of both models, or of a changed one beside those at hand."""
         read, tokens = self.streams(prompts), self._tokens(prompts, None) * self._scale
         (kept,) = _streams(read).values()
-        beside = {"streams of every layer": 3 * kept - (kept if both else 0)}
+        beside = {"streams of every layer": _within_limit(3 * kept - (kept if both else 0))}
         made = self._chunk(tokens)
         passing = max((3 * DOUBLE + WIDE) * made, 2 * DOUBLE * made + _terms(made))
         compared = 2 * tokens * (self._layers + 1) * self._unembed
