@@ -241,7 +241,7 @@ def assumed(bench: Bench, config: CompareConfig) -> Iterator[str]:
     if config.subspace:
         yield (
             f"large matrices take {SINGLE} + {DOUBLE} Krylov steps, as weights whose singular values fall like a "
-            "power do: a third more or less in a real one, and a Gram matrix in one like noise"
+            "power do: half more or less in a real one, and a Gram matrix in one like noise"
         )
 
 

@@ -2,7 +2,7 @@
 
 Its numbers are LAPACK's and BLAS's, by the operation counts of Golub & Van Loan (Matrix Computations, 8.6): what a
 library really does for a decomposition differs by a fifth. How many Krylov steps a matrix takes depends on how its
-singular values fall; `SINGLE` and `DOUBLE` are those of weights whose values fall as powers of 0.5 to 1.
+singular values fall; `SINGLE` and `DOUBLE` are those of weights whose values fall as the power 0.5.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from interp.comparison.table import AT_ONCE
 from interp.comparison.workers import READERS
 from interp.plan.work import Work
 
-SINGLE, DOUBLE = 8, 5
-"""Steps of a search for a subspace in float32, and those behind the first in float64."""
+SINGLE, DOUBLE = 7, 3
+"""Steps of a search for a subspace in float32, on k + 2 GUARD vectors, and in float64, on k."""
 SUMS = 9
 """Operations on an entry and stage for norms, sparsity and cosine."""
 MARGINS = 7
@@ -152,17 +152,15 @@ def _vectors(one: _Matrix) -> int | float:
 
 
 def passes(long: int, short: int, k: int) -> int:
-    """Products with a matrix while its leading singular vectors are searched for, and their other sides."""
-    return 4 * long * short * ((SINGLE + 1) * min(short, k + GUARD) + DOUBLE * k) + 2 * long * short * k
+    """Products with a matrix and its transpose while its leading singular vectors are searched for."""
+    return 4 * long * short * (SINGLE * min(short, k + 2 * GUARD) + DOUBLE * k)
 
 
 def _searched(one: _Matrix, k: int) -> int | float:
     """Passes over the matrix, and what keeps the basis orthonormal."""
-    width = min(one.short, k + GUARD)
-    passes = 4 * one.entries * ((SINGLE + 1) * width + DOUBLE * k) + 2 * one.entries * k
-    return (
-        passes + _orthonormal(one.short, [width] * SINGLE) + _orthonormal(one.short, [width, *[k] * DOUBLE])
-    )
+    width = min(one.short, k + 2 * GUARD)
+    products = passes(one.long, one.short, k)
+    return products + _orthonormal(one.short, [width] * SINGLE) + _orthonormal(one.short, [k] * DOUBLE)
 
 
 def _orthonormal(short: int, blocks: Iterable[int]) -> int:
@@ -183,7 +181,7 @@ def _spectrum_held(one: _Matrix) -> int:
 def _basis_held(one: _Matrix, k: int) -> int:
     if one.small:
         return 8 * (2 * one.entries + one.short**2)
-    width = k + GUARD
+    width = k + 2 * GUARD
     return 8 * (2 * one.short * (width + DOUBLE * k) + one.long * k)
 
 

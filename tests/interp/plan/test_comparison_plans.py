@@ -55,7 +55,7 @@ def test_operations_of_small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned == pytest.approx(asked.total, rel=0.25)
 
 
-@pytest.mark.parametrize(("power", "off"), [(0.5, 0.05), (1.0, 0.4)])
+@pytest.mark.parametrize(("power", "off"), [(0.5, 0.05), (0.75, 0.35), (1.0, 0.45)])
 def test_operations_of_a_search_for_subspaces(
     monkeypatch: pytest.MonkeyPatch, power: float, off: float
 ) -> None:
