@@ -22,6 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 from tqdm.auto import tqdm
 
 from experiments.contract import admitted
+from experiments.given import TraceSettings, fingerprints, require_trace_files, told_of
 from experiments.settings import ModelSettings, PairSettings, require_sound, require_there
 from hooks.errors import FrankenlensError
 from hooks.memory import memory_limit
@@ -110,13 +111,16 @@ class Command(Generic[Settings, Models, Question]):
         require_sound(config)
         self.check(config)
         require_there(config)
+        if isinstance(config, TraceSettings):
+            require_trace_files(config)
         _require_writable(config.out)
         asked = self.load(config)
 
         def measure(models: Models) -> Iterator[Section]:
             fit = self.admit(models, asked, config)
             for section in self.measure(models, fit, config):
-                yield clustered(_without(section, fit.left_out), getattr(fit, "examples", ()))
+                whole = clustered(_without(section, fit.left_out), getattr(fit, "examples", ()))
+                yield whole if not getattr(fit, "traces", None) else told_of(whole, fit)
 
         return measure
 
@@ -185,7 +189,7 @@ def finished(out: Path, **about: Any) -> Path:
     return out / "finished" / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-OF_PLACE = ("out", "in_", "rl", "base", "data", "images", "template", "map", "max_memory")
+OF_PLACE = ("out", "in_", "rl", "base", "data", "images", "template", "map", "max_memory", "traces")
 """Settings that say where something is, or how much of it: the parts depend on what is there."""
 
 
@@ -212,6 +216,8 @@ def kept(pair: Pair, examples: Iterable[Example], config: PairSettings, **also: 
         ],
         **also,
     }
+    if isinstance(config, TraceSettings) and config.traces:
+        about["traces"] = fingerprints(config)
     return Store(finished(config.out, **about), {"version": version("frankenlens"), **about})
 
 
