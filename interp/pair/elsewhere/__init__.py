@@ -2,5 +2,6 @@
 
 from interp.pair.elsewhere.given import Traces, read_traces
 from interp.pair.elsewhere.rows import TraceRow, trace_rows
+from interp.pair.elsewhere.writers import Continuation, Here, Vllm, Writer
 
-__all__ = ["TraceRow", "Traces", "read_traces", "trace_rows"]
+__all__ = ["Continuation", "Here", "TraceRow", "Traces", "Vllm", "Writer", "read_traces", "trace_rows"]

@@ -104,7 +104,7 @@ class _Belonging:
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self._by_name = {prompt.example.id: prompt for prompt in prompts}
         self._by_ids = _unique(
-            (_collapsed(prompt.ids[: prompt.n_prompt_tokens], prompt), prompt) for prompt in prompts
+            (collapsed(prompt.ids[: prompt.n_prompt_tokens], prompt), prompt) for prompt in prompts
         )
         self._by_text = _unique(
             (text, prompt)
@@ -116,7 +116,7 @@ class _Belonging:
     def of(self, row: TraceRow) -> Prompt | None:
         if row.name in self._by_name:
             return self._by_name[row.name]
-        if row.prompt_ids is not None and (found := self._by_ids.get(_collapsed(row.prompt_ids, self._some))):
+        if row.prompt_ids is not None and (found := self._by_ids.get(collapsed(row.prompt_ids, self._some))):
             return found
         return self._by_text.get((row.question or "").strip())
 
@@ -132,7 +132,7 @@ def _unique(pairs) -> dict:
     return {key: prompt for key, prompt in found.items() if key not in twice and key}
 
 
-def _collapsed(ids: Sequence[int], prompt: Prompt) -> tuple[int, ...]:
+def collapsed(ids: Sequence[int], prompt: Prompt) -> tuple[int, ...]:
     """With one placeholder for an image, however many tokens it was given."""
     image = prompt.builder.image_token_id
     return tuple(one for token, run in groupby(ids) for one in ([token] if token == image else list(run)))
@@ -147,7 +147,7 @@ def _tokens(row: TraceRow, prompt: Prompt) -> tuple[tuple[int, ...], bool]:
     builder = prompt.builder
     own = prompt.ids[: prompt.n_prompt_tokens]
     if row.prompt_ids is not None:
-        _require_same(_collapsed(row.prompt_ids, prompt), _collapsed(own, prompt), prompt)
+        _require_same(collapsed(row.prompt_ids, prompt), collapsed(own, prompt), prompt)
     ids = _of_text(row, prompt) if row.ids is None else list(row.ids)
     if row.ids is not None:
         if tuple(ids[: len(own)]) == tuple(own):  # some log prompt and reply as one
