@@ -14,7 +14,7 @@ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'
 endef
 
-.PHONY: demo test test-slow fuzz kills calibration check architectures benchmarks notebooks figures planted-marks
+.PHONY: demo test test-slow fuzz kills calibration check architectures benchmarks gpu notebooks figures planted-marks
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -58,6 +58,12 @@ architectures: $(INSTALLED)  ## what works on which architecture, measured on ti
 
 benchmarks: $(INSTALLED)  ## against plain hooks, TransformerLens and nnsight; table and figure in out/benchmarks
 	$(BIN)/python -m tests.benchmarks.run --out out/benchmarks
+
+# On a bare machine: nothing is installed, and the Python is the machine's own, with its PyTorch and transformers.
+gpu:  ## exactness and speed on a GPU, in ten minutes; tests/benchmarks/results/DATE-DEVICE.json, and the README
+	$(PYTHON) tests/benchmarks/gpu/needed.py
+	$(PYTHON) -m tests.benchmarks.gpu --out tests/benchmarks/results; \
+	    code=$$?; $(PYTHON) -m tests.benchmarks.gpu.table && exit $$code
 
 planted-marks: $(INSTALLED)  ## is the map's mark right? 30 planted and 24 null pairs; out/planted-marks, kept pair by pair
 	OMP_NUM_THREADS=1 $(BIN)/frankenlens planted --marks --kinds rl identical bf16 noise --pairs 30 --nulls 8 --n 24 --seed 1 \

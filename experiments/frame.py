@@ -38,17 +38,15 @@ Item = TypeVar("Item")
 
 
 class Planned(Protocol):
-    """What a command is planned by; `experiments.planning` has the one there is."""
+    """What a command is planned by; `experiments.bench` has the one there is."""
 
     @property
     def works(self) -> Callable[[Any, Any], Iterable[Any]]:
         """From what is planned with, and the settings, to the steps."""
-        ...
 
     @property
     def base(self) -> bool:
         """Whether Base is opened too."""
-        ...
 
 
 @runtime_checkable
@@ -91,7 +89,7 @@ class Command(Generic[Settings, Models, Question]):
         measure: the sections of the page, one after the other, as they are finished. What `load` and `admit` left out
             is added to their accounts.
         admit: what of that can be asked of what was opened, and read; refuses a pair whose traces cannot be read.
-        plan: the work that it is (`experiments.planning.Planned`); None where no honest count of it exists yet.
+        plan: the work that it is (`experiments.bench.Planned`); None where no honest count of it exists yet.
     """
 
     settings: type[Settings]
@@ -164,10 +162,12 @@ class Recipe(Generic[Item]):
     Attributes:
         settings: its settings, a dataclass.
         run: makes it.
+        plan: as a `Command`'s.
     """
 
     settings: type[Item]
     run: Callable[[Item], Any]
+    plan: Planned | None = None
 
 
 def is_first_process() -> bool:

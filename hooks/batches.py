@@ -14,15 +14,48 @@ from typing import TypeVar
 import torch
 
 from hooks.errors import FrankenlensError, one_line
-from hooks.memory import in_words, limit, room
+from hooks.memory import NOT_WORTH_ASKING, in_words, limit, room_of
 from hooks.opened import Opened
 from hooks.weights import d_mlp
 
+Row = TypeVar("Row")
 Found = TypeVar("Found")
 AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
 """Logits that exist together: 64 and 512 MiB in float32."""
+_FULL = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
+"""What PyTorch's other errors say where there is no memory: libraries that take theirs beside its own."""
 SHARE = 0.5
 """Of the memory that is free, for what is estimated."""
+
+
+class MemoryRanOut(FrankenlensError):
+    """There is no memory for what was asked at once; less at a time may fit."""
+
+
+def batched(rows: Sequence[Row], batch_size: int) -> list[Sequence[Row]]:
+    """The rows, `batch_size` at a time.
+
+    Raises:
+        FrankenlensError: `batch_size` is below 1, with which nothing would run and nothing be said.
+    """
+    require_batch_size(batch_size)
+    return [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+
+
+def require_batch_size(batch_size: int) -> None:
+    """Refuses batches of nothing.
+
+    Raises:
+        FrankenlensError: `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise FrankenlensError(f"batch_size is {batch_size}; it must be at least 1")
 
 
 def fitting(vlm: Opened, batch_size: int, of_row: int, what: str, whole: int = 0) -> int:
@@ -36,20 +69,44 @@ def fitting(vlm: Opened, batch_size: int, of_row: int, what: str, whole: int = 0
         whole: bytes that are taken once, however many rows there are.
 
     Raises:
-        FrankenlensError: there is no memory for one row.
+        FrankenlensError: `batch_size` is below 1, or there is no memory for one row.
     """
-    free = room(vlm.device)
+    require_batch_size(batch_size)
+    free = budget(vlm)
     if free is None:
         return batch_size
-    share = SHARE if limit() is None else 1.0
-    rows = int((share * free - whole) // of_row)
+    rows = int((free - whole) // of_row)
     if rows >= 1:
         return min(batch_size, rows)
-    whose = f"free on {vlm.device}" if limit() is None else "allowed (--max-memory, memory_limit)"
-    raise FrankenlensError(
+    whose = "free" if limit() is None else "allowed (--max-memory, memory_limit)"
+    raise MemoryRanOut(
         f"{what} takes about {in_words(of_row + whole)} for one prompt, beside the models, and "
-        f"{in_words(share * free)} of memory is {whose}. Give it more, or shorter prompts or traces."
+        f"{in_words(free)} of memory is {whose}. Give it more, or shorter prompts or traces."
     )
+
+
+def lanes_fitting(vlm: Opened, most: int, of_lane: int, held: int) -> int:
+    """Copies of a batch that run together, of which one was let in by `fitting`: at least one.
+
+    Args:
+        vlm: the opened model.
+        most: of them.
+        of_lane: bytes that one takes.
+        held: bytes that are taken already.
+    """
+    if limit() is None and most * of_lane < NOT_WORTH_ASKING:
+        return most
+    free = budget(vlm)
+    if free is None:
+        return most
+    left = free if limit() is None else free - held  # what is free is what is left
+    return max(1, min(most, int(left // of_lane)))
+
+
+def budget(vlm: Opened) -> int | None:
+    """Bytes that estimates may add up to: the limit, else half of what is free; None where that is not known."""
+    free = room_of(vlm)
+    return free if free is None or limit() is not None else int(SHARE * free)
 
 
 def forward_bytes(vlm: Opened, width: int) -> int:
@@ -78,26 +135,48 @@ def at_once(n_words: int, device: torch.device) -> int:
     return max(1, AT_ONCE.get(device.type, AT_ONCE["cpu"]) // n_words)
 
 
+def scores_bytes(vlm: Opened, width: int) -> int:
+    """What the attention scores of one row in one block take, and the pattern that is made of them in float32."""
+    heads = max((block.n_heads for block in vlm.anatomy.text.blocks), default=0)
+    return 2 * heads * width * width * (4 + item_bytes(vlm))
+
+
 def item_bytes(vlm: Opened) -> int:
     """Of one number of the model's."""
     return next(vlm.model.parameters()).element_size()
 
 
 def in_parts(
-    rows: Sequence[int], size: int, run: Callable[[Sequence[int]], Found]
-) -> Iterator[tuple[Sequence[int], Found]]:
+    rows: Sequence[Row],
+    size: int,
+    run: Callable[[Sequence[Row]], Found],
+    done: Callable[[Sequence[Row]], int] | None = None,
+) -> Iterator[tuple[Sequence[Row], Found]]:
     """What `run` gives for `size` rows at a time, and for half of them, and half of these, where memory runs out.
 
+    A run that is broken off is begun again: what it adds to anything must be added by the caller, of what it gives.
+
+    Args:
+        rows: what is run.
+        size: at most so many together.
+        run: gives something for some rows.
+        done: how many of the rows that are left were run together when this was begun, the first of them among these;
+            0 for none. They are `run` together again, whatever there is memory for today, so that it finds them.
+
     Raises:
-        FrankenlensError: memory runs out with one row.
+        MemoryRanOut: memory runs out with one row.
+        FrankenlensError: `size` is below 1.
     """
-    for first in range(0, len(rows), size):
-        yield from _halved(rows[first : first + size], run)
+    require_batch_size(size)
+    while rows:
+        n = (done(rows) if done else 0) or size
+        yield from _halved(rows[:n], run)
+        rows = rows[n:]
 
 
 def _halved(
-    rows: Sequence[int], run: Callable[[Sequence[int]], Found]
-) -> Iterator[tuple[Sequence[int], Found]]:
+    rows: Sequence[Row], run: Callable[[Sequence[Row]], Found]
+) -> Iterator[tuple[Sequence[Row], Found]]:
     done, found = _attempt(rows, run)
     if done:
         yield rows, found[0]
@@ -110,14 +189,18 @@ def _halved(
         yield from _halved(some, run)
 
 
-def _attempt(rows: Sequence[int], run: Callable[[Sequence[int]], Found]) -> tuple[bool, list[Found]]:
+def _attempt(rows: Sequence[Row], run: Callable[[Sequence[Row]], Found]) -> tuple[bool, list[Found]]:
     try:
         return True, [run(rows)]
+    except MemoryRanOut:
+        if len(rows) == 1:
+            raise
+        return False, []
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         if len(rows) == 1:
-            raise FrankenlensError(
+            raise MemoryRanOut(
                 "memory ran out with one prompt at a time. Give shorter prompts or traces, fewer hook points, or "
                 f"spread the models over more devices (--device-map). {one_line(error)}"
             ) from error
@@ -126,4 +209,5 @@ def _attempt(rows: Sequence[int], run: Callable[[Sequence[int]], Found]) -> tupl
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that a device, or main memory, is full."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    known = (MemoryRanOut, torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, known) or any(words in str(error) for words in _FULL)

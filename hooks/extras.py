@@ -12,7 +12,6 @@ EXTRAS: Mapping[str, Sequence[str]] = {
     "train": ("trl", "peft", "accelerate", "datasets"),
     "merge": ("mergekit",),
     "math": ("math_verify",),
-    "vllm": ("vllm",),
 }
 """Extra to the packages that it brings, as they are imported; pyproject.toml has the versions."""
 

@@ -23,10 +23,17 @@ NOT_WORTH_ASKING = 1 << 26
 """Bytes below which nobody asks what is free: 64 MiB."""
 _SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})\s{0,8}([KMGT]?)(i?)B?", re.IGNORECASE)
 _LIMIT: ContextVar[int | None] = ContextVar("frankenlens_memory_limit", default=None)
+_V1, _V2 = "/sys/fs/cgroup/memory", "/sys/fs/cgroup"
 _CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    (f"{_V2}/memory.max", f"{_V2}/memory.current", f"{_V2}/memory.stat", "inactive_file"),
+    (
+        f"{_V1}/memory.limit_in_bytes",
+        f"{_V1}/memory.usage_in_bytes",
+        f"{_V1}/memory.stat",
+        "total_inactive_file",
+    ),
 )
+"""Where a container's limit stands, what it uses, and how much of that are files it has read, which make way."""
 
 
 def parse_bytes(size: int | str | None) -> int | None:
@@ -91,6 +98,13 @@ def room(device: torch.device) -> int | None:
     return free_memory(device) if given is None else given
 
 
+def room_of(vlm: Opened) -> int | None:
+    """The least room on any of the devices that a model is spread over; None where that is not known of one."""
+    devices = {vlm.device, *(one.device for one in vlm.model.parameters() if one.device.type != "meta")}
+    rooms = [room(device) for device in devices]
+    return None if None in rooms else min(one for one in rooms if one is not None)
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on a device, those that PyTorch holds in reserve there among them."""
     if device.type == "cuda":
@@ -100,10 +114,12 @@ def free_memory(device: torch.device) -> int | None:
         return None
     found = re.search(r"MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"))
     free_of = [] if found is None else [1024 * int(found[1])]
-    for most, used in _CGROUPS:
+    for most, used, stat, read in _CGROUPS:
         numbers = [_text(path).strip() for path in (most, used)]
         if all(number.isdigit() for number in numbers):
-            free_of.append(max(0, int(numbers[0]) - int(numbers[1])))
+            files = re.search(rf"^{read} (\d+)$", _text(stat), re.MULTILINE)
+            taken = int(numbers[1]) - (0 if files is None else int(files[1]))
+            free_of.append(max(0, int(numbers[0]) - taken))
     return min(free_of, default=None)
 
 

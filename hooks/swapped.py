@@ -1,5 +1,8 @@
-"""Weights put into a model for a while. Its own are set aside, never written to, and are there again afterwards."""
+"""Weights put into a model for a while. Its own are set aside, and are there again afterwards, bit for bit."""
 
+from __future__ import annotations
+
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 from hooks.errors import FrankenlensError
 from hooks.exclusive import Hold, exclusive_of, require_same_thread
+from hooks.spilled import Spill
 from hooks.uninterrupted import Uninterrupted
 
 
@@ -20,11 +24,38 @@ class _Swap:
     """What stood in a model's tensors before."""
 
     hold: Hold
-    own: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    own: list[tuple[Tensor, Tensor | Aside]] = field(default_factory=list)
 
     def put_back(self) -> None:
         for target, data in reversed(self.own):
-            target.data = data
+            if isinstance(data, Aside):
+                data.put_back(target)
+            else:
+                target.data = data
+
+
+class Aside:
+    """What stood in one tensor, kept where it takes no memory beside the model (`hooks.spilled`)."""
+
+    def __init__(self, target: Shaped[Tensor, "*shape"], spill: Spill) -> None:
+        self._kept = spill.keep(_rows(target.data))
+
+    def put_back(self, target: Shaped[Tensor, "*shape"]) -> None:
+        """The same bits into the same memory, a few rows at a time."""
+        rows = _rows(target.data)
+        some = max(1, PART // max(1, rows[:1].nbytes))
+        for first in range(0, len(rows), some):
+            rows[first : first + some].copy_(self._kept[first : first + some])
+        if rows.data_ptr() != target.data_ptr():  # not contiguous: those were a copy's
+            target.data.copy_(rows.view(target.shape))
+
+
+def _rows(data: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "row width"]:
+    return data.reshape(len(data) if data.ndim else 1, math.prod(data.shape[1:]))
+
+
+PART = 1 << 26
+"""Bytes that are put back at once."""
 
 
 _OPEN: weakref.WeakKeyDictionary[nn.Module, list[_Swap]] = weakref.WeakKeyDictionary()
@@ -32,7 +63,10 @@ _OPEN: weakref.WeakKeyDictionary[nn.Module, list[_Swap]] = weakref.WeakKeyDictio
 
 @contextmanager
 def swapped(
-    model: nn.Module, values: Callable[[], Iterable[tuple[Tensor, Tensor]]], what: str
+    model: nn.Module,
+    values: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    what: str,
+    spill: Spill | None = None,
 ) -> Iterator[None]:
     """Other numbers in a model's parameters and buffers, inside the context; its own tensors, bit for bit, after it.
 
@@ -44,10 +78,12 @@ def swapped(
         values: a parameter or buffer of the model, and what is to be in it, which nobody else writes to (`like` makes
             such a tensor); drawn one by one, each put in before the next.
         what: "a graft", say, for the message of a refusal.
+        spill: where the model's own numbers are kept, where there is no memory for them beside the others: these are
+            then written into the model's own memory, and its own back into it, and values may not be of that memory.
 
     Raises:
-        FrankenlensError: another task or thread uses the model (`hooks.exclusive`). After all was put back: the context
-            is left in another order, or in another thread, than it was entered.
+        FrankenlensError: the disk has no room for them; another task or thread uses the model (`hooks.exclusive`).
+            After all was put back: the context is left in another order, or in another thread, than it was entered.
     """
     swap, uses, broken_off = _Swap(Hold(what)), exclusive_of(model), True
     try:
@@ -55,6 +91,12 @@ def swapped(
         with Uninterrupted():
             _OPEN.setdefault(model, []).append(swap)
         for target, value in values():
+            if spill is not None:
+                own = Aside(target, spill)
+                with Uninterrupted(), torch.no_grad():
+                    swap.own.append((target, own))
+                    target.data.copy_(value)
+                continue
             with Uninterrupted():
                 swap.own.append((target, target.data))
                 target.data = value

@@ -195,7 +195,7 @@ CLASSES: Mapping[str, type[PreTrainedModel]] = {
 @torch.no_grad()
 def redraw(model: nn.Module, seed: int) -> None:
     """Draw all parameters: norm gains U(0.5, 1.5), biases N(0, 0.3), weights N(0, 1.2 / fan_in), others N(0, 1)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
         if name.endswith("bias"):

@@ -18,6 +18,7 @@ PACKAGES = ("hooks", "interp", "experiments")
 GROUND = ("questions", "prompts", "statistics", "results", "regions", "updates")
 MIDDLE = ("pair", "metrics", "sweep", "decision")
 EVIDENCE = ("hypotheses", "planting")
+TOP = ("plan",)
 
 
 class Import(NamedTuple):
@@ -128,7 +129,7 @@ def floor(module: str) -> int:
     package = module.split(".")[0]
     if package != "interp" or not room(module):
         return {"hooks": 0, "interp": 1, "experiments": 9}[package]
-    for height, rooms in ((1, GROUND), (2, MIDDLE), (4, EVIDENCE)):
+    for height, rooms in ((1, GROUND), (2, MIDDLE), (4, EVIDENCE), (5, TOP)):
         if room(module) in rooms:
             return height
     return 3

@@ -19,6 +19,7 @@ from experiments.options import from_command_line
 from interp.questions.examples import with_looked_at
 from interp.questions.tasks import sample
 from interp.results.files import provenance, save_dataset
+from tests.benchmarks.gpu import table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -40,6 +41,11 @@ def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert names["result"].value.shape == (1, 3, 4)
     assert np.isfinite(names["result"].value.values[0, 0]).all()
     assert (tmp_path / "out" / "sweep").is_dir()
+
+
+def test_what_was_measured_on_a_gpu_is_what_the_newest_results_say() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert table.replaced(text, table.section(table.newest(table.RESULTS))) == text
 
 
 def _blocks(language: str) -> list[str]:

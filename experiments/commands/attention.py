@@ -15,10 +15,10 @@ import pandas as pd
 import torch
 import xarray as xr
 
+from experiments.bench import Bench, Planned
 from experiments.frame import Command, kept
 from experiments.given import TraceSettings
 from experiments.options import a_task, default, require_known
-from experiments.planning import Bench, Planned
 from experiments.settings import (
     CORRECTIONS,
     Correction,

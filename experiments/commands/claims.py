@@ -15,6 +15,8 @@ import pandas as pd
 import tyro
 import xarray as xr
 
+from experiments.bench import Planned
+from experiments.commands.claims_plan import assumed, structure, work
 from experiments.contract import admitted
 from experiments.frame import Command
 from experiments.settings import Questions, QuestionSettings, load_pair, load_questions
@@ -246,4 +248,5 @@ def _regions(family: Family) -> bool:
     return any(one[:1].isupper() or one.startswith("region ") for one in named)
 
 
-COMMAND = Command(ClaimsConfig, check, load, Pairs, measure)
+PLAN = Planned(work, assumed=assumed, structure=structure)
+COMMAND = Command(ClaimsConfig, check, load, Pairs, measure, plan=PLAN)

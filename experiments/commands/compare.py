@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from experiments.bench import Bench, Planned
 from experiments.frame import Command, Opened
 from experiments.options import default, either
 from experiments.settings import ModelSettings, checkpoints
@@ -36,6 +37,8 @@ from interp.comparison.addresses import owned
 from interp.comparison.aggregate import types_of
 from interp.comparison.plots import STAGES, plot_directions, plot_energy, plot_spectra
 from interp.comparison.workers import in_threads
+from interp.plan.weights import DOUBLE, SINGLE, ComparisonPlan
+from interp.plan.work import Work
 from interp.regions import Partition, parse_partition
 from interp.results.page import Account, Section
 from interp.updates import type_name
@@ -224,5 +227,24 @@ def _left_out(opened: Mapping[str, Checkpoint], table: pd.DataFrame) -> dict[str
     return {reason: n for reason, n in found.items() if n}
 
 
+def work(bench: Bench, config: CompareConfig) -> Iterator[Work]:
+    """What `measure` computes and reads, from the shapes of the tensors; no model runs."""
+    checkpoints_there = 3 if checkpoints(config)[2] else 2
+    yield from ComparisonPlan(bench.vlm, checkpoints_there, config.subspace).works(config.spectra)
+
+
+def assumed(bench: Bench, config: CompareConfig) -> Iterator[str]:
+    """What `work` takes for granted."""
+    yield "checkpoints in the type of the configuration; every tensor changed; main memory is what is planned"
+    if config.spectra:
+        yield "singular values of large updates by float32 Gram matrices alone (float64 takes twice the time)"
+    if config.subspace:
+        yield (
+            f"large matrices take {SINGLE} + {DOUBLE} Krylov steps, as weights whose singular values fall like a "
+            "power do: a third more or less in a real one, and a Gram matrix in one like noise"
+        )
+
+
+PLAN = Planned(work, assumed=assumed, asks=False, weights=lambda bench, config: {})
 # the files are both what is asked and what it is asked of: opening them twice reads two headers
-COMMAND = Command(CompareConfig, check, open_files, open_files, measure)
+COMMAND = Command(CompareConfig, check, open_files, open_files, measure, plan=PLAN)

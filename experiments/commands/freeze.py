@@ -13,6 +13,8 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.bench import Planned
+from experiments.commands import freeze_plan as plans
 from experiments.contract import require_readable
 from experiments.frame import Command, require_begun_alike
 from experiments.options import Only, as_option, default
@@ -275,4 +277,12 @@ def _finding(table: pd.DataFrame, given: Outcome, groups: dict[str, Any], config
     return text
 
 
-COMMAND = Command(FreezeConfig, check, load, load_pair, measure)
+PLAN = Planned(
+    plans.work,
+    assumed=plans.assumed,
+    asks=False,
+    weights=lambda bench, config: {},
+    structure=plans.structure,
+    load=plans.load,
+)
+COMMAND = Command(FreezeConfig, check, load, load_pair, measure, plan=PLAN)

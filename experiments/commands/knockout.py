@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import torch
 
+from experiments.bench import Bench, Planned
 from experiments.frame import Command
 from experiments.given import TraceSettings
 from experiments.options import Only, a_task, default
@@ -42,6 +44,10 @@ from interp.knockout import (
 )
 from interp.metrics import AnswerLogProbability, TraceLogLikelihood
 from interp.pair.pair import Pair
+from interp.plan import decisions as plans
+from interp.plan.prompts import up_to_the_answer
+from interp.plan.routes import RoutesPlan
+from interp.plan.work import Work
 from interp.questions.examples import with_looked_at
 from interp.questions.tasks import REASONING
 from interp.results.page import Account, Section
@@ -145,7 +151,7 @@ def measure(pair: Pair, asked: Questions, config: KnockoutConfig) -> Iterator[Se
             f"questions (--n), the other model's traces (--whose){others}, or what the models write (--reasoning, "
             "--answer, --max-new-tokens)."
         )
-    chosen = _chosen(asked, config)
+    chosen = _chosen(asked.in_words, config)
     if unseen := len(config.routes) - len(chosen):
         left_out["routes of the image: no question has one"] = unseen
     found = routes(
@@ -174,11 +180,12 @@ def measure(pair: Pair, asked: Questions, config: KnockoutConfig) -> Iterator[Se
     )
 
 
-def _chosen(asked: Questions, config: KnockoutConfig) -> list[str]:
+def _chosen(in_words: bool, config: KnockoutConfig) -> list[str]:
     """The routes that are cut: those that were asked for; of the default ones, those that the questions may have."""
-    if "routes" in config.given or not asked.in_words:
-        return list(config.routes)
-    cuts = {name: parse_route(name) for name in config.routes}
+    wanted = [" -> ".join(part.strip() for part in name.split("->")) for name in config.routes]
+    if "routes" in config.given or not in_words:
+        return wanted
+    cuts = {name: parse_route(name) for name in wanted}
     return [name for name, cut in cuts.items() if "image" not in (cut.source, cut.target)]
 
 
@@ -245,4 +252,27 @@ def _text(row: Mapping[str, Any], name: str) -> str:
     return interval_text(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
 
-COMMAND = Command(KnockoutConfig, check, load_questions, load_pair, measure)
+def work(bench: Bench, config: KnockoutConfig) -> Iterator[Work]:
+    """What `measure` computes, counted and not run."""
+    asked, runs = bench.workload, bench.runs()
+    steps = [asked.trace_tokens] * len(asked.prompts)
+    yield runs.written(f"greedy text of {config.traces.upper()}", asked.prompts, steps).times(asked.scale)
+    read = [up_to_the_answer(prompt, asked.trace_tokens) for prompt in asked.prompts]
+    names = _chosen(not any(prompt.has_image for prompt in read), config)
+    cuts = {name: _cuts(name, bench.vlm.n_layers, config) for name in names}
+    planned = RoutesPlan(bench.vlm, METRICS[config.metric][1].reads, cuts, config.batch_size, bench.at_tokens)
+    one = planned.work(read, "routes cut in both models").times(asked.scale * asked.decided)
+    yield one.times(2)
+    if config.nulls:
+        n = 1 + (bench.vlm.model.dtype != torch.bfloat16)
+        yield plans.set_aside(replace(one.times(n), what="in models that learnt nothing"), runs)
+
+
+def assumed(bench: Bench, config: KnockoutConfig) -> Iterator[str]:
+    """What `work` takes for granted."""
+    yield f"{bench.settings.decided:.0%} of the traces have an answer (--decided), of one word at their end"
+
+
+COMMAND = Command(
+    KnockoutConfig, check, load_questions, load_pair, measure, plan=Planned(work, assumed=assumed)
+)

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import xarray as xr
 
+from experiments.bench import Bench, Planned
 from experiments.frame import Command
 from experiments.given import TraceSettings
 from experiments.settings import Questions, load_pair, load_questions
@@ -39,6 +41,10 @@ from interp.lens.tables import (
 )
 from interp.metrics import LogitDifference
 from interp.pair.pair import Pair
+from interp.plan import decisions as plans
+from interp.plan.lenses import LensPlan
+from interp.plan.prompts import with_trace
+from interp.plan.work import Work
 from interp.prompts import Prompt
 from interp.questions.examples import with_looked_at
 from interp.results.lock import making
@@ -254,4 +260,37 @@ def _of_nulls(table: pd.DataFrame, row: pd.Series) -> str:
     return ", ".join(f"{name} {_interval(row, f'{name}_')}" for name in names)
 
 
-COMMAND = Command(LensConfig, check, load_questions, load_pair, measure)
+def work(bench: Bench, config: LensConfig) -> Iterator[Work]:
+    """What `measure` computes, counted and not run."""
+    asked, runs = bench.workload, bench.runs()
+    for one in plans.found_decisions(runs, asked, "first"):
+        yield one.times(asked.scale)
+    traces = [with_trace(prompt, max(0, asked.trace_tokens - 1)) for prompt in asked.prompts]
+    whole, half = LensPlan(runs, asked.scale), LensPlan(runs, asked.scale / 2)
+    nulls = 1 + (bench.vlm.model.dtype != torch.bfloat16)
+    tuned = bool(config.tuned_steps) and asked.n > 1
+    if tuned:
+        trained = half.trained(traces, config.tuned_steps)
+        yield replace(trained.times(2), what="tuned lenses of both models, trained on half of the prompts")
+    yield replace(whole.spelt(traces).times(2), what="logit lens of both models")
+    if tuned:
+        yield replace(half.spelt(traces, tuned=True).times(2), what="tuned lens on the other half")
+    yield replace(whole.apart(traces, both=True), what="IN and RL apart")
+    beside = replace(whole.apart(traces, both=False).times(nulls), what="models that learnt nothing, apart")
+    yield plans.set_aside(beside, runs)
+    some = LensPlan(runs, asked.scale * asked.decided)
+    answers = replace(some.spelt(traces, 1), what="the layer of the answer, with models that learnt nothing")
+    yield plans.set_aside(answers.times(2 + nulls), runs)
+    parts = replace(some.attributed(asked.cut), what="attribution, with models that learnt nothing")
+    yield plans.set_aside(parts.times(2 + nulls), runs)
+    one = replace(LensPlan(runs).spelt(traces[:1]).times(2), what="lens of one prompt", scales=False)
+    yield one
+
+
+def assumed(bench: Bench, config: LensConfig) -> Iterator[str]:
+    """What `work` takes for granted."""
+    own = bench.settings
+    yield f"{own.decided:.0%} of the prompts have an answer, and a differing token at {own.decided_at:.0%} of the trace"
+
+
+COMMAND = Command(LensConfig, check, load_questions, load_pair, measure, plan=Planned(work, assumed=assumed))

@@ -16,6 +16,8 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
+from experiments.bench import Planned
+from experiments.commands.localize_parts import ablations_of, assumed, has_pairs, swaps_of, width_of, work
 from experiments.contract import askable, require_readable
 from experiments.frame import Command, kept
 from experiments.options import Only, default, either, require_known
@@ -33,13 +35,9 @@ from interp.localization import (
     accuracy,
     folder_pairs,
     in_one,
-    layers_of,
-    singles,
-    suffixes,
     swap_table,
     synthetic_pairs,
     vision_swap,
-    windows,
     with_changes,
 )
 from interp.localization.findings import ablation_findings, headline, swap_findings
@@ -73,16 +71,12 @@ _CHANGED = {
 
 
 def _swaps_something(config: Any) -> bool:
-    return bool(config.modes) and _has_pairs(config)
-
-
-def _has_pairs(config: Any) -> bool:
-    return config.data is None or not (config.data.is_file() or is_public(str(config.data)))
+    return bool(config.modes) and has_pairs(config)
 
 
 def _is_asked(ours: Any, papers: Any) -> Any:
     """For `default`: the paper has words of its own around questions, not around pairs of images."""
-    return lambda config: ours if _has_pairs(config) else papers(config) if callable(papers) else papers
+    return lambda config: ours if has_pairs(config) else papers(config) if callable(papers) else papers
 
 
 def _papers_system(config: Any) -> str | None:
@@ -92,7 +86,7 @@ def _papers_system(config: Any) -> str | None:
     return None if is_base else either("system", *SYSTEM.values())(config)
 
 
-_OF_PAIRS = Only("pairs of images, which questions as --data have not", _has_pairs)
+_OF_PAIRS = Only("pairs of images, which questions as --data have not", has_pairs)
 _OF_SWAPS = Only("something to swap (--modes, and pairs of images)", _swaps_something)
 
 
@@ -164,10 +158,10 @@ def check(config: LocalizeConfig) -> None:
     if config.data is not None and not (config.data.exists() or is_public(str(config.data))):
         give = "a folder of the paper's vision-function set, a file of questions, gsm8k or math-500"
         raise FrankenlensError(absent(Path(config.data), "file or folder", give, "--data"))
-    if not _has_pairs(config) and config.functions:
+    if not has_pairs(config) and config.functions:
         raise FrankenlensError(f"--functions names pairs of images; {config.data} holds single questions.")
     for name in ("images", "fields", "encoding", "split", "cluster"):
-        if getattr(config, name) not in (None, (), "all", IMAGE) and _has_pairs(config):
+        if getattr(config, name) not in (None, (), "all", IMAGE) and has_pairs(config):
             raise FrankenlensError(
                 f"--{name} is of a file of questions; a folder of pairs has its own: leave it out."
             )
@@ -176,7 +170,7 @@ def check(config: LocalizeConfig) -> None:
     if not config.modes and not config.parts:
         raise FrankenlensError("nothing to do: give --modes or --parts.")
     for mode in config.modes:
-        _width(mode)
+        width_of(mode)
     if bool(config.kinds) != bool(config.parts):
         raise FrankenlensError("--kinds and --parts go together: give both, or neither for no ablation.")
     if config.parts == ("block",) and "skip" not in config.kinds:
@@ -191,7 +185,7 @@ def load(config: LocalizeConfig) -> FunctionPairs:
     """
     if config.data is None:
         asked = synthetic_pairs(config.functions or list(SYNTHETIC), config.n, config.seed)
-    elif not _has_pairs(config):
+    elif not has_pairs(config):
         examples, left_out = load_examples(config, config.seed, legacy=config.paper)
         asked = FunctionPairs([], questions=examples, left_out=left_out)
     else:
@@ -228,7 +222,7 @@ def measure(pair: Pair, asked: FunctionPairs, config: LocalizeConfig) -> Iterato
     name = _model(pair, config)
     vlm, builder = pair.models[name], _builder(pair, config, asked)
     partition = parse_partition(config.partition, vlm.n_layers)
-    swaps = {mode: _swaps(mode, vlm.n_layers, config.what) for mode in config.modes} if asked.pairs else {}
+    swaps = {mode: swaps_of(mode, vlm.n_layers, config.what) for mode in config.modes} if asked.pairs else {}
     tables: dict[str, pd.DataFrame] = {}
     figures: dict[str, Figure] = {}
     found: list[xr.Dataset] = []
@@ -285,8 +279,7 @@ def _pairs_of(asked: FunctionPairs, kind: str) -> Pairs:
 def _ablated(
     vlm: HookedVLM, builder: PromptBuilder, asked: FunctionPairs, config: LocalizeConfig, keep: Store | None
 ) -> xr.Dataset:
-    every = dict.fromkeys(one for kind in config.kinds for one in layers_of(vlm, config.parts, kind))
-    chosen = [one for one in every if one.kind != "skip" or "skip" in config.kinds]
+    chosen = ablations_of(vlm, config)
     prompts = [builder.build(example) for example in asked.questions]
     own = under(keep, "ablate")
     return ablate(vlm, prompts, chosen, seed=config.seed, keep=own, **config.running)
@@ -305,25 +298,6 @@ def _model(pair: Pair, config: LocalizeConfig) -> str:
     if name not in pair.models:
         raise FrankenlensError("--model base needs --base, the model that IN was made from.")
     return name
-
-
-def _width(mode: str) -> int | None:
-    """The width of a window; None for the other modes."""
-    if mode in ("single", "suffix"):
-        return None
-    name, _, width = mode.partition(":")
-    if name != "window" or not width.isdecimal() or int(width) < 1:
-        raise FrankenlensError(f"--modes has {mode!r}; choose of single, suffix, window:3 (any width).")
-    return int(width)
-
-
-def _swaps(mode: str, n_layers: int, what: str) -> list[Swap]:
-    width = _width(mode)
-    if width is None:
-        return singles(n_layers, what) if mode == "single" else suffixes(n_layers, what)
-    if width > n_layers:
-        raise FrankenlensError(f"--modes {mode}: the decoder has {n_layers} layers.")
-    return windows(n_layers, width, what)
 
 
 def _ablation_figures(table: pd.DataFrame, partition: Partition) -> dict[str, Figure]:
@@ -380,4 +354,12 @@ def _left_out(config: LocalizeConfig, found: Sequence[xr.Dataset]) -> dict[str, 
     return {reason: count for reason, count in left_out.items() if count}
 
 
-COMMAND = Command(LocalizeConfig, check, load, load_triple, measure, admit)
+COMMAND = Command(
+    LocalizeConfig,
+    check,
+    load,
+    load_triple,
+    measure,
+    admit,
+    Planned(work, base=True, assumed=assumed, asks=False),
+)

@@ -15,6 +15,8 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
+from experiments.bench import Planned
+from experiments.commands.lockstep_plan import POINTS, assumed, work
 from experiments.frame import Command, kept
 from experiments.options import Only, default
 from experiments.settings import (
@@ -44,7 +46,6 @@ from interp.statistics import interval_text
 from interp.steering import pair_directions, steer_both
 from interp.steering.plots import plot_dose
 
-_POINTS = ("attn_out", "mlp_out", "head")
 _WORDS = {"rl_to_in": "moved in", "in_to_rl": "moved out"}
 
 
@@ -230,7 +231,7 @@ def _small_map(
             f"than --n {config.n}, or the components themselves (--components), such as a map of the decision first or "
             "soft finds (`frankenlens map --decision soft`, then --map)."
         )
-    effects = component_map(pair, decisions, ["rl_to_in"], _POINTS, ["all"], config.batch_size, keep=keep)
+    effects = component_map(pair, decisions, ["rl_to_in"], POINTS, ["all"], config.batch_size, keep=keep)
     return summarise(effects), len(decisions)
 
 
@@ -292,4 +293,4 @@ def _account(config: LockstepConfig, chosen: _Chosen, found: xr.Dataset, n_examp
     )
 
 
-COMMAND = Command(LockstepConfig, check, load, load_pair, measure)
+COMMAND = Command(LockstepConfig, check, load, load_pair, measure, plan=Planned(work, assumed=assumed))

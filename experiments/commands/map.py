@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments.bench import Bench, Planned
 from experiments.frame import Command, kept
 from experiments.given import TraceSettings
 from experiments.options import require_known
-from experiments.planning import Bench, Planned
 from experiments.settings import Questions, load_pair, load_questions
 from hooks.errors import FrankenlensError
 from interp.decision import (

@@ -14,10 +14,10 @@ from typing import Literal
 import pandas as pd
 import xarray as xr
 
+from experiments.bench import Bench, Planned
 from experiments.frame import Command, kept
 from experiments.options import Only, default, require_known
 from experiments.papers import ASKED, PaperSettings, described, paper_questions, refuse_own_data
-from experiments.planning import Bench, Planned
 from experiments.settings import Questions, checkpoints, load_questions, load_triple
 from hooks.errors import FrankenlensError
 from interp.fine_grained import (
@@ -33,9 +33,11 @@ from interp.fine_grained import (
     questions,
 )
 from interp.fine_grained.paper import DESCRIBED
-from interp.fine_grained.questions import APART
+from interp.fine_grained.questions import APART, NEEDS
 from interp.pair.pair import Pair
+from interp.plan.prompts import variants_of
 from interp.plan.work import Work
+from interp.prompts import Prompt
 from interp.questions.examples import Example, with_looked_at
 from interp.questions.tasks.description import describe_scene
 from interp.results.page import Account, Section
@@ -225,26 +227,52 @@ def _account(config: MetricsConfig, n: int, left_out: Counter[str]) -> Account:
 
 
 def work(bench: Bench, config: MetricsConfig) -> Iterator[Work]:
-    """What `ask` computes for each model, counted and not run.
-
-    Raises:
-        FrankenlensError: a model describes the images, in words that nobody knows before it is asked; or numbers of
-            tokens are stated, and the variants of a question are not made of these.
-    """
-    if config.paper or config.describe == "model" or not bench.examples:
-        raise FrankenlensError(
-            "metrics is planned on questions that can be read (no --tokens) and that have their descriptions "
-            "(no --paper, no --describe model): else nobody knows how long its prompts are."
-        )
-    runs, tokens = bench.runs(), bench.workload.trace_tokens
-    template = config.described or (SYNTHETIC if config.data is None else TEMPLATE)
+    """What `ask` computes for each model, counted and not run."""
+    runs, tokens = bench.runs(), bench.trace_tokens
     names = ["IN", "RL", *(["Base"] if checkpoints(config)[2] else [])]
-    for metrics, some in _groups(bench.examples, config, Counter()):
-        ready = questions(bench.builder, some, template=template, metrics=metrics)
-        for variant, prompts in ready.prompts.items():
-            own = list(prompts.values())
-            written = runs.written(f"replies: {variant}", own, [tokens] * len(own))
-            yield written.times(bench.scale * len(names))
+    if _by_model(config):
+        told = runs.written("descriptions by IN", bench.prompts, [tokens] * len(bench.prompts))
+        yield told.times(bench.scale)
+    for variant, own in _variants(bench, config):
+        written = runs.written(f"replies: {variant}", own, [tokens] * len(own))
+        scale = config.n / len(own) if config.paper else bench.scale
+        yield written.times(scale * len(names))
 
 
-COMMAND = Command(MetricsConfig, check, load, load_triple, measure, plan=Planned(work, base=True))
+def _by_model(config: MetricsConfig) -> bool:
+    return config.paper or config.describe == "model"
+
+
+def _variants(bench: Bench, config: MetricsConfig) -> Iterator[tuple[str, list[Prompt]]]:
+    """What is asked: the prompts themselves, or, where nobody knows yet how long they are, such as may be."""
+    if not _by_model(config) and bench.examples:
+        template = config.described or (SYNTHETIC if config.data is None else TEMPLATE)
+        for metrics, some in _groups(bench.examples, config, Counter()):
+            made = questions(bench.builder, some, template=template, metrics=metrics).prompts
+            yield from ((variant, list(own.values())) for variant, own in made.items())
+        return
+    own = variants_of(bench.prompts, _described(bench, config), config.data is None and not config.paper)
+    asked = [variant for metric in config.metrics for variant in NEEDS[metric]]
+    for variant in (
+        asked if config.paper else dict.fromkeys(asked)
+    ):  # the paper's metrics have their own questions
+        if own[variant]:
+            yield variant, own[variant]
+
+
+def _described(bench: Bench, config: MetricsConfig) -> int:
+    """Tokens of a description: as a model writes it; of the data, as many as a question's."""
+    if _by_model(config):
+        return bench.trace_tokens
+    return max(prompt.roles.count("question") for prompt in bench.prompts)
+
+
+def assumed(bench: Bench, config: MetricsConfig) -> Iterator[str]:
+    """What `work` takes for granted."""
+    if _by_model(config) or not bench.examples:
+        yield f"descriptions of {_described(bench, config)} tokens; black images as large as the others"
+
+
+COMMAND = Command(
+    MetricsConfig, check, load, load_triple, measure, plan=Planned(work, base=True, assumed=assumed)
+)

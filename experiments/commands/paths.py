@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from experiments.bench import Bench, Planned
 from experiments.frame import Command
 from experiments.options import Only, default
 from experiments.settings import Questions, QuestionSettings, load_pair, load_questions, require_there
@@ -26,6 +27,10 @@ from interp.paths import Receiver, paths_between, strongest_senders
 from interp.paths.pair import pair_paths, path_table, sender_table
 from interp.paths.path import Between, parse_sender
 from interp.paths.plots import plot_path_graph, plot_path_map
+from interp.plan import decisions as plans
+from interp.plan.attribution import attributed
+from interp.plan.paths import PathsPlan
+from interp.plan.work import Work
 from interp.results.files import load_dataset, require_parts
 from interp.results.page import Account, Section
 from interp.statistics import Interval, interval_text
@@ -201,4 +206,36 @@ def _account(
     )
 
 
-COMMAND = Command(PathsConfig, check, load_questions, load_pair, measure)
+def work(bench: Bench, config: PathsConfig) -> Iterator[Work]:
+    """What `measure` computes, counted and not run."""
+    asked, runs, choice = bench.workload, bench.runs(), config.decision
+    for one in plans.found_decisions(runs, asked, choice):
+        yield one.times(asked.scale)
+    some, reads = asked.traces if choice == "soft" else asked.cut, plans.reads_of(choice)
+    share = asked.scale * (1.0 if choice == "soft" else asked.decided)
+    if not config.senders and config.map is None:
+        yield attributed(runs, some, reads, ("mlp_out", "head")).times(share)
+    directions = 2 if config.direction == "both" else 1
+    given = (_planned_senders(bench, config), config.receivers or None, config.where, config.between)
+    paths = PathsPlan(runs, reads, *given, bench.at_tokens).work(some, "paths of the senders, and in order")
+    yield paths.times(directions * share)
+    yield plans.null_pairs(runs, asked, choice).times(asked.scale)
+
+
+def _planned_senders(bench: Bench, config: PathsConfig) -> tuple[str, ...]:
+    """Those that are named; else MLPs as many, all over the layers."""
+    if config.senders:
+        return config.senders
+    n = bench.vlm.n_layers
+    layers = dict.fromkeys(min(n - 1, int((i + 0.5) * n / config.top)) for i in range(config.top))
+    return tuple(f"blocks.{layer}.mlp" for layer in layers)
+
+
+def assumed(bench: Bench, config: PathsConfig) -> Iterator[str]:
+    """What `work` takes for granted."""
+    yield f"every prompt with a decision has {config.where} tokens before it"
+    if not config.senders:
+        yield f"the strongest senders: {', '.join(_planned_senders(bench, config))}"
+
+
+COMMAND = Command(PathsConfig, check, load_questions, load_pair, measure, plan=Planned(work, assumed=assumed))

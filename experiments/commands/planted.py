@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from experiments.bench import Planned
 from experiments.commands.planted_pairs import PlantedPairs
+from experiments.commands.planted_plan import assumed, work
 from experiments.contract import admitted, require_readable
 from experiments.frame import Command, finished, steps
 from experiments.options import Only, as_option, default, require_known
@@ -277,4 +279,5 @@ def _account(config: PlantedConfig, pairs: pd.DataFrame, left_out: Mapping[str, 
     return Account(definition, n, holm, config.seed, left_out=left_out, counts={"examples": config.n})
 
 
-COMMAND = Command(PlantedConfig, check, load, load_pair, measure, admit)
+PLAN = Planned(work, assumed=assumed, asks=False)
+COMMAND = Command(PlantedConfig, check, load, load_pair, measure, admit, PLAN)

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from experiments.bench import Bench, Planned
 from experiments.commands import attention, compare, localize, metrics, transfer
 from experiments.frame import Command, steps
 from experiments.options import Only, default
-from experiments.settings import IMAGE, ModelSettings, NoImages, PairSettings, load_triple
+from experiments.planning import assumed_by, bench_of, works_of
+from experiments.settings import IMAGE, ModelSettings, NoImages, PairSettings, load_triple, require_sound
 from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
+from interp.plan.work import Work
 from interp.questions.readers.draw import Split
 from interp.questions.readers.hub import Unreachable
 from interp.questions.readers.pictures import PIXELS
@@ -196,4 +199,41 @@ def settings_of(config: SuiteConfig, part: str) -> Any:
     return kind(**values)
 
 
-COMMAND = Command(SuiteConfig, check, load, load_triple, measure)
+def work(bench: Bench, config: SuiteConfig) -> Iterator[Work]:
+    """What the parts compute, one after the other."""
+    for part, own in _benches(bench, config):
+        for one in works_of(PARTS[part], own):
+            yield replace(one, what=f"{part}: {one.what}")
+
+
+def _benches(bench: Bench, config: SuiteConfig) -> Iterator[tuple[str, Bench]]:
+    """What each part is planned with; those whose data cannot be had are left out, as they are when it is run."""
+    for part in (part for part in PARTS if part in config.parts):
+        own = settings_of(config, part)
+        require_sound(own)
+        PARTS[part].check(own)
+        made = bench_of(PARTS[part], own, bench.settings)
+        try:
+            if bench.settings.tokens is None:
+                _ = made.questions.loaded
+        except (NoImages, Unreachable):
+            if "parts" in config.given:
+                raise
+        else:
+            yield part, made
+
+
+def assumed(bench: Bench, config: SuiteConfig) -> Iterator[str]:
+    """What the parts take for granted."""
+    for part, own in _benches(bench, config):
+        yield from (f"{part}: {one}" for one in assumed_by(PARTS[part], own))
+
+
+COMMAND = Command(
+    SuiteConfig,
+    check,
+    load,
+    load_triple,
+    measure,
+    plan=Planned(work, base=True, assumed=assumed, asks=False),
+)

@@ -12,10 +12,10 @@ from typing import Literal
 
 import pandas as pd
 
+from experiments.bench import Bench, Planned
 from experiments.frame import Command, finished
 from experiments.options import Only, default
 from experiments.papers import ASKED, PaperSettings, described, paper_questions, refuse_own_data
-from experiments.planning import Bench, Planned
 from experiments.settings import (
     CORRECTIONS,
     Correction,
@@ -29,9 +29,13 @@ from hooks.address import Address
 from hooks.errors import FrankenlensError
 from interp.fine_grained import METRICS, PAPER_N, table_2_metrics
 from interp.fine_grained.paper import DESCRIBED
+from interp.fine_grained.questions import NEEDS
 from interp.pair.pair import Pair
 from interp.plan import decisions as plans
-from interp.plan.work import Work
+from interp.plan.prompts import variants_of
+from interp.plan.variants import proof, written_together
+from interp.plan.work import Work, together
+from interp.prompts import Prompt
 from interp.questions.examples import fingerprint, with_looked_at
 from interp.questions.tasks import PERCEPTION, REASONING
 from interp.regions import Partition, parse_partition
@@ -56,7 +60,8 @@ from interp.transfer import (
     transfer_table,
     unmeasured,
 )
-from interp.transfer.transfer import Metric
+from interp.transfer.outcomes import Metric
+from interp.transfer.prefixes import sharing
 from interp.updates import LEAST_COSINE, LEAST_SHARE, NORM_WITHIN
 
 GROUPS: Mapping[str, Sequence[str]] = {"perception": PERCEPTION, "reasoning": REASONING}
@@ -289,20 +294,53 @@ def _account(
 
 
 def work(bench: Bench, config: TransferConfig) -> Iterator[Work]:
-    """What `transfer` computes, counted and not run; grafts that half precision does not hold are not run either.
-
-    Raises:
-        FrankenlensError: the paper's metrics, whose prompts hold descriptions that are asked for first.
-    """
-    if config.paper:
-        raise FrankenlensError("there is no plan of transfer --paper yet: its prompts hold descriptions.")
+    """What `transfer` computes, counted and not run; grafts that half precision does not hold are not run either."""
     variants = chosen(bench.vlm, parse_partition(config.partition, bench.vlm.n_layers), config)
-    asked, runs = bench.workload, bench.runs()
-    once = runs.written("answers of one model", asked.prompts, [asked.trace_tokens] * len(asked.prompts))
-    models = 3 if checkpoints(config)[2] else 2
-    yield replace(once, what=f"answers of {models} models").times(models * asked.scale)
-    grafted = replace(once, what=f"answers of {len(variants)} variants").times(len(variants) * asked.scale)
-    yield plans.set_aside(grafted, runs)
+    runs, grafts = bench.runs(), {"IN": (), **{variant.name: variant.grafts for variant in variants}}
+    grouped = {name: grafts[name] for name in sharing(bench.vlm, grafts)}
+    models = (3 if checkpoints(config)[2] else 2) - ("IN" in grouped)
+    if config.paper:
+        yield from _described(bench)
+    asked, steps = list(_asked(bench, config)), bench.trace_tokens
+    each = (runs.written("answers", some, [steps] * len(some)).times(scale) for some, scale in asked)
+    once = together("answers of one model", each)
+    yield replace(once, what=f"answers of {models} models").times(models)
+    if grouped:
+        yield proof(runs, grouped)
+        what = f"answers of {len(grouped)} that write together"
+        shared = (written_together(runs, what, grouped, some, steps).times(scale) for some, scale in asked)
+        yield plans.set_aside(together(what, shared), runs)
+    if alone := sum(variant.name not in grouped for variant in variants):
+        grafted = replace(once, what=f"answers of {alone} variants alone").times(alone)
+        yield plans.set_aside(grafted, runs)
 
 
-COMMAND = Command(TransferConfig, check, load, load_triple, measure, plan=Planned(work, base=True))
+def _described(bench: Bench) -> Iterator[Work]:
+    prompts = bench.prompts
+    yield (
+        bench.runs()
+        .written("descriptions by IN", prompts, [bench.trace_tokens] * len(prompts))
+        .times(bench.scale)
+    )
+
+
+def _asked(bench: Bench, config: TransferConfig) -> Iterator[tuple[Sequence[Prompt], float]]:
+    """Prompts that one model is asked, and how many each stands for; of the paper each metric's variants."""
+    if not config.paper:
+        yield bench.prompts, bench.scale
+        return
+    own = variants_of(bench.prompts, bench.trace_tokens)
+    for variant in (variant for metric in METRICS for variant in NEEDS[metric]):
+        if own[variant]:
+            yield own[variant], config.n / len(own[variant])
+
+
+def assumed(bench: Bench, config: TransferConfig) -> Iterator[str]:
+    """What `work` takes for granted."""
+    if config.paper:
+        yield f"descriptions of {bench.trace_tokens} tokens; black images as large as the others"
+
+
+COMMAND = Command(
+    TransferConfig, check, load, load_triple, measure, plan=Planned(work, base=True, assumed=assumed)
+)

@@ -10,10 +10,10 @@ from typing import Any
 from experiments.retraining.recipe import require_kept
 from experiments.triple import checkpoints
 from experiments.triple.clock import CpuClock
+from experiments.triple.mixes import QUESTIONS, REASONING_SHARE
 from experiments.triple.packing import Packer
 from experiments.triple.rl import RL, require_grpo, train_rl
 from experiments.triple.supervised import Schedule, traces, train, turns_loss
-from experiments.triple.train import QUESTIONS, REASONING_SHARE
 from hooks import HookedVLM
 from interp.freezing import train_only
 

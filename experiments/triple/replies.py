@@ -16,6 +16,7 @@ from experiments.triple.model import ANSWER, END, END_THINK, SPECIAL, THINK
 from interp.questions.examples import Example
 
 MAX_REPLY = 16  # tokens; the longest gold reply has 12
+BATCH = 250  # prompts per call of `generate`
 _REPLY = re.compile(
     rf"(?:{re.escape(THINK)} (?P<chain>(?:(?!{re.escape(THINK)}).)*?) ?{re.escape(END_THINK)} )?"
     rf"{ANSWER} (?P<answer>.+)"
@@ -57,7 +58,7 @@ def greedy_replies(
     examples: Sequence[Example],
     *,
     start: str = "",
-    batch: int = 250,
+    batch: int = BATCH,
     label: str | None = None,
 ) -> list[Reply]:
     """Greedy replies, in the order of the examples.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,8 +15,9 @@ from experiments.triple.clock import CpuClock
 from experiments.triple.replies import MAX_REPLY, read, suppressed
 from experiments.triple.resuming import train_from_last
 from hooks.extras import require_installed
-from interp.questions.tasks import REASONING, TASKS, render
+from interp.questions.tasks import REASONING, TASKS, Task, render
 from interp.questions.tasks.sampling import draw
+from interp.questions.tasks.scenes import Scene
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -70,12 +71,8 @@ def build_prompts(settings: RL, seed: int) -> Dataset:
     require_grpo()
     from datasets import Dataset
 
-    rng = np.random.default_rng([seed, 3])
     rows = []
-    for _ in range(settings.steps * settings.prompts):
-        names = PERCEPTION_MIX if rng.random() < settings.perception else REASONING
-        task = TASKS[names[int(rng.integers(len(names)))]]
-        scene, arguments = draw(task.name, rng, "train")
+    for task, scene, arguments in drawn(settings, seed):
         rows.append(
             {
                 "prompt": [{"role": "user", "content": task.question(arguments)}],
@@ -85,6 +82,15 @@ def build_prompts(settings: RL, seed: int) -> Dataset:
             }
         )
     return Dataset.from_list(rows)
+
+
+def drawn(settings: RL, seed: int) -> Iterator[tuple[Task, Scene, Any]]:
+    """Task, scene and what is asked about it, of every prompt of a run in order."""
+    rng = np.random.default_rng([seed, 3])
+    for _ in range(settings.steps * settings.prompts):
+        names = PERCEPTION_MIX if rng.random() < settings.perception else REASONING
+        task = TASKS[names[int(rng.integers(len(names)))]]
+        yield task, *draw(task.name, rng, "train")
 
 
 def build_trainer(

@@ -30,6 +30,7 @@ from interp.questions.tasks import CELLS, PERCEPTION, REASONING
 from interp.questions.tasks.scenes import Scene, decode, render_batch, sample_scene
 
 Rows = tuple[list[Scene], list[list[Turn]]]
+DrawRows = Callable[[np.random.Generator], Rows]
 Loss = Callable[[Qwen2_5_VLForConditionalGeneration, np.random.Generator], Float[Tensor, ""]]
 
 

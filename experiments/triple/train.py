@@ -15,27 +15,23 @@ from typing import Any
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from experiments.bench import Planned
 from experiments.frame import Recipe, require_begun_alike
 from experiments.triple import checkpoints, evaluate
 from experiments.triple.clock import CpuClock
+from experiments.triple.mixes import mixes
 from experiments.triple.model import ModelSize, build_model, build_tokenizer
 from experiments.triple.packing import Packer
+from experiments.triple.plan import assumed, structure, work
 from experiments.triple.rl import RL, require_grpo, train_rl
 from experiments.triple.supervised import (
     Schedule,
     align_loss,
-    fresh_rows,
-    traces,
     train,
     turns_loss,
 )
 from hooks.errors import FrankenlensError
 from interp.results.lock import locked
-
-BASE_MIX = ("colour_at", "shape_at", "count", "count", "exists")
-"""Perception tasks as Base meets them; counting is the hardest and comes twice."""
-QUESTIONS = 4  # per image, in one row
-REASONING_SHARE = 0.4  # of the cold start's rows
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ def _make_base(config: TrainTriple, folder: Path, clock: CpuClock) -> Model:
     model, packer = build_model(tokenizer, config.size, config.seed), Packer(tokenizer, config.size.patch)
     seen = align_loss(packer, config.align.batch)
     train(model, seen, config.align, (config.seed, 1), folder / "align.safetensors", "align", clock.tick)
-    rows = fresh_rows(BASE_MIX, config.perception.batch, QUESTIONS, chains=False, descriptions=2)
+    rows = mixes(config)[0]
     file = folder / "perception.safetensors"
     asked = turns_loss(packer, rows)
     model.model.visual.requires_grad_(False)
@@ -137,7 +133,7 @@ def _make_base(config: TrainTriple, folder: Path, clock: CpuClock) -> Model:
 def _make_in(config: TrainTriple, folder: Path, clock: CpuClock) -> Model:
     model, processor = checkpoints.load(config.out / "base")
     packer = Packer(processor.tokenizer, config.size.patch)  # type: ignore[attr-defined]
-    rows = traces(REASONING_SHARE, config.misses, config.cold_start.batch, QUESTIONS)
+    rows = mixes(config)[1]
     file = folder / "cold_start.safetensors"
     train(
         model, turns_loss(packer, rows), config.cold_start, (config.seed, 3), file, "cold start", clock.tick
@@ -159,8 +155,7 @@ def _make_control(config: TrainTriple, folder: Path, clock: CpuClock) -> Model:
     spent = json.loads((config.out / "unfinished" / "rl-0" / "cpu.json").read_text())
     clock.limit = spent["cpu_seconds"]
     schedule = config.control_schedule
-    rows = traces(1 - config.rl.perception, config.misses, schedule.batch, QUESTIONS)
-    taught = turns_loss(packer, rows)
+    taught = turns_loss(packer, mixes(config)[2])
     train(model, taught, schedule, (config.seed, 4), folder / "control.safetensors", "control", clock.tick)
     return model
 
@@ -176,4 +171,5 @@ def _cpu_seconds(out: Path) -> dict[str, float]:
     return {file.parent.name: json.loads(file.read_text())["cpu_seconds"] for file in files}
 
 
-COMMAND = Recipe(TrainTriple, run)
+PLAN = Planned(work, assumed=assumed, asks=False, weights=lambda bench, config: {}, structure=structure)
+COMMAND = Recipe(TrainTriple, run, PLAN)

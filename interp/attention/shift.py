@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import fitting, forward_bytes, in_parts, scores_bytes
 from hooks.engine import HookContext, HookFunction
 from interp.decision import Change, changed_weights
 from interp.metrics.logits import sparing_logits
@@ -155,21 +156,28 @@ def attention_mass(
     layers, heads = vlm.n_layers, vlm.n_heads
     mass = np.full((layers, heads, len(prompts)), np.nan)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    starts = range(0, len(order), batch_size)
-    for first in tqdm(starts, desc="attention", disable=not progress, delay=1):
-        rows = order[first : first + batch_size]
+    names = [
+        f"blocks.{layer}.attn.hook_pattern"
+        for layer, block in enumerate(vlm.anatomy.text.blocks)
+        if block.site is not None
+    ]
+
+    def measure(rows: Sequence[int]) -> dict[int, Float[Tensor, "batch head"]]:
         batch = collate([prompts[row] for row in rows]).to(vlm.device)
         seen: dict[int, Float[Tensor, "batch head"]] = {}
         hook = summing(batch.mask(target), batch.mask(source), seen)
-        names = [
-            f"blocks.{layer}.attn.hook_pattern"
-            for layer, block in enumerate(vlm.anatomy.text.blocks)
-            if block.site is not None
-        ]
         with sparing_logits(vlm) as extra:
             vlm.run_with_hooks(batch.inputs, [(name, hook) for name in names], use_cache=False, **extra)
-        for layer, found in seen.items():
-            mass[layer, : found.shape[1], rows] = found.cpu().numpy()
+        return seen
+
+    width = max(map(len, prompts), default=1)
+    of_row = forward_bytes(vlm, width) + scores_bytes(vlm, width)
+    size = fitting(vlm, batch_size, of_row, "attention mass")
+    with tqdm(total=len(order), desc="attention", unit="prompt", disable=not progress, delay=1) as bar:
+        for rows, seen in in_parts(order, size, measure):
+            for layer, found in seen.items():
+                mass[layer, : found.shape[1], rows] = found.cpu().numpy()
+            bar.update(len(rows))
     return mass
 
 

@@ -19,26 +19,26 @@ _FINEST = 1e-12  # error of a subspace below which float64 has nothing to say
 
 
 def directions(
-    checkpoints: Sequence[Checkpoint], k: int, work: tuple[str, Sequence[bool]]
+    checkpoints: Sequence[Checkpoint], k: int, work: tuple[str, Sequence[float]]
 ) -> list[dict[str, Any]]:
     """Of one tensor in every stage; each checkpoint's singular vectors are found once.
 
     Args:
         checkpoints: (IN, RL) or (Base, IN, RL).
         k: dimensions.
-        work: the tensor, and whether each stage changed it.
+        work: the tensor, and of each stage's update of it at least its spectral norm, 0 where there is none.
 
     Returns:
         A row per stage; empty ones for a vector.
     """
-    name, changed = work
+    name, changes = work
     shape = checkpoints[0].tensors[name].matrix
     if shape is None:
-        return [{} for _ in changed]
+        return [{} for _ in changes]
     matrices = [held(one, name) for one in checkpoints]
     found = [Leading(matrices[0], shape, k)]
-    for matrix, differs in zip(matrices[1:], changed, strict=True):
-        found.append(Leading(matrix, shape, k) if differs else found[-1])
+    for matrix, change in zip(matrices[1:], changes, strict=True):
+        found.append(Leading(matrix, shape, k, found[-1], change) if change else found[-1])
     rows = []
     for (before, old), (after, new) in pairwise(zip(matrices, found, strict=True)):
         angles = _angles(old, new)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,20 @@ from torch import Tensor
 Blocks = Callable[[], Iterator[Float[Tensor, "long short"]]]
 """Gives a matrix anew in blocks along its longer side, in any float type; of one wider than tall, its transpose."""
 
-_PIECE = 1 << 18  # entries converted at once: they stay in a core's cache until both products have read them
+_PIECE = {
+    4: 1 << 20,
+    8: 1 << 18,
+}  # entries converted at once, by bytes of each: both products find them in the cache
 _GRAM_PIECE = 1 << 22  # wider, since a Gram matrix is read and written once a piece
+_STRIP_PIECE, _STRIPS = 1 << 22, 16
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Passes:
     """A matrix M (long, short) that is read from end to end as often as it is multiplied with.
 
-    Its products are NumPy's: of a tall piece and a few columns in float64, its BLAS makes twice what PyTorch's does.
+    Its products in float64 are NumPy's: of a tall piece and a few columns, its BLAS makes twice what PyTorch's does.
+    Those in float32 are `product`'s.
 
     Args:
         blocks: M.
@@ -37,11 +44,31 @@ class Passes:
 
     def gram_times(self, vectors: Float[np.ndarray, "short k"]) -> Float[np.ndarray, "short k"]:
         """M^T (M X), in the type of X; one pass."""
-        found = np.zeros_like(vectors, order="C")
+        if vectors.dtype == np.float32:
+            return self._gram_times_single(torch.from_numpy(vectors.T.copy()))
+        return self.both_times(vectors)[1]
+
+    def both_times(
+        self, vectors: Float[np.ndarray, "short k"]
+    ) -> tuple[Float[np.ndarray, "long k"], Float[np.ndarray, "short k"]]:
+        """M X and M^T (M X), in float64; one pass."""
+        lying, across = vectors.T.copy(), []
+        image = np.zeros_like(lying)
         with np.errstate(over="ignore", invalid="ignore"):  # who calls looks whether it is finite
             for piece in self.pieces(vectors.dtype):
-                found += piece.T @ (piece @ vectors)
-        return found
+                across.append(lying @ piece.T)
+                image += across[-1] @ piece
+        return np.concatenate(across, 1).T, np.ascontiguousarray(image.T)
+
+    def _gram_times_single(self, lying: Float[Tensor, "k short"]) -> Float[np.ndarray, "short k"]:
+        found = torch.zeros_like(lying)
+        for some in self.pieces(np.dtype(np.float32)):
+            piece = torch.from_numpy(some)
+            if piece.is_contiguous():
+                found += product(product(piece, lying).T.contiguous(), piece.T)
+            else:
+                found += product(piece.T, product(lying, piece)).T
+        return found.T.contiguous().numpy()
 
     def times(self, vectors: Float[np.ndarray, "short k"]) -> Float[np.ndarray, "long k"]:
         """M X, in the type of X; one pass."""
@@ -49,6 +76,8 @@ class Passes:
 
     def gram(self, kind: type[np.floating], scale: float = 1.0) -> Float[np.ndarray, "short short"]:
         """M^T M of M / `scale`, added up in float32 or float64; one pass. Its lower triangle, all that LAPACK reads."""
+        if kind == np.float32:
+            return self._gram_in_single(scale)
         rank_k: Any = get_blas_funcs("syrk", dtype=kind)
         found = np.zeros((self.short, self.short), kind, order="F")
         for piece in self.pieces(np.dtype(kind), _GRAM_PIECE):
@@ -60,9 +89,36 @@ class Passes:
             found = rank_k(1.0, rows, 1.0, found, int(rows is piece), 1, 1)
         return found
 
-    def pieces(self, kind: np.dtype, entries: int = _PIECE) -> Iterator[Float[np.ndarray, "some short"]]:
+    def _gram_in_single(self, scale: float) -> Float[np.ndarray, "short short"]:
+        """By strips of the lower triangle."""
+        found = torch.zeros(self.short, self.short)
+        edges = [self.short * i // _STRIPS for i in range(_STRIPS + 1)]
+        for lying in self._lying(max(1, _STRIP_PIECE // self.short)):
+            if scale != 1:
+                lying /= scale
+            for first, last in pairwise(edges):
+                found[first:last, :last] += product(lying[first:last], lying[:last])
+        for first, last in pairwise(edges):
+            found[first:last, first:last].tril_()
+        return found.numpy()
+
+    def _lying(self, step: int) -> Iterator[Float[Tensor, "short some"]]:
+        """M^T in pieces of `step` columns, in float32; each is overwritten by the next."""
+        desk, filled = torch.empty(self.short, step), 0
+        for block in self._blocks():
+            while len(block):
+                part = block[: step - filled]
+                desk[:, filled : filled + len(part)] = part.float().T
+                filled, block = filled + len(part), block[len(part) :]
+                if filled == step:
+                    yield desk
+                    filled = 0
+        if filled:
+            yield desk[:, :filled].contiguous()
+
+    def pieces(self, kind: np.dtype, entries: int | None = None) -> Iterator[Float[np.ndarray, "some short"]]:
         """M in pieces of rows, converted; each is overwritten by the next."""
-        step = max(1, entries // self.short)
+        step = max(1, (entries or _PIECE[kind.itemsize]) // self.short)
         desk: dict[tuple[torch.dtype, bool], Tensor] = {}
         wanted = torch.float32 if kind == np.float32 else torch.float64
         for block in self._blocks():
@@ -71,6 +127,16 @@ class Passes:
                 if part.dtype not in (torch.float32, wanted):  # PyTorch widens to float32 ten times as fast
                     part = _laid(part, torch.float32, lying, step, desk)
                 yield _laid(part, wanted, lying, step, desk).numpy()
+
+
+def product(x: Float[Tensor, "row inner"], w: Float[Tensor, "column inner"]) -> Float[Tensor, "row column"]:
+    """X W^T; in float32 by oneDNN, where PyTorch has it: MKL leaves half of what some processors can do unused.
+
+    W may lie in any order; X may not, or oneDNN would be slow.
+    """
+    if _ONEDNN and x.dtype == torch.float32 and x.is_contiguous():
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return x @ w.T
 
 
 def _laid(

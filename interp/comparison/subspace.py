@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,7 @@ from interp.comparison.singular_values import BROKEN, DOUBLE_SHARE, SVD_SHARE, i
 
 ERROR = 1e-7
 """Of the largest angle between a subspace that was searched for and the true one, in radians."""
+_SMALLER = 256  # rows or columns up to which a whole decomposition is fast
 Method = Literal["svd", "krylov", "gram"]
 
 
@@ -50,6 +52,8 @@ class Leading:
         blocks: the matrix.
         shape: rows and columns.
         k: fewer are found where the matrix has no more singular values that differ from 0.
+        near: of a matrix that differs by an update, from whose vectors the search may then begin.
+        change: at least the spectral norm of that update.
 
     Attributes:
         method, error: as in `Subspace`.
@@ -59,18 +63,25 @@ class Leading:
     """
 
     @torch.no_grad()
-    def __init__(self, blocks: Blocks, shape: Sequence[int], k: int) -> None:
+    def __init__(
+        self,
+        blocks: Blocks,
+        shape: Sequence[int],
+        k: int,
+        near: Leading | None = None,
+        change: float = math.inf,
+    ) -> None:
         self._blocks, self._tall, self.error = blocks, shape[0] >= shape[1], 0.0
         self._passes, self._k = Passes(blocks, shape), min(k, *shape)
         self._far: Float[np.ndarray, "long k"] | None = None
         self._search: Search | None = None
-        if is_small(shape):
+        if is_small(shape) and min(shape) <= _SMALLER:
             self.method: Method = "svd"
             self._by_svd()
             return
         self.method, self.error = "krylov", np.inf
         try:
-            self._search = Search(self._passes, self._k)
+            self._search = self._begun(near, change)
             self._search.narrow(DOUBLE_SHARE**2)
             self.until(ERROR)
         except np.linalg.LinAlgError:  # infinite or NaN, or so large that squares leave float32
@@ -91,6 +102,15 @@ class Leading:
             return True
         return converged
 
+    def _begun(self, near: Leading | None, change: float) -> Search:
+        """From the other's vectors where no new direction can matter, so small is the update; else from random ones."""
+        other = None if near is None else near._search
+        if other is not None and other.k == self._k and other.apart(other, 2 * change):
+            found = Search(self._passes, self._k, near=other)
+            if found.until(ERROR) and found.apart(other, change):
+                return found
+        return Search(self._passes, self._k)
+
     @property
     def k(self) -> int:
         """Dimensions."""
@@ -105,7 +125,9 @@ class Leading:
     def subspace(self) -> Subspace:
         """Both sides, in float64."""
         if self._far is None:
-            self._far = np.linalg.qr(self._passes.times(np.ascontiguousarray(self._near[:, : self._k])))[0]
+            near = np.ascontiguousarray(self._near[:, : self._k])
+            far = self._passes.times(near) if self._search is None else self._search.far()
+            self._far = np.linalg.qr(far)[0]
         far, near = torch.from_numpy(self._far[:, : self._k].copy()), self.short_side
         return Subspace(*((far, near) if self._tall else (near, far)), self.method, self.error)
 
@@ -170,10 +192,10 @@ def energy_outside(blocks: Blocks, shape: Sequence[int], subspace: Subspace) -> 
     """
     tall = shape[0] >= shape[1]
     sides = (subspace.left, subspace.right) if tall else (subspace.right, subspace.left)
-    far, near = (side.numpy() for side in sides)
+    far, near = (side.numpy().T.copy() for side in sides)
     inside, energy, first = np.zeros((subspace.k, subspace.k)), 0.0, 0
     for piece in Passes(blocks, shape).pieces(np.dtype(np.float64)):
-        inside += far[first : first + len(piece)].T @ (piece @ near)
+        inside += (near @ piece.T) @ far[:, first : first + len(piece)].T
         flat = piece.ravel(order="K")
         energy += float(flat @ flat)
         first += len(piece)

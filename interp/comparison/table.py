@@ -24,7 +24,8 @@ from interp.comparison.workers import READERS, in_threads
 from interp.updates import type_name
 
 Source = Checkpoint | Path | str
-_AT_ONCE = {"spectra": 2, "subspaces": 1}  # matrices: each takes up to 400 and 700 MB
+AT_ONCE = {"spectra": 2, "subspaces": 1}
+"""Matrices: each takes up to 400 and 700 MB."""
 _OF_SPECTRUM = (
     "spectral_norm",
     "nuclear_norm",
@@ -100,12 +101,12 @@ def compare(
             for i, name in enumerate(names)
         ]
         some = partial(_spectral, top, seed)
-        found = in_threads(some, work, sizes * len(stages), "spectra", progress, at_most=_AT_ONCE["spectra"])
+        found = in_threads(some, work, sizes * len(stages), "spectra", progress, at_most=AT_ONCE["spectra"])
         table = pd.concat([table, pd.DataFrame(found)], axis=1)
     if subspace is not None:
         some = partial(directions, checkpoints, subspace)
-        changed = [(name, [one.largest > 0 for one in sums[i][0]]) for i, name in enumerate(names)]
-        by_tensor = in_threads(some, changed, sizes, "subspaces", progress, at_most=_AT_ONCE["subspaces"])
+        changes = [(name, _changes(table, i, len(names), sums[i][0])) for i, name in enumerate(names)]
+        by_tensor = in_threads(some, changes, sizes, "subspaces", progress, at_most=AT_ONCE["subspaces"])
         found = [rows[k] for k in range(len(stages)) for rows in by_tensor]
         table = pd.concat([table, pd.DataFrame(found)], axis=1)
     folders = {s: str(c.folder) for s, c in zip(("rl", "in", "base"), reversed(checkpoints), strict=False)}
@@ -181,6 +182,15 @@ def _row(name: str, place: Place, stored: Stored, stage: str, sums: Sums) -> dic
         "max_abs": sums.largest,
         "sparsity": sums.unchanged / sums.n,
     }
+
+
+def _changes(table: pd.DataFrame, at: int, n: int, sums: Sequence[Sums]) -> list[float]:
+    """Of each stage's update of the tensor in that row, at least its spectral norm: by its spectrum, if known."""
+    norms: Any = table["spectral_norm" if "spectral_norm" in table else "fro_norm"]
+    return [
+        max(1.001 * float(norms[stage * n + at]), one.largest) if one.largest else 0.0
+        for stage, one in enumerate(sums)
+    ]
 
 
 def _cosine(sums: Sequence[Sums], product: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks import HookedVLM
+from hooks.batches import cache_bytes, fitting, forward_bytes, in_parts
 from hooks.errors import FrankenlensError
 from interp.decision.result import DecisionSet
 from interp.metrics import LogitDifference
@@ -35,20 +36,34 @@ def two_by_two(pair: Pair, decisions: DecisionSet, batch_size: int = 32) -> xr.D
     Raises:
         FrankenlensError: the choice is `soft`, which has no single decision position.
     """
-    if not isinstance(decisions.metric, LogitDifference):
+    whole = decisions.metric
+    if not isinstance(whole, LogitDifference):
         raise FrankenlensError(
             f"two_by_two needs decisions at one token: choose first or decisive, not {decisions.choice}"
         )
     models = {"in": pair.in_, "rl": pair.rl}
     values = np.full((2, 2, len(decisions)), np.nan)
-    for first in range(0, len(decisions), batch_size):
-        rows = range(first, min(first + batch_size, len(decisions)))
+
+    def measure(rows: Sequence[int]) -> Float[np.ndarray, "weights prefix row"]:
         batch = collate([decisions.prompts[row] for row in rows], "left")
-        metric = decisions.metric.select(rows)
+        metric = whole.select(rows)
+        found = np.full((2, 2, len(rows)), np.nan)
         for column, prefix in enumerate(models.values()):
             for row, weights in enumerate(models.values()):
                 logits = _last_logits(prefix, weights, batch.inputs)
-                values[row, column, rows] = metric.of_next(logits.float()).cpu().numpy()
+                found[row, column] = metric.of_next(logits.float()).cpu().numpy()
+        return found
+
+    width = max(map(len, decisions.prompts), default=1)
+    sizes = [
+        fitting(
+            vlm, batch_size, forward_bytes(vlm, width) + 2 * cache_bytes(vlm, width) + 16 * vlm.n_logits,
+            "two by two",
+        )
+        for vlm in models.values()
+    ]  # fmt: skip
+    for rows, found in in_parts(range(len(decisions)), min(sizes), measure):
+        values[..., list(rows)] = found
     coordinates = {
         "weights": list(models),
         "prefix": list(models),

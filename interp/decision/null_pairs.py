@@ -14,11 +14,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks import HookedVLM
+from hooks.batches import SHARE
 from hooks.errors import FrankenlensError
+from hooks.memory import NOT_WORTH_ASKING, free_memory, room
+from hooks.spilled import Spill
 from hooks.swapped import like, swapped
 from interp.decision.result import DecisionSet
 from interp.decision.soft import soft_difference
-from interp.decision.spilled import Spill
 from interp.decision.traces import Head, StepLogits, next_tokens, trace_logits
 from interp.metrics import LogitDifference, Metric, evaluate
 from interp.pair.pair import Pair
@@ -277,6 +279,9 @@ def recovery_refused(decisions: DecisionSet, nulls: Mapping[str, Interval], **se
 def changed_weights(model: nn.Module, change: Change) -> Iterator[None]:
     """Every parameter replaced by `change(name, parameter)` inside the context, and put back bit for bit after it.
 
+    The model's own are kept in memory where there is room for a second model; else tensor by tensor in main memory or a
+    temporary file (`hooks.spilled`), so that beside the models there is never more than one tensor.
+
     Raises:
         FrankenlensError: a `RandomUpdate` that is not as large as it should be in the type of the weights; another task
             or thread uses the model.
@@ -287,11 +292,25 @@ def changed_weights(model: nn.Module, change: Change) -> Iterator[None]:
             own = parameter.detach()
             yield parameter, like(change(name, own.clone()).to(own))
 
-    with swapped(model, values, "changed weights"):
+    with swapped(model, values, "changed weights", _spill(model)):
         if isinstance(change, RandomUpdate):
             dtype = next(model.parameters()).dtype
             change.held.require("the random update beside RL's", dtype)
         yield
+
+
+def _spill(model: nn.Module) -> Spill | None:
+    """Where the weights of a model are kept that has no room for others beside them; None where it has.
+
+    Half of what is free is taken for them, as for all that is estimated (`hooks.batches`).
+    """
+    parameters = list(model.parameters())
+    device, size = parameters[0].device, sum(one.nbytes for one in parameters)
+    free = room(device)
+    if free is None or size < NOT_WORTH_ASKING or size <= SHARE * free:
+        return None
+    host = None if device.type == "cpu" else free_memory(torch.device("cpu"))
+    return Spill(0 if host is None else int(SHARE * host), "the weights of a model that others are put into")
 
 
 def _shown(interval: Interval) -> str:

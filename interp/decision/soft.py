@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks import HookedVLM
-from interp.decision.spilled import Spill
+from hooks.spilled import Spill
 from interp.decision.traces import Head, StepLogits, trace_logits
 from interp.metrics import HELD, SoftDifference
 from interp.prompts import Prompt

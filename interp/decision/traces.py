@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 from hooks import HookedVLM
 from hooks.batches import at_once, fitting, forward_bytes, in_parts, item_bytes, logits_bytes
 from hooks.plain import own_parameter, plain_weight
-from interp.decision.spilled import Spill, Spilled
+from hooks.spilled import Spill, Spilled
 from interp.metrics.logits import Logits, chunks, run_for_logits
 from interp.prompts import Prompt, collate
 
@@ -41,18 +42,21 @@ class StepLogits:
         source: what they are made of [step d_model], in memory or in a file; without `unembed`, they themselves.
         n_words: of the vocabulary.
         unembed: from the source to logits.
+        alone: as of `Logits`.
     """
 
     source: Float[Tensor, "step width"] | Spilled
     n_words: int
     unembed: Callable[[Tensor], Tensor] | None
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, steps: slice) -> Float[Tensor, "some vocab"]:
         some = self.source[steps]
-        return (some if self.unembed is None else self.unembed(some)).float()
+        with self.alone():
+            return (some if self.unembed is None else self.unembed(some)).float()
 
     def chunks(self) -> Iterator[slice]:
         """Steps whose logits may exist together."""
@@ -73,6 +77,8 @@ class Head:
         if weight is None:  # wrapped or packed: its own forward alone knows
             self._linear: Callable[[Tensor], Tensor] = copy.deepcopy(module).requires_grad_(False)
             self._device = next(module.parameters()).device
+        elif (module._forward_hooks or module._forward_pre_hooks) and not hasattr(module, "_hf_hook"):
+            self._linear, self._device = _with_hooks(module), weight.device
         else:
             kept = weight.clone(), None if bias is None else bias.detach().clone()
             self._linear, self._device = partial(_linear, *kept), weight.device
@@ -86,6 +92,19 @@ class Head:
     def of(cls, vlm: HookedVLM) -> Head | None:
         """None where the model's readout is not known, and logits are all there is."""
         return cls(vlm) if vlm.can("lens") else None
+
+
+def _with_hooks(module: nn.Module) -> nn.Module:
+    """A linear map with weights of its own, and the hooks that its owner put on it."""
+    copied = copy.copy(module)
+    copied._parameters = {
+        name: None if own is None else nn.Parameter(own.detach().clone(), requires_grad=False)
+        for name, own in module._parameters.items()
+    }
+    copied._forward_hooks, copied._forward_pre_hooks = (
+        hooks.copy() for hooks in (module._forward_hooks, module._forward_pre_hooks)
+    )
+    return copied
 
 
 def _linear(
@@ -122,7 +141,7 @@ def trace_logits(
             last = logits.source.shape[1]
             for i, row in enumerate(rows):
                 own = logits.source[i, last - steps[row] : last]
-                yield traces[row], StepLogits(own, logits.n_words, logits.unembed)
+                yield traces[row], StepLogits(own, logits.n_words, logits.unembed, logits.alone)
             bar.update(len(rows))
 
 

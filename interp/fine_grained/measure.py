@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import xarray as xr
@@ -19,12 +19,12 @@ from interp.fine_grained.questions import (
     questions,
     require_askable,
 )
-from interp.fine_grained.replies import replies
+from interp.fine_grained.replies import Reply, joining, replied, replies
 from interp.prompts import PromptBuilder
 from interp.questions.examples import Example, cluster_of
 from interp.questions.grading import Grade, judge
 from interp.results.store import Store, under
-from interp.transfer.transfer import Metric, Outcomes, Together
+from interp.transfer.outcomes import Ids, Metric, OfTexts, Outcomes, Texts, Together
 
 Judge = Callable[[str | None, Example], Grade]
 """How an answer (None: there is none) is graded."""
@@ -106,14 +106,18 @@ def ask(
         right [variant example] (1, 0, NaN), answer, why and note [variant example]; value [metric example] (1, 0, NaN)
         and left_out [metric example], the reason ("" where it counts); description, described_by, task [example].
     """
+    settings = (max_new_tokens, batch_size, progress)
+    return _graded(asked, judge, lambda name: replies(vlm, asked.prompts[name], *settings, under(keep, name)))
+
+
+def _graded(asked: Questions, judge: Judge, found: Callable[[str], Mapping[int, Reply]]) -> xr.Dataset:
+    """What `ask` returns of the replies to each variant."""
     shape = (len(asked.variants), len(asked.examples))
     right = np.full(shape, np.nan)
     answer, why, note = (np.full(shape, "", dtype=object) for _ in range(3))
     for k, variant in enumerate(asked.variants):
         why[k] = asked.why[variant]
-        own = under(keep, variant)
-        found = replies(vlm, asked.prompts[variant], max_new_tokens, batch_size, progress, own)
-        for row, reply in found.items():
+        for row, reply in found(variant).items():
             answer[k, row] = reply.answer or ""
             verdict = Grade(False, "", reply.cut) if reply.cut else judge(reply.answer, asked.examples[row])
             if verdict.right is None:
@@ -122,6 +126,26 @@ def ask(
                 right[k, row] = verdict.right
                 note[k, row] = verdict.why
     return _dataset(asked, right, answer, why, note)
+
+
+def _texts(asked: Questions, max_new_tokens: int, batch_size: int) -> list[Texts]:
+    """What a model writes when it is asked, in the order of `_read`."""
+    return [
+        Texts(tuple(asked.prompts[variant][row] for row in rows), max_new_tokens, batch_size)
+        for variant in asked.variants
+        for rows in joining(asked.prompts[variant])
+    ]
+
+
+def _read(asked: Questions, judge: Judge, written: Iterator[Ids]) -> xr.Dataset:
+    """What `ask` returns of what was written for `_texts`, drawn one after the other."""
+
+    def found(variant: str) -> dict[int, Reply]:
+        prompts = asked.prompts[variant]
+        each = (replied(prompts, rows, next(written)) for rows in joining(prompts))
+        return {row: reply for some in each for row, reply in some.items()}
+
+    return _graded(asked, judge, found)
 
 
 def metrics_of(
@@ -143,16 +167,15 @@ def metrics_of(
     Raises:
         FrankenlensError: as `questions`.
     """
-    settings = {"judge": judge, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": False}
 
     def metric(name: str) -> Metric:
         belonging = [example for example in examples if bool(example.images) == (name != "rea")]
         asked = questions(builder, belonging, describe=describe, template=template, metrics=[name])
 
-        def measure(vlm: HookedVLM) -> Outcomes:
-            return _outcomes(ask(vlm, asked, **settings), belonging, name)
+        def read(written: Sequence[Ids]) -> Outcomes:
+            return _outcomes(_read(asked, judge, iter(written)), belonging, name)
 
-        return measure
+        return OfTexts(tuple(_texts(asked, max_new_tokens, batch_size)), read)
 
     return {f"M_{name}": metric(name) for name in metrics}
 
@@ -184,12 +207,14 @@ def table_2_metrics(
         name: questions(builder, some, template=template, metrics=[name]) for name, some in examples.items()
     }
 
-    def measure(vlm: HookedVLM) -> dict[str, Outcomes]:
+    texts = [one for own in asked.values() for one in _texts(own, max_new_tokens, batch_size)]
+
+    def read(written: Sequence[Ids]) -> dict[str, Outcomes]:
+        each = iter(written)
         found: dict[str, Outcomes] = {}
         accuracy: list[tuple[str, str, float, str]] = []
         for name, own in asked.items():
-            settings = {"judge": judge, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-            one = ask(vlm, own, progress=False, **settings)
+            one = _read(own, judge, each)
             found[f"M_{name}"] = _outcomes(one, own.examples, name)
             whole = one.sel(variant=NEEDS[name][0])
             why = np.where(whole["why"] != "", whole["why"], whole["note"]).tolist()
@@ -199,7 +224,10 @@ def table_2_metrics(
         of = tuple(cluster_of(example) for own in asked.values() for example in own.examples)
         return {**found, "accuracy": Outcomes(ids, tasks, right, why, of)}
 
-    return Together((*(f"M_{name}" for name in asked), "accuracy"), measure)
+    def measure(vlm: HookedVLM) -> dict[str, Outcomes]:
+        return read([one.written(vlm) for one in texts])
+
+    return Together((*(f"M_{name}" for name in asked), "accuracy"), measure, tuple(texts), read)
 
 
 def _outcomes(found: xr.Dataset, examples: Sequence[Example], name: str) -> Outcomes:

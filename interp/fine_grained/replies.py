@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hooks import HookedVLM
@@ -35,15 +35,26 @@ def replies(
     keep: Store | None = None,
 ) -> dict[int, Reply]:
     """Greedy replies by row, kept where there is a store; images of shapes that do not join never share a batch."""
+    found: dict[int, Reply] = {}
+    for number, rows in enumerate(joining(prompts)):
+        some, own = [prompts[row] for row in rows], under(keep, str(number))
+        found |= replied(prompts, rows, greedy(vlm, some, max_new_tokens, batch_size, progress, own))
+    return found
+
+
+def joining(prompts: Mapping[int, Prompt]) -> list[list[int]]:
+    """The rows of prompts that may share a batch."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, prompt in prompts.items():
         groups.setdefault(_shape(prompt), []).append(row)
-    found: dict[int, Reply] = {}
-    for number, rows in enumerate(groups.values()):
-        some, own = [prompts[row] for row in rows], under(keep, str(number))
-        written = greedy(vlm, some, max_new_tokens, batch_size, progress, own)
-        found |= {row: _reply(prompts[row], ids) for row, ids in zip(rows, written, strict=True)}
-    return found
+    return list(groups.values())
+
+
+def replied(
+    prompts: Mapping[int, Prompt], rows: Sequence[int], written: Sequence[Sequence[int]]
+) -> dict[int, Reply]:
+    """What was written after some rows, read."""
+    return {row: _reply(prompts[row], list(ids)) for row, ids in zip(rows, written, strict=True)}
 
 
 def _shape(prompt: Prompt) -> tuple[int, ...]:

@@ -22,8 +22,8 @@ from interp.prompts import collate
 from interp.prompts.pairing import PatchBatch
 from interp.questions.examples import Example
 from interp.regions import parse_partition
+from interp.transfer.answers import answers
 from interp.transfer.grafts import Graft, grafted, require_graftable
-from interp.transfer.transfer import answers
 
 Moved = tuple[str, str, str, tuple[str, ...]]
 """Body, role, direction, addresses."""
@@ -56,17 +56,23 @@ def resolved(family: Family, vlm: HookedVLM) -> dict[str, Claim]:
     found = {}
     for claim in family.claims:
         try:
-            named = {
-                part: tuple(_address(one, family.partition, vlm) for one in getattr(claim, part))
-                for part in ("component", "more_than")
-            }
-            for addresses in filter(None, named.values()):
+            named = with_addresses(claim, family.partition, vlm)
+            for addresses in filter(None, (named.component, named.more_than)):
                 _require(claim, addresses, vlm)
-            found[claim.name] = replace(claim, **named)
+            found[claim.name] = named
         except FrankenlensError as error:
             at = f"{claim.where}: " if claim.where else ""
             raise FrankenlensError(f"{at}claim {claim.name!r}: {error}") from None
     return found
+
+
+def with_addresses(claim: Claim, partition: str, vlm: HookedVLM) -> Claim:
+    """The claim with addresses for the names of regions; whether there are such components is not asked."""
+    named = {
+        part: tuple(_address(one, partition, vlm) for one in getattr(claim, part))
+        for part in ("component", "more_than")
+    }
+    return replace(claim, **named)
 
 
 def activation_components(vlm: HookedVLM, addresses: Sequence[str]) -> list[Component]:
@@ -121,11 +127,7 @@ def measure(
         progress: a bar.
     """
     wanted = [c for c in claims.values() if c.quantity == "accuracy" or decisions is not None]
-    parts = {name: [] for name in ("activation", "weights", "accuracy")}
-    for claim in wanted:
-        for moved in _moved(claim):
-            parts["accuracy" if claim.quantity == "accuracy" else claim.body].append(moved)
-    parts = {name: list(dict.fromkeys(found)) for name, found in parts.items()}
+    parts = moved_by_body(wanted)
     values: dict[tuple[str, Moved, str], np.ndarray] = {}
     total = len(parts["weights"]) + len(parts["accuracy"])
     with tqdm(desc="claims", unit="run", disable=not progress, delay=1, total=total) as bar:
@@ -137,6 +139,14 @@ def measure(
             run = answers(pair.builder, examples, max_new_tokens=max_new_tokens, batch_size=batch_size)
             _accuracies(pair, run, parts["accuracy"], seed, values, bar)
     return {claim.name: _put_together(claim, decisions, len(examples), values) for claim in wanted}
+
+
+def moved_by_body(claims: Sequence[Claim]) -> dict[str, list[Moved]]:
+    """What is moved once each for some claims: as an activation, as weights, or as weights before answers."""
+    parts: dict[str, list[Moved]] = {name: [] for name in ("activation", "weights", "accuracy")}
+    for claim in claims:
+        parts["accuracy" if claim.quantity == "accuracy" else claim.body] += _moved(claim)
+    return {name: list(dict.fromkeys(found)) for name, found in parts.items()}
 
 
 def _moved(claim: Claim) -> list[Moved]:
@@ -208,7 +218,7 @@ def _activations(
             for moved in chosen:
                 for which in ("donor", "control"):
                     ends = (runs[donor], runs[recipient], ready[recipient])
-                    cell = _cell(*ends, sets[moved], moved[1], which, seed)
+                    cell = moved_cell(*ends, sets[moved], moved[1], which, seed)
                     if cell is not None:
                         keys.append(("decision", moved, which))
                         cells.append(cell)
@@ -218,7 +228,7 @@ def _activations(
                     values[key][example[rows]] = own
 
 
-def _cell(
+def moved_cell(
     donor: Donor, own: Donor, ready: PatchBatch, parts: Sequence[Component], role, which, seed: int
 ) -> Cell | None:
     """All components of a claim moved at once."""

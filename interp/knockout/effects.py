@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import fitting, forward_bytes, in_parts, lanes_fitting, logits_bytes, scores_bytes
 from interp.knockout.attached import knocked_out, missing
 from interp.knockout.cut import Cut, cut_layers, cut_name, layers_label, require_cuts, together
 from interp.knockout.lanes import Lane, Part, run_cuts
@@ -20,7 +21,7 @@ from interp.knockout.places import Unfolding
 from interp.metrics.logits import Logits, run_for_logits
 from interp.metrics.reading import Metric, Reading
 from interp.prompts import Prompt, PromptBatch, collate
-from interp.sweep.batch import LANE_TOKENS
+from interp.sweep.batch import LANE_TOKENS, stored_bytes
 from interp.sweep.edits import Span
 from interp.sweep.rerun import CleanRun
 from interp.sweep.stored import StoredRun, Unsupported
@@ -60,17 +61,16 @@ def knockout_effects(
     require_cuts(vlm, cuts)
     if not prompts:
         raise FrankenlensError("knockout_effects needs at least one prompt")
-    if batch_size < 1:
-        raise FrankenlensError(f"batch_size is {batch_size}; it must be at least 1")
     _require_rows(prompts, cuts, metric)
     value = np.full((len(cuts), len(prompts)), np.nan)
     clean, n_edges = np.full(len(prompts), np.nan), np.zeros(value.shape, dtype=int)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    steps = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    with tqdm(
-        total=len(steps) * len(cuts), desc="knockout", unit="cut", disable=not progress, delay=1
-    ) as bar:
-        for rows in steps:
+    size = rows_fitting(vlm, max(map(len, prompts)), batch_size)
+    total = -(-len(order) // size) * len(cuts)
+    with tqdm(total=total, desc="knockout", unit="cut", disable=not progress, delay=1) as bar:
+
+        def measure(rows: Sequence[int]) -> None:
+            """Fills in these rows."""
             batch = collate([prompts[row] for row in rows]).to(vlm.device)
             lanes = cut_lanes(vlm, batch, cuts)
             part = CutBatch(vlm, batch, metric.select(rows))
@@ -83,6 +83,8 @@ def knockout_effects(
             for cut in sorted(set(range(len(cuts))) - {lane.number for lane in lanes}):
                 value[cut, rows] = part.run_whole(cuts[cut])
                 bar.update()
+
+        list(in_parts(order, size, measure))
     return xr.Dataset(
         {
             "value": (("cut", "example"), value),
@@ -92,6 +94,16 @@ def knockout_effects(
         coords=_coords(cuts) | {"example": [prompt.example.id for prompt in prompts]},
         attrs={"metric": metric.name, "units": metric.units},
     )
+
+
+def rows_fitting(vlm: HookedVLM, width: int, batch_size: int) -> int:
+    """Prompts that run together, each clean and under one cut at least.
+
+    Raises:
+        FrankenlensError: there is no memory for one prompt.
+    """
+    of_row = stored_bytes(vlm, width) + 2 * forward_bytes(vlm, width) + scores_bytes(vlm, width)
+    return fitting(vlm, batch_size, of_row, "a knockout", logits_bytes(vlm, width))
 
 
 def cut_lanes(vlm: HookedVLM, batch: PromptBatch, cuts: Sequence[Cut]) -> list[Lane]:
@@ -148,19 +160,23 @@ class CutBatch:
             clean = CleanRun(self.vlm, self.batch.inputs, columns=self._reading.columns)
             yield from ((lane.number, self._measure(clean.rerun(lane.hooks()))) for lane in lanes)
             return
-        groups: dict[int, list[Lane]] = {}
-        for lane in lanes:
-            groups.setdefault(lane.first_column, []).append(lane)
-        for first, group in sorted(groups.items()):
-            if first >= run.end:  # after all that is read
-                yield from ((lane.number, self.clean) for lane in group)
-                continue
-            span = Span(first, run.end)
-            size = max(1, LANE_TOKENS.get(self.vlm.device.type, 8192) // (len(self.batch) * len(span)))
-            group.sort(key=lambda lane: lane.start)
-            for at in range(0, len(group), size):
-                for number, logits in run_cuts(run, group[at : at + size], span):
-                    yield number, self._measure(logits)
+        unreached, groups = grouped(lanes, run.end, len(self.batch), self.vlm.device.type)
+        yield from ((lane.number, self.clean) for lane in unreached)
+        for span, group in groups:
+
+            def measure(some: Sequence[Lane], span: Span = span) -> list[tuple[int, np.ndarray]]:
+                return [(number, self._measure(logits)) for number, logits in run_cuts(run, some, span)]
+
+            for _, found in in_parts(group, self._lanes_at_once(group, span), measure):
+                yield from found
+
+    def _lanes_at_once(self, lanes: Sequence[Lane], span: Span) -> int:
+        rows, width = len(self.batch), self.batch.roles.shape[1]
+        of_row = forward_bytes(self.vlm, span.stop)
+        if any(not part.is_mask for lane in lanes for part in lane.parts):
+            of_row += scores_bytes(self.vlm, span.stop)
+        held = rows * stored_bytes(self.vlm, width) + logits_bytes(self.vlm, rows * width)
+        return lanes_fitting(self.vlm, len(lanes), rows * of_row, held)
 
     def run_whole(self, cut: Cut) -> Float[np.ndarray, " batch"]:
         """The metric under a cut that is no lane."""
@@ -174,6 +190,33 @@ class CutBatch:
     @torch.no_grad()
     def _measure(self, logits: Logits) -> Float[np.ndarray, " batch"]:
         return self._reading(logits)[0].double().cpu().numpy()
+
+
+def grouped(
+    lanes: Sequence[Lane], end: int, rows: int, device: str
+) -> tuple[list[Lane], list[tuple[Span, list[Lane]]]]:
+    """Lanes that reach nothing that is read, and those that ride together with the tokens that they run on.
+
+    Args:
+        lanes: of one batch.
+        end: one past the last column that is read.
+        rows: of the batch.
+        device: its type.
+    """
+    firsts: dict[int, list[Lane]] = {}
+    for lane in lanes:
+        firsts.setdefault(lane.first_column, []).append(lane)
+    unreached: list[Lane] = []
+    riding: list[tuple[Span, list[Lane]]] = []
+    for first, group in sorted(firsts.items()):
+        if first >= end:
+            unreached += group
+            continue
+        span = Span(first, end)
+        size = max(1, LANE_TOKENS.get(device, 8192) // (rows * len(span)))
+        group.sort(key=lambda lane: lane.start)
+        riding += [(span, group[at : at + size]) for at in range(0, len(group), size)]
+    return unreached, riding
 
 
 def _require_rows(prompts: Sequence[Prompt], cuts: Sequence[Cut], metric: Metric) -> None:

@@ -60,13 +60,15 @@ def controls(
         edges, kind = lanes[first].parts[0].edges, kinds[first // n_windows]
         if kind == "none":
             continue
-        drawn = [
-            random_edges(edges[row], real[row], kind, np.random.default_rng((*seed, first // n_windows)))
-            for row, seed in enumerate(seeds)
-        ]
+        drawn = torch.stack(  # once for all windows: of long prompts it is large
+            [
+                random_edges(edges[row], real[row], kind, np.random.default_rng((*seed, first // n_windows)))
+                for row, seed in enumerate(seeds)
+            ]
+        )
         for lane in lanes[first : first + n_windows]:
             (part,) = lane.parts
-            other = Part(torch.stack(drawn), part.layers, part.heads, part.lost)
+            other = Part(drawn, part.layers, part.heads, part.lost)
             found.append(Lane(len(lanes) + lane.number, (other,)))
     return found
 

@@ -18,14 +18,16 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import in_parts
 from interp.decision import Change, changed_weights
 from interp.knockout.attached import missing
 from interp.knockout.cut import Knockout, layers_label, require_cuts
-from interp.knockout.effects import CutBatch, cut_lanes
+from interp.knockout.effects import CutBatch, cut_lanes, rows_fitting
+from interp.knockout.lanes import Lane
 from interp.knockout.random_edges import control_kinds, controls
 from interp.metrics import AnswerLogProbability, Metric
 from interp.pair.pair import Pair
-from interp.prompts import Prompt, collate
+from interp.prompts import Prompt, PromptBatch, collate
 from interp.questions.examples import Example, cluster_of
 
 ROUTES = {
@@ -95,29 +97,52 @@ def routes(
     n_windows = len(flat) // len(cuts)
     value = np.full((len(readers), 2, len(flat), len(prompts)), np.nan)
     clean, n_edges = np.full((len(readers), len(prompts)), np.nan), np.zeros((len(cuts), len(prompts)), int)
-    rows.sort(key=lambda row: len(prompts[row]))
-    steps = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    width = max(len(prompts[row]) for row in rows)
+    size = min(rows_fitting(vlm, width, batch_size) for vlm, _ in readers.values())
+    steps = steps_of(rows, prompts, size)
     total = 2 * len(readers) * len(flat) * len(steps)
     with tqdm(total=total, desc="routes", unit="cut", disable=not progress, delay=1) as bar:
         for m, (vlm, change) in enumerate(readers.values()):
+
+            def measure(some: Sequence[int], m: int = m, vlm: HookedVLM = vlm) -> None:
+                """Fills in these rows."""
+                batch = collate([prompts[row] for row in some]).to(vlm.device)
+                lanes, beside = lanes_of(vlm, batch, flat, n_windows, kinds, [(seed, row) for row in some])
+                for route, lane in enumerate(lanes[::n_windows]):
+                    n_edges[route, some] = lane.parts[0].edges.flatten(1).sum(1).cpu().numpy()
+                with torch.no_grad():
+                    part = CutBatch(vlm, batch, wanted.select(some))
+                    clean[m, some] = part.clean
+                    for number, found in part.run([*lanes, *beside]):
+                        value[m, number // len(flat), number % len(flat), some] = found
+                        bar.update()
+
             with nullcontext() if change is None else changed_weights(vlm.model, change):
-                for some in steps:
-                    batch = collate([prompts[row] for row in some]).to(vlm.device)
-                    lanes = cut_lanes(vlm, batch, flat)
-                    for route, lane in enumerate(lanes[::n_windows]):
-                        n_edges[route, some] = lane.parts[0].edges.flatten(1).sum(1).cpu().numpy()
-                    drawn = [(seed, row) for row in some]
-                    beside = controls(lanes, n_windows, kinds, batch.mask("all"), drawn)
-                    with torch.no_grad():
-                        part = CutBatch(vlm, batch, wanted.select(some))
-                        clean[m, some] = part.clean
-                        for number, found in part.run([*lanes, *beside]):
-                            value[m, number // len(flat), number % len(flat), some] = found
-                            bar.update()
+                for step in steps:
+                    list(in_parts(step, len(step), measure))
     examples = [prompt.example for prompt in prompts]
     return _dataset(
         value, clean, n_edges, why, cuts, kinds, list(readers), examples, wanted, pair.in_.n_layers
     )
+
+
+def steps_of(rows: Sequence[int], prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
+    """Rows by batch, prompts of like length together."""
+    order = sorted(rows, key=lambda row: len(prompts[row]))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def lanes_of(
+    vlm: HookedVLM,
+    batch: PromptBatch,
+    flat: Sequence[Knockout],
+    n_windows: int,
+    kinds: Sequence[str],
+    seeds: Sequence[tuple[int, int]],
+) -> tuple[list[Lane], list[Lane]]:
+    """The cuts of a batch, route by route, and their controls; arguments as of `random_edges.controls`."""
+    lanes = cut_lanes(vlm, batch, flat)
+    return lanes, controls(lanes, n_windows, kinds, batch.mask("all"), seeds)
 
 
 def _flat(pair: Pair, prompts: Sequence[Prompt], cuts: Mapping[str, Sequence[Knockout]]) -> list[Knockout]:

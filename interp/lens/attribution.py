@@ -29,7 +29,7 @@ from hooks.selfcheck import tolerance
 from hooks.vlm import FwdHooks
 from interp.lens.head import OutputHead, freeze
 from interp.lens.logit_lens import along
-from interp.lens.streams import CHUNK, batches, run_at, stream_name
+from interp.lens.streams import CHUNK, Some, in_batches, rows_fitting, run_at, stream_name
 from interp.lens.tokens import Tokens, Where, tokens_of, words
 from interp.pair.pair import Pair
 from interp.prompts import Prompt, PromptBatch
@@ -127,13 +127,15 @@ def _attribute(
     logit = np.zeros(len(places))
     chosen = torch.zeros(len(places), dtype=torch.long) if ids is None else ids
     size = max(1, CHUNK // max(_vocabulary(vlm), vlm.n_heads * vlm.d_model))
-    for index, batch, rows, columns in batches(places, batch_size, "attribution", progress):
-        batch, added = batch.to(vlm.device), {}
-        deepstack = _deepstack_hooks(vlm, batch, rows, columns, added)
-        kept, head = run_at(vlm, batch, rows, columns, _names(vlm), deepstack)
-        for some in torch.arange(len(index)).split(size):
+
+    def run(given: Some) -> OutputHead:
+        """Fills in what is asked of some tokens."""
+        batch, added = given.batch.to(vlm.device), {}
+        deepstack = _deepstack_hooks(vlm, batch, given.rows, given.columns, added)
+        kept, head = run_at(vlm, batch, given.rows, given.columns, _names(vlm), deepstack)
+        for some in torch.arange(len(given.index)).split(size):
             part = {name: value[some.to(value.device)] for name, value in (kept | added).items()}
-            token = index[some]
+            token = given.index[some]
             if ids is None:
                 last = part[stream_name(vlm.n_layers, vlm.n_layers)].to(vlm.device)
                 chosen[token] = head(last).argmax(-1).cpu()
@@ -141,6 +143,10 @@ def _attribute(
             at = token.numpy()  # NumPy takes a tensor of one element for a number
             parts, logit[at] = _one_chunk(vlm, head, part, *own)
             contribution[:, at] = parts.T
+        return head
+
+    fits = rows_fitting(vlm, places, len(_names(vlm)), batch_size)
+    head = [head for _, head in in_batches(places, fits, "attribution", progress, run)][-1]
     coords = {name: ("component", [row[name] for row in labels]) for name in labels[0]}
     minus = np.full(len(places), -1) if less is None else less.numpy()
     return xr.Dataset(

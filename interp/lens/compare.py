@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from hooks import FrankenlensError, HookedVLM
 from interp.decision import Change, changed_weights
 from interp.lens.logit_lens import along, log_probabilities, require_top_k
-from interp.lens.streams import Streams, read_streams, resolve_layers
+from interp.lens.streams import Streams, groups, joined, read_streams, resolve_layers
 from interp.lens.tokens import Tokens, Where, tokens_of
 from interp.pair.pair import Pair
 from interp.prompts import Prompt
@@ -57,14 +57,20 @@ def compare_lenses(
     wanted = resolve_layers(layers, pair.in_.n_layers)
     require_top_k(top_k, pair.in_)
     reading = (wanted, batch_size, progress)
-    own = {"in": read_streams(pair.in_, tokens, *reading), "rl": read_streams(pair.rl, tokens, *reading)}
-    found = {"rl": _apart(own["in"], own["rl"], wanted, top_k, progress)}
-    for name, (vlm, change) in (nulls or {}).items():
-        before = own["rl"] if vlm is pair.rl else own["in"]
-        found[name] = _apart(before, changed_streams(vlm, change, tokens, *reading), wanted, top_k, progress)
-    joined = along("comparison", found)
-    joined.attrs = {"top_k": top_k, "units": "nats", "n_layers": pair.in_.n_layers}
-    return joined
+    parts = []
+    for some in groups(tokens, pair.in_, (3 if nulls else 2) * len({*wanted, pair.in_.n_layers})):
+        own = {"in": read_streams(pair.in_, some, *reading), "rl": read_streams(pair.rl, some, *reading)}
+        found = {"rl": _apart(own["in"], own["rl"], wanted, top_k, progress)}
+        for name, (vlm, change) in (nulls or {}).items():
+            before = own["rl"] if vlm is pair.rl else own["in"]
+            after = changed_streams(vlm, change, some, *reading)
+            found[name] = _apart(before, after, wanted, top_k, progress)
+            del after, before  # before others are read
+        del own
+        parts.append(along("comparison", found))
+    whole = joined(tokens, parts)
+    whole.attrs = {"top_k": top_k, "units": "nats", "n_layers": pair.in_.n_layers}
+    return whole
 
 
 def changed_streams(

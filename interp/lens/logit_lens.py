@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from interp.lens.streams import Streams, read_streams, resolve_layers
+from interp.lens.streams import Streams, groups, joined, read_streams, resolve_layers
 from interp.lens.tokens import Where, tokens_of, words
 from interp.lens.tuned_lens import TunedLens
 from interp.pair.pair import Pair
@@ -84,12 +84,16 @@ def logit_lens(
         raise FrankenlensError(
             f"{len(targets)} targets for {len(prompts)} prompts; give one token id for each prompt."
         )
-    aims = None if targets is None else torch.as_tensor(targets)[tokens.row]
     found = []
     for name, vlm in models.items():
-        streams = read_streams(vlm, tokens, layers, batch_size, progress)
-        wanted = resolve_layers(layers, vlm.n_layers)
-        found.append(spell(streams, wanted, top_k, aims, _lens_of(tuned, name), progress))
+        wanted, own, parts, first = resolve_layers(layers, vlm.n_layers), _lens_of(tuned, name), [], 0
+        for some in groups(tokens, vlm, len({*wanted, vlm.n_layers})):
+            aims = None if targets is None else torch.as_tensor(targets)[first + some.row]
+            streams = read_streams(vlm, some, layers, batch_size, progress)
+            parts.append(spell(streams, wanted, top_k, aims, own, progress))
+            first += len(some.prompts)
+            del streams  # before those of the next prompts are read
+        found.append(joined(tokens, parts))
     return along("model", dict(zip(models, found, strict=True))) if isinstance(model, Pair) else found[0]
 
 

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
+import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import budget, fitting, forward_bytes, in_parts, item_bytes
 from hooks.engine import HookContext
+from hooks.memory import NOT_WORTH_ASKING, limit
 from hooks.uninterrupted import registered
 from hooks.vlm import FwdHooks
 from interp.lens.head import OutputHead, head_of, verify
 from interp.lens.tokens import Tokens
-from interp.prompts import PromptBatch, collate
+from interp.prompts import Prompt, PromptBatch, collate
 
 CHUNK = 2**26
 """Logits that exist at one time, 256 MB in float32."""
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +84,38 @@ def stream_name(layer: int, n_layers: int) -> str:
     return f"blocks.{layer}.hook_resid_pre" if layer < n_layers else f"blocks.{layer - 1}.hook_resid_post"
 
 
+def groups(tokens: Tokens, vlm: HookedVLM, n_kept: int) -> list[Tokens]:
+    """The tokens, prompts in a row together whose streams may exist at once: in half of the memory that there is.
+
+    Args:
+        tokens: of all prompts, in their order.
+        vlm: whose memory counts.
+        n_kept: streams of each token, of all models that are read together.
+    """
+    each = torch.bincount(tokens.row, minlength=len(tokens.prompts)) * n_kept * vlm.d_model * item_bytes(vlm)
+    total = int(each.sum())
+    if total < NOT_WORTH_ASKING and limit() is None:
+        return [tokens]
+    free = budget(vlm)
+    if free is None or total <= free // 2:
+        return [tokens]
+    ends, taken = [0], 0
+    for row, size in enumerate(each.tolist()):
+        if taken and taken + size > free // 2:
+            ends.append(row)
+            taken = 0
+        taken += size
+    return [tokens.of_prompts(*some) for some in pairwise([*ends, len(tokens.prompts)])]
+
+
+def joined(tokens: Tokens, parts: Sequence[xr.Dataset]) -> xr.Dataset:
+    """What was found of each of the `groups`, along all tokens."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = xr.concat(list(parts), "token", coords="minimal", compat="override", join="override")
+    return whole.assign_coords(tokens.coordinates())
+
+
 @torch.no_grad()
 def read_streams(
     vlm: HookedVLM,
@@ -96,9 +133,15 @@ def read_streams(
     wanted = sorted({*resolve_layers(layers, n), n})
     values: dict[int, Tensor] = {}
     head = None
-    for index, batch, rows, columns in batches(tokens, batch_size, "lens", progress):
-        names = {stream_name(layer, n): layer for layer in wanted}
-        kept, head = run_at(vlm, batch.to(vlm.device), rows, columns, list(names))
+    names = {stream_name(layer, n): layer for layer in wanted}
+
+    def run(some: Some) -> tuple[dict[str, Tensor], OutputHead]:
+        return run_at(vlm, some.batch.to(vlm.device), some.rows, some.columns, list(names))
+
+    held = len(tokens) * len(names) * vlm.d_model * item_bytes(vlm)
+    size = rows_fitting(vlm, tokens, len(names), batch_size, held)
+    for index, (kept, own) in in_batches(tokens, size, "lens", progress, run):
+        head = own
         for name, layer in names.items():
             part = kept[name].to(vlm.device)
             if layer not in values:
@@ -108,18 +151,63 @@ def read_streams(
     return Streams(head, tokens, values, n)
 
 
-def batches(
-    tokens: Tokens, batch_size: int, label: str, progress: bool
-) -> Iterator[tuple[Int[Tensor, " some"], PromptBatch, Int[Tensor, " some"], Int[Tensor, " some"]]]:
-    """Prompts of like length together: (which tokens, batch, their rows, their columns)."""
-    order = sorted(range(len(tokens.prompts)), key=lambda row: len(tokens.prompts[row]))
-    for first in tqdm(range(0, len(order), batch_size), desc=label, disable=not progress, delay=1):
-        chosen = order[first : first + batch_size]
-        place = torch.full((len(order),), -1)
-        place[chosen] = torch.arange(len(chosen))
+@dataclass(frozen=True, eq=False)
+class Some:
+    """Prompts that run together, and tokens of them.
+
+    Attributes:
+        index: which of all tokens these are.
+        batch: the prompts, on the CPU.
+        rows, columns: where each of the tokens stands in the batch.
+    """
+
+    index: Int[Tensor, " some"]
+    batch: PromptBatch
+    rows: Int[Tensor, " some"]
+    columns: Int[Tensor, " some"]
+
+    @classmethod
+    def of(cls, tokens: Tokens, chosen: Sequence[int]) -> Some:
+        """Some of the prompts, by number."""
+        place = torch.full((len(tokens.prompts),), -1)
+        place[list(chosen)] = torch.arange(len(chosen))
         index = (place[tokens.row] >= 0).nonzero().flatten()
         batch = collate([tokens.prompts[row] for row in chosen])  # right padding: a column is a position
-        yield index, batch, place[tokens.row[index]], tokens.position[index]
+        return cls(index, batch, place[tokens.row[index]], tokens.position[index])
+
+
+def in_batches(
+    tokens: Tokens, size: int, label: str, progress: bool, run: Callable[[Some], Found]
+) -> Iterator[tuple[Int[Tensor, " some"], Found]]:
+    """(Which tokens, what `run` gives for them), prompts of like length together; fewer where memory runs out."""
+
+    def measure(chosen: Sequence[int]) -> tuple[Int[Tensor, " some"], Found]:
+        some = Some.of(tokens, chosen)
+        return some.index, run(some)
+
+    with tqdm(total=len(tokens.prompts), desc=label, unit="prompt", disable=not progress, delay=1) as bar:
+        for step in in_order(tokens.prompts, size):
+            for chosen, found in in_parts(step, len(step), measure):
+                yield found
+                bar.update(len(chosen))
+
+
+def rows_fitting(vlm: HookedVLM, tokens: Tokens, n_kept: int, batch_size: int, held: int = 0) -> int:
+    """Prompts that run together: a forward of each, and so many streams of its tokens, beside what is held.
+
+    Raises:
+        FrankenlensError: there is no memory for one prompt.
+    """
+    width = max(map(len, tokens.prompts))
+    of_row = forward_bytes(vlm, width) + (n_kept + 2) * width * vlm.d_model * item_bytes(vlm)
+    whole = 3 * 4 * min(CHUNK, width * vlm.n_logits) + held
+    return fitting(vlm, batch_size, of_row, "a lens", whole)
+
+
+def in_order(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
+    """Rows of the prompts by batch."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
 def run_at(

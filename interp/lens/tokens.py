@@ -37,6 +37,11 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.row)
 
+    def of_prompts(self, first: int, end: int) -> Tokens:
+        """Those of some prompts that follow one another, which count from 0 there."""
+        chosen = (self.row >= first) & (self.row < end)
+        return Tokens(self.prompts[first:end], self.row[chosen] - first, self.position[chosen])
+
     def coordinates(self) -> dict[str, tuple[str, np.ndarray]]:
         """Coordinates of an axis `token`: row, example, cluster, task, position, role, text (the token itself)."""
         cluster = [cluster_of(prompt.example) for prompt in self.prompts]

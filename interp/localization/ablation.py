@@ -10,7 +10,7 @@ halves, heads nor controls.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -22,12 +22,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import Address, FrankenlensError, HookedVLM
+from hooks.batches import fitting, forward_bytes, in_parts
 from hooks.engine import HookContext, HookFunction
 from hooks.weights import part_paths
 from interp.localization.outcomes import Grader
 from interp.localization.pools import GENERATED, Pool
 from interp.metrics.logits import sparing_logits
-from interp.pair.generation import greedy, greedy_batch
+from interp.pair.generation import greedy, greedy_batch, rows_fitting
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.prompts.pairing import content
 from interp.questions.examples import cluster_of
@@ -172,13 +173,16 @@ def ablate(
     pools = cache(partial(_pools, vlm, longer, ablations, batch_size, seed))
     numbers = cache(partial(_numbers, longer))
     kept.sort(key=lambda row: len(prompts[row]))
-    steps = [kept[i : i + batch_size] for i in range(0, len(kept), batch_size)]
-    with tqdm(total=len(steps) * len(ablations), desc="ablate", disable=not progress, delay=1) as bar:
-        for some in steps:
+    size = rows_fitting([vlm], [prompts[row] for row in kept], max_new_tokens, batch_size)
+    total = -(-len(kept) // size) * len(ablations)
+    with tqdm(total=total, desc="ablate", disable=not progress, delay=1) as bar:
+
+        def measure(some: Sequence[int]) -> None:
+            """Fills in these rows."""
             batch = [prompts[row] for row in some]
             for k, ablation in enumerate(ablations):
 
-                def write(ablation: Ablation = ablation, rows: list[int] = some) -> list[list[int]]:
+                def write(ablation: Ablation = ablation, rows: Sequence[int] = some) -> list[list[int]]:
                     whole = collate([prompts[row] for row in rows], "left").to(vlm.device)
                     pool = pools().get(ablation.hook)
                     owners = [numbers()[row] for row in rows] if ablation.kind == "resample" else []
@@ -186,13 +190,15 @@ def ablate(
                     return greedy_batch(vlm, whole, max_new_tokens, hooks)
 
                 of = fingerprint([list(one.ids) for one in batch], ablation.name, seed, some, max_new_tokens)
-                written = finished_part(keep, f"{some[0]:06d}-{k:06d}", write, of)
+                written = finished_part(keep, f"{some[0]:06d}-{len(some)}-{k:06d}", write, of)
                 for row, ids in zip(some, written, strict=True):
                     answer = _answer(prompts[row], ids)
                     grade_, fault[k, row] = _graded(answer, prompts[row], grader)
                     right[k, row] = np.nan_to_num(grade_)
                     parsed[k, row] = answer is not None
                 bar.update()
+
+        list(in_parts(kept, size, measure))
     places = [ablation.place for ablation in ablations]
     return xr.Dataset(
         {
@@ -269,30 +275,35 @@ def _pools(
     sampled = {a.hook for a in ablations if a.kind == "resample"}
     pools = {name: Pool() for name in names}
     number = _numbers(prompts) if sampled else []
-    for first in range(0, len(prompts) if names else 0, batch_size):
-        some = prompts[first : first + batch_size]
+
+    def read(rows: Sequence[int]) -> list[tuple[str, int, Tensor, dict[str, Tensor]]]:
+        """Hook point, kind of token, its activations, and whose they are."""
+        some, found = [prompts[row] for row in rows], []
         batch = collate(some).to(vlm.device)
         kinds = batch.roles.long()
         for row, prompt in enumerate(some):
             kinds[row, prompt.n_prompt_tokens : len(prompt)] = GENERATED
         owned = {}
         if sampled:
-            owner = torch.tensor(number[first : first + len(some)], device=kinds.device)
+            owner = torch.tensor([number[row] for row in rows], device=kinds.device)
             owned = {"prompts": owner[:, None].expand_as(kinds), "keys": _keys(some, kinds, seed)}
 
-        def take(
-            activation: Tensor,
-            hook: HookContext,
-            kinds: Tensor = kinds,
-            owned: Mapping[str, Tensor] = owned,
-        ) -> None:
+        def take(activation: Tensor, hook: HookContext) -> None:
             for kind in range(GENERATED + 1):
                 here = (kinds == kind).to(activation.device)
                 of = {name: one[kinds == kind] for name, one in owned.items() if hook.name in sampled}
-                pools[hook.name].add(kind, activation[here], **of)
+                found.append((hook.name, kind, activation[here], of))
 
         with sparing_logits(vlm) as extra:
             vlm.run_with_hooks(batch.inputs, [(name, take) for name in names], use_cache=False, **extra)
+        return found
+
+    if names:
+        width = max(map(len, prompts))
+        size = fitting(vlm, batch_size, (1 + len(names)) * forward_bytes(vlm, width), "an ablation")
+        for _, found in in_parts(range(len(prompts)), size, read):
+            for name, kind, activations, of in found:
+                pools[name].add(kind, activations, **of)
     return pools
 
 

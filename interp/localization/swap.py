@@ -33,11 +33,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import in_parts
 from hooks.engine import HookContext, HookFunction
 from interp import regions
 from interp.localization.outcomes import NOT_COUNTED, OUTCOMES, Grader, outcome, same_answer
 from interp.metrics.logits import sparing_logits
-from interp.pair.generation import greedy_batch
+from interp.pair.generation import greedy_batch, rows_fitting
 from interp.prompts import Prompt, PromptBatch, PromptBuilder, collate
 from interp.prompts.pairing import image_shapes
 from interp.questions.examples import Example, cluster_of
@@ -138,17 +139,21 @@ def vision_swap(
         FrankenlensError: no pairs, no swaps, or a swap of layers that the model does not have; before anything runs.
     """
     _require(vlm, pairs, swaps)
-    prompts, why = _prompts(builder, pairs, resize)
+    prompts, why = paired_prompts(builder, pairs, resize)
     text = np.full((len(swaps), len(pairs)), "", dtype=object)
     clean = np.full((2, len(pairs)), None, dtype=object)
     found = np.full((len(swaps), len(pairs)), np.nan)
     fault, differs = np.full(found.shape, "", dtype=object), np.zeros(len(pairs), dtype=bool)
     rows = sorted(prompts, key=lambda row: len(prompts[row][0]))
-    steps = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    with tqdm(total=len(steps) * (len(swaps) + 2), desc="swap", disable=not progress, delay=1) as bar:
-        for some in steps:
+    both = [one for row in rows for one in prompts[row]]
+    size = rows_fitting([vlm, vlm], both, max_new_tokens, batch_size)  # targets, and what sources leave
+    total = -(-len(rows) // size) * (len(swaps) + 2)
+    with tqdm(total=total, desc="swap", disable=not progress, delay=1) as bar:
+
+        def measure(some: Sequence[int]) -> None:
+            """Fills in these rows."""
             job = _Job(vlm, tuple([prompts[row][side] for row in some] for side in (0, 1)), swaps)
-            kept = under(keep, f"{some[0]:06d}")
+            kept = under(keep, f"{some[0]:06d}-{len(some)}")
             for side, name in enumerate(("target", "source")):
                 write = partial(job.clean, side, max_new_tokens)
                 written = part(kept, name, write, job.of(max_new_tokens))
@@ -165,6 +170,8 @@ def vision_swap(
                         score = _scored(answer, clean[0, row], clean[1, row], pairs[row], grader)
                         found[number, row], fault[number, row] = score
                 bar.update()
+
+        list(in_parts(rows, size, measure))
     values = {
         "outcome": (("swap", "example"), found),
         "text": (("swap", "example"), text.astype(str)),
@@ -217,14 +224,19 @@ def _write(mask: Bool[Tensor, "batch pos"], value: Tensor) -> HookFunction:
     return write
 
 
+def names_of(swaps: Sequence[Swap], n_layers: int) -> tuple[list[str], list[str]]:
+    """Activations of the target that swaps put back behind them, and of the source that they put in."""
+    layers = [(swap.what, layer) for swap in swaps for layer in range(swap.first, swap.last + 1)]
+    ends = {swap.last + 1 for swap in swaps if swap.last + 1 < n_layers}
+    after = [f"blocks.{layer}.hook_resid_pre" for layer in sorted(ends)]
+    return after, list(dict.fromkeys(name for what, layer in layers for name in _names(what, layer)))
+
+
 @torch.no_grad()
 def _states(
     vlm: HookedVLM, batch: PromptBatch, source: PromptBatch, swaps: Sequence[Swap]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    layers = [(swap.what, layer) for swap in swaps for layer in range(swap.first, swap.last + 1)]
-    names = list(dict.fromkeys(name for what, layer in layers for name in _names(what, layer)))
-    ends = {swap.last + 1 for swap in swaps if swap.last + 1 < vlm.n_layers}
-    after = [f"blocks.{layer}.hook_resid_pre" for layer in sorted(ends)]
+    after, names = names_of(swaps, vlm.n_layers)
     with sparing_logits(vlm) as extra:
         run = partial(vlm.run_with_cache, use_cache=False, **extra)
         own = dict(run(batch.inputs, after)[1]) if after else {}
@@ -294,7 +306,7 @@ def _scored(
         return number, str(error)
 
 
-def _prompts(
+def paired_prompts(
     builder: PromptBuilder, pairs: Sequence[tuple[Example, Example]], resize: bool
 ) -> tuple[dict[int, tuple[Prompt, Prompt]], list[str]]:
     """Row to the two prompts, and per row why there are none."""

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooks import HookedVLM
+from hooks.batches import fitting, forward_bytes, in_parts, item_bytes, logits_bytes
 from interp.lockstep.run import Written
 from interp.metrics.logits import sparing_logits
 from interp.prompts import Prompt, collate
@@ -74,8 +75,8 @@ def _choices(
     order = sorted(range(len(traces)), key=lambda row: len(traces[row]))
     found: dict[int, list[int]] = {}
     name = "ln_final.hook_normalized"
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
+
+    def run_over(rows: Sequence[int]) -> list[list[int]]:
         inputs = collate([traces[row] for row in rows], "left").to(vlm.device).inputs
         with sparing_logits(vlm) as extra:
             _, cache = vlm.run_with_cache(inputs, [name], use_cache=False, **extra)
@@ -83,7 +84,13 @@ def _choices(
         suppressed = torch.tensor(traces[0].builder.suppressed_ids, dtype=torch.long)
         chosen = [_arg_max(vlm, some, suppressed) for some in torch.cat(states).split(_POSITIONS)]
         pieces = torch.cat(chosen).split([steps[row] for row in rows])
-        found |= {row: piece.tolist() for row, piece in zip(rows, pieces, strict=True)}
+        return [piece.tolist() for piece in pieces]
+
+    width = max(map(len, traces), default=1)
+    of_row = forward_bytes(vlm, width) + width * vlm.d_model * item_bytes(vlm)
+    size = fitting(vlm, batch_size, of_row, "reading traces", logits_bytes(vlm, _POSITIONS))
+    for rows, pieces in in_parts(order, size, run_over):
+        found |= dict(zip(rows, pieces, strict=True))
     return [found[row] for row in range(len(traces))]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import HookedVLM
+from hooks.batches import in_parts
 from interp.lockstep.cached import CachedModel
 from interp.lockstep.intervention import Intervention
 from interp.lockstep.moved import Moved
@@ -21,8 +22,9 @@ from interp.lockstep.places import Places
 from interp.lockstep.refusals import require_fits, require_sound
 from interp.lockstep.sampling import Chooser, Sampling
 from interp.lockstep.transplant import Transplant
+from interp.pair.generation import rows_fitting
 from interp.prompts import Prompt, PromptBatch, collate
-from interp.results.store import Store, fingerprint, part
+from interp.results.store import Store, begun, fingerprint, part
 
 _CROWDED = 0.75  # finished rows are kept in the batch until fewer than this share of it is still written
 
@@ -97,9 +99,8 @@ def lockstep(
             recipient, donor, batch, Transplant(donor, recipient, moved, places), places, chooser, rows
         )
 
-    return write_all(
-        prompts, start, max_new_tokens, sampling, batch_size, "lockstep" if progress else "", keep
-    )
+    models, bar = (recipient, donor), "lockstep" if progress else ""
+    return write_all(models, prompts, start, max_new_tokens, sampling, batch_size, bar, keep)
 
 
 @torch.no_grad()
@@ -122,15 +123,15 @@ def alone(
     def start(batch: PromptBatch, chooser: Chooser, rows: Sequence[int]) -> Run:
         return Run(vlm, None, batch, Intervention(), Places(batch, ()), chooser, rows)
 
-    return write_all(
-        prompts, start, max_new_tokens, sampling, batch_size, "generate" if progress else "", keep
-    )
+    bar = "generate" if progress else ""
+    return write_all((vlm,), prompts, start, max_new_tokens, sampling, batch_size, bar, keep)
 
 
 Start = Callable[[PromptBatch, Chooser, Sequence[int]], "Run"]
 
 
 def write_all(
+    models: Sequence[HookedVLM],
     prompts: Sequence[Prompt],
     start: Start,
     max_new_tokens: int,
@@ -139,9 +140,10 @@ def write_all(
     bar: str = "",
     keep: Store | None = None,
 ) -> list[Written]:
-    """Write after every prompt, prompts of similar length together.
+    """Write after every prompt, prompts of similar length together, and as many as there is memory for.
 
     Args:
+        models: that run.
         prompts: from one builder.
         start: makes the run of a batch.
         max_new_tokens, sampling, batch_size: as in `lockstep`.
@@ -153,18 +155,30 @@ def write_all(
     found: dict[int, Written] = {}
     chooser = Chooser(prompts, sampling, max_new_tokens)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+
+    place = {row: number for number, row in enumerate(by_length)}
+
+    def of(rows: Sequence[int]) -> str:
+        ids = [list(prompts[row].ids) for row in rows]
+        return fingerprint(max_new_tokens, sampling, list(rows), ids)
+
+    def written(rows: Sequence[int]) -> list[dict[str, Any]]:
+        some = [prompts[row] for row in rows]
+
+        def write() -> list[dict[str, Any]]:
+            run = start(collate(some, "left"), chooser, rows)
+            run.write(max_new_tokens)
+            return [_plain(run.result(i, max_new_tokens)) for i in range(len(rows))]
+
+        return part(keep, f"{place[rows[0]]:06d}-{len(rows)}", write, of(rows))
+
+    def done(rows: Sequence[int]) -> int:
+        return begun(keep, f"{place[rows[0]]:06d}", len(rows), lambda n: of(rows[:n]))
+
+    size = rows_fitting(models, prompts, max_new_tokens, batch_size)
     with tqdm(total=len(prompts), desc=bar, unit="prompt", disable=not bar, delay=1) as shown:
-        for first in range(0, len(prompts), batch_size):
-            rows = by_length[first : first + batch_size]
-            some = [prompts[row] for row in rows]
-
-            def write(some: Sequence[Prompt] = some, rows: Sequence[int] = rows) -> list[dict[str, Any]]:
-                run = start(collate(some, "left"), chooser, rows)
-                run.write(max_new_tokens)
-                return [_plain(run.result(i, max_new_tokens)) for i in range(len(rows))]
-
-            of = fingerprint(max_new_tokens, sampling, rows, [list(prompt.ids) for prompt in some])
-            for row, own in zip(rows, part(keep, f"{first:06d}", write, of), strict=True):
+        for rows, made in in_parts(by_length, size, written, done):
+            for row, own in zip(rows, made, strict=True):
                 found[row] = _of_plain(prompts[row], own)
             shown.update(len(rows))
     return [found[row] for row in range(len(prompts))]

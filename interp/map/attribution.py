@@ -25,9 +25,12 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.anatomy import Role, Writer
+from hooks.batches import fitting, forward_bytes, in_parts, logits_bytes
 from hooks.engine import HookContext, as_added, head_results
+from hooks.memory import point_bytes
 from hooks.plain import matrix
 from hooks.weights import d_mlp
+from interp.map.batch import rows_at_once
 from interp.map.cells import Donor, cells_of, run_cells
 from interp.map.component_map import DIRECTIONS, batches_of, roles_of
 from interp.map.components import Component, cached_names, components
@@ -159,12 +162,15 @@ def verify(
     shape = (len(directions), min(top_k, means[0].size))
     sums, counts = np.zeros(shape), np.zeros(shape)
     chosen = [_strongest(mean, shape[1]) for mean in means]
-    parts = list(batches_of(decisions.prompts, batch_size))
+    size = rows_at_once(models, wanted, max(map(len, decisions.prompts)), ["donor"], batch_size)
+    parts = list(batches_of(decisions.prompts, size))
     with tqdm(
         total=len(parts) * shape[0] * shape[1], desc="verifying", unit="run", disable=not progress
     ) as bar:
-        for rows in parts:
-            select = decisions.metric.select(rows)
+
+        def measure(rows: Sequence[int]) -> list[tuple[int, int, Float[np.ndarray, " row"]]]:
+            """By direction and rank."""
+            select, measured = decisions.metric.select(rows), []
             ready, donors = {}, {}
             for name, vlm in models.items():
                 batch = collate([decisions.prompts[i] for i in rows]).to(vlm.device)
@@ -179,7 +185,12 @@ def verify(
                     (rank, by_place[place]) for rank, place in enumerate(chosen[d]) if place in by_place
                 ]
                 found = run_cells(models[recipient], ready[recipient], select, [c for _, c in places], bar)
-                for (rank, _), values in zip(places, found, strict=True):
+                measured += [(d, rank, values) for (rank, _), values in zip(places, found, strict=True)]
+            return measured
+
+        for part in parts:
+            for _, measured in in_parts(part, len(part), measure):
+                for d, rank, values in measured:
                     sums[d, rank] += np.nansum(values)
                     counts[d, rank] += np.isfinite(values).sum()
     exact = sums / counts
@@ -249,11 +260,14 @@ def _attribute(
                 "a norm or a factor between. Leave neurons out; attribute(points=('mlp_out',)) works."
             )
     moments = _Moments(some, len(directions), len(names)) if neurons else None
-    parts = list(batches_of(first, batch_size))
+    parts = list(batches_of(first, _rows_at_once(models, max(map(len, first)), batch_size)))
     streams = list(dict.fromkeys([*(_STREAM[point] for point in points), *(["hook_mlp_out"] * neurons)]))
     with tqdm(total=len(parts) * len(directions), desc="attributing", disable=not progress, delay=2) as bar:
-        for rows in parts:
+
+        def measure(rows: Sequence[int]) -> _Moments | None:
+            """Fills in these rows; what is summed over rows is given back."""
             select = metric.select(rows)
+            sums = None if moments is None else _Moments(some, len(directions), len(names))
             runs = {
                 name: _Run(vlm, collate([prompts[name][i] for i in rows]).to(vlm.device), select)
                 for name, vlm in models.items()
@@ -267,10 +281,16 @@ def _attribute(
                     stream = f"blocks.{component.layer}.{_STREAM[component.point]}"
                     of_token = (gradients[stream] * change).flatten(2).sum(-1)  # over parallel streams too
                     effect[d, c][:, rows] = _by_role(of_token, masks)
-                if moments is not None:
-                    moments.add(d, runs[donor], run, gradients, masks)
+                if sums is not None:
+                    sums.add(d, runs[donor], run, gradients, masks)
                 ends[0, d, rows], ends[1, d, rows] = run.metric, runs[donor].metric
                 bar.update()
+            return sums
+
+        for part in parts:
+            for _, sums in in_parts(part, len(part), measure):
+                if moments is not None and sums is not None:
+                    moments.take(sums)
     dims, units = ("direction", "component", "role", "example"), {"units": metric.units}
     return xr.Dataset(
         {
@@ -295,6 +315,31 @@ def _attribute(
             "method": f"integrated gradients, {steps} steps" if steps else "AtP",
         },
     )
+
+
+def _rows_at_once(models: Mapping[str, HookedVLM], width: int, batch_size: int) -> int:
+    """Prompts that run together: of each, both models' clean activations, and all that a gradient goes back through.
+
+    Raises:
+        FrankenlensError: there is no memory for one prompt.
+    """
+    tokens, sizes = {"input_ids": torch.empty(1, width, device="meta")}, []
+    for vlm in models.values():
+        kept = sum(point_bytes(vlm, vlm.point(name), tokens) for name in _kept(vlm))
+        one_of_heads = 4 * width * vlm.n_heads * vlm.d_model
+        of_row = len(models) * kept + (vlm.n_layers + 1) * forward_bytes(vlm, width) + one_of_heads
+        sizes.append(fitting(vlm, batch_size, of_row, "attribution", 2 * logits_bytes(vlm, width)))
+    return min(sizes)
+
+
+def _kept(vlm: HookedVLM) -> list[str]:
+    """Activations of a clean run that attribution reads."""
+    leaves = (
+        *dict.fromkeys(_STREAM.values()),
+        *("attn.hook_z", "mlp.hook_post", "mlp.hook_expert_in", "mlp.hook_router_weights"),
+    )
+    names = [f"blocks.{i}.{leaf}" for i in range(vlm.n_layers) for leaf in leaves]
+    return [name for name in names if name in vlm.hook_points]
 
 
 def _attributable(vlm: HookedVLM, points: Sequence[str]) -> list[Component]:
@@ -347,23 +392,8 @@ class _Run:
 
     def __init__(self, vlm: HookedVLM, batch: PromptBatch, metric: Metric) -> None:
         self.vlm, self.batch, self._reading = vlm, batch, Reading([metric], batch)
-        layers = range(vlm.n_layers)
-        leaves = (
-            *dict.fromkeys(_STREAM.values()),
-            *("attn.hook_z", "mlp.hook_post", "mlp.hook_expert_in", "mlp.hook_router_weights"),
-        )
         with torch.inference_mode(False), torch.no_grad():
-            self._clean = CleanRun(
-                vlm,
-                batch.inputs,
-                [
-                    name
-                    for i in layers
-                    for leaf in leaves
-                    if (name := f"blocks.{i}.{leaf}") in vlm.hook_points
-                ],
-                self._reading.columns,
-            )
+            self._clean = CleanRun(vlm, batch.inputs, _kept(vlm), self._reading.columns)
             self.metric = self._reading(self._clean.logits)[0].double().cpu().numpy()
         self.cache = self._clean.cache
         self._results: dict[str, Tensor] = {}
@@ -463,6 +493,12 @@ class _Moments:
                 self._sum[d, layer, :, r] += of_row.sum(0)
                 self._square[d, layer, :, r] += (of_row**2).sum(0)
                 self._n[d, layer, :, r] += len(of_row)
+
+    def take(self, others: _Moments) -> None:
+        """Those of other rows, added."""
+        self._sum += others._sum
+        self._square += others._square
+        self._n += others._n
 
     def variables(self, units: dict[str, str]) -> dict[str, tuple]:
         """Mean and its standard error; NaN without examples."""

@@ -15,7 +15,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.batches import in_parts
+from hooks.batches import batched, in_parts
 from interp.map.batch import Batch, rows_at_once
 from interp.map.cells import KINDS
 from interp.map.components import (
@@ -31,7 +31,7 @@ from interp.prompts import Prompt
 from interp.prompts.pairing import beside, image_shapes, partners
 from interp.prompts.roles import ROLES
 from interp.questions.examples import cluster_of, with_looked_at
-from interp.results.store import Store, fingerprint, part
+from interp.results.store import Store, begun, fingerprint, part
 
 if TYPE_CHECKING:
     from interp.decision import DecisionSet
@@ -211,10 +211,10 @@ def _map(
     partner = partners(prompts[recipient]) if "other" in kinds else torch.full((len(first),), -1)
     with tqdm(total=total, desc="patching", unit="run", disable=not progress) as bar:
 
-        def measure(rows: Sequence[int]) -> dict[str, np.ndarray]:
+        def job(rows: Sequence[int]) -> Batch:
             some = {name: [own[i] for i in rows] for name, own in prompts.items()}
             others = {name: beside(own, rows, partner) for name, own in prompts.items()}
-            job = Batch(
+            return Batch(
                 models,
                 some,
                 others,
@@ -227,16 +227,22 @@ def _map(
                 seeds,
                 bar,
             )
-            of = fingerprint(
-                [one.name for one in wanted], roles, list(directions), list(kinds), list(seeds), job.about
-            )
-            return part(keep, f"map-{rows[0]:06d}-{len(rows)}", job.run, of)
 
-        for batch in batches_of(first, size):
-            for rows, found in in_parts(batch, size, measure):
-                for kind in KINDS:
-                    kept[kind][..., rows] = found[kind]
-                ends[..., rows] = found["ends"]
+        def of(one: Batch) -> str:
+            names = [component.name for component in wanted]
+            return fingerprint(names, roles, list(directions), list(kinds), list(seeds), one.about)
+
+        def measure(rows: Sequence[int]) -> dict[str, np.ndarray]:
+            one = job(rows)
+            return part(keep, f"map-{rows[0]:06d}-{len(rows)}", one.run, of(one))
+
+        def done(rows: Sequence[int]) -> int:
+            return begun(keep, f"map-{rows[0]:06d}", len(rows), lambda n: of(job(rows[:n])))
+
+        for rows, found in in_parts(in_order(first), size, measure, done):
+            for kind in KINDS:
+                kept[kind][..., rows] = found[kind]
+            ends[..., rows] = found["ends"]
         bar.total = bar.n  # roles that no row of a batch has are not run
         bar.refresh()
     found = _dataset(kept, ends, list(directions), wanted, roles, [p.example for p in first], metric)
@@ -258,11 +264,14 @@ def roles_of(prompts: Sequence[Prompt], roles: Sequence[str] | None) -> list[str
 
 def batches_of(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
     """Row numbers by batch; rows of the same length and roles stand together, so that little is padding."""
-    order = sorted(
+    yield from map(list, batched(in_order(prompts), batch_size))
+
+
+def in_order(prompts: Sequence[Prompt]) -> list[int]:
+    """Row numbers; those that share a batch well stand together."""
+    return sorted(
         range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].roles, image_shapes(prompts[i]), i)
     )
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
 
 
 def _n_runs(wanted: Sequence[Component], roles: Sequence[str], kinds: Sequence[str], n_random: int) -> int:

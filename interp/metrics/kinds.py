@@ -23,6 +23,7 @@ from hooks.errors import FrankenlensError
 from interp.metrics.logits import Logits, run_for_logits
 from interp.metrics.reading import Metric, Reading, Rows
 from interp.prompts import Prompt, PromptBatch, collate
+from interp.prompts.batch import numbers_of
 from interp.statistics import distributions
 
 
@@ -46,6 +47,14 @@ class LogitDifference:
     name: str = field(default="logit difference", init=False)
     units: str = field(default="nats", init=False)
     empty: float = field(default=float("nan"), init=False)
+
+    def __post_init__(self) -> None:
+        sizes = {len(one) for one in (self.a, self.b, self.position) if one is not None}
+        if len(sizes) > 1 or any(bool((ids < 0).any()) for ids in (self.a, self.b)):
+            raise FrankenlensError(
+                f"the logit difference of {self.a.tolist()} and {self.b.tolist()}: give two token ids for each prompt, "
+                "none below 0 (a word that the tokenizer does not have?)"
+            )
 
     @property
     def n_rows(self) -> int:
@@ -80,7 +89,7 @@ class LogitDifference:
 
     def select(self, rows: Rows) -> LogitDifference:
         """The metric of some of the prompts."""
-        chosen = torch.tensor([int(row) for row in rows], dtype=torch.long)
+        chosen = torch.tensor(numbers_of(rows), dtype=torch.long)
         return LogitDifference(
             self.a[chosen], self.b[chosen], None if self.position is None else self.position[chosen]
         )
@@ -151,14 +160,16 @@ class SoftDifference:
 
     def reads(self, batch: PromptBatch) -> Bool[Tensor, "batch pos"]:
         """The positions whose next token the metric looks at."""
-        first = batch.columns(self.start.to(batch.lengths.device))[:, None]
-        steps = torch.tensor([len(w) for w in self.weights], device=first.device)[:, None]
+        start = self.start.to(batch.lengths.device)
+        steps = torch.tensor([len(w) for w in self.weights], device=start.device)
+        _require_tokens("the soft difference's step at position", start, start + steps - 1, batch)
+        first, steps = batch.columns(start)[:, None], steps[:, None]
         columns = torch.arange(batch.roles.shape[1], device=first.device)
         return (columns >= first) & (columns < first + steps)
 
     def select(self, rows: Rows) -> SoftDifference:
         """The metric of some of the prompts."""
-        chosen = [int(row) for row in rows]
+        chosen = numbers_of(rows)
         most = HELD // max(1, len(chosen))
         weights = (self.weights[row] for row in chosen)
         held = tuple(one if isinstance(one, Tensor) else one.held(most) for one in weights)
@@ -285,7 +296,7 @@ class KLToReference:
 
     def select(self, rows: Rows) -> KLToReference:
         """The metric of some of the prompts."""
-        chosen = torch.tensor([int(row) for row in rows], dtype=torch.long)
+        chosen = torch.tensor(numbers_of(rows), dtype=torch.long)
         return KLToReference(self.reference[chosen], None if self.position is None else self.position[chosen])
 
 
@@ -300,8 +311,23 @@ def _require_rows(name: str, n: int, batch: PromptBatch) -> None:
 def _single(batch: PromptBatch, position: Int[Tensor, " batch"] | None) -> Bool[Tensor, "batch pos"]:
     if position is None:
         return batch.mask("decision")
+    position = position.to(batch.lengths.device)
+    _require_tokens("position", position, position, batch)
     columns = torch.arange(batch.roles.shape[1], device=batch.roles.device)
-    return columns[None] == batch.columns(position.to(batch.lengths.device))[:, None]
+    return columns[None] == batch.columns(position)[:, None]
+
+
+def _require_tokens(
+    what: str, first: Int[Tensor, " batch"], last: Int[Tensor, " batch"], batch: PromptBatch
+) -> None:
+    """Positions count from a prompt's first token; others would be read off padding, or not at all."""
+    if bool((outside := (last >= first) & ((first < 0) | (last >= batch.lengths))).any()):
+        row = int(outside.nonzero()[0, 0])
+        given = int(first[row]) if first[row] < 0 else int(last[row])
+        raise FrankenlensError(
+            f"{what} {given} of prompt {batch.prompts[row].example.id!r} is none of its {int(batch.lengths[row])} "
+            "tokens, which count from 0; give the metric the prompts it was made for"
+        )
 
 
 def _trace(batch: PromptBatch) -> Bool[Tensor, "batch pos"]:

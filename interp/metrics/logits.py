@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -32,17 +32,26 @@ class Logits:
         columns: which columns of the batch these are, ascending.
         n_words: of the vocabulary.
         unembed: from the source to logits.
+        alone: no other thread runs the model, or has other weights in it, while logits are made inside.
     """
 
     source: Float[Tensor, "batch column width"]
     columns: Int[Tensor, " column"]
     n_words: int
     unembed: Callable[[Tensor], Tensor] | None = None
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @classmethod
     def made(cls, logits: Float[Tensor, "batch pos vocab"]) -> Logits:
         """Those that exist already."""
         return cls(logits, torch.arange(logits.shape[1], device=logits.device), logits.shape[-1])
+
+    def of(self, source: Float[Tensor, "batch column width"]) -> Logits:
+        """Those of another run at the same columns, made of this."""
+        made = replace(self, source=source)
+        if source.device == self.source.device:
+            made.__dict__["_place"] = self._place
+        return made
 
     @cached_property
     def _place(self) -> Int[Tensor, " pos"]:
@@ -165,7 +174,7 @@ def unmade(
     vlm: HookedVLM, normed: Float[Tensor, "batch column d_model"], columns: Int[Tensor, " column"]
 ) -> Logits:
     """Of what the final norm gives out at these columns."""
-    return Logits(normed, columns, vlm.n_logits, vlm.unembed)
+    return Logits(normed, columns, vlm.n_logits, vlm.unembed, partial(vlm.exclusive, "reading logits"))
 
 
 def keeps_some(vlm: HookedVLM) -> bool:

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hooks.batches import at_once
+from hooks.errors import FrankenlensError
 from interp.metrics.logits import Logits, chunks
 from interp.prompts import PromptBatch
-
-Rows = Sequence[int] | Int[Tensor, " n"]
+from interp.prompts.batch import Rows
 
 
 @runtime_checkable
@@ -78,7 +78,7 @@ class Reading:
 
     def __call__(self, logits: Logits) -> Float[Tensor, "metric batch"]:
         """The values; they carry gradients where what the logits are made of does."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and logits.source.requires_grad):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and logits.source.requires_grad), logits.alone():
             return self._values(logits)
 
     def _values(self, logits: Logits) -> Float[Tensor, "metric batch"]:
@@ -90,7 +90,7 @@ class Reading:
             whole, seen = _at_its_columns(logits, self._batch)
             for n, metric in enumerate(self._metrics):
                 if found[n] is None:
-                    found[n] = metric(whole, seen).to(self._rows.device)
+                    found[n] = _one_a_prompt(metric, metric(whole, seen), len(seen)).to(self._rows.device)
         return torch.stack([one for one in found if one is not None])
 
     def _sums(self, logits: Logits) -> Float[Tensor, "summed batch"]:
@@ -114,9 +114,31 @@ class Reading:
         sums = []
         for (_, metric), mine in zip(self._summed, self._mine, strict=True):
             kept = slice(None) if mine is None else mine[some]
-            terms = metric.terms(made[kept], self._batch, rows[kept], columns[kept]).to(rows.device)
-            sums.append(torch.zeros(len(self._batch), device=rows.device).index_add(0, rows[kept], terms))
+            own, total = rows[kept], torch.zeros(len(self._batch), device=rows.device)
+            if len(own):  # none: of these places, others are read
+                terms = metric.terms(made[kept], self._batch, own, columns[kept])
+                terms = _one_a_prompt(metric, terms, len(own), "place").to(rows.device)
+                total = total.index_add(0, own, terms)
+            sums.append(total)
         return torch.stack(sums)
+
+
+def _one_a_prompt(
+    metric: Metric | Summed, found: object, n: int, each: str = "prompt"
+) -> Float[Tensor, " n"]:
+    """What a metric gave, in float32 at least; one number that stood for all would be taken for each one's own.
+
+    Raises:
+        FrankenlensError: it is not a number for each.
+    """
+    if not isinstance(found, Tensor) or found.shape != (n,) or found.is_complex():
+        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        what = "value" if each == "prompt" else "terms()"
+        raise FrankenlensError(
+            f"the {what} of the metric {getattr(metric, 'name', type(metric).__name__)!r} is {shape}; it must be a "
+            f"tensor [{n}], one number for each {each}"
+        )
+    return found if found.dtype == torch.float64 else found.float()
 
 
 def _at_its_columns(
@@ -126,7 +148,8 @@ def _at_its_columns(
 
     What is not known is not a number: a metric that looked at it would show it.
     """
-    first, made = int(logits.columns[0]), logits.tensor()
+    nothing = batch.roles.shape[1] - 1  # where nothing is read, one column stands for it
+    first, made = int(logits.columns[0]) if len(logits.columns) else nothing, logits.tensor()
     names = [name for name, tensor in batch.inputs.items() if tensor.shape[:2] == batch.roles.shape]
     inputs = batch.inputs | {name: batch.inputs[name][:, first:] for name in names}
     seen = replace(batch, inputs=inputs, roles=batch.roles[:, first:], cut=batch.cut + first)

@@ -13,7 +13,7 @@ from hooks import FrankenlensError, HookedVLM
 from hooks.batches import cache_bytes, fitting, forward_bytes, in_parts
 from hooks.vlm import FwdHooks
 from interp.prompts import Prompt, PromptBatch, collate
-from interp.results.store import Store, fingerprint, part
+from interp.results.store import Store, begun, fingerprint, part
 
 
 @torch.no_grad()
@@ -42,26 +42,53 @@ def greedy(
     written: list[list[int]] = [[] for _ in prompts]
     if not prompts:
         return written
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    by_length = rows_by_length(prompts)
+    place = {row: at for at, row in enumerate(by_length)}
 
     def write(rows: Sequence[int]) -> list[list[int]]:
-        some = [prompts[row] for row in rows]
-        of = fingerprint(max_new_tokens, list(rows), [list(prompt.ids) for prompt in some])
-
         def made() -> list[list[int]]:
-            return greedy_batch(vlm, collate(some, "left").to(vlm.device), max_new_tokens)
+            batch = collate([prompts[row] for row in rows], "left")
+            return greedy_batch(vlm, batch.to(vlm.device), max_new_tokens)
 
-        return part(keep, f"{by_length.index(rows[0]):06d}-{len(rows)}", made, of)
+        return part(keep, f"{place[rows[0]]:06d}-{len(rows)}", made, of(rows))
 
-    width = max(map(len, prompts)) + max_new_tokens
-    of_row = forward_bytes(vlm, width) + 2 * cache_bytes(vlm, width) + 16 * vlm.n_logits
-    size = fitting(vlm, batch_size, of_row, f"writing {max_new_tokens} tokens")
+    def of(rows: Sequence[int]) -> str:
+        return fingerprint(max_new_tokens, list(rows), [list(prompts[row].ids) for row in rows])
+
+    def done(rows: Sequence[int]) -> int:
+        return begun(keep, f"{place[rows[0]]:06d}", len(rows), lambda n: of(rows[:n]))
+
+    size = rows_fitting([vlm], prompts, max_new_tokens, batch_size)
     with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress) as bar:
-        for rows, made in in_parts(by_length, size, write):
+        for rows, made in in_parts(by_length, size, write, done):
             for row, ids in zip(rows, made, strict=True):
                 written[row] = ids
             bar.update(len(rows))
     return written
+
+
+def rows_by_length(prompts: Sequence[Prompt]) -> list[int]:
+    """Rows in the order in which they are written, so that prompts of like length run together."""
+    return sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+
+
+def rows_fitting(
+    models: Sequence[HookedVLM], prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int
+) -> int:
+    """Prompts that models write after together, each with a cache of its own.
+
+    Raises:
+        FrankenlensError: there is no memory for one prompt.
+    """
+    what = f"writing {max_new_tokens} tokens"
+    sizes = (bytes_of_row(vlm, prompts, max_new_tokens, len(models)) for vlm in models)
+    return min(fitting(vlm, batch_size, of_row, what) for vlm, of_row in zip(models, sizes, strict=True))
+
+
+def bytes_of_row(vlm: HookedVLM, prompts: Sequence[Prompt], max_new_tokens: int, n_models: int = 1) -> int:
+    """What writing to the longest of these prompts takes, where so many models do it."""
+    width = max(map(len, prompts), default=1) + max_new_tokens
+    return forward_bytes(vlm, width) + 2 * n_models * cache_bytes(vlm, width) + 16 * vlm.n_logits
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from hooks import HookedVLM
 from hooks.address import Address
-from interp.map.component_map import batches_of
+from hooks.batches import in_parts
 from interp.metrics.reading import Metric, Reading
 from interp.paths.job import Job, complete_senders, paths_between
 from interp.paths.path import Between, Path, Receiver, require_paths
@@ -94,10 +94,12 @@ def path_effects(
         for name, things in (("direct", wanted), ("whole", senders))
     }
     ends = np.full((2, len(prompts)), np.nan)
-    parts = list(batches_of(prompts, batch_size))
+    parts = list(job.batches(batch_size, others=control))
     total = len(parts) * len(kinds) * (len(wanted) + len(senders))
     with tqdm(total=total, desc="paths", unit="run", disable=not progress, delay=1) as bar:
-        for rows in parts:
+
+        def measure(rows: Sequence[int]) -> None:
+            """Fills in these rows."""
             run, select = job.start(rows, others="_other" in kinds), metric.select(rows)
             run.check(wanted)
             cells = _cells(run, wanted, senders, kinds)
@@ -111,6 +113,9 @@ def path_effects(
                 found[cell.variable][cell.index, rows] = change.cpu().numpy()
                 bar.update()
             ends[0, rows], ends[1, rows] = clean.cpu().numpy(), run.donor.metric
+
+        for part in parts:
+            list(in_parts(part, len(part), measure))
         bar.total = bar.n  # without a control in a batch whose examples are all unlike
     return _dataset(recipient, wanted, senders, found, ends, prompts, metric, where_label(where), between)
 

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.address import Address
+from hooks.batches import in_parts
 from hooks.engine import HookContext
-from interp.map.component_map import batches_of
 from interp.metrics.reading import Metric, Reading
 from interp.paths.job import Job, complete_senders
 from interp.paths.path import Path, Receiver, require_paths
@@ -60,9 +60,11 @@ def paths_in_order(
     job = Job(recipient, prompts, metric, wanted, donor, donor_prompts, where, "frozen")
     senders = list(dict.fromkeys(path.sender for path in wanted))
     found = np.full((len(senders), len(prompts)), np.nan)
-    parts = list(batches_of(prompts, batch_size))
+    parts = list(job.batches(batch_size, in_order=True))
     with tqdm(total=len(parts) * len(senders), desc="in order", disable=not progress, delay=1) as bar:
-        for rows in parts:
+
+        def measure(rows: Sequence[int]) -> None:
+            """Fills in these rows."""
             run = job.start(rows, in_order=True)
             read = Reading([metric.select(rows)], run.rows.batch)
             clean = read(run.clean.logits)[0].double()
@@ -71,6 +73,9 @@ def paths_in_order(
                 values = read(run.clean.rerun(_InOrder(run, sender, receivers).hooks()))[0]
                 found[at, rows] = (values.double() - clean).cpu().numpy()
                 bar.update()
+
+        for part in parts:
+            list(in_parts(part, len(part), measure))
     return xr.Dataset(
         {"in_order": (("sender", "example"), found, {"units": metric.units})},
         coords={

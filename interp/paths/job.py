@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.address import Address
+from hooks.batches import fitting, forward_bytes, logits_bytes
+from hooks.memory import point_bytes
+from interp.map.component_map import batches_of
 from interp.metrics import Metric
 from interp.paths.path import (
     Between,
@@ -21,9 +25,10 @@ from interp.paths.path import (
     require_paths,
     senders_of,
 )
-from interp.paths.run import PathRun
+from interp.paths.run import KEPT, PathRun, kept_for_paths
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.prompts.pairing import PatchBatch, beside, image_shapes, partners
+from interp.sweep.batch import stored_bytes
 from interp.sweep.places import Where, where_label, where_mask
 
 
@@ -59,6 +64,26 @@ class Job:
         """Worked out for the control alone."""
         return partners(self.prompts)
 
+    def batches(self, batch_size: int, in_order: bool = False, others: bool = False) -> Iterator[list[int]]:
+        """Row numbers of the prompts that run together: as many as there is memory for.
+
+        Raises:
+            FrankenlensError: there is no memory for one prompt.
+        """
+        width = max(map(len, (*self.prompts, *self.given)))
+        tokens = {"input_ids": torch.empty(1, width, device="meta")}
+        kept = kept_for_paths(self.recipient, self.paths, self.between, in_order)
+        owners = (self.donor, self.recipient)
+        of_row = (1 + others) * sum(
+            point_bytes(vlm, vlm.point(name), tokens)
+            for vlm, names in zip(owners, kept, strict=True)
+            for name in dict.fromkeys(names)
+        )
+        changes = 4 * (KEPT + len(self.paths)) * width * self.recipient.d_model
+        of_row += changes + stored_bytes(self.recipient, width) + 2 * forward_bytes(self.recipient, width)
+        size = fitting(self.recipient, batch_size, of_row, "a path", logits_bytes(self.recipient, width))
+        return batches_of(self.prompts, size)
+
     def start(self, rows: Sequence[int], in_order: bool = False, others: bool = False) -> PathRun:
         """The clean runs of some prompts, with the donor's on their partners if asked."""
         select = self.metric.select(rows)
@@ -69,7 +94,7 @@ class Job:
         partnered = [
             beside(some, rows, self._partner) if others else [] for some in (self.given, self.prompts)
         ]
-        here = _tokens(self.where, batch, ready.reads)
+        here = changed_tokens(self.where, batch, ready.reads)
         return PathRun(
             self.recipient,
             self.donor,
@@ -128,7 +153,10 @@ def complete_senders(
     return [s not in chained and given[s] >= set(receivers_of(vlm, s, between)) for s in senders]
 
 
-def _tokens(where: Where, batch: PromptBatch, reads: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+def changed_tokens(
+    where: Where, batch: PromptBatch, reads: Bool[Tensor, "batch pos"]
+) -> Bool[Tensor, "batch pos"]:
+    """The tokens at which senders are changed; "decision": those that are read."""
     return (reads if where == "decision" else where_mask(where, batch)) & batch.mask("all")
 
 

@@ -68,8 +68,7 @@ class PathRun:
                 `other` is read from.
         """
         self.vlm, self.rows, self._where, self._between = recipient, rows, where, between
-        senders = _stored(sender_hook(path.sender) for path in paths)
-        names = [*senders, *_needed(recipient, paths, between == "mlps", in_order)]
+        senders, names = kept_for_paths(recipient, paths, between, in_order)
         read = rows.reads.any(0).nonzero()[:, 0]
         self.clean = CleanRun(recipient, rows.batch.inputs, dict.fromkeys(names), read)
         self.donor = Donor(donor, given, senders, metric, others)
@@ -112,11 +111,7 @@ class PathRun:
         """The receiver's output under a path, as an edit of the recipient's run."""
         receiver = path.receiver
         touched = (self.arriving(path, other) != 0).any(-1)
-        layer = self.vlm.n_layers - 1 if receiver.layer is None else receiver.layer
-        leaf = {"q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "in": "hook_mlp_out"}[
-            receiver.via
-        ]
-        leaf = "hook_resid_post" if receiver.address is None else leaf
+        layer, leaf = received_at(receiver, self.vlm.n_layers)
         key = ("output", path.sender, path.through, layer, leaf, other)
 
         def new(activation: Tensor, span: Span) -> Tensor:
@@ -268,6 +263,21 @@ class PathRun:
             del self._kept[next(iter(self._kept))]
         self._kept[key] = value  # the last one asked for stays longest
         return value
+
+
+def kept_for_paths(
+    vlm: HookedVLM, paths: Sequence[Path], between: Between, in_order: bool
+) -> tuple[list[str], list[str]]:
+    """Hook points kept of the donor, and of the recipient."""
+    senders = _stored(sender_hook(path.sender) for path in paths)
+    return senders, [*senders, *_needed(vlm, paths, between == "mlps", in_order)]
+
+
+def received_at(receiver: Receiver, n_layers: int) -> tuple[int, str]:
+    """Layer and hook point of what a receiver makes of its input."""
+    if receiver.address is None or receiver.layer is None:
+        return n_layers - 1, "hook_resid_post"
+    return receiver.layer, "hook_mlp_out" if receiver.via == "in" else f"attn.hook_{receiver.via}"
 
 
 def _stored(hooks: Iterable[str]) -> list[str]:

@@ -52,12 +52,14 @@ class Arithmetic:
         Args:
             layer: of the block.
             queries, keys: tokens that it runs on, and that they may look at.
-            wanted: tokens whose attention and MLP alone are computed; None: all.
+            wanted: tokens whose attention, its output and MLP alone are computed; None: all.
         """
         block = self.blocks[layer]
         some = queries if wanted is None else wanted
-        mlp = self.second(layer)
-        return (self.row(block.path) - mlp) * queries + mlp * some + attention(block.sites, some, keys)
+        late = self.second(layer)
+        if block.site is not None and block.site.out is not None:
+            late += self.row(block.site.out)
+        return (self.row(block.path) - late) * queries + late * some + attention(block.sites, some, keys)
 
     def second(self, layer: int) -> int:
         """The MLP of a block, one row."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from jaxtyping import Bool
 from torch import Tensor
 
 from hooks.memory import limit
@@ -15,21 +14,20 @@ from interp.map.component_map import FURTHER, MAP_POINTS, RANDOM, batches_of, ro
 from interp.map.components import BEFORE_THE_DECODER, Component, cached_names, components
 from interp.plan.arithmetic import Arithmetic
 from interp.plan.images import pictures_of
-from interp.plan.memory import Footprint, held_by_sweep
+from interp.plan.memory import held_by_sweep
+from interp.plan.runs import Reads, Runs
 from interp.plan.structure import Weightless
 from interp.plan.sweeps import SweepCost
 from interp.plan.work import Work, together
-from interp.prompts import Prompt, PromptBatch, collate
+from interp.prompts import Prompt, collate
 from interp.prompts.pairing import PatchBatch, beside, partners
 from interp.sweep.planned import PlannedSweep
 
-Reads = Callable[[PromptBatch], Bool[Tensor, "batch pos"]]
-"""The tokens of a batch whose logits a metric reads."""
 ASKED = {"donor": 1, "self": 1, "random": 3, "other": 3}
 """Activations that are made for one cell of a kind: the donor's, or the recipient's and both sides of a difference."""
 
 
-class _Undone(Donor):
+class Undone(Donor):
     """A donor that is not run: cells are asked of it, never activations."""
 
     def __init__(self, vlm: Weightless) -> None:
@@ -46,6 +44,7 @@ class MapPlan:
         points, roles, batch_size, n_random, further: as in `interp.map.component_map.component_map`.
         at_tokens: whether the model can be taken up at a token.
         kinds: by default those that go with `further`.
+        wanted: components other than those of the points.
     """
 
     def __init__(
@@ -60,17 +59,18 @@ class MapPlan:
         kinds: Sequence[str] = ("donor", "random", *FURTHER),
         at_tokens: bool = True,
         max_memory: int | None = None,
+        wanted: Sequence[Component] | None = None,
     ) -> None:
         self._vlm, self._reads, self._directions = vlm, reads, directions
         self._points, self._roles, self._batch_size = points, roles, batch_size
         self._n_random, self._kinds = n_random, kinds
         self._at_tokens, self._max_memory = at_tokens, max_memory
-        self._arithmetic, self._footprint = Arithmetic(vlm), Footprint(vlm)
+        self._own, self._wanted = Runs(vlm, batch_size), wanted
 
     def work(self, prompts: Sequence[Prompt], what: str = "component map") -> Work:
         """Of all prompts."""
         images = any(prompt.has_image for prompt in prompts)
-        offered = components(self._vlm, self._points)
+        offered = components(self._vlm, self._points) if self._wanted is None else self._wanted
         wanted = [one for one in offered if images or one.point not in BEFORE_THE_DECODER]
         roles = roles_of(prompts, self._roles)
         partner = partners(prompts)
@@ -96,49 +96,61 @@ class MapPlan:
     ) -> Work:
         vlm, batch = self._vlm, collate(some)
         ready = PatchBatch(batch, self._reads(batch), partner)
-        undone = _Undone(vlm)
+        undone = Undone(vlm)
         cells = cells_of(undone, undone, ready, wanted, roles, self._kinds, range(self._n_random))
-        edits = [cell.edits for cell in cells]
-        planned = PlannedSweep(vlm, batch, ready.reads, edits, (), self._max_memory, self._at_tokens)
-        pictures = pictures_of(vlm, some)
-        cost = SweepCost(self._arithmetic, planned, pictures)
-        still = {number for number, cell in enumerate(cells) if cell.kind == "self"}
-        sweep = cost.all(still) + sum(self._made(cell, planned, ready) for cell in cells)
-        rows, width = batch.roles.shape
-        clean = self._arithmetic.forward(rows, width, pictures, rows + planned.n_read)
+        sweep = swept(self._own, ready, cells, self._at_tokens, self._max_memory)
+        (rows, width), pictures, arithmetic = batch.roles.shape, pictures_of(vlm, some), self._own.arithmetic
+        clean = arithmetic.forward(rows, width, pictures, rows + int(ready.reads.sum()))
         beside_it = 0
         if others:
             own = pictures_of(vlm, others)
-            beside_it = self._arithmetic.forward(rows, max(map(len, others)), own, rows)
-        flops = 2 * (clean + beside_it) + self._directions * sweep
-        donors = self._footprint.kept(cached_names(vlm, wanted), rows, width, pictures)
-        held = {"activations of both models": 2 * donors * (1 + bool(others))}
-        held |= held_by_sweep(self._footprint, planned, pictures, still)
+            beside_it = arithmetic.forward(rows, max(map(len, others)), own, rows)
+        flops = 2 * (clean + beside_it) + self._directions * sweep.flops
+        donors = self._own.footprint.kept(cached_names(vlm, wanted), rows, width, pictures)
+        held = {"activations of both models": 2 * donors * (1 + bool(others)), **sweep.held}
         runs = self._directions * (len(cells) + 1) + 2 + 2 * bool(others)
         disk = 2 * 8 * rows * self._directions * len(wanted) * len(roles) * (3 + self._n_random)
         return Work("batch", runs, flops, held, disk)
 
-    def _made(self, cell: Cell, planned: PlannedSweep, ready: PatchBatch) -> int:
-        """What takes an activation's place, and what the writer then adds."""
-        total = 0
-        for edit in cell.edits:
-            first = edit.first_column()
-            if edit.where is None or first is None or edit.point.layer is None or first >= planned.end:
-                continue
-            tokens = len(ready.batch) * (planned.end - first)
-            total += tokens * self._of_one(edit.point, cell.kind)
-        return total
 
-    def _of_one(self, point: HookPoint, kind: str) -> int:
-        """One token: a head through W_O, once as it is and once for each activation that is asked for."""
-        block = self._vlm.anatomy.text.blocks[point.layer or 0]
-        if point.leaf == "hook_result":
-            heads = (1 + ASKED[kind]) * self._arithmetic.row(block.out) // block.n_heads
-            writer = block.writer("attn")
-            behind_a_norm = writer is not None and writer.module != writer.body and kind != "self"
-            return heads + behind_a_norm * self._arithmetic.row(block.out)
-        if point.leaf == "hook_z":
-            return self._arithmetic.row(block.out) * (kind != "self")
-        if point.leaf == "hook_expert_out" and point.experts is not None:
-            return (1 + ASKED[kind]) * self._arithmetic.row(point.experts.module)
-        return 0
+def swept(
+    runs: Runs, ready: PatchBatch, cells: Sequence[Cell], at_tokens: bool, max_memory: int | None = None
+) -> Work:
+    """`interp.map.cells.run_cells`: the sweep, and what takes each activation's place."""
+    vlm, batch, edits = runs.vlm, ready.batch, [cell.edits for cell in cells]
+    planned = PlannedSweep(vlm, batch, ready.reads, edits, (), max_memory, at_tokens)
+    pictures = pictures_of(vlm, batch.prompts)
+    still = {number for number, cell in enumerate(cells) if cell.kind == "self"}
+    flops = SweepCost(runs.arithmetic, planned, pictures).all(still)
+    flops += sum(_made(runs.arithmetic, cell, planned) for cell in cells)
+    held = held_by_sweep(runs.footprint, planned, pictures, still)
+    return Work("cells", len(cells) + 1, flops, held)
+
+
+def _made(arithmetic: Arithmetic, cell: Cell, planned: PlannedSweep) -> int:
+    """What takes an activation's place, and what the writer then adds."""
+    total = 0
+    for edit in cell.edits:
+        first = edit.first_column()
+        if edit.where is None or first is None or edit.point.layer is None or first >= planned.end:
+            continue
+        tokens = len(planned.batch) * (planned.end - first)
+        total += tokens * _of_one(arithmetic, edit.point, cell.kind)
+    return total
+
+
+def _of_one(arithmetic: Arithmetic, point: HookPoint, kind: str) -> int:
+    """One token: a head through W_O, once as it is and once for each activation that is asked for."""
+    block = arithmetic.blocks[point.layer or 0]
+    if point.leaf == "hook_result":
+        heads = (1 + ASKED[kind]) * arithmetic.row(block.out) // block.n_heads
+        writer = block.writer("attn")
+        behind_a_norm = writer is not None and writer.module != writer.body and kind != "self"
+        return heads + behind_a_norm * arithmetic.row(block.out)
+    if point.leaf == "hook_z":
+        return arithmetic.row(block.out) * (kind != "self")
+    if point.leaf == "hook_post" and block.mlp_out:
+        return arithmetic.row(block.mlp_out) * (kind != "self")
+    if point.leaf == "hook_expert_out" and point.experts is not None:
+        return (1 + ASKED[kind]) * arithmetic.row(point.experts.module)
+    return 0

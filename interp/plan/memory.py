@@ -120,6 +120,21 @@ class Footprint:
     def _mlp(self, neurons: int, rows: int, queries: int) -> int:
         return rows * queries * (3 * neurons + 2 * self._vlm.d_model) * self._item
 
+    def saved(self, rows: int, tokens: int, blocks: int | None = None) -> int:
+        """What a gradient needs of so many blocks (None: all): inputs of norms, products and activations."""
+        total = 0
+        for block, neurons in list(zip(self._blocks, self._mlps, strict=True))[:blocks]:
+            site = block.site
+            inside = 0 if site is None else 3 * site.n_heads * site.d_head
+            inside += 0 if site is None else 2 * site.n_kv_heads * (site.d_head + site.d_value)
+            total += 6 * self._vlm.d_model + inside + 4 * neurons
+        return rows * tokens * total * self._item
+
+    def kept_of_tower(self, pictures: Pictures) -> int:
+        """The same of the vision tower, whose MLPs are taken to be four times as wide as it is."""
+        tower = self._vlm.anatomy.vision
+        return sum(pictures.patches) * len(tower.blocks) * (6 + 5 + 4 * 4) * tower.width * self._item
+
     def stream(self, rows: int, tokens: int) -> int:
         """The residual stream once."""
         return rows * tokens * self._vlm.d_model * self._item

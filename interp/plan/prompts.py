@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from hooks.errors import FrankenlensError
 from interp.prompts import Prompt
-from interp.prompts.prompt import TOKEN_TENSORS
+from interp.prompts.prompt import TOKEN_TENSORS, GivenTokens
 
 SAMPLE = 32
 """Prompts that stand for all of them."""
@@ -97,3 +98,48 @@ def stated(n: int, tokens: int, image_tokens: int = 0) -> list[Prompt]:
         inputs["input_ids"][0, -1] = 3 + number
         found.append(Prompt.from_inputs(inputs, roles, image_token_id=1, name=f"stated {number}"))
     return found
+
+
+class _Ended(GivenTokens):
+    """What stands behind a trace whose answer is said by its roles: nothing is written after it, and nothing read."""
+
+    def scanner(self, prompt: Prompt) -> Any:
+        """Says of whatever comes that it is of the answer."""
+        return self
+
+    def feed(self, text: str) -> str:
+        """The role."""
+        return "answer"
+
+
+def up_to_the_answer(prompt: Prompt, n: int) -> Prompt:
+    """A prompt and a trace of n tokens, the last but one of which begins the answer, cut off behind that.
+
+    The tokens before the reasoning and before the answer are delimiters.
+    """
+    written = max(1, n - 1)
+    long = with_trace(prompt, written)
+    before = ["reasoning"] * (written - 1)
+    if written > 3:
+        before[0], before[-1] = "template", "template"
+    roles = (*prompt.roles, *before, "answer")
+    return replace(long, roles=roles, builder=_Ended(image_token_id=prompt.builder.image_token_id))
+
+
+def variants_of(prompts: Sequence[Prompt], described: int, in_words: bool = False) -> dict[str, list[Prompt]]:
+    """Prompts as the fine-grained metrics ask them, by numbers: with an image, a black one, a description, or none.
+
+    Those without an image are among the prompts, or, where all have one, what is left of them without it.
+
+    Args:
+        prompts: some that stand for all.
+        described: tokens of a description.
+        in_words: whether one stands in the image's place where there is none.
+    """
+    seen = [prompt for prompt in prompts if "image" in prompt.roles]
+    text = [prompt for prompt in prompts if "image" not in prompt.roles]
+    more = in_words * described
+    for prompt in seen if len(seen) == len(prompts) else ():
+        text += stated(1, max(1, len(prompt) - prompt.roles.count("image")) + more)
+    longer = [stated(1, len(prompt) + described, prompt.roles.count("image"))[0] for prompt in seen]
+    return {"image": seen, "black": seen, "described": longer, "text": text}

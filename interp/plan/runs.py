@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from jaxtyping import Bool
 from torch import Tensor
 
+from hooks.batches import batched
 from interp.map.component_map import batches_of
 from interp.plan.arithmetic import Arithmetic
 from interp.plan.images import pictures_of
@@ -59,8 +60,7 @@ class Runs:
     def read(self, what: str, prompts: Sequence[Prompt], reads: Reads, passes: int = 1) -> Work:
         """A forward pass, and logits at the tokens that are read; `passes` times."""
         found = []
-        for first in range(0, len(prompts), self.batch_size):
-            some = prompts[first : first + self.batch_size]
+        for some in batched(prompts, self.batch_size):
             batch = collate(some, "left")
             places = int(reads(batch).sum())
             (rows, width), pictures = batch.roles.shape, pictures_of(self.vlm, some)

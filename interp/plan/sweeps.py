@@ -41,7 +41,8 @@ class SweepCost:
         """
         planned = self._planned
         _, longer, groups = planned.grouped(range(len(planned.interventions)))
-        total = self.clean(bool(longer))
+        again = any(not _is_early(planned.interventions[number]) for number in longer)
+        total = self.clean(bool(longer), again)
         kinds: Counter[Kind] = Counter()
         for span, lanes in groups:
             for number, edit in lanes:
@@ -50,8 +51,13 @@ class SweepCost:
         total += sum(n * self._lane(*kind) for kind, n in kinds.items())
         return total + sum(self._longer(planned.interventions[number]) for number in longer)
 
-    def clean(self, longer: bool) -> int:
-        """The runs that interventions start from, and the proof that they can."""
+    def clean(self, longer: bool, again: bool) -> int:
+        """The runs that interventions start from, and the proof that they can.
+
+        Args:
+            longer: whether some rerun all tokens.
+            again: whether some of these begin at a layer.
+        """
         total, planned = 0, self._planned
         if planned.tried:
             total += self._whole(self._rows)
@@ -59,10 +65,27 @@ class SweepCost:
             total += self._check() + self._read()
         if longer:
             total += self._whole(self._rows)
-        reruns = any(not _is_early(edits) for edits in planned.interventions)
-        if reruns and planned.shortcuts == "layers":  # that a rerun can begin at a layer is tried once
+        if again:  # that a rerun can begin at a layer is tried once
             total += self._rows * self._arithmetic.decoder(self._width, self._width)
         return total + self._read()
+
+    def lane(self, first_layer: int, first: int, whole: bool) -> int:
+        """One copy of the batch from a layer and a column on.
+
+        Args:
+            first_layer, first: where it joins.
+            whole: whether the last block runs on all of its tokens, not on those alone that are read.
+        """
+        last, end = self._vlm.n_layers - 1, self._planned.end
+        total = sum(self._block(layer, first) for layer in range(first_layer, last))
+        total += self._arithmetic.block(last, end - first, end) if whole else self._block(last, first)
+        return self._rows * total + self._read()
+
+    def longer(self, first_layer: int) -> int:
+        """A rerun of all tokens from a layer on."""
+        blocks = range(first_layer, self._vlm.n_layers)
+        total = sum(self._arithmetic.block(layer, self._width, self._width) for layer in blocks)
+        return self._rows * total + self._read()
 
     def _whole(self, read: int) -> int:
         return self._arithmetic.forward(self._rows, self._width, self._pictures, read)
@@ -101,10 +124,7 @@ class SweepCost:
         """A rerun of all tokens: from a layer on, or the whole model where something acts before the decoder."""
         if _is_early(edits):
             return self._whole(self._rows) + self._read()
-        first = min(edit.point.layer or 0 for edit in edits)
-        blocks = range(first, self._vlm.n_layers)
-        total = sum(self._arithmetic.block(layer, self._width, self._width) for layer in blocks)
-        return self._rows * total + self._read()
+        return self.longer(min(edit.point.layer or 0 for edit in edits))
 
     def _check(self) -> int:
         """`StoredRun.check`: every block from the first token, from the middle, and at the last."""

@@ -15,7 +15,7 @@ class Work:
         runs: forward passes, generated texts or interventions, each on one batch.
         flops: of all of them.
         held: item to the bytes that exist together when it holds most, beside the models' weights.
-        disk: bytes that it leaves in files, results included.
+        disk: bytes that it leaves in files, results included, and reads beside the models' own once.
         scales: whether it grows with the number of prompts; what does not is done once.
     """
 

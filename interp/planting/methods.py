@@ -124,12 +124,12 @@ def transplanted(subject: Subject, direction: str) -> Effects:
 
 def skipped(subject: Subject) -> Effects:
     """What leaving a component out does to RL, minus what it does to IN."""
-    return _apart(subject, [_left_out(component) for component in subject.wanted])
+    return _apart(subject, [left_out(component) for component in subject.wanted])
 
 
 def cut(subject: Subject) -> Effects:
     """What cutting a head's attention to the image does to RL, minus what it does to IN."""
-    return _apart(subject, [_cut_off(component) for component in subject.wanted])
+    return _apart(subject, [cut_off(component) for component in subject.wanted])
 
 
 def compared(subject: Subject) -> Effects:
@@ -165,9 +165,11 @@ METHODS: dict[str, Method] = {
     "compare": Method(compared, moves=False, tests=False),
 }
 """By name. `z` stands for what comes before a component's output matrix."""
+INTEGRATED_STEPS = 4
+"""Points on the way of integrated gradients."""
 INTEGRATED = {
-    "integrated gradients RL → IN": Method(partial(attributed, direction=INTO, steps=4)),
-    "integrated gradients IN → RL": Method(partial(attributed, direction=OUT, steps=4)),
+    "integrated gradients RL → IN": Method(partial(attributed, direction=INTO, steps=INTEGRATED_STEPS)),
+    "integrated gradients IN → RL": Method(partial(attributed, direction=OUT, steps=INTEGRATED_STEPS)),
 }
 """Forty times the cost of `attribution`, so only where it is asked for."""
 
@@ -193,7 +195,7 @@ def chosen(names: Sequence[str]) -> dict[str, Method]:
 def _patched(subject: Subject, direction: str, inner: bool) -> Effects:
     donor, recipient = DIRECTIONS[direction]
     decisions, models = subject.decisions, subject.models
-    moved = {i: _inner(one) if inner else one for i, one in enumerate(subject.wanted)}
+    moved = {i: inner_of(one) if inner else one for i, one in enumerate(subject.wanted)}
     places = [i for i, one in moved.items() if one is not None]
     parts = [one for one in moved.values() if one is not None]
     found = np.full((len(subject.wanted), len(decisions)), np.nan)
@@ -237,7 +239,8 @@ def _apart(subject: Subject, interventions: Sequence[Intervention | None]) -> Ef
     return found
 
 
-def _inner(component: Component) -> Component | None:
+def inner_of(component: Component) -> Component | None:
+    """What comes before a component's output matrix; None where that is not known."""
     if component.point == "head":
         return replace(component, hooks=(component.hook.replace("hook_result", "hook_z"),))
     if component.point == "mlp_out":
@@ -245,13 +248,15 @@ def _inner(component: Component) -> Component | None:
     return None
 
 
-def _left_out(component: Component) -> Intervention | None:
+def left_out(component: Component) -> Intervention | None:
+    """The component adds nothing; None for the projector."""
     if component.point in ("head", "expert"):
         return Intervention(component.hook, "zero", index=component.head)
     return None if component.point == "projector" else Intervention(component.hook, "skip")
 
 
-def _cut_off(component: Component) -> Intervention | None:
+def cut_off(component: Component) -> Intervention | None:
+    """A head sees no image; None for what is no head."""
     if component.point != "head":
         return None
     hook = component.hook.replace("hook_result", "hook_attn_scores")

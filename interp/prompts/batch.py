@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int, Int8
+from jaxtyping import Bool, Int, Int8, Shaped
 from torch import Tensor
 
-from hooks.errors import FrankenlensError
+from hooks.errors import FrankenlensError, shown
 from interp.prompts.prompt import TOKEN_TENSORS, Prompt
 from interp.prompts.roles import PADDING_CODE, ROLE_CODES, ROLES
 
 PaddingSide = Literal["left", "right"]
+Rows = Sequence[int] | Shaped[Tensor, " n"] | Shaped[np.ndarray, " n"]
+"""Numbers of rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +80,31 @@ class PromptBatch:
         width = self.roles.shape[1] + self.cut
         return tokens + (width - self.lengths if self.padding_side == "left" else 0) - self.cut
 
-    def select(self, rows: Sequence[int] | Int[Tensor, " n"]) -> PromptBatch:
+    def select(self, rows: Rows) -> PromptBatch:
         """The batch of some rows, padded anew."""
-        chosen = [self.prompts[int(row)] for row in rows]
+        chosen = [self.prompts[row] for row in numbers_of(rows)]
         return collate(chosen, self.padding_side, self.pad_token_id).to(self.roles.device)
 
     def to(self, device: torch.device | str) -> PromptBatch:
         """The same batch on a device."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
         return replace(self, inputs=inputs, roles=self.roles.to(device), lengths=self.lengths.to(device))
+
+
+def numbers_of(rows: Rows) -> list[int]:
+    """Numbers of rows as integers.
+
+    Raises:
+        FrankenlensError: something else than integers, such as a mask, whose True would be row 1.
+    """
+    numbers = rows.tolist() if hasattr(rows, "tolist") else list(rows)  # type: ignore[union-attr]
+    if not isinstance(numbers, list) or not all(
+        isinstance(one, Integral) and not isinstance(one, bool) for one in numbers
+    ):
+        raise FrankenlensError(
+            f"rows are chosen by their numbers, and {shown(numbers)} are none; of a mask, mask.nonzero()[:, 0]"
+        )
+    return [int(one) for one in numbers]
 
 
 def collate(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hooks.errors import FrankenlensError
+from interp.prompts.prompt import TOKEN_TENSORS
 from interp.questions.on_demand import Recent
 
 LARGE = 1 << 20
@@ -36,7 +37,11 @@ class Inputs(Mapping[str, Tensor]):
             again: makes them again.
             name: for the message of a refusal.
         """
-        large = {key: value for key, value in inputs.items() if value.nbytes >= LARGE}
+        large = {
+            key: value
+            for key, value in inputs.items()
+            if key not in TOKEN_TENSORS and value.nbytes >= LARGE  # 131,072 tokens are as large, and grow
+        }
         held = {key: value for key, value in inputs.items() if key not in large}
         return cls(held, Pixels(again, large, name) if large else None)
 
@@ -110,5 +115,5 @@ def _digest(tensors: Mapping[str, Tensor]) -> bytes:
     digest = sha256()
     for name, tensor in tensors.items():
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.digest()

@@ -44,7 +44,7 @@ def as_seen(image: Any) -> Image.Image:
         if image.has_transparency_data:
             return _on_white(image)
         return image if image.mode == "RGB" else image.convert("RGB")
-    except FrankenlensError:
+    except (FrankenlensError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, EOFError, ...
         raise FrankenlensError(str(error) or type(error).__name__) from error

@@ -42,6 +42,8 @@ class OnDemand:
     def _again(self) -> Image.Image:
         try:
             image = self._read()
+        except MemoryError:
+            raise
         except Exception as error:
             raise FrankenlensError(f"{one_line(error)}; it could be read when the rows were") from error
         if _digest(image) != self._digest:

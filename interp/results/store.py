@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from jaxtyping import Shaped
 
 from hooks.errors import FrankenlensError
 from interp.results.lock import making
-from interp.results.whole import read_sealed, sealed, write_whole
+from interp.results.whole import read_sealed, sealed, unsealed, write_whole
 
 ABOUT = "about.json"
 _ARRAY, _TABLE = "__array__", "__table__"
@@ -94,6 +95,20 @@ class Store:
             found = _read(json.loads(json.dumps(_plain(value))))
         return found
 
+    def holds(self, name: str, of: str = "") -> bool:
+        """Whether a part is kept by this name, whole and of this."""
+        try:
+            data = unsealed(self._path(name).read_bytes())
+        except OSError:
+            return False
+        return data is not None and json.loads(data)["of"] == self._of(of)
+
+    def sizes(self, name: str) -> list[int]:
+        """Every n of which there is a part `name-n`, ascending; it may be damaged, or of something else."""
+        start = self._path(f"{name}-").name.removesuffix(".part")
+        found = (path.name[len(start) :] for path in self.folder.glob(f"{escape(start)}*.part"))
+        return sorted(int(own[:-5]) for own in found if own[:-5].isdecimal())
+
     def _of(self, fingerprint: str) -> str:
         return sha256((self.key + fingerprint).encode()).hexdigest()
 
@@ -132,6 +147,19 @@ class Store:
 def part(keep: Store | None, name: str, compute: Callable[[], Any], of: str = "") -> Any:
     """`Store.part`, or what is computed where nothing is to be kept."""
     return compute() if keep is None else keep.part(name, compute, of)
+
+
+def begun(keep: Store | None, name: str, most: int, of: Callable[[int], str]) -> int:
+    """How many rows the longest part `name-n` has, of at most so many; 0: there is none, or none is of these.
+
+    Args:
+        keep: the store, if there is one.
+        name: of the parts, without the number of their rows.
+        most: rows.
+        of: from n to the part's fingerprint.
+    """
+    sizes = [] if keep is None else [n for n in keep.sizes(name) if n <= most]
+    return next((n for n in reversed(sizes) if keep and keep.holds(f"{name}-{n}", of(n))), 0)
 
 
 def under(keep: Store | None, name: str) -> Store | None:

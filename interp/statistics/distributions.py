@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_AT_ONCE = 1 << 23
+TERMS_AT_ONCE = 1 << 23
 """Terms worked on together: half a dozen copies of them exist at once."""
 
 
@@ -27,8 +27,8 @@ def kl(p: Float[Tensor, "*n vocab"], q: Float[Tensor, "*n vocab"]) -> Float[Tens
     p has. Gradients flow into both.
     """
     q = q.to(p.device)
-    if len(p.shape) > 1 and len(p) > 1 and p.numel() > _AT_ONCE:
-        rows = max(1, _AT_ONCE * len(p) // p.numel())
+    if len(p.shape) > 1 and len(p) > 1 and p.numel() > TERMS_AT_ONCE:
+        rows = max(1, TERMS_AT_ONCE * len(p) // p.numel())
         return torch.cat([kl(*some) for some in zip(p.split(rows), q.split(rows), strict=True)])
     share = p.exp()
     d = (q - p).masked_fill(share == 0, 0.0)  # -inf less -inf is no number, nor is its gradient

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookContext, HookedVLM
+from hooks.batches import fitting, forward_bytes, in_parts
 from hooks.errors import nearest
 from interp.lockstep.moved import WHEN
 from interp.metrics.logits import sparing_logits
@@ -78,13 +79,21 @@ def differences(
             )
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     found: dict[int, Tensor] = {}
-    starts = range(0, len(order), batch_size)
-    for first in tqdm(starts, desc="differences", unit="batch", disable=not progress, delay=1):
-        rows = order[first : first + batch_size]
+
+    def measure(rows: Sequence[int]) -> Float[Tensor, "row d"]:
         batch = collate([prompts[row] for row in rows])
         where = named(batch, when)
         means = [_mean_at(vlm, batch, site, where) for vlm in (pair.rl, pair.in_)]
-        found |= dict(zip(rows, means[0] - means[1], strict=True))
+        return means[0] - means[1]
+
+    width = max(map(len, prompts))
+    sizes = [
+        fitting(vlm, batch_size, 2 * forward_bytes(vlm, width), "a direction") for vlm in (pair.rl, pair.in_)
+    ]
+    with tqdm(total=len(order), desc="differences", unit="prompt", disable=not progress, delay=1) as bar:
+        for rows, values in in_parts(order, min(sizes), measure):
+            found |= dict(zip(rows, values, strict=True))
+            bar.update(len(rows))
     return torch.stack([found[row] for row in range(len(prompts))])
 
 

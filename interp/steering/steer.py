@@ -77,7 +77,8 @@ def steer(
         places = Places(batch, steering)
         return Run(vlm, None, batch, _Adding(steering, places), places, chooser, rows)
 
-    return write_all(prompts, start, max_new_tokens, sampling, batch_size, "steer" if progress else "", keep)
+    bar = "steer" if progress else ""
+    return write_all((vlm,), prompts, start, max_new_tokens, sampling, batch_size, bar, keep)
 
 
 def steer_hooks(

@@ -1,7 +1,7 @@
 """Attention of a segment of tokens whose earlier keys and values are those of a clean run.
 
-Lanes, copies of the batch under different interventions, share the prefix: short segments attend to it without
-copying it, long ones through SDPA.
+Lanes, copies of the batch under different interventions, share the prefix, and attend to it without copying it where
+the kernel allows (`interp.sweep.joined`). Elsewhere only short segments do, and long ones copy it for SDPA.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from hooks import HookedVLM
+from interp.sweep.joined import can_join, joined
 
 _NAME = "frankenlens_segment"
 SHORT = 32
@@ -50,6 +51,18 @@ class SegmentContext:
     wanted: Int[Tensor, " wanted"] | None = None
 
 
+@dataclass
+class Segment:
+    """Where the attention of a layer finds its context; set before each call of its block."""
+
+    context: SegmentContext | None = None
+
+
+def segment_of(module: Any) -> Segment:
+    """That of an attention module, inside `segment_attention_on`."""
+    return module.config._frankenlens_segment
+
+
 @dataclass(frozen=True, eq=False)
 class Special:
     """What some models do to their scores: a soft cap on them, and a score a head that takes its share of the softmax
@@ -66,7 +79,7 @@ class Special:
 
 @contextmanager
 def segment_attention_on(vlm: HookedVLM, modules: Sequence[Any]) -> Iterator[None]:
-    """Send these attention modules here, as `module.config._frankenlens_segment` says, until the context ends.
+    """Send these attention modules here, as their `segment_of` says, until the context ends.
 
     Meanwhile the model's blocks are called one by one, so no other thread or task may run it.
     """
@@ -76,7 +89,7 @@ def segment_attention_on(vlm: HookedVLM, modules: Sequence[Any]) -> Iterator[Non
             for module, original in zip(modules, originals, strict=True):
                 shim = copy.copy(original)
                 shim._attn_implementation_internal = _NAME
-                shim._frankenlens_segment = None
+                shim._frankenlens_segment = Segment()
                 module.config = shim
             yield
         finally:
@@ -105,7 +118,8 @@ def segment_attention(
     **_: Any,
 ) -> tuple[Float[Tensor, "lane query head d_value"], None]:
     """The attention function that transformers calls for a segment; the mask is the context's own."""
-    context: SegmentContext = module.config._frankenlens_segment
+    context = segment_of(module).context
+    assert context is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if context.tap is not None:
         query = context.tap("hook_rot_q", query.transpose(1, 2)).transpose(1, 2)
@@ -118,7 +132,10 @@ def segment_attention(
     some, visible = query, context.visible
     if context.wanted is not None:
         some, visible = query[:, :, context.wanted], visible[:, :, context.wanted]
-    if some.shape[2] <= SHORT:
+    if context.keys.shape[2] and can_join(query, value):
+        before = context.keys, context.values
+        out = joined(some, (key, value), before, visible, context.causal, scale)
+    elif some.shape[2] <= SHORT:
         out = _shared_prefix(context, some, key, value, visible, scale)
     else:
         out = _with_copies(replace(context, visible=visible), some, key, value, scale, dense=False)

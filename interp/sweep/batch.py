@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooks import FrankenlensError, HookedVLM
-from hooks.batches import at_once, item_bytes
+from hooks import HookedVLM
+from hooks.batches import MemoryRanOut, at_once, in_parts, item_bytes, lanes_fitting
+from hooks.memory import limit
 from hooks.weights import d_mlp
 from interp.metrics.logits import Logits
 from interp.metrics.reading import Reading
 from interp.prompts import PromptBatch
+from interp.sweep.attention import segment_attention_on
 from interp.sweep.brigade import run_lanes
 from interp.sweep.edits import Edit, Span, needed_names
 from interp.sweep.halves import Halves
@@ -102,12 +105,26 @@ class BatchSweep:
             logits = whole.rerun([edit.hook() for edit in self.interventions[number]])
             # unembedding fewer tokens may round differently: what changes nothing is the clean run
             yield number, self.clean if logits.equal(whole.logits) else self._reading(logits)
-        for span, lanes in groups:
-            assert self._run is not None
-            size = self._lanes_at_once(span)
-            for at in range(0, len(lanes), size):
-                for number, logits in run_lanes(self._run, lanes[at : at + size], span):
-                    yield number, self.clean if logits is None else self._of_reached(number, logits)
+        if not groups:
+            return
+        assert self._run is not None
+        with segment_attention_on(self.vlm, self._run.attentions):
+            for span, lanes in groups:
+                size = self._lanes_at_once(span)
+                if self._max_memory is None:  # a plan does not ask what is free here and now
+                    size = lanes_fitting(self.vlm, size, self.lane_bytes(span), self._held)
+                for _, found in in_parts(lanes, size, partial(self._of_lanes, span)):
+                    yield from found
+
+    def _of_lanes(
+        self, span: Span, lanes: Sequence[tuple[int, Edit]]
+    ) -> list[tuple[int, Float[Tensor, "metric batch"]]]:
+        """The metrics under interventions that all begin in the first column of a span, at once."""
+        assert self._run is not None
+        return [
+            (number, self.clean if logits is None else self._of_reached(number, logits))
+            for number, logits in run_lanes(self._run, lanes, span)
+        ]
 
     def grouped(
         self, numbers: Sequence[int]
@@ -135,9 +152,13 @@ class BatchSweep:
         found = self._reading(logits)
         if edit.where is None:
             return found
-        to_come = self._reading.reads.flip(1).cumsum(1).flip(1).bool()
-        reached = (edit.where.to(to_come.device) & to_come).any(1)
+        reached = (edit.where.to(self._to_come.device) & self._to_come).any(1)
         return torch.where(reached.to(found.device), found, self.clean)
+
+    @cached_property
+    def _to_come(self) -> Bool[Tensor, "batch pos"]:
+        """The tokens from which on something is read."""
+        return self._reading.reads.flip(1).cumsum(1).flip(1).bool()
 
     def _is_fast(self, edits: Sequence[Edit]) -> bool:
         """Whether these are one edit, at a place where the clean run can be taken up."""
@@ -181,10 +202,17 @@ class BatchSweep:
         rows = len(self.batch)
         lanes = max(1, LANE_TOKENS.get(self.vlm.device.type, 8192) // (rows * len(span)))
         if self._max_memory is None:
-            return lanes
-        free = self._max_memory - self.stored_bytes - self.logits_bytes
+            if limit() is None:
+                return lanes
+            return lanes_fitting(self.vlm, lanes, self.lane_bytes(span), self._held)
+        free = self._max_memory - self._held
         fits = max(1, int(free // self.lane_bytes(span)))
         return min(lanes, fits)
+
+    @property
+    def _held(self) -> int:
+        """What is taken beside the lanes."""
+        return self.stored_bytes + self.logits_bytes
 
     @property
     def stored_bytes(self) -> int:
@@ -249,7 +277,7 @@ class BatchSweep:
             return
         least = self.stored_bytes + self.lane_bytes(Span(0, self.batch.roles.shape[1])) + self.logits_bytes
         if least > self._max_memory:
-            raise FrankenlensError(
+            raise MemoryRanOut(
                 f"max_memory of {self._max_memory / 2**20:.0f} MiB is too small for one intervention on "
                 f"{len(self.batch)} prompts of {self.batch.roles.shape[1]} tokens, which takes about "
                 f"{least / 2**20:.0f} MiB; give more, or a smaller batch_size"

@@ -7,7 +7,7 @@ matrix product from there on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,6 @@ from hooks.plain import plain_weight
 from hooks.uninterrupted import registered
 from interp.metrics.logits import Logits
 from interp.sweep.activations import activation_of
-from interp.sweep.attention import segment_attention_on
 from interp.sweep.edits import Edit, Span
 from interp.sweep.stored import StoredRun
 
@@ -39,7 +38,7 @@ def own_part(edit: Edit, in_turn: bool) -> str:
 
 
 def run_lanes(run: StoredRun, lanes: Sequence[Lane], span: Span) -> Iterator[Value]:
-    """Run lanes that all begin in the first column of `span`, all at once.
+    """Run lanes that all begin in the first column of `span`, all at once; inside `segment_attention_on`.
 
     Args:
         run: the clean run.
@@ -50,57 +49,63 @@ def run_lanes(run: StoredRun, lanes: Sequence[Lane], span: Span) -> Iterator[Val
     riding: list[int] = []
     stream: Tensor | None = None
     n_layers = len(run.blocks)
-    with torch.no_grad(), segment_attention_on(run.vlm, run.attentions):
+    with torch.no_grad():
         for layer in range(waiting[0][1].start[0] if waiting else 0, n_layers):
-            joined: list[Tensor] = []
             here: dict[str, list[Lane]] = {"block": [], "inside": [], "second": [], "": []}
             while waiting and waiting[0][1].start[0] == layer:
                 number, edit = waiting.pop(0)
                 here[own_part(edit, run.halves[layer].in_turn)].append((number, edit))
-            for number, edit in here["block"]:
-                own = run.pre(layer, span)
-                stream, ok = _join(stream, _begin_pre(run, edit, own, span), own)
-                if ok:
-                    riding.append(number)
-                else:
-                    yield number, None
-            after: list[int] = []
-            if stream is not None:
+            begun, unchanged = _begun(run, layer, here, span)
+            for number in unchanged:
+                yield number, None
+            joined: list[Tensor] = []
+            riding += [number for number, _ in begun["block"]]
+            whole = [new for _, new in begun["block"]]
+            if stream is not None or whole:
+                stream = _together(whole if stream is None else [stream, *whole])
                 joined.append(run.run_block(layer, stream, span))
             if here["inside"]:
-                after += [number for number, _ in here["inside"]]
+                riding += [number for number, _ in here["inside"]]
                 joined.append(_run_inside(run, layer, [edit for _, edit in here["inside"]], span))
-            mids: Tensor | None = None
-            for number, edit in here["second"]:
-                own = run.mid(layer, span)
-                mids, ok = _join(mids, _begin_mid(run, layer, edit, own, span), own)
-                if ok:
-                    after.append(number)
-                else:
-                    yield number, None
-            if mids is not None:
+            if begun["second"]:
+                riding += [number for number, _ in begun["second"]]
+                mids = _together([new for _, new in begun["second"]])
                 joined.append(_run_mlp(run, layer, mids, span))
-            for number, edit in here[""]:
-                own = run.post(layer, span)
-                new = _begin_post(run, layer, edit, own, span)
-                if torch.equal(new, own):
-                    yield number, None
-                else:
-                    after.append(number)
-                    joined.append(new)
-            riding += after
-            stream = torch.cat(joined) if joined else None
+            riding += [number for number, _ in begun[""]]
+            joined += [new for _, new in begun[""]]
+            stream = _together(joined) if joined else None
             if stream is not None and layer in run.added:
                 extra = run.added[layer][:, span.columns]
                 stream = stream + extra.to(stream).repeat(len(stream) // len(extra), 1, 1)
         yield from _read(run, riding, stream, waiting, span)
 
 
-def _join(stream: Tensor | None, new: Tensor, own: Tensor) -> tuple[Tensor | None, bool]:
-    """The lanes with one more; an intervention that changes nothing does not ride."""
-    if torch.equal(new, own):
-        return stream, False
-    return (new if stream is None else torch.cat([stream, new])), True
+def _begun(
+    run: StoredRun, layer: int, here: Mapping[str, Sequence[Lane]], span: Span
+) -> tuple[dict[str, list[tuple[int, Tensor]]], list[int]]:
+    """What the lanes of this layer begin with, by `own_part`, and those that nothing changes in: they do not ride."""
+    begun: dict[str, list[tuple[int, Tensor]]] = {"block": [], "second": [], "": []}
+    unchanged: list[int] = []
+    for part, lanes in begun.items():
+        if not here[part]:
+            continue
+        own = {"block": run.pre, "second": run.mid, "": run.post}[part](layer, span)
+        for number, edit in here[part]:
+            if part == "block":
+                new = _begin_pre(run, edit, own, span)
+            elif part == "second":
+                new = _begin_mid(run, layer, edit, own, span)
+            else:
+                new = _begin_post(run, layer, edit, own, span)
+            if torch.equal(new, own):
+                unchanged.append(number)
+            else:
+                lanes.append((number, new))
+    return begun, unchanged
+
+
+def _together(lanes: Sequence[Tensor]) -> Tensor:
+    return lanes[0] if len(lanes) == 1 else torch.cat(list(lanes))
 
 
 def _begin_pre(run: StoredRun, edit: Edit, own: Tensor, span: Span) -> Tensor:
@@ -248,10 +253,10 @@ def _read(
     """Logits at the columns that are read, those before the span being the clean run's."""
     rows, norm = len(run.batch), run.vlm.module(run.vlm.anatomy.final_norm)
     columns = run.reads_within(span)
-    for first in range(len(riding)):
+    if riding:
         assert stream is not None
-        lane = stream[first * rows : (first + 1) * rows, columns]
-        yield riding[first], run.logits_of(norm(lane), span)
+        for number, normed in zip(riding, norm(stream[:, columns]).split(rows), strict=True):
+            yield number, run.logits_of(normed, span)
     for number, edit in final:
         own = norm(run.post(len(run.blocks) - 1, span))
         new = edit.apply(own, span)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import batched, in_parts
 from hooks.memory import limit, parse_bytes
 from interp.metrics import Metric
 from interp.metrics.logits import sparing_logits
@@ -29,6 +30,7 @@ from interp.sweep.activations import activation_of, kept_for
 from interp.sweep.batch import BatchSweep
 from interp.sweep.intervention import Bound, Intervention, Means, Others, bind, has_tokens, mean_key, validate
 from interp.sweep.places import LEADING, Where, of_vision, where_label, where_mask
+from interp.sweep.within import in_halves, rows_fitting
 
 SHARD = 512  # interventions
 
@@ -83,9 +85,12 @@ def sweep(
     named = dict(metrics) if isinstance(metrics, Mapping) else {metrics.name: metrics}
     given = donor_prompts if donor_prompts is not None else prompts
     _require(recipient, prompts, given, interventions, named, donor is not None or donor_prompts is not None)
-    budget = limit() if max_memory is None else parse_bytes(max_memory)
-    parts = _parts(prompts, batch_size)
     source = donor if donor is not None else recipient
+    budget = limit() if max_memory is None else parse_bytes(max_memory)
+    given_by = _cached(source, [i for i in interventions if i.value is None], ("replace",))
+    kept = [(source, given_by), (recipient, _cached(recipient, interventions, ("resample", "mean", "skip")))]
+    width = max(map(len, prompts))
+    parts = _parts(prompts, rows_fitting(recipient, kept, width, batch_size, budget))
     about = {} if out is None else _about(recipient, source, interventions, named)
     values = np.full((len(named), len(interventions), len(prompts)), np.nan)
     clean = np.full((len(named), len(prompts)), np.nan)
@@ -98,17 +103,22 @@ def sweep(
         tqdm(total=size, desc="sweep", unit="run", disable=not progress, delay=1) as bar,
     ):
         store = None if out is None else Store(out, about)
-        for number, rows in enumerate(parts):
+
+        def run(rows: Sequence[int], name: str) -> None:
+            """Fills in these rows."""
             part = _Part(
                 recipient, source, [prompts[r] for r in rows], [given[r] for r in rows], interventions,
                 [metric.select(rows) for metric in named.values()], means, budget,
-                partner[rows], beside(prompts, rows, partner),
+                partner[list(rows)], beside(prompts, rows, partner),
             )  # fmt: skip
-            for name, chosen, found in part.shards(store, f"{number:05d}", bar):
-                if name == "clean":
+            for shard, chosen, found in part.shards(store, name, bar):
+                if shard == "clean":
                     clean[:, rows] = found
                 else:
                     values[:, np.array(chosen)[:, None], np.array(rows)] = found
+
+        for number, rows in enumerate(parts):
+            list(in_halves(number, rows, run))
     return _dataset(values, clean, named, interventions, [p.example.id for p in prompts], recipient)
 
 
@@ -272,7 +282,10 @@ def _means(
     sums: dict[tuple[str, Where], Tensor] = {}
     counts: dict[tuple[str, Where], int] = dict.fromkeys(wanted, 0)
     hooks = list(dict.fromkeys(hook for hook, _ in wanted))
-    for rows in tqdm(parts, desc="means", disable=not progress, delay=1):
+
+    def of_rows(rows: Sequence[int]) -> list[tuple[tuple[str, Where], Tensor, int]]:
+        """Sums over these rows, and how many tokens they are of."""
+        found = []
         batch = collate([prompts[row] for row in rows]).to(vlm.device)
         there = [hook for hook in hooks if bool(batch.with_image.any()) or not of_vision(hook)]
         with torch.no_grad(), sparing_logits(vlm) as extra:
@@ -286,8 +299,14 @@ def _means(
             else:
                 lead = sum(axis in LEADING for axis in point.axes)
                 chosen = cache[key[0]].flatten(0, lead - 1).double()
-            sums[key] = sums[key] + chosen.sum(0) if key in sums else chosen.sum(0)
-            counts[key] += len(chosen)
+            found.append((key, chosen.sum(0), len(chosen)))
+        return found
+
+    for part in tqdm(parts, desc="means", disable=not progress, delay=1):
+        for _, found in in_parts(part, len(part), of_rows):
+            for key, total, n in found:
+                sums[key] = sums[key] + total if key in sums else total
+                counts[key] += n
     return {key: total / max(1, counts[key]) for key, total in sums.items()}
 
 
@@ -331,12 +350,10 @@ def _require(
 
 def _parts(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
     """Row numbers by batch; equal lengths and roles stand together."""
-    if batch_size < 1:
-        raise FrankenlensError(f"batch_size is {batch_size}; it must be at least 1")
     order = sorted(
         range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].roles, image_shapes(prompts[i]), i)
     )
-    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    return [list(some) for some in batched(order, batch_size)]
 
 
 def _about(

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import is_out_of_memory
 from hooks.uninterrupted import registered
 from interp.metrics.logits import Logits, run_for_logits, run_with_cache_for_logits, unmade
 from interp.sweep.places import of_vision
@@ -80,9 +81,9 @@ class CleanRun:
             try:
                 self._require_no_state()
                 same = self._decode(0).equal(self.logits)
-            except torch.OutOfMemoryError:  # says nothing about the model
-                raise
-            except (FrankenlensError, *NOT_CALLED_AGAIN):
+            except (FrankenlensError, *NOT_CALLED_AGAIN) as error:
+                if is_out_of_memory(error):  # says nothing about the model
+                    raise
                 same = False  # its blocks are no chain that can be called again one by one
         if not same:
             warnings.warn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import is_out_of_memory
 from hooks.engine import Hook, HookContext, together
 from hooks.errors import one_line
 from hooks.points import interface_point
@@ -19,11 +21,14 @@ from hooks.selfcheck_writes import tolerance
 from hooks.uninterrupted import registered
 from interp.metrics.logits import Logits, sparing_logits, unmade
 from interp.prompts import PromptBatch
-from interp.sweep.attention import SegmentContext, Tap, segment_attention_on
+from interp.sweep.attention import SegmentContext, Tap, segment_attention_on, segment_of
 from interp.sweep.edits import Span
 from interp.sweep.halves import Halves, mixes
 from interp.sweep.places import of_vision
 from interp.sweep.rerun import NOT_CALLED_AGAIN, is_constant
+
+AXES = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
+"""The token axis of what blocks are handed besides the stream; rows, if any, are on the one before it."""
 
 
 class Unsupported(Exception):
@@ -72,8 +77,10 @@ class StoredRun:
         self.blocks = [vlm.module(block.path) for block in text]
         self.halves = [Halves(vlm, layer) for layer in range(len(text))]
         self._attending = {layer: block.site for layer, block in enumerate(text) if block.site is not None}
-        self.attentions = [vlm.module(site.module) for site in self._attending.values()]
+        self._attention = {layer: vlm.module(site.module) for layer, site in self._attending.items()}
+        self.attentions = list(self._attention.values())
         self._calls: list[dict[str, Any]] = []
+        self._cuts: dict[Span, dict[tuple[str, int, bool], Any]] = {}
         self.cache: dict[str, Tensor] = {}
         self.has_image = vlm.has_image(batch.inputs)
         self._deepstack = {
@@ -145,7 +152,7 @@ class StoredRun:
             whole = self.logits.source.clone()
             whole[:, within] = normed.to(whole)
             normed = whole
-        return unmade(self.vlm, normed, self.columns)
+        return self.logits.of(normed)
 
     def _keep(self, activation: Tensor, hook: HookContext) -> None:
         kept = activation.detach()
@@ -232,18 +239,22 @@ class StoredRun:
         wanted = None if wanted is None or len(wanted) == len(span) else wanted
         if layer in self._attending:
             self._context(layer, stream, span, tap, dense, cut, wanted)
-        given = {
-            name: self._cut(name, value, span, len(stream) // len(self.batch), layer)
-            for name, value in self._calls[layer].items()
-        }
+        given = self._arguments(layer, span, len(stream) // len(self.batch))
         some: list[Any] = []
         if wanted is not None:
-            half = self.halves[layer].block
+            half, width = self.halves[layer].block, len(span)
             norm, mlp = self.vlm.module(half.mid_norm), self.vlm.module(half.mlp)
             take = partial(norm.register_forward_pre_hook, lambda _, args: (args[0][:, wanted], *args[1:]))
-            spread = partial(mlp.register_forward_hook, lambda *io: _spread(io[-1], wanted, len(span)))
+            spread = partial(mlp.register_forward_hook, lambda *io: _spread(io[-1], wanted, width))
             some = [take, spread]
-        with registered(*some):
+            site = self._attending.get(layer)
+            if site is not None and site.out is not None:
+                out = self.vlm.module(site.out)
+                some += [
+                    partial(out.register_forward_pre_hook, partial(_taken, wanted, width)),
+                    partial(out.register_forward_hook, partial(_given_back, wanted, width)),
+                ]
+        with registered(*some) if some else nullcontext():
             key = self.halves[layer].block.key
             out = self.blocks[layer](**{key: stream}, **given) if key else self.blocks[layer](stream, **given)
         return out[0] if isinstance(out, tuple) else out
@@ -259,11 +270,10 @@ class StoredRun:
         wanted: Int[Tensor, " wanted"] | None,
     ) -> None:
         """Hand the block's attention what it needs beyond the segment."""
-        attention: Any = self.vlm.module(self._attending[layer].module)
         visible = self._visible[layer][:, :, span.columns, : span.stop]
         if cut is not None:
             visible = visible.repeat(len(cut) // len(visible), 1, 1, 1) & ~cut[:, None]
-        attention.config._frankenlens_segment = SegmentContext(
+        segment_of(self._attention[layer]).context = SegmentContext(
             self._keys[layer][:, :, : span.start].to(stream.device),
             self._values[layer][:, :, : span.start].to(stream.device),
             visible,
@@ -293,8 +303,36 @@ class StoredRun:
         """The second half of a block whose writers read one after the other."""
         return mid + self.halves[layer].second_adds(mid)
 
-    def _cut(self, name: str, value: Any, span: Span, copies: int, layer: int) -> Any:
-        """One argument of a block for the columns of a span and that many copies of the batch."""
+    def _arguments(self, layer: int, span: Span, copies: int) -> dict[str, Any]:
+        """What a block is called with, besides the stream, for a span and that many copies of the batch.
+
+        What all blocks are handed is cut once, as long as the span is the same.
+        """
+        if span not in self._cuts and len(self._cuts) > 1:  # blocks that mix run from the first token
+            self._cuts.clear()
+        found, known = {}, self._cuts.setdefault(span, {})
+        for name, value in self._calls[layer].items():
+            key = name, id(value), layer in self._attending
+            if key not in known:
+                known[key] = self._cut(name, value, span, layer)
+            found[name] = self._copied(name, known[key], copies)
+        return found
+
+    def _copied(self, name: str, value: Any, copies: int) -> Any:
+        """An argument that is cut, once per copy of the batch where it has its rows."""
+        if isinstance(value, tuple):
+            return tuple(self._copied(name, part, copies) for part in value)
+        if not isinstance(value, Tensor) or copies == 1:
+            return value
+        axis = value.ndim + AXES.get(name, -1) - 1
+        if axis < 0 or not value.shape[axis] == len(self.batch) > 1:
+            return value
+        repeats = [1] * value.ndim
+        repeats[axis] = copies
+        return value.repeat(repeats)
+
+    def _cut(self, name: str, value: Any, span: Span, layer: int) -> Any:
+        """One argument of a block for the columns of a span."""
         padding = name.endswith("mask") and isinstance(value, Tensor) and value.ndim == 2
         if _is_past(name) or (name.endswith("mask") and not padding):
             return None
@@ -303,21 +341,15 @@ class StoredRun:
         if name in ("use_cache", "output_attentions", "output_router_logits"):
             return False
         if isinstance(value, tuple):
-            return tuple(self._cut(name, part, span, copies, layer) for part in value)
+            return tuple(self._cut(name, part, span, layer) for part in value)
         if not is_constant(value):
             raise Unsupported(f"its blocks share a {type(value).__name__} {name!r} that they may write to")
         if not isinstance(value, Tensor):
             return value
-        axes = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
-        axis = -1 if padding else axes.get(name)
+        axis = -1 if padding else AXES.get(name)
         if axis is None:
             raise Unsupported(f"its blocks take a tensor {name!r} whose axes are not known")
-        value = value.narrow(axis, span.start, len(span))
-        if value.ndim + axis >= 1 and value.shape[axis - 1] == len(self.batch) > 1:
-            repeats = [1] * value.ndim
-            repeats[axis - 1] = copies
-            return value.repeat(repeats)
-        return value
+        return value.narrow(axis, span.start, len(span))
 
     def _visibility(self, layer: int) -> Bool[Tensor, "#batch 1 query key"]:
         masks = [v for k, v in self._calls[layer].items() if k.endswith("mask") and isinstance(v, Tensor)]
@@ -363,9 +395,9 @@ class StoredRun:
                 for layer in range(len(self.blocks)):
                     try:
                         self._check_block(layer, span, real[:, span.columns], start == self.end // 2)
-                    except torch.OutOfMemoryError:  # says nothing about the model
-                        raise
                     except NOT_CALLED_AGAIN as error:
+                        if is_out_of_memory(error):  # says nothing about the model
+                            raise
                         told = one_line(error, 120)
                         raise Unsupported(
                             f"its block {layer} does not run on some tokens alone ({type(error).__name__}: {told})"
@@ -452,6 +484,18 @@ def _by_name(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str,
             raise Unsupported("its blocks are called with positional arguments without names")
         found |= value if name in names else {name: value}
     return found
+
+
+def _taken(wanted: Tensor, width: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Of the heads' outputs [lane column width], those of some columns; another layout is left as it is."""
+    whole = args[0]
+    return (whole[:, wanted], *args[1:]) if whole.ndim == 3 and whole.shape[1] == width else None
+
+
+def _given_back(wanted: Tensor, width: int, module: nn.Module, args: tuple[Any, ...], made: Any) -> Any:
+    """What `_taken` left out, set to zero."""
+    narrowed = isinstance(made, Tensor) and made.ndim == 3 and made.shape[1] == len(wanted)
+    return _spread(made, wanted, width) if narrowed else None
 
 
 def _spread(few: Any, wanted: Int[Tensor, " column"], width: int) -> Any:

@@ -5,122 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xarray as xr
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.extras import MissingPackage
-from interp.localization.outcomes import Grader
-from interp.pair.generation import greedy
-from interp.pair.pair import weights_sha256
-from interp.prompts import Prompt, PromptBuilder
-from interp.questions.examples import Example, cluster_of
-from interp.questions.grading import Ungraded, grade
 from interp.results.lock import locked
-from interp.results.store import Store, fingerprint
+from interp.results.store import Store
 from interp.transfer.grafts import measured_graft, require_graftable
+from interp.transfer.measuring import Measuring
+from interp.transfer.outcomes import Metrics, Outcomes, names_of, texts_of, unknown
+from interp.transfer.prefixes import sharing
 from interp.transfer.variants import Variant
 from interp.updates import Realized, way_out
-
-NO_ANSWER = "no answer can be read"
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What one model did on the examples of a metric.
-
-    Attributes:
-        examples: ids, the same ones in the same order for every model.
-        tasks: one per example; "" where there is only one.
-        right: 1 or 0; NaN where the example could not be measured, and `why` says why not.
-        why: the reason of a NaN, or what is wrong with the form of an answer that counts as wrong; "" otherwise.
-        clusters: which examples hang together (`interp.questions.examples.cluster_of`); none: each stands alone.
-    """
-
-    examples: tuple[str, ...]
-    tasks: tuple[str, ...]
-    right: tuple[float, ...]
-    why: tuple[str, ...]
-    clusters: tuple[str, ...] = ()
-
-
-Metric = Callable[[HookedVLM], Outcomes]
-"""Runs a model and grades what it did."""
-
-
-@dataclass(frozen=True)
-class Together:
-    """Several metrics of the same answers of a model.
-
-    Attributes:
-        names: of the metrics.
-        measure: runs a model; name to what it did.
-    """
-
-    names: tuple[str, ...]
-    measure: Callable[[HookedVLM], Mapping[str, Outcomes]]
-
-
-Metrics = Mapping[str, Metric | Together]
-"""By name; that of a `Together` does not matter."""
-
-
-def answers(
-    builder: PromptBuilder,
-    examples: Sequence[Example],
-    *,
-    grader: Grader = grade,
-    max_new_tokens: int = 128,
-    batch_size: int = 32,
-) -> Metric:
-    """The metric "is the greedy answer right?".
-
-    Prompts are built once, so that every variant gets the same ones. A prompt that cannot be built, or a grader that
-    cannot tell, has no value, and `transfer` says what becomes of it; an answer that is not there is wrong, as it is
-    for the user.
-
-    Raises:
-        FrankenlensError: no examples, or none that a prompt can be made of.
-    """
-    prompts: dict[int, Prompt] = {}
-    unbuilt = [""] * len(examples)
-    for row, example in enumerate(examples):
-        try:
-            prompts[row] = builder.build(example)
-        except FrankenlensError as error:
-            unbuilt[row] = str(error)
-    if not prompts:
-        raise FrankenlensError(f"no prompt can be made: {unbuilt[0] if unbuilt else 'there are no examples'}")
-
-    clusters = tuple(cluster_of(example) for example in examples)
-
-    def measure(vlm: HookedVLM) -> Outcomes:
-        right, why = [float("nan")] * len(examples), list(unbuilt)
-        written = greedy(vlm, list(prompts.values()), max_new_tokens, batch_size)
-        for (row, prompt), ids in zip(prompts.items(), written, strict=True):
-            answer = builder.read_trace(prompt.with_tokens(ids)).answer
-            if answer is None:
-                cut_off = len(ids) == max_new_tokens and ids[-1] not in builder.end_ids
-                why[row] = f"{NO_ANSWER}: cut off at {max_new_tokens} tokens" if cut_off else NO_ANSWER
-            try:
-                right[row] = float(grader(answer, prompt.example))
-            except Ungraded as error:
-                why[row] = str(error)
-            except MissingPackage:
-                raise
-            except Exception as error:  # a grader may be the user's code
-                why[row] = f"the grader failed: {type(error).__name__}: {error}"
-        ids, tasks = zip(*((example.id, example.task) for example in examples), strict=True)
-        return Outcomes(ids, tasks, tuple(right), tuple(why), clusters)
-
-    return measure
 
 
 def transfer(
@@ -138,6 +39,11 @@ def transfer(
 
     What IN and RL did decides which examples count, the same for all: one for which either has no value is left out.
     Where another model alone has none (its answer cannot be graded, say), it is not right; `why` keeps the reason.
+
+    Variants whose metrics are known from texts (`answers`, those of `interp.fine_grained`) write them together, batch
+    by batch: the features of images, and the prefill up to the first block that differs, are computed once for all that
+    have these weights in common (`interp.transfer.prefixes`). The texts are those of each alone, token by token; where
+    a model does not allow it, a warning says why, and each runs as a whole.
 
     In half precision the weights may not hold what a variant asks for. How far they do is measured for each, and one
     that is not what it says is not run but refused, by name (`interp.updates`).
@@ -167,30 +73,18 @@ def transfer(
     """
     _require_sound(recipient, donor, variants, metrics, others or {})
     models = {**(others or {}), "IN": recipient, "RL": donor}
-    rows: list[list[Outcomes]] = []
-    size = len(models) + len(variants)
-    with (
-        nullcontext() if keep is None else locked(keep),
-        tqdm(total=size, desc="transfer", disable=not progress, delay=1) as bar,
-    ):
+    with nullcontext() if keep is None else locked(keep):
         store = None if keep is None else Store(keep, {"metrics": "by name"})
-        for name, vlm in models.items():
-            rows.append(_measured(name, vlm, metrics, rows[:1], store))
-            bar.update()
-        held: list[Realized] = []
-        lacking = [""] * len(models)
-        for variant in variants:
-            with measured_graft(recipient, donor, variant.grafts) as (vlm, realized):
-                held.append(realized)
-                why = realized.lacking(vlm.model.dtype)
-                lacking.append(f"{why}. {way_out('' if rounded else 'rounded=True')}" if why else "")
-                if why and not rounded:
-                    rows.append([_unknown(own, lacking[-1]) for own in rows[0]])
-                else:
-                    rows.append(_measured(variant.name, vlm, metrics, rows[:1], store))
-            bar.update()
+        rows, held = _rows(models, recipient, donor, variants, metrics, store, rounded, progress)
+    lacking = [""] * len(models)
+    for realized in held:
+        why = realized.lacking(recipient.model.dtype)
+        lacking.append(f"{why}. {way_out('' if rounded else 'rounded=True')}" if why else "")
+    first = next(iter(rows.values()))
+    refused = [[unknown(own, why) for own in first] for why in lacking]
     names = [*models, *(variant.name for variant in variants)]
-    found = _dataset(names, _names(metrics), rows).assign_coords(
+    whole = [rows.get(name, refused[at]) for at, name in enumerate(names)]
+    found = _dataset(names, names_of(metrics), whole).assign_coords(
         kind=("variant", ["model"] * len(models) + [variant.kind for variant in variants]),
         control_of=("variant", [""] * len(models) + [variant.control_of for variant in variants]),
         norm_ratio=("variant", [np.nan] * len(models) + [one.norm_ratio for one in held]),
@@ -202,16 +96,42 @@ def transfer(
     return _counted(found)
 
 
+def _rows(
+    models: Mapping[str, HookedVLM],
+    recipient: HookedVLM,
+    donor: HookedVLM,
+    variants: Sequence[Variant],
+    metrics: Metrics,
+    store: Store | None,
+    rounded: bool,
+    progress: bool,
+) -> tuple[dict[str, list[Outcomes]], list[Realized]]:
+    """What each model and variant did, but for those that are refused, and what the weights hold of each variant."""
+    runs = {"IN": (), **{variant.name: variant.grafts for variant in variants}}
+    grouped = sharing(recipient, runs) if any(map(texts_of, metrics.values())) else []
+    n_prompts = sum(len(texts.prompts) for one in metrics.values() for texts in texts_of(one))
+    n_prompts += sum(not texts_of(one) for one in metrics.values())
+    total = (len(models) + len(variants)) * n_prompts
+    held: list[Realized] = []
+    with tqdm(total=total, desc="transfer", unit="answer", disable=not progress, delay=1) as bar:
+        alone = Measuring(metrics, store, bar)
+        for name, vlm in models.items():
+            alone.run(name, vlm, later=name in grouped)
+        for variant in variants:
+            with measured_graft(recipient, donor, variant.grafts) as (vlm, realized):
+                held.append(realized)
+                if realized.lacking(vlm.model.dtype) and not rounded:
+                    bar.update(n_prompts)
+                else:
+                    alone.run(variant.name, vlm, later=variant.name in grouped)
+        alone.together(recipient, donor, {name: runs[name] for name in grouped})
+        return alone.rows(), held
+
+
 def _counted(found: xr.Dataset) -> xr.Dataset:
     """The examples that both models have a value for; no variant decides what is left out. Of refused ones, none."""
     known = found["right"].sel(variant=["IN", "RL"]).notnull().all("variant")
     return found.assign(right=found["right"].fillna(0.0).where(known & ~found["refused"]))
-
-
-def _unknown(like: Outcomes, why: str) -> Outcomes:
-    """Of a variant that was not run."""
-    n = len(like.examples)
-    return Outcomes(like.examples, like.tasks, (float("nan"),) * n, (why,) * n, like.clusters)
 
 
 def _require_sound(
@@ -232,55 +152,6 @@ def _require_sound(
             require_graftable(recipient, donor, variant.grafts)
         except FrankenlensError as error:
             raise FrankenlensError(f"variant {variant.name!r}: {error}") from error
-
-
-def _measured(
-    name: str,
-    vlm: HookedVLM,
-    metrics: Metrics,
-    before: Sequence[Sequence[Outcomes]],
-    keep: Store | None,
-) -> list[Outcomes]:
-    found = list(_run(vlm, metrics).values()) if keep is None else _kept(keep, vlm, metrics)
-    expected = before[0] if before else found
-    for metric, own, other in zip(_names(metrics), found, expected, strict=True):
-        if own.examples != other.examples:
-            raise FrankenlensError(
-                f"metric {metric!r} returned other examples for {name} than for the first model"
-            )
-    return found
-
-
-def _names(metrics: Metrics) -> list[str]:
-    """Every metric, those that are measured together among them."""
-    each = ((one.names if isinstance(one, Together) else (name,)) for name, one in metrics.items())
-    return [name for names in each for name in names]
-
-
-def _run(vlm: HookedVLM, metrics: Metrics) -> dict[str, Outcomes]:
-    """What a model does on each metric."""
-    found: dict[str, Outcomes] = {}
-    for name, one in metrics.items():
-        found |= one.measure(vlm) if isinstance(one, Together) else {name: one(vlm)}
-    return found
-
-
-def _kept(keep: Store, vlm: HookedVLM, metrics: Metrics) -> list[Outcomes]:
-    """Read what was measured of these very weights, or measure and keep it: a part for what is measured together."""
-    weights = weights_sha256(vlm.model)
-    found: dict[str, Outcomes] = {}
-    for name, one in metrics.items():
-        alone = {name: one}
-        own = fingerprint(_names(alone))
-        part = keep.part(f"{weights}-{own[:8]}", lambda: _plain(_run(vlm, alone)), own)  # noqa: B023
-        found |= {
-            metric: Outcomes(*(tuple(column) for column in columns)) for metric, columns in part.items()
-        }
-    return [found[name] for name in _names(metrics)]
-
-
-def _plain(found: Mapping[str, Outcomes]) -> dict[str, Any]:
-    return {name: astuple(own) for name, own in found.items()}
 
 
 def _dataset(names: Sequence[str], metrics: Sequence[str], rows: Sequence[Sequence[Outcomes]]) -> xr.Dataset:

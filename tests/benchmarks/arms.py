@@ -17,7 +17,7 @@ from interp.prompts import collate
 from interp.sweep.activations import activation_of
 from interp.sweep.batch import BatchSweep
 from interp.sweep.intervention import Intervention, bind
-from tests.benchmarks.models import HEADS, LAYERS, TEXT, TOKENS, WIDTH, Setting
+from tests.benchmarks.models import HEADS, LAYERS, TEXT, TOKENS, WIDTH, Setting, convolves
 
 D_HEAD = WIDTH // HEADS
 EVERY = 4
@@ -49,6 +49,13 @@ SCANS: dict[str, list[Site]] = {
     ],
     "nothing to reuse": [Site(-1, None, None)] * 48,
 }
+
+
+def scan_sites(family: str, scan: str) -> list[Site]:
+    """The sites of a scan that a family has: heads in the layers that attend."""
+    return [site for site in SCANS[scan] if site.head is None or not convolves(family, site.layer)]
+
+
 Donated = Mapping[str, Float[Tensor, "batch pos ..."]]
 Arm = Callable[[Sequence[Site]], Float[Tensor, "site batch"]]
 
@@ -56,6 +63,7 @@ Arm = Callable[[Sequence[Site]], Float[Tensor, "site batch"]]
 def donated(setting: Setting) -> dict[str, Tensor]:
     """The donor prompts' residual streams and z, handed to every arm."""
     names = [f"blocks.{i}.{leaf}" for i in range(LAYERS) for leaf in ("hook_resid_pre", "attn.hook_z")]
+    names = [name for name in names if name in setting.vlm.hook_points]
     names.append(_name(Site(-1, None, None)))
     with torch.no_grad():
         return dict(setting.vlm.run_with_cache(collate(setting.donors).inputs, names, use_cache=False)[1])

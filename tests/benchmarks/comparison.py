@@ -1,9 +1,9 @@
-"""Spectra and subspaces of matrices of 7B's width, against the whole decompositions they replace, in one process.
+"""Spectra and subspaces of the matrices of a 7B's layer, against the decompositions they replace, in one process.
 
 `python -m tests.benchmarks.comparison FOLDER` writes matrices to the folder, measures and prints JSON. Times are CPU
-seconds of this process, old and new in turn, medians; differences are relative, to float64; memory is the kernel's
-peak of resident memory (VmHWM) while the new way runs in a process of its own, after it was set back
-(/proc/self/clear_refs).
+seconds of this process, old and new in turn, medians; both read the files, the old way anew for each pass, as it did.
+Differences are relative, to float64; memory is the kernel's peak of resident memory (VmHWM) while the new way runs in
+a process of its own, after it was set back (/proc/self/clear_refs).
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ CASES = {
     "up_proj, flat": ((MLP, WIDTH), False),
 }
 """Shape, and whether singular values fall as those of trained weights do or are those of noise alone."""
+IN_A_LAYER = {"q_proj, trained": 2, "up_proj, trained": 2, "down_proj, trained": 1}
+"""How many matrices of a layer have the shape of each; keys and values, a seventh of the queries, take no time."""
+PARTS = ("spectra", "subspaces")
 LARGEST = ("embedding, trained", (WORDS, WIDTH), True)
 _DEVIATION, _STEP = 0.02, 1e-3  # of the weights; of the update, relative to them
 _HEADS = {True: (256, 4.0, 0.35), False: (0, 0.0, 0.0)}  # rank, largest beside the noise's, power of the fall
@@ -53,48 +57,66 @@ def measure(folder: Path, largest: bool = True) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (shape, trained) in CASES.items():
         checkpoints = write(folder, shape, trained)
-        found[name] = {**_subspaces(checkpoints, shape), **_spectra(checkpoints, shape)}
+        found[name] = _case(checkpoints, shape)
         print(name, found[name], file=sys.stderr, flush=True)
+    found["a layer"] = _layer(found)
     if largest:
         name, shape, trained = LARGEST
         checkpoints = write(folder, shape, trained)
-        seconds, row = clock(lambda: _rows(checkpoints, shape))
-        found[name] = {"subspaces, new (CPU s)": seconds, "method": row["subspace_method"]}
-        found[name] |= {"spectra, new (CPU s)": clock(lambda: _spectrum(checkpoints, shape))[0]}
-        for what, function in (("subspaces", _rows), ("spectra", _spectrum)):
-            found[name][f"{what}, VmHWM (GB)"] = _peak_alone(function, checkpoints, shape)
+        seconds, spectrum = clock(lambda: _spectrum(checkpoints, shape))
+        found[name] = {"spectra, new (CPU s)": seconds, "spectrum_method": spectrum.method}
+        change = _change(spectrum)
+        seconds, row = clock(lambda: _row(checkpoints, change))
+        found[name] |= {"subspaces, new (CPU s)": seconds, "method": row["subspace_method"]}
+        found[name] |= _peaks(checkpoints, shape, change)
     return found
 
 
-def _subspaces(checkpoints: Sequence[Checkpoint], shape: tuple[int, int]) -> dict[str, Any]:
-    before, after = (held(one, "w") for one in checkpoints)
-    clocks, (exactly, row) = _in_turn(
-        lambda: exact.angles(before, after, shape, K),
-        lambda: _rows(checkpoints, shape),
-    )
-    worst = max(abs(row[name] / value - 1) for name, value in exactly.items())
-    return {
-        **_told("subspaces", clocks),
-        "subspaces, worst difference": worst,
-        "method": row["subspace_method"],
-        "subspaces, VmHWM (GB)": _peak_alone(_rows, checkpoints, shape),
-    }
-
-
-def _spectra(checkpoints: Sequence[Checkpoint], shape: tuple[int, int]) -> dict[str, Any]:
-    before, after = (held(one, "w") for one in checkpoints)
-    delta = difference(before, after, shape)
-    clocks, (_, ours) = _in_turn(lambda: exact.spectrum(delta, shape), lambda: _spectrum(checkpoints, shape))
+def _case(checkpoints: Sequence[Checkpoint], shape: tuple[int, int]) -> dict[str, Any]:
+    before, after = (partial(_as_before, one) for one in checkpoints)
+    delta = partial(_difference_before, checkpoints)
+    rounds: dict[str, list[tuple[float, float]]] = {part: [] for part in PARTS}
+    for _ in range(ROUNDS):
+        old, _ = clock(lambda: exact.spectrum(delta, shape))
+        new, spectrum = clock(lambda: _spectrum(checkpoints, shape))
+        rounds["spectra"].append((old, new))
+        change = _change(spectrum)
+        old, exactly = clock(lambda: exact.angles(before, after, shape, K))
+        new, row = clock(lambda change=change: _row(checkpoints, change))
+        rounds["subspaces"].append((old, new))
     reference = exact.in_double(delta, shape)
-    worst = {
-        name: abs(a / b - 1) for (name, a), (_, b) in zip(numbers(ours), numbers(reference), strict=True)
+    pairs = zip(numbers(spectrum), numbers(reference), strict=True)
+    told = {"spectrum_method": spectrum.method, "method": row["subspace_method"]}
+    for part, some in rounds.items():
+        old, new = (statistics.median(each) for each in zip(*some, strict=True))
+        told |= {f"{part}, old (CPU s)": old, f"{part}, new (CPU s)": new}
+        told |= {f"{part}, times faster": statistics.median(one / two for one, two in some)}
+    told["spectra, worst difference"] = max(abs(ours / theirs - 1) for (_, ours), (_, theirs) in pairs)
+    told["subspaces, worst difference"] = max(abs(row[key] / value - 1) for key, value in exactly.items())
+    return told | _peaks(checkpoints, shape, change)
+
+
+def _layer(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """All matrices of one, medians added up."""
+    seconds = {
+        f"{part}, {arm}": sum(n * found[name][f"{part}, {arm} (CPU s)"] for name, n in IN_A_LAYER.items())
+        for part in PARTS
+        for arm in ("old", "new")
     }
-    return {
-        **_told("spectra", clocks),
-        "spectra, worst difference": max(worst.values()),
-        "spectrum_method": ours.method,
-        "spectra, VmHWM (GB)": _peak_alone(_spectrum, checkpoints, shape),
-    }
+    ratios = {f"{part}, times faster": seconds[f"{part}, old"] / seconds[f"{part}, new"] for part in PARTS}
+    old, new = (sum(seconds[f"{part}, {arm}"] for part in PARTS) for arm in ("old", "new"))
+    return {"old (CPU s)": old, "new (CPU s)": new, "times faster": old / new} | ratios
+
+
+def _as_before(checkpoint: Checkpoint) -> Iterator[Float[Tensor, "long short"]]:
+    """As the old way read them: from the file, as often as they are gone through."""
+    for block in checkpoint.blocks("w", 1 << 20):
+        yield block.float()
+
+
+def _difference_before(checkpoints: Sequence[Checkpoint]) -> Iterator[Float[Tensor, "long short"]]:
+    for one, two in zip(*map(_as_before, checkpoints), strict=True):
+        yield two - one
 
 
 def numbers(found: Spectrum) -> list[tuple[str, float]]:
@@ -109,35 +131,33 @@ def _spectrum(checkpoints: Sequence[Checkpoint], shape: tuple[int, int]) -> Spec
     return blockwise(difference(before, after, shape), shape, 1.0)
 
 
-def _rows(checkpoints: Sequence[Checkpoint], shape: tuple[int, int]) -> dict[str, Any]:
-    return directions(checkpoints, K, ("w", (True,)))[0]
+def _change(found: Spectrum) -> float:
+    """As `compare` hands it on."""
+    return 1.001 * float(found.values[0])
 
 
-def _peak_alone(
-    function: Callable[..., Any], checkpoints: Sequence[Checkpoint], shape: tuple[int, int]
-) -> float:
+def _row(checkpoints: Sequence[Checkpoint], change: float) -> dict[str, Any]:
+    return directions(checkpoints, K, ("w", (change,)))[0]
+
+
+def _peaks(checkpoints: Sequence[Checkpoint], shape: tuple[int, int], change: float) -> dict[str, float]:
+    return {
+        "spectra, VmHWM (GB)": _peak_alone(_spectrum, checkpoints, shape),
+        "subspaces, VmHWM (GB)": _peak_alone(_row, checkpoints, change),
+    }
+
+
+def _peak_alone(function: Callable[..., Any], *given: Any) -> float:
     """In a process of its own: what the old way left behind is not in it."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_peak, function, checkpoints, shape).result()
+        return pool.submit(_peak, function, *given).result()
 
 
-def _peak(function: Callable[..., Any], checkpoints: Sequence[Checkpoint], shape: tuple[int, int]) -> float:
+def _peak(function: Callable[..., Any], *given: Any) -> float:
     torch.set_num_threads(1)
     reset_peak()
-    function(checkpoints, shape)
+    function(*given)
     return peak()
-
-
-def _in_turn(old: Callable[[], Any], new: Callable[[], Any]) -> tuple[list[list[float]], tuple[Any, Any]]:
-    rounds = [(clock(old), clock(new)) for _ in range(ROUNDS)]
-    clocks = [[one[which][0] for one in rounds] for which in (0, 1)]
-    return clocks, (rounds[-1][0][1], rounds[-1][1][1])
-
-
-def _told(what: str, clocks: list[list[float]]) -> dict[str, float]:
-    old, new = (statistics.median(some) for some in clocks)
-    ratio = statistics.median(a / b for a, b in zip(*clocks, strict=True))
-    return {f"{what}, old (CPU s)": old, f"{what}, new (CPU s)": new, f"{what}, times faster": ratio}
 
 
 def write(folder: Path, shape: tuple[int, int], trained: bool) -> list[Checkpoint]:

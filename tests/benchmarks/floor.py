@@ -12,17 +12,50 @@ activations are given to every engine, and counted for none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 
 from tests.benchmarks.arms import D_HEAD, Site
-from tests.benchmarks.models import BATCH, D_MLP, HEADS, LAYERS, TOKENS, WIDTH
+from tests.benchmarks.models import (
+    ACTIVE,
+    BATCH,
+    D_MLP,
+    EXPERTS,
+    HEADS,
+    KERNEL,
+    LAYERS,
+    TOKENS,
+    WIDTH,
+    WINDOW,
+    convolves,
+    slides,
+)
 
 PROJECTION = 2 * WIDTH * WIDTH  # per token: q, k, v or the output
 
 
+def _of_attention(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    return 4 * query[0] * query[1] * query[2] * key[2] * query[3]
+
+
+def _of_groups(rows: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """A row goes through the weight of its own group alone."""
+    return 2 * rows[0] * rows[1] * weight[-1]
+
+
+ALSO_COUNTED: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
+    torch.ops.aten._grouped_mm: _of_groups,
+}
+"""Operations that PyTorch's counter does not know."""
+
+
 def mlp(family: str) -> int:
-    """Gate, up and down, per token."""
-    return 2 * 3 * WIDTH * D_MLP[family]
+    """Gate, up and down, per token; of the experts that it is sent to, and the router."""
+    one = 2 * 3 * WIDTH * D_MLP[family]
+    return ACTIVE * one + 2 * WIDTH * EXPERTS if family == "llava+qwen3_moe" else one
 
 
 def attention(queries: int, keys: int) -> int:
@@ -30,19 +63,23 @@ def attention(queries: int, keys: int) -> int:
     return 2 * 2 * queries * keys * HEADS * D_HEAD
 
 
-def block(family: str, tokens: int, keys: int) -> int:
+def block(family: str, layer: int, tokens: int, keys: int) -> int:
     """A whole block on the last `tokens` of `keys` tokens of one row."""
-    return tokens * (4 * PROJECTION + mlp(family)) + attention(tokens, keys)
+    every = tokens * (4 * PROJECTION + mlp(family))
+    if convolves(family, layer):  # three projections in, one out; the convolution runs over its padding too
+        return every + (tokens + KERNEL - 1) * 2 * KERNEL * WIDTH
+    return every + attention(tokens, keys)
 
 
 def last_block(family: str, tokens: int, keys: int) -> int:
-    """The last block, of which only the last token is read."""
+    """The last block, which attends to all, and of which only the last token is read."""
     return tokens * 2 * PROJECTION + 2 * PROJECTION + mlp(family) + attention(1, keys)
 
 
 def decoder(family: str, vocabulary: int) -> int:
     """A full forward of the decoder on one row, logits at every token."""
-    return LAYERS * block(family, TOKENS, TOKENS) + TOKENS * 2 * WIDTH * vocabulary
+    blocks = sum(block(family, layer, TOKENS, TOKENS) for layer in range(LAYERS))
+    return blocks + TOKENS * 2 * WIDTH * vocabulary
 
 
 def of_site(family: str, site: Site, vocabulary: int) -> int:
@@ -55,8 +92,9 @@ def of_site(family: str, site: Site, vocabulary: int) -> int:
         read = site.layer == LAYERS - 1
         total += 2 * D_HEAD * WIDTH * (1 if read else tokens) + mlp(family) * (1 if read else tokens)
         begin += 1
-    whole = max(0, LAYERS - 1 - begin)
-    total += whole * block(family, tokens, TOKENS)
+    for layer in range(begin, LAYERS - 1):
+        seen = min(TOKENS, tokens + WINDOW - 1) if slides(family, layer) else TOKENS
+        total += block(family, layer, tokens, seen)
     return total + (last_block(family, tokens, TOKENS) if begin < LAYERS else 0)
 
 

@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from interp.prompts import collate
-from tests.benchmarks.arms import ARMS, IN_THE_DECODER, SCANS, Arm, Site, donated
-from tests.benchmarks.floor import of_scan
-from tests.benchmarks.models import FAMILIES, Setting, build
+from tests.benchmarks.arms import ARMS, IN_THE_DECODER, SCANS, Arm, Site, donated, scan_sites
+from tests.benchmarks.floor import ALSO_COUNTED, of_scan
+from tests.benchmarks.models import FAMILIES, WITH_PEERS, Setting, build
 
 SAMPLE = 12  # sites that the slow arms are timed on
 REPEATS = 3
@@ -70,6 +70,9 @@ def family_results(setting: Setting, scans: list[str], repeats: int) -> dict[str
     arms: dict[str, Arm] = {}
     missing: dict[str, str] = {}
     for name, make in ARMS.items():
+        if name in IN_THE_DECODER and setting.family not in WITH_PEERS:
+            missing[name] = f"peers are timed on {' and '.join(WITH_PEERS)}"
+            continue
         try:
             arms[name] = make(setting, given)
         except ImportError as error:
@@ -85,7 +88,7 @@ def family_results(setting: Setting, scans: list[str], repeats: int) -> dict[str
 
 def scan_results(setting: Setting, scan: str, arms: dict[str, Arm], repeats: int) -> dict[str, Any]:
     """One scan: ours whole, the others on a sample of its sites, scaled."""
-    sites = SCANS[scan]
+    sites = scan_sites(setting.family, scan)
     chosen = sample(sites)
     times: dict[str, list[float]] = {name: [] for name in arms}
     memory: dict[str, float] = {}
@@ -102,10 +105,21 @@ def scan_results(setting: Setting, scan: str, arms: dict[str, Arm], repeats: int
             memory[name] = max(memory.get(name, 0.0), peak.mebibytes)
             values[name] = result[chosen] if whole else result
     clean = setting.metric(setting.vlm(collate(setting.prompts).inputs).logits, collate(setting.prompts))
-    ran, unavoidable = arithmetic(setting, sites, arms["ours"])
+    ran, unavoidable, forward = arithmetic(setting, sites, arms["ours"])
+    flops = {"ours": ran, "plain hooks": forward * len(sites)}
     return {
         "sites": len(sites),
         "seconds": {name: statistics.median(t) for name, t in times.items()},
+        "gflops_per_second": {
+            name: statistics.median(count / took / 1e9 for took in times[name])
+            for name, count in flops.items()
+        },
+        "rate_over_plain": statistics.median(
+            [
+                ran / mine / (flops["plain hooks"] / theirs)
+                for mine, theirs in zip(times["ours"], times["plain hooks"], strict=True)
+            ]
+        ),
         "faster": {
             name: statistics.median([theirs / mine for theirs, mine in zip(t, times["ours"], strict=True)])
             for name, t in times.items()
@@ -117,17 +131,17 @@ def scan_results(setting: Setting, scan: str, arms: dict[str, Arm], repeats: int
     }
 
 
-def arithmetic(setting: Setting, sites: list[Site], arm: Arm) -> tuple[int, int]:
-    """Operations that our scan runs, and those it cannot avoid."""
+def arithmetic(setting: Setting, sites: list[Site], arm: Arm) -> tuple[int, int, int]:
+    """Operations that our scan runs, those it cannot avoid, and those of a plain forward."""
     inputs = collate(setting.prompts).inputs
     with sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ALSO_COUNTED) as counter:
             setting.vlm(inputs, use_cache=False)
         clean = counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ALSO_COUNTED) as counter:
             arm(sites)
     vocabulary = int(setting.vlm.model.config.get_text_config().vocab_size)
-    return counter.get_total_flops(), of_scan(setting.family, sites, vocabulary, clean)
+    return counter.get_total_flops(), of_scan(setting.family, sites, vocabulary, clean), clean
 
 
 class Peak:
@@ -161,8 +175,8 @@ def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
         "| model | scan | ours, s | plain hooks | TransformerLens | nnsight | largest difference | FLOPs run / "
-        "unavoidable | peak memory, MiB (ours / plain) |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "unavoidable | GFLOP/s (ours / plain) | peak memory, MiB (ours / plain) |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for family, found in results.items():
         for scan, row in found["scans"].items():
@@ -173,10 +187,11 @@ def table(results: dict[str, Any]) -> str:
                 for name in ARMS
                 if name != "ours"
             ]
-            memory = row["peak_mebibytes"]
+            memory, rate = row["peak_mebibytes"], row["gflops_per_second"]
             lines.append(
                 f"| {family} | {scan} ({row['sites']}) | {row['seconds']['ours']:.2f} | {' | '.join(ratios)} | "
                 f"{max(row['difference'].values()):.0e} | {row['flops_run_over_unavoidable']:.2f} | "
+                f"{rate['ours']:.0f} / {rate['plain hooks']:.0f} ({row['rate_over_plain']:.2f}) | "
                 f"{memory['ours']:.0f} / {memory['plain hooks']:.0f} |"
             )
     notes = [

@@ -28,11 +28,12 @@ def test_subspaces_are_several_times_faster_with_the_same_figures_in_little_memo
     found = json.loads(done.stdout)
     largest = found.pop("embedding, trained")
     assert max(value for name, value in largest.items() if "VmHWM" in name) <= 1.5
+    assert found.pop("a layer")["times faster"] >= 4
     for name, row in found.items():
         assert row["method"] == "krylov"
         assert row["subspaces, worst difference"] <= 1e-4
         assert row["spectra, worst difference"] <= 1e-4
         assert max(row["subspaces, VmHWM (GB)"], row["spectra, VmHWM (GB)"]) <= 1.5
-        assert row["spectra, times faster"] >= 0.95
+        assert row["spectra, times faster"] >= 1
         # noise alone is the hardest there is: no gap to speak of behind any singular value
-        assert row["subspaces, times faster"] >= (3.5 if name.endswith("trained") else 1.4)
+        assert row["subspaces, times faster"] >= (6 if name.endswith("trained") else 1.4)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from experiments.cli import main
-from hooks import HookedVLM
+from hooks import FrankenlensError, HookedVLM
 from interp.pair import greedy
+from interp.pair.elsewhere import Here, Vllm, Writer, read_traces
 from interp.pair.pair import Pair
 from interp.questions.tasks import REASONING, sample
 from interp.results import load_dataset
@@ -24,8 +27,7 @@ SMALL = ["--n", "8", "--max-new-tokens", "40", "--batch-size", "4"]
 def files(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What both models write on the questions of `SMALL`, as a server keeps it."""
     folder, found = tmp_path_factory.mktemp("traces"), {}
-    sizes = [8 // len(REASONING) + (i < 8 % len(REASONING)) for i in range(len(REASONING))]
-    examples = [e for task, n in zip(REASONING, sizes, strict=True) for e in sample(task, n, 0, "map")]
+    examples = [e for task, n in zip(REASONING, _sizes(), strict=True) for e in sample(task, n, 0, "map")]
     prompts = [pair.builder.build(example) for example in examples]
     for name in ("in", "rl"):
         found[name] = folder / f"{name}.jsonl"
@@ -86,3 +88,63 @@ def test_mistakes_are_named(files: dict[str, Path], tmp_path: Path, capsys: Any)
         code = main(["knockout", *SMALL, "--traces", *given, "--out", str(tmp_path / "k")])
         assert code == 2
         assert why in capsys.readouterr().err
+
+
+def test_traces_that_are_written_are_read_again(pair: Pair, files: dict[str, Path], tmp_path: Path) -> None:
+    """Token for token; and by others: text, finish, and the prompt with one placeholder for its image."""
+    out = tmp_path / "traces"
+    assert main(["traces", *SMALL, "--out", str(out)]) == 0
+    examples = [e for task, n in zip(REASONING, _sizes(), strict=True) for e in sample(task, n, 0, "map")]
+    prompts = [pair.builder.build(example) for example in examples]
+    for name in ("in", "rl"):
+        written = greedy(pair.models[name], prompts, 40)
+        given = [read_traces(path, prompts) for path in (out / f"{name}.jsonl", files[name])]
+        for found in given:
+            assert [list(found.ids[p.example.id]) for p in prompts] == written
+        rows = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+        assert all(row["model"] == name and row["text"] for row in rows)
+        image = pair.builder.image_token_id
+        assert all(row["prompt_token_ids"].count(image) == 1 for row in rows)
+    table = pd.read_csv(out / "traces.csv")
+    assert table["n"].tolist() == [8, 8] and (table["right_low"] <= table["right"]).all()
+
+
+class StandIn:
+    """Speaks vLLM's interface: `LLM(model=...).generate(requests, SamplingParams)`; writes by the opened model."""
+
+    asked: ClassVar[list[Any]] = []
+    pair: ClassVar[Any] = None
+    prompts: ClassVar[list[Any]] = []
+
+    def __init__(self, model: str, **engine: Any) -> None:
+        self._model, self._engine = model, engine
+
+    def generate(self, requests: list[dict[str, Any]], settings: Any) -> list[Any]:
+        type(self).asked += [(self._model, self._engine, requests, settings)]
+        written = greedy(self.pair.rl, self.prompts, settings.max_tokens)
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)]) for ids in written]
+
+
+def test_an_engine_is_asked_for_what_is_asked_here(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prompts = [pair.builder.build(example) for example in sample("sum", 3, seed=0, split="map")]
+    StandIn.pair, StandIn.prompts = pair, prompts
+    vllm = SimpleNamespace(LLM=StandIn, SamplingParams=lambda **given: SimpleNamespace(**given))
+    with pytest.raises(FrankenlensError, match=r"pip install 'frankenlens\[vllm\]'"):
+        Vllm("rl").write(prompts, 40)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    writer = Vllm("rl", {"tensor_parallel_size": 2})
+    assert isinstance(writer, Writer) and isinstance(Here(pair.rl), Writer)
+    assert writer.write(prompts, 40) == Here(pair.rl).write(prompts, 40)
+    ((model, engine, requests, settings),) = StandIn.asked
+    assert (model, engine) == ("rl", {"tensor_parallel_size": 2})
+    assert settings.temperature == 0.0 and set(settings.stop_token_ids) == set(pair.builder.end_ids)
+    for request, prompt in zip(requests, prompts, strict=True):
+        assert request["prompt_token_ids"].count(pair.builder.image_token_id) == 1
+        assert request["multi_modal_data"]["image"][0].size == prompt.example.images[0].size
+    assert set(settings.logit_bias) <= set(pair.builder.suppressed_ids) and settings.logit_bias
+
+
+def _sizes() -> list[int]:
+    return [8 // len(REASONING) + (i < 8 % len(REASONING)) for i in range(len(REASONING))]

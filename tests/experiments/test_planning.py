@@ -12,10 +12,8 @@ import pytest
 
 from experiments import embedded, planning
 from experiments.cli import COMMANDS, main
-from experiments.options import from_command_line
+from experiments.frame import Recipe
 from hooks import HookedVLM
-from interp.pair.pair import Pair
-from tests.interp.plan.test_map_plans import counted
 
 NUMBERS = ["--n", "40", "--tokens", "60", "--image-tokens", "16", "--trace-tokens", "8", "--rate", "1TFLOP/s"]
 
@@ -71,17 +69,73 @@ def test_what_does_not_fit_says_what_would(weightless_pair: list[str]) -> None:
     assert "--devices" in "".join(_plan(*weightless_pair, *NUMBERS, "--device-memory", "1MB").cuts)
 
 
+def test_variants_that_write_together_are_planned_without_weights(weightless_pair: list[str]) -> None:
+    def works(*args: str) -> dict[str, Any]:
+        command = import_module(COMMANDS["transfer"][0]).COMMAND
+        made = planning.plan("transfer", command, [*weightless_pair, *NUMBERS, *args])
+        return {work.what: work for work in made.works}
+
+    found = works("--variants", "orders", "--scales", "--ranks", "2", "--controls")
+    assert found["answers of 1 models"].runs == found["answers of 1 variants alone"].runs  # RL; rank 2
+    together = found["answers of 7 that write together"]
+    assert together.runs == 7 * found["answers of 1 models"].runs
+    assert together.flops < 0.75 * 7 * found["answers of 1 models"].flops
+    assert not found["whether variants can write together"].scales
+    assert together.held["what variants have in common on a batch"] > 0
+    alone = works("--variants", "--scales", "0.5", "--ranks", "--controls")
+    assert not any("together" in what for what in alone) and "answers of 2 models" in alone
+
+
 def test_questions_are_read_where_no_numbers_are_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     made = _plan("--n", "5", "--trace-tokens", "4", "--rate", "1TFLOP/s", "--points", "attn_out")
     assert any("5 prompts like the 5 at hand" in one for one in made.assumed)
 
 
-def test_a_command_without_a_count_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("train-triple", "freeze"):
-        assert main(["plan", name]) == 2
-        assert f"no plan of {name}" in capsys.readouterr().err
+CLAIMS = """\
+claims:
+  - {name: head, component: blocks.4.attn.head.1, at_least: 0.2}
+  - {name: both, component: [blocks.3.mlp, blocks.5.attn], quantity: effect, at_least: 0.1, direction: in_to_rl}
+  - {name: region, component: Late, body: weights, quantity: accuracy, at_least: 0.1}
+"""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_plan_from_a_configuration_alone(
+    name: str, weightless_pair: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "claims.yaml").write_text(CLAIMS)
+    for one in ("train", "measure"):
+        (tmp_path / f"{one}.jsonl").write_text("{}")
+    data = ["--train", str(tmp_path / "train.jsonl"), "--data", str(tmp_path / "measure.jsonl")]
+    own = {
+        "compare": [*weightless_pair, *NUMBERS[-2:]],
+        "train-triple": ["--out", str(tmp_path / "triple"), *NUMBERS[-2:]],
+        "test": [str(tmp_path / "claims.yaml"), *weightless_pair, *NUMBERS],
+        "freeze": [*weightless_pair, *NUMBERS, *data],
+    }
+    args = own.get(name, [*weightless_pair, *NUMBERS])
+    made = planning.plan(name, import_module(COMMANDS[name][0]).COMMAND, args)
+    assert made.flops > 0 and made.peak > 0 and made.seconds == pytest.approx(made.flops / 1e12)
+    assert all(work.flops >= 0 and work.peak >= 0 for work in made.works)
+
+
+def test_all_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan"]) == 0
-    assert "planned: map" in capsys.readouterr().out
+    assert f"planned: {', '.join(COMMANDS)}" in capsys.readouterr().out
+
+
+def test_what_has_no_plan_is_refused_by_name() -> None:
+    with pytest.raises(Exception, match="no plan of mine"):
+        planning.plan("mine", Recipe(object, print), [])
+
+
+def test_a_suite_is_the_sum_of_its_parts(weightless_pair: list[str]) -> None:
+    def flops(name: str, *args: str) -> float:
+        command = import_module(COMMANDS[name][0]).COMMAND
+        return planning.plan(name, command, [*weightless_pair, *args, *NUMBERS]).flops
+
+    whole = flops("suite", "--parts", "metrics", "attention")
+    assert whole == pytest.approx(flops("metrics") + flops("attention"))
 
 
 def test_two_mistakes(weightless_pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,24 +147,3 @@ def test_two_mistakes(weightless_pair: list[str], capsys: pytest.CaptureFixture[
 
 def _plan(*args: str) -> Any:
     return planning.plan("map", import_module(COMMANDS["map"][0]).COMMAND, args)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "tokens", "args"),
-    [
-        ("attention", 13, ""),
-        ("metrics", 8, ""),
-        ("transfer", 8, "--variants factors --ranks --scales 0.5 --controls --dtype float32"),
-        ("map", 8, "--batch-size 2 --points attn_out --decision soft --direction rl_to_in"),
-    ],
-)
-def test_flops_of_whole_commands(name: str, tokens: int, args: str) -> None:
-    command = import_module(COMMANDS[name][0]).COMMAND
-    given = ["--n", "4", "--max-new-tokens", str(tokens), "--unparsed", "1", *args.split()]
-    config = from_command_line(command.settings, given, name)
-    settings = planning.PlanSettings(trace_tokens=tokens, rate="1TFLOP/s")
-    planned = planning.planned(name, command, config, settings)
-    pair = Pair.from_pretrained(*(embedded.path(one) for one in ("in", "rl", "base")))
-    measure = command.prepare(config)
-    assert planned.flops == pytest.approx(counted(lambda: list(measure(pair))), rel=0.1)

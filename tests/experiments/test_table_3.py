@@ -10,7 +10,7 @@ import pytest
 from experiments.retraining import table_3
 from experiments.retraining.table_3 import PaperRecipe
 from hooks import HookedVLM
-from interp.transfer.transfer import Outcomes, Together
+from interp.transfer.outcomes import Outcomes, Together
 
 
 def test_questions_left_out_are_no_replies(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from hooks import FrankenlensError, HookedVLM
+from hooks import FrankenlensError, HookedVLM, memory
 from hooks.batches import fitting, in_parts
-from hooks.memory import free_memory, in_words, limit, memory_limit, point_bytes, room
+from hooks.memory import free_memory, in_words, limit, memory_limit, point_bytes, room, room_of
 from tests.families import EACH_KIND, tiny
 
 CPU = torch.device("cpu")
@@ -55,6 +57,25 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_runs(
     assert limit() is None
 
 
+def test_of_several_devices_the_fullest_decides(
+    opened: tuple[HookedVLM, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on the meta device is offloaded, and has no memory of its own."""
+    free, (vlm, _) = {"cuda:0": 900, "cuda:1": 300, "cpu": 5000}, opened
+    monkeypatch.setattr("hooks.memory.free_memory", lambda device: free[str(device)])
+
+    def spread(*names: str) -> HookedVLM:
+        parameters = [SimpleNamespace(device=torch.device(name)) for name in names]
+        monkeypatch.setattr(vlm.model, "parameters", lambda: iter(parameters))
+        return vlm
+
+    assert room_of(spread("cpu", "cuda:0")) == 900
+    assert room_of(spread("cuda:0", "cuda:1", "meta")) == 300
+    assert fitting(spread("cuda:0", "cuda:1"), 32, 10, "this") == 15
+    with memory_limit(200):
+        assert room_of(spread("cuda:0", "cuda:1")) == 200
+
+
 def test_the_innermost_limit_holds_and_ends_with_its_context() -> None:
     free = free_memory(CPU)
     assert free is not None and 2**20 < free < 2**50
@@ -84,7 +105,14 @@ def test_as_many_rows_as_fit(opened: tuple[HookedVLM, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("DefaultCPUAllocator: x")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: x"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
 )
 def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(error: Exception) -> None:
     asked: list[int] = []
@@ -108,6 +136,35 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(error: Exceptio
 
     with pytest.raises(FrankenlensError, match="memory ran out with one prompt at a time"):
         list(in_parts(range(3), 2, never))
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_files_that_a_container_has_read_make_way(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that was read stands in the kernel's cache, and counts as used; of 16 MiB, 15 are such files."""
+    *_, word = memory._CGROUPS[version]
+    texts = (f"{2**24}\n", f"{2**24 - 4096}\n", f"anon 5\nactive_file 7\n{word} {15 * 2**20}\nslab 3\n")
+    paths = [tmp_path / name for name in ("most", "used", "stat")]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    monkeypatch.setattr(memory, "_CGROUPS", ((*map(str, paths), word),))
+    assert free_memory(CPU) == 15 * 2**20 + 4096
+    paths[2].unlink()
+    assert free_memory(CPU) == 4096
+
+
+def test_what_was_begun_in_other_parts_is_gone_on_with_in_these() -> None:
+    asked: list[int] = []
+
+    def run(rows: Sequence[int]) -> list[int]:
+        asked.append(len(rows))
+        return [10 * row for row in rows]
+
+    begun = {0: 5, 5: 3, 12: 1}
+    found = list(in_parts(range(15), 4, run, lambda rows: begun.get(rows[0], 0)))
+    assert [value for _, values in found for value in values] == [10 * row for row in range(15)]
+    assert asked == [5, 3, 4, 1, 2]
 
 
 def test_other_errors_are_not_taken_for_a_full_memory() -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
-from hooks.extras import require_installed
+from hooks.extras import MissingPackage
 from interp.pair.elsewhere.given import collapsed
 from interp.pair.generation import greedy
 from interp.prompts import Prompt
@@ -78,9 +78,14 @@ class Vllm:
         Raises:
             FrankenlensError: vLLM is not installed, or gave other than one reply to each prompt.
         """
-        require_installed("writing traces with vLLM", "vllm")
-        import vllm  # type: ignore[import-not-found]
-
+        try:
+            import vllm  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise MissingPackage(
+                "writing traces with vLLM needs vllm, not installed here: pip install 'frankenlens[vllm]', which "
+                "brings a PyTorch of its own choice, so best in an environment of its own; what is written there is "
+                "read here (--traces)"
+            ) from error
         builder = prompts[0].builder
         special = set(builder.tokenizer.all_special_ids) & set(builder.suppressed_ids)
         settings = vllm.SamplingParams(

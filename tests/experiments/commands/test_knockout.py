@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from experiments.cli import main
-from experiments.commands.knockout import COMMAND, KnockoutConfig, parse_route
+from experiments.commands.knockout import COMMAND, KnockoutConfig, _chosen, parse_route
 from hooks.errors import FrankenlensError
 from interp.knockout import PAPER_ROUTES
 from interp.questions.tasks import REASONING
@@ -92,3 +92,5 @@ def test_mistakes_are_one_error_each(tmp_path, capsys):
         with pytest.raises(FrankenlensError, match=why):
             COMMAND.prepare(KnockoutConfig(**wrong))
     assert parse_route("image->last").edges == "image -> before answer"
+    spelt = KnockoutConfig(routes=("image->last", "question ->reasoning"))  # plots read the name
+    assert _chosen(False, spelt) == ["image -> last", "question -> reasoning"]

@@ -82,7 +82,7 @@ def test_the_same_command_goes_on_where_it_was_killed(out, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(import_module("interp.transfer.transfer"), "greedy", never)
+    monkeypatch.setattr(import_module("interp.transfer.outcomes"), "greedy", never)
     COMMAND.run(TransferConfig(out=out, addresses=("blocks.3.attn.head.1",), **SMALL))
     assert (out / "transfer.csv").read_text() == before
     with pytest.raises(AssertionError, match="asked again"):

@@ -29,7 +29,7 @@ from interp.comparison.directions import directions
 from interp.comparison.energy import energies
 from interp.comparison.held import difference, held
 from interp.comparison.singular_values import TOP
-from interp.comparison.table import _AT_ONCE, _spectral
+from interp.comparison.table import AT_ONCE, _spectral
 from interp.comparison.workers import READERS, in_threads
 
 STAGES = ("base", "in", "rl")
@@ -105,11 +105,11 @@ def measure(folder: Path) -> dict[str, Any]:
     found["spectra of a layer, one after the other (s: wall, CPU)"] = clocks
     found["untrusted"] = sum(row["n_untrusted"] for row in ours)
     some = [(checkpoints[1], checkpoints[2], name, 0.01) for name in (largest, *layer[-3:])]
-    in_threads(partial(_spectral, TOP, 0), some, [1] * len(some), "spectra", False, 2, _AT_ONCE["spectra"])
+    in_threads(partial(_spectral, TOP, 0), some, [1] * len(some), "spectra", False, 2, AT_ONCE["spectra"])
     found["VmHWM, spectra, two at once (GB)"] = peak()
     few = [(LAYER + f"mlp.{name}_proj.weight", (True, True)) for name in ("down", "up")]
     in_threads(
-        partial(directions, checkpoints, 16), few, [1] * 2, "subspaces", False, 1, _AT_ONCE["subspaces"]
+        partial(directions, checkpoints, 16), few, [1] * 2, "subspaces", False, 1, AT_ONCE["subspaces"]
     )
     found["VmHWM, subspaces, one at once (GB)"] = peak()
     found["RssAnon, peak (GB)"] = watch.stop()

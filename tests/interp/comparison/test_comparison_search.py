@@ -9,7 +9,8 @@ from hooks.errors import FrankenlensError
 from interp.comparison import energy_outside, leading, principal_angles, spectrum
 from interp.comparison.directions import _angles
 from interp.comparison.held import difference
-from interp.comparison.passes import Passes
+from interp.comparison.passes import Passes, product
+from interp.comparison.search import Search
 from interp.comparison.singular_values import SMALL
 from interp.comparison.subspace import ERROR, Leading
 from tests.interp.comparison import exact
@@ -31,6 +32,15 @@ SPECTRA = {
 def _blocks(matrix: torch.Tensor):
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     return lambda: iter(tall.split(100))
+
+
+def _search(found: Leading) -> Search:
+    assert found._search is not None, found.method
+    return found._search
+
+
+def _values(matrix: torch.Tensor) -> np.ndarray:
+    return np.linalg.svd(matrix.double().numpy(), compute_uv=False)
 
 
 def _sides(matrix: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -117,6 +127,53 @@ def test_a_new_direction_beside_all_old_ones_is_not_missed() -> None:
         assert np.linalg.norm(found.right.numpy().T @ right[:, 640]) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_a_matrix_nearby_is_searched_from_the_vectors_found_with_fewer_passes_and_no_less_exact(
+    shape,
+) -> None:
+    draw = torch.Generator().manual_seed(4)
+    before = _with_values(shape, SPECTRA["power"]).float()
+    update = torch.randn(shape, generator=draw) * 1e-5
+    after, change = before + update, float(torch.linalg.matrix_norm(update.double(), 2))
+    old, cold = Leading(_blocks(before), shape, K), Leading(_blocks(after), shape, K)
+    near = Leading(_blocks(after), shape, K, old, change)
+    assert near.method == "krylov"
+    assert _search(near).n_passes <= _search(cold).n_passes - 3
+    for found in (near, cold):
+        for ours, theirs in zip((found.subspace.left, found.subspace.right), _sides(after), strict=True):
+            assert scipy.linalg.subspace_angles(ours.numpy(), theirs[:, :K]).max() <= ERROR
+    apart = np.diff(-_values(before)[K - 1 : K + 1])[0]  # the gap that the update must not close
+    assert 2 * change < apart
+    doubtful = Leading(_blocks(after), shape, K, old, 1.0)
+    assert _search(doubtful).n_passes == _search(cold).n_passes
+
+
+def test_a_new_direction_is_not_missed_from_vectors_found_before_it() -> None:
+    """Orthogonal to them all, by an update as large as it is: nothing is taken for granted, nor is it missed."""
+    draws = np.random.default_rng(0)
+    left, right = (np.linalg.qr(draws.normal(size=(side, 641)))[0] for side in (1400, 700))
+    values = np.arange(1, 641) ** -0.5
+    before = torch.from_numpy(left[:, :640] * values @ right[:, :640].T)
+    old = Leading(_blocks(before), before.shape, K)
+    for size in (2.0, 1.05 * values[K - 1]):
+        after = before + torch.from_numpy(size * np.outer(left[:, 640], right[:, 640]))
+        found = Leading(_blocks(after), after.shape, K, old, size)
+        assert not _search(found).apart(_search(old), size)
+        assert np.linalg.norm(found.subspace.right.numpy().T @ right[:, 640]) == pytest.approx(1, abs=1e-6)
+    small = before + torch.from_numpy(1e-3 * np.outer(left[:, 640], right[:, 640]))
+    assert _search(Leading(_blocks(small), small.shape, K, old, 1e-3)).apart(_search(old), 1e-3)
+
+
+def test_single_products_are_those_of_float64_in_every_order() -> None:
+    draw = torch.Generator().manual_seed(5)
+    x, w = torch.randn(33, 70, generator=draw), torch.randn(19, 70, generator=draw)
+    wanted = x.double() @ w.double().T
+    for one in (x, x.T.contiguous().T):
+        for other in (w, w.T.contiguous().T):
+            assert (product(one, other).double() - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert torch.equal(product(x.double(), w.double()), wanted)
+
+
 def test_products_are_those_of_the_whole_matrix_in_every_type_and_order() -> None:
     draw = torch.Generator().manual_seed(2)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
@@ -132,6 +189,10 @@ def test_products_are_those_of_the_whole_matrix_in_every_type_and_order() -> Non
                 for ours, theirs in zip(found, (tall.T @ (tall @ some), tall @ some), strict=True):
                     assert ours.dtype == kind
                     assert np.abs(ours - theirs).max() <= 10 * exactly * np.abs(theirs).max()
+            for ours, theirs in zip(
+                passes.both_times(some), (tall @ some, tall.T @ (tall @ some)), strict=True
+            ):
+                assert np.abs(ours - theirs).max() <= 1e-12 * np.abs(theirs).max()
 
 
 def test_energy_outside_is_the_definition() -> None:

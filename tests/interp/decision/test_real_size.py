@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -15,9 +16,9 @@ import torch
 
 from hooks import FrankenlensError, batches
 from hooks.memory import memory_limit
+from hooks.spilled import Spill, Spilled
 from interp.decision import find_decisions, null_pair_denominator, soft
 from interp.decision.null_pairs import changed_weights, null_changes
-from interp.decision.spilled import Spill, Spilled
 from interp.metrics import SoftDifference, evaluate
 from interp.pair.pair import Pair
 from interp.questions.tasks import sample
@@ -29,7 +30,7 @@ N = 6
 def chunked(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
     """Seven places at a time, no weight of the soft metric kept, and most states in a file."""
     monkeypatch.setitem(batches.AT_ONCE, "cpu", 7 * pair.in_.n_logits)
-    monkeypatch.setattr("interp.decision.spilled.IN_MEMORY", 20_000)
+    monkeypatch.setattr("hooks.spilled.IN_MEMORY", 20_000)
     for name in ("interp.decision.soft.DENSE", "interp.metrics.kinds.HELD"):
         monkeypatch.setattr(name, 0)
 
@@ -137,6 +138,28 @@ def test_states_in_a_file_are_those_that_were_kept(dtype: torch.dtype) -> None:
         assert len(kept[i]) == len(given[i])
     for again in (copy.deepcopy(kept[3]), pickle.loads(pickle.dumps(kept[3]))):
         assert torch.equal(again[:].view(bits), given[3].view(bits))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_that_reads_states_takes_none_of_its_parents() -> None:
+    """The two have one file, and one place in it."""
+    spill = Spill(most=0)
+    states = [torch.full((40, 64), float(n)) for n in range(64)]
+    kept = [spill.keep(one) for one in states]
+
+    def wrong(times: int) -> int:
+        return sum(not torch.equal(one[:], states[n]) for _ in range(times) for n, one in enumerate(kept))
+
+    child = os.fork()
+    if not child:
+        try:
+            found = wrong(120)
+        except BaseException:
+            found = 1
+        os._exit(min(found, 1))
+    here = wrong(120)
+    _, status = os.waitpid(child, 0)
+    assert here == 0 and os.waitstatus_to_exitcode(status) == 0
 
 
 def test_where_the_disk_is_full_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from interp.plan.maps import MapPlan
 from interp.plan.structure import at_tokens, without_weights
 from interp.sweep.batch import BatchSweep
 from interp.sweep.planned import PlannedSweep
+from tests.benchmarks.floor import ALSO_COUNTED
 from tests.interp.plan.kinds import KINDS, models, prompts
 from tests.interp.plan.live import Live
 
@@ -25,7 +26,8 @@ POINTS = ("attn_out", "mlp_out", "head", "vision", "projector")
 
 def counted(run: Callable[[], Any]) -> int:
     """FLOPs of a run, attention's products too."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=ALSO_COUNTED)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         run()
     return counter.get_total_flops()
 

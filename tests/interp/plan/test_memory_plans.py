@@ -1,4 +1,4 @@
-"""Peak memory of maps in processes of their own, against the plan."""
+"""Peak memory of maps, knockouts, lenses and texts in processes of their own, against the plan."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_peak_memory_of_a_map(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [
+        *(("map", kind) for kind in KINDS),
+        *((what, kind) for what in ("knockout", "lens", "greedy") for kind in ("llava", "qwen3_vl")),
+    ],
+)
+def test_peak_memory(what: str, kind: str) -> None:
     root = Path(__file__).parents[3]
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "tests.interp.plan.measured",
-        kind,
-        *"256 5 8 500".split(),
-    ]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.interp.plan.measured", what, kind]
     environment = {**os.environ, **GIVEN_BACK, "PYTHONPATH": str(root)}
+    command += "256 5 8 500".split()
     told = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
     found = json.loads(told.stdout.splitlines()[-1])
     assert found["planned"] == pytest.approx(found["measured"], rel=0.25), found

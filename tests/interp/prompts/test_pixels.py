@@ -86,3 +86,12 @@ def test_small_images_are_held_and_tensors_of_tokens_always() -> None:
         prompt.inputs["nothing"]
     other = replace(example, question="which is the star")
     assert len(builder.build(other).inputs) == len(prompt.inputs)
+
+
+def test_tokens_are_kept_however_many_there_are() -> None:
+    """A trace behind a prompt of 140,000 tokens is read, not the prompt without it."""
+    ids = torch.arange(140_000)[None]
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = pixels.Inputs.of(given, lambda: given, "a long text")
+    longer = inputs.with_tokens({"input_ids": torch.cat([ids, ids[:, :3]], dim=1)})
+    assert longer["input_ids"].shape == (1, 140_003) and longer["input_ids"][0, -3:].tolist() == [0, 1, 2]

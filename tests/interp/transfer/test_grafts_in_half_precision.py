@@ -12,8 +12,9 @@ from hooks import FrankenlensError
 from interp.pair.pair import weights_sha256
 from interp.regions import of_sizes
 from interp.transfer.grafts import Graft, everything, grafted, measured_graft
+from interp.transfer.outcomes import Outcomes
 from interp.transfer.table import transfer_table, unmeasured
-from interp.transfer.transfer import Outcomes, transfer
+from interp.transfer.transfer import transfer
 from interp.transfer.variants import Variant, controls, doses
 from tests.half_pairs import HALVES, half_pair, widened
 

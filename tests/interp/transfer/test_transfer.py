@@ -19,9 +19,11 @@ from interp.pair.pair import Pair, weights_sha256
 from interp.questions.examples import Example
 from interp.questions.tasks import grade, sample
 from interp.regions import of_sizes, parse_partition, thirds
+from interp.transfer.answers import answers
 from interp.transfer.grafts import Graft, everything, grafted, save_grafted
+from interp.transfer.outcomes import Outcomes
 from interp.transfer.table import as_table_2, transfer_table
-from interp.transfer.transfer import Outcomes, answers, transfer
+from interp.transfer.transfer import transfer
 from interp.transfer.variants import (
     PAPER_ORDER,
     Variant,

@@ -1,11 +1,13 @@
-"""States of many prompts: some in main memory, the rest in a temporary file that nobody sees.
+"""Tensors that are too many for main memory: some of them there, the rest in a temporary file that nobody sees.
 
-What a pair of 7B models gives its unembeddings along 1,000 traces of 2,000 tokens is 28 GB. It is read prompt by
-prompt, so a file serves as well as memory; it is gone when nobody holds its states any more, killed runs included.
+What a pair of 7B models gives its unembeddings along 1,000 traces of 2,000 tokens is 28 GB, and its weights 33. Both
+are read part by part, so a file serves as well as memory; it is gone when nobody holds its tensors any more, killed
+runs included.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import weakref
@@ -18,17 +20,19 @@ from hooks.errors import FrankenlensError
 from hooks.memory import in_words
 
 IN_MEMORY = 1 << 28
-"""Bytes of states that a `Spill` keeps in main memory."""
+"""Bytes that a `Spill` keeps in main memory, if nothing else is said."""
 
 
 class Spill:
-    """Where the states of many prompts are kept.
+    """Where many tensors are kept.
 
     Args:
         most: bytes that stay in main memory.
+        what: they are, for the message where the disk is full.
     """
 
-    def __init__(self, most: int | None = None) -> None:
+    def __init__(self, most: int | None = None, what: str = "the states of the soft metric's traces") -> None:
+        self._what = what
         self._left = IN_MEMORY if most is None else most
         self._file: _File | None = None
 
@@ -42,7 +46,9 @@ class Spill:
         self._left -= copy.nbytes
         if self._left >= 0 or not copy.nbytes:
             return copy
-        self._file = self._file or _File()
+        own = self._file is not None and self._file.process == os.getpid()
+        if self._file is None or not own:  # a fork would write over what its parent does
+            self._file = _File(self._what)
         return self._file.keep(copy)
 
 
@@ -74,9 +80,10 @@ class Spilled:
 class _File:
     """Without a name, so that it goes with its last reader."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        self._what = what
         self._file = tempfile.TemporaryFile(prefix="frankenlens-", buffering=0)  # noqa: SIM115
-        self._end, self._alone = 0, threading.Lock()
+        self._end, self._alone, self.process = 0, threading.Lock(), os.getpid()
         weakref.finalize(self, self._file.close)
 
     def keep(self, states: Float[Tensor, "row width"]) -> Spilled:
@@ -88,22 +95,28 @@ class _File:
                     done += self._file.write(data[done:]) or 0
         except OSError as error:
             raise FrankenlensError(
-                f"the states of the soft metric's traces need more than the {in_words(start)} that the folder for "
-                f"temporary files holds ({error}); set TMPDIR to a folder with room, or ask for fewer prompts (n)"
+                f"{self._what} need more than the {in_words(start)} that the folder for temporary files holds "
+                f"({error}); set TMPDIR to a folder with room, or ask for less at a time"
             ) from error
         self._end = start + len(data)
         return Spilled(self, start, states)
 
     def read(self, start: int, n: int) -> bytearray:
         data, done = bytearray(n), 0
+        while done < n:
+            found = self._some(start + done, memoryview(data)[done:])
+            if not found:
+                raise OSError("a temporary file is shorter than what was written to it")
+            done += found
+        return data
+
+    def _some(self, start: int, into: memoryview) -> int:
+        """A forked process has the file's own place in common with its parent, so none is set where it can be told."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [into], start)
         with self._alone:
             self._file.seek(start)
-            while done < n:
-                found = self._file.readinto(memoryview(data)[done:])
-                if not found:
-                    raise OSError("a temporary file is shorter than what was written to it")
-                done += found
-        return data
+            return self._file.readinto(into) or 0
 
 
 def _itself(states: Tensor) -> Tensor:
