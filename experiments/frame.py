@@ -43,10 +43,12 @@ class Planned(Protocol):
     @property
     def works(self) -> Callable[[Any, Any], Iterable[Any]]:
         """From what is planned with, and the settings, to the steps."""
+        ...
 
     @property
     def base(self) -> bool:
         """Whether Base is opened too."""
+        ...
 
 
 @runtime_checkable
@@ -118,7 +120,8 @@ class Command(Generic[Settings, Models, Question]):
             fit = self.admit(models, asked, config)
             for section in self.measure(models, fit, config):
                 whole = clustered(_without(section, fit.left_out), getattr(fit, "examples", ()))
-                yield whole if not getattr(fit, "traces", None) else told_of(whole, fit)
+                given = getattr(fit, "traces", None)
+                yield told_of(whole, given) if given else whole
 
         return measure
 

@@ -109,9 +109,9 @@ def with_traces(pair: Pair, asked: Questions, config: TraceSettings) -> Question
     return replace(asked, examples=kept, left_out={**asked.left_out, **left_out}, traces=given)
 
 
-def told_of(section: Section, asked: Questions) -> Section:
+def told_of(section: Section, traces: Mapping[str, Traces]) -> Section:
     """The section whose account says where the traces are from."""
-    files = ", ".join(f"{name.upper()}'s from {shown(given.source)}" for name, given in asked.traces.items())
+    files = ", ".join(f"{name.upper()}'s from {shown(given.source)}" for name, given in traces.items())
     definition = f"{section.account.definition}; traces written elsewhere: {files}"
     return replace(section, account=replace(section.account, definition=definition))
 

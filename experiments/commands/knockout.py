@@ -256,7 +256,7 @@ def work(bench: Bench, config: KnockoutConfig) -> Iterator[Work]:
     """What `measure` computes, counted and not run."""
     asked, runs = bench.workload, bench.runs()
     steps = [asked.trace_tokens] * len(asked.prompts)
-    yield runs.written(f"greedy text of {config.traces.upper()}", asked.prompts, steps).times(asked.scale)
+    yield runs.written(f"greedy text of {config.whose.upper()}", asked.prompts, steps).times(asked.scale)
     read = [up_to_the_answer(prompt, asked.trace_tokens) for prompt in asked.prompts]
     names = _chosen(not any(prompt.has_image for prompt in read), config)
     cuts = {name: _cuts(name, bench.vlm.n_layers, config) for name in names}

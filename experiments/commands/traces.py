@@ -88,7 +88,7 @@ def _sentence(row: Mapping[Any, Any]) -> str:
 
 def _writer(pair: Pair, asked: Questions, name: str, config: TracesConfig) -> Writer:
     if config.by == "vllm":
-        return Vllm(dict(zip(MODELS, checkpoints(config)[:2], strict=True))[name])
+        return Vllm(checkpoints(config)[MODELS.index(name)] or "")
     return Here(pair.models[name], config.batch_size, under(kept(pair, asked.examples, config), name))
 
 
