@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
     from interp.comparison import Checkpoint, by_address, compare, energy_outside, principal_angles, spectra
     from interp.comparison.plots import plot_directions, plot_energy, plot_spectra
     from interp.decision import (
-        Decision, DecisionSet, changed_weights, find_decisions, null_changes, null_pair_denominator,
+        Decision, DecisionSet, changed_weights, find_decisions, followed, null_changes, null_pair_denominator,
         recovery_refused, two_by_two,
     )
     from interp.fine_grained import (
@@ -77,6 +77,7 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
         AnswerLogProbability, KLToReference, LogitDifference, Metric, SoftDifference, TraceLogLikelihood, evaluate,
     )
     from interp.pair import Pair, greedy
+    from interp.pair.elsewhere import Traces, read_traces
     from interp.paths import Path, Receiver, path_effects, path_map, paths_in_order, strongest_senders
     from interp.paths.pair import pair_paths, path_table, sender_table
     from interp.paths.plots import plot_path_graph, plot_path_map
@@ -124,8 +125,8 @@ _NAMES = {  # module -> its names here; one that is no attribute is a module
     "shifts",
     "interp.comparison": "Checkpoint by_address compare energy_outside principal_angles spectra",
     "interp.comparison.plots": "plot_directions plot_energy plot_spectra",
-    "interp.decision": "Decision DecisionSet changed_weights find_decisions null_changes null_pair_denominator "
-    "recovery_refused two_by_two",
+    "interp.decision": "Decision DecisionSet changed_weights find_decisions followed null_changes "
+    "null_pair_denominator recovery_refused two_by_two",
     "interp.fine_grained": "ask change_table described_by_model fine_grained fine_grained_table in_words metrics_of "
     "plot_metrics questions with_descriptions",
     "interp.freezing": "Frozen freeze frozen_rows train_only",
@@ -148,6 +149,7 @@ _NAMES = {  # module -> its names here; one that is no attribute is a module
     "interp.metrics": "AnswerLogProbability KLToReference LogitDifference Metric SoftDifference TraceLogLikelihood "
     "evaluate",
     "interp.pair": "Pair greedy",
+    "interp.pair.elsewhere": "Traces read_traces",
     "interp.paths": "Path Receiver path_effects path_map paths_in_order strongest_senders",
     "interp.paths.pair": "pair_paths path_table sender_table",
     "interp.paths.plots": "plot_path_graph plot_path_map",

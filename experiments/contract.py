@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from experiments.given import TraceSettings, with_traces
 from experiments.settings import PairSettings, Questions
 from hooks.errors import FrankenlensError
+from interp.pair.elsewhere import Traces
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair
 from interp.prompts import Prompt, PromptBuilder
@@ -34,8 +36,11 @@ def admitted(pair: Any, asked: Asked, config: Any) -> Asked:
     if not isinstance(pair, Pair) or not isinstance(asked, Questions) or not asked.examples:
         return asked
     examples, left_out = askable(pair.builder, asked.examples)
-    require_readable(pair, pair.builder, examples, config)
-    return replace(asked, examples=examples, left_out={**asked.left_out, **left_out})
+    fit = replace(asked, examples=examples, left_out={**asked.left_out, **left_out})
+    if isinstance(config, TraceSettings):
+        fit = with_traces(pair, fit, config)
+    require_readable(pair, pair.builder, fit.examples, config, given=fit.traces)
+    return fit
 
 
 def askable(builder: PromptBuilder, examples: Sequence[Example]) -> tuple[list[Example], dict[str, int]]:
@@ -86,6 +91,7 @@ def require_readable(
     examples: Sequence[Example],
     config: PairSettings,
     models: Sequence[str] = ("in", "rl"),
+    given: Mapping[str, Traces] | None = None,
 ) -> None:
     """Let models of a pair write on some of the questions, tell how many traces can be read, and show one.
 
@@ -94,6 +100,7 @@ def require_readable(
         examples: all questions; `SAMPLE` of them are tried.
         config: `unparsed`, the share that may be unreadable, and the settings of generation.
         models: whose traces are going to be read.
+        given: their traces, of those whose were written elsewhere.
 
     Raises:
         FrankenlensError: more than that of one model; says how the traces would be read, or how to go on.
@@ -102,7 +109,7 @@ def require_readable(
         [examples[i * len(examples) // SAMPLE] for i in range(SAMPLE)] if len(examples) > SAMPLE else examples
     )
     prompts = [builder.build(example) for example in some]
-    tried = [_written(pair, name, prompts, config) for name in models]
+    tried = [_written(pair, name, prompts, config, (given or {}).get(name)) for name in models]
     unread = [prompt for one in reversed(tried) for prompt in one.unread]
     shown = (unread or tried[-1].traces)[0]
     told = f"{'; '.join(map(str, tried))}. One of them: {_short(shown)}"
@@ -115,8 +122,13 @@ def require_readable(
     )
 
 
-def _written(pair: Pair, name: str, prompts: Sequence[Prompt], config: PairSettings) -> _Tried:
-    written = greedy(pair.models[name], prompts, config.max_new_tokens, config.batch_size)
+def _written(
+    pair: Pair, name: str, prompts: Sequence[Prompt], config: PairSettings, given: Traces | None
+) -> _Tried:
+    if given is None:
+        written = greedy(pair.models[name], prompts, config.max_new_tokens, config.batch_size)
+    else:
+        written = given.of(prompts)
     traces = tuple(prompt.with_tokens(ids) for prompt, ids in zip(prompts, written, strict=True))
     cut = [
         prompt

@@ -22,6 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 from tqdm.auto import tqdm
 
 from experiments.contract import admitted
+from experiments.given import TraceSettings, fingerprints, require_trace_files, told_of
 from experiments.settings import ModelSettings, PairSettings, require_sound, require_there
 from hooks.errors import FrankenlensError
 from hooks.memory import memory_limit
@@ -42,10 +43,12 @@ class Planned(Protocol):
     @property
     def works(self) -> Callable[[Any, Any], Iterable[Any]]:
         """From what is planned with, and the settings, to the steps."""
+        ...
 
     @property
     def base(self) -> bool:
         """Whether Base is opened too."""
+        ...
 
 
 @runtime_checkable
@@ -108,13 +111,17 @@ class Command(Generic[Settings, Models, Question]):
         require_sound(config)
         self.check(config)
         require_there(config)
+        if isinstance(config, TraceSettings):
+            require_trace_files(config)
         _require_writable(config.out)
         asked = self.load(config)
 
         def measure(models: Models) -> Iterator[Section]:
             fit = self.admit(models, asked, config)
             for section in self.measure(models, fit, config):
-                yield clustered(_without(section, fit.left_out), getattr(fit, "examples", ()))
+                whole = clustered(_without(section, fit.left_out), getattr(fit, "examples", ()))
+                given = getattr(fit, "traces", None)
+                yield told_of(whole, given) if given else whole
 
         return measure
 
@@ -185,7 +192,7 @@ def finished(out: Path, **about: Any) -> Path:
     return out / "finished" / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-OF_PLACE = ("out", "in_", "rl", "base", "data", "images", "template", "map", "max_memory")
+OF_PLACE = ("out", "in_", "rl", "base", "data", "images", "template", "map", "max_memory", "traces")
 """Settings that say where something is, or how much of it: the parts depend on what is there."""
 
 
@@ -212,6 +219,8 @@ def kept(pair: Pair, examples: Iterable[Example], config: PairSettings, **also: 
         ],
         **also,
     }
+    if isinstance(config, TraceSettings) and config.traces:
+        about["traces"] = fingerprints(config)
     return Store(finished(config.out, **about), {"version": version("frankenlens"), **about})
 
 

@@ -16,6 +16,7 @@ from experiments.options import Options, as_option, require_agreement, require_n
 from hooks.errors import FrankenlensError, one_line, shown
 from hooks.memory import parse_bytes
 from hooks.whereabouts import absent, require_checkpoint, require_file, require_folder
+from interp.pair.elsewhere import Traces
 from interp.pair.pair import Pair
 from interp.prompts.roles import TraceFormat
 from interp.questions.examples import Example, once_each
@@ -180,10 +181,12 @@ class Questions:
     Attributes:
         examples: the questions.
         left_out: reason to number of those that cannot be asked.
+        traces: of each model whose traces were written elsewhere.
     """
 
     examples: Sequence[Example]
     left_out: Mapping[str, int] = field(default_factory=dict)
+    traces: Mapping[str, Traces] = field(default_factory=dict)
 
     @property
     def in_words(self) -> bool:

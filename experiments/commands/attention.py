@@ -17,13 +17,13 @@ import xarray as xr
 
 from experiments.bench import Bench, Planned
 from experiments.frame import Command, kept
+from experiments.given import TraceSettings
 from experiments.options import a_task, default, require_known
 from experiments.settings import (
     CORRECTIONS,
     Correction,
     NoImages,
     Questions,
-    QuestionSettings,
     load_pair,
     load_questions,
 )
@@ -46,7 +46,7 @@ PAPER_N = 100  # questions a task
 
 
 @dataclass(frozen=True)
-class AttentionConfig(QuestionSettings):
+class AttentionConfig(TraceSettings):
     """Settings of the attention shift; the defaults run on the pair that ships with the package.
 
     Attributes:
@@ -108,6 +108,7 @@ def measure(pair: Pair, asked: Questions, config: AttentionConfig) -> Iterator[S
         source=config.keys,
         nulls=null_changes(pair, config.seed) if config.nulls else None,
         keep=kept(pair, asked.examples, config),
+        traces=asked.traces,
         **config.running,
     )
     _require_traces(found)

@@ -15,12 +15,12 @@ import torch
 
 from experiments.bench import Bench, Planned
 from experiments.frame import Command
+from experiments.given import TraceSettings
 from experiments.options import Only, a_task, default
 from experiments.settings import (
     CORRECTIONS,
     Correction,
     Questions,
-    QuestionSettings,
     load_pair,
     load_questions,
 )
@@ -64,7 +64,7 @@ WIDE = {"windows": windows, "around": around}
 
 
 @dataclass(frozen=True)
-class KnockoutConfig(QuestionSettings):
+class KnockoutConfig(TraceSettings):
     """Settings of the knockout; the defaults run on the pair that ships with the package.
 
     Attributes:
@@ -76,7 +76,7 @@ class KnockoutConfig(QuestionSettings):
         width: layers of a window.
         mass: of the edges that are cut: renormalized (masked before the softmax) or lost (zeroed after it).
         metric: answer (its first token) or trace (all of it, up to there).
-        traces: whose greedy traces both models read.
+        whose: whose traces both models read.
         right_only: leave traces out whose answer is wrong.
         relative: report the relative change of the probability in %, not the change of its logarithm in nats.
         nulls: beside the pair, models that learnt nothing (RL in bfloat16; IN with a random update of RL's norm).
@@ -95,7 +95,7 @@ class KnockoutConfig(QuestionSettings):
     )
     mass: Literal["renormalized", "lost"] = default("renormalized", paper="renormalized")
     metric: Literal["answer", "trace"] = default("answer", paper="answer")
-    traces: Literal["in", "rl"] = "rl"
+    whose: Literal["in", "rl"] = "rl"
     right_only: bool = default(False, paper=True)
     relative: bool = default(False, paper=True)
     nulls: bool = True
@@ -136,18 +136,19 @@ def measure(pair: Pair, asked: Questions, config: KnockoutConfig) -> Iterator[Se
         FrankenlensError: no trace has every route, or there are no such layers.
     """
     prompts, left_out = answered_traces(
-        pair.models[config.traces],
+        pair.models[config.whose],
         pair.builder,
         asked.examples,
         fault=wrong() if config.right_only else None,
+        given=asked.traces.get(config.whose),
         **config.running,
     )
     if not prompts:
         reasons = "; ".join(f"{n}: {reason}" for reason, n in left_out.items())
         others = ", or --no-right-only" if config.right_only else ""
         raise FrankenlensError(
-            f"None of {len(asked.examples)} traces of {config.traces.upper()} can be used ({reasons}). Give more "
-            f"questions (--n), the other model's traces (--traces){others}, or what the models write (--reasoning, "
+            f"None of {len(asked.examples)} traces of {config.whose.upper()} can be used ({reasons}). Give more "
+            f"questions (--n), the other model's traces (--whose){others}, or what the models write (--reasoning, "
             "--answer, --max-new-tokens)."
         )
     chosen = _chosen(asked.in_words, config)
@@ -201,7 +202,7 @@ def _account(
 ) -> Account:
     return Account(
         _definition(config),
-        f"{int(table['n'].max())} traces of {config.traces.upper()}, the same in both models",
+        f"{int(table['n'].max())} traces of {config.whose.upper()}, the same in both models",
         f"{CORRECTIONS[config.correction]} over {len(table)} cuts",
         config.seed,
         left_out=left_out,
@@ -255,7 +256,7 @@ def work(bench: Bench, config: KnockoutConfig) -> Iterator[Work]:
     """What `measure` computes, counted and not run."""
     asked, runs = bench.workload, bench.runs()
     steps = [asked.trace_tokens] * len(asked.prompts)
-    yield runs.written(f"greedy text of {config.traces.upper()}", asked.prompts, steps).times(asked.scale)
+    yield runs.written(f"greedy text of {config.whose.upper()}", asked.prompts, steps).times(asked.scale)
     read = [up_to_the_answer(prompt, asked.trace_tokens) for prompt in asked.prompts]
     names = _chosen(not any(prompt.has_image for prompt in read), config)
     cuts = {name: _cuts(name, bench.vlm.n_layers, config) for name in names}

@@ -17,7 +17,8 @@ import xarray as xr
 
 from experiments.bench import Bench, Planned
 from experiments.frame import Command
-from experiments.settings import Questions, QuestionSettings, load_pair, load_questions
+from experiments.given import TraceSettings
+from experiments.settings import Questions, load_pair, load_questions
 from hooks import FrankenlensError, HookedVLM
 from interp.decision import DecisionSet, changed_weights, find_decisions, null_changes
 from interp.lens import (
@@ -52,7 +53,7 @@ from interp.statistics import interval_text
 
 
 @dataclass(frozen=True)
-class LensConfig(QuestionSettings):
+class LensConfig(TraceSettings):
     """Settings of the lenses; the defaults run on the pair that ships with the package.
 
     Attributes:
@@ -90,7 +91,9 @@ def check(config: LensConfig) -> None:
 def measure(pair: Pair, asked: Questions, config: LensConfig) -> Iterator[Section]:
     """Both models on RL's own greedy traces: lenses, their distance, the answer's layer, and direct attribution."""
     settings = {"batch_size": config.batch_size, "progress": True}
-    decisions = find_decisions(pair, asked.examples, "first", progress=True, **config.running)
+    decisions = find_decisions(
+        pair, asked.examples, "first", progress=True, traces=asked.traces, **config.running
+    )
     traces = [_without_end(trace) for trace in decisions.rl_traces]
     nulls = null_changes(pair, config.seed)
     tuned, held_out = _tuned(pair, traces, config)

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from experiments.bench import Bench, Planned
 from experiments.frame import Command, kept
+from experiments.given import TraceSettings
 from experiments.options import require_known
-from experiments.settings import Questions, QuestionSettings, load_pair, load_questions
+from experiments.settings import Questions, load_pair, load_questions
 from hooks.errors import FrankenlensError
 from interp.decision import (
     Choice,
@@ -32,7 +33,7 @@ from interp.results.page import Section
 
 
 @dataclass(frozen=True)
-class MapConfig(QuestionSettings):
+class MapConfig(TraceSettings):
     """Settings of the component map; the defaults run on the pair that ships with the package.
 
     Attributes:
@@ -62,7 +63,9 @@ def measure(pair: Pair, asked: Questions, config: MapConfig) -> Iterator[Section
         FrankenlensError: no prompt qualifies; the message says why not.
     """
     keep, running = kept(pair, asked.examples, config), config.running
-    decisions = find_decisions(pair, asked.examples, config.decision, progress=True, keep=keep, **running)
+    decisions = find_decisions(
+        pair, asked.examples, config.decision, progress=True, keep=keep, traces=asked.traces, **running
+    )
     decisions.require_some()
     directions = list(DIRECTIONS) if config.direction == "both" else [config.direction]
     settings: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}

@@ -26,6 +26,7 @@ from hooks.batches import fitting, forward_bytes, in_parts, scores_bytes
 from hooks.engine import HookContext, HookFunction
 from interp.decision import Change, changed_weights
 from interp.metrics.logits import sparing_logits
+from interp.pair.elsewhere import Traces
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair
 from interp.prompts import Prompt, collate
@@ -57,6 +58,7 @@ def attention_shift(
     batch_size: int = 16,
     progress: bool = True,
     keep: Store | None = None,
+    traces: Mapping[str, Traces] | None = None,
 ) -> xr.Dataset:
     """Attention mass from the target's to the source's tokens, of both models on both models' greedy traces.
 
@@ -72,6 +74,7 @@ def attention_shift(
         batch_size: prompts that run together.
         progress: show bars.
         keep: where it is kept what the models write, and what each attends to.
+        traces: of "in", "rl" or both, written elsewhere, in place of greedy ones (`interp.pair.elsewhere`).
 
     Returns:
         mass [model trace layer head example], n_target and n_source [trace example] (tokens), why [trace example] (""
@@ -92,15 +95,18 @@ def attention_shift(
     counts = np.zeros((2, 2, len(prompts)), dtype=int)
     why = np.full((2, len(prompts)), "", dtype=object)
     for t, name in enumerate(MODELS):
-        written = greedy(
-            pair.models[name], prompts, max_new_tokens, 2 * batch_size, progress, under(keep, name)
-        )
-        traces = [prompt.with_tokens(ids) for prompt, ids in zip(prompts, written, strict=True)]
-        for row, trace in enumerate(traces):
+        if traces and name in traces:
+            written = traces[name].of(prompts)
+        else:
+            written = greedy(
+                pair.models[name], prompts, max_new_tokens, 2 * batch_size, progress, under(keep, name)
+            )
+        texts = [prompt.with_tokens(ids) for prompt, ids in zip(prompts, written, strict=True)]
+        for row, trace in enumerate(texts):
             counts[:, t, row] = trace.roles.count(target), trace.roles.count(source)
             why[t, row] = _why(trace, target, source)
-        rows = [row for row in range(len(traces)) if not why[t, row]]
-        some = [traces[row] for row in rows]
+        rows = [row for row in range(len(texts)) if not why[t, row]]
+        some = [texts[row] for row in rows]
         of = fingerprint([list(one.ids) for one in some], target, source)
         for m, (reader, (vlm, change)) in enumerate(readers.items()):
 

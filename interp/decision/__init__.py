@@ -2,6 +2,7 @@
 
 from interp.decision.controls import two_by_two
 from interp.decision.find import Choice, Grader, find_decisions
+from interp.decision.followed import Followed, followed
 from interp.decision.null_pairs import (
     NOISE_PAIRS,
     Change,
@@ -20,9 +21,11 @@ __all__ = [
     "Choice",
     "Decision",
     "DecisionSet",
+    "Followed",
     "Grader",
     "changed_weights",
     "find_decisions",
+    "followed",
     "null_changes",
     "null_pair_denominator",
     "own_decisions",

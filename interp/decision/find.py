@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,6 +16,7 @@ from interp.decision.result import Decision, DecisionSet
 from interp.decision.soft import both, soft_difference
 from interp.decision.traces import Divergence, diverging, next_tokens
 from interp.metrics import LogitDifference, Metric, evaluate
+from interp.pair.elsewhere import Traces
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair
 from interp.prompts import Prompt
@@ -50,6 +51,7 @@ def find_decisions(
     batch_size: int = 32,
     progress: bool = False,
     keep: Store | None = None,
+    traces: Mapping[str, Traces] | None = None,
 ) -> DecisionSet:
     """The decision RL changed, on each prompt that has one.
 
@@ -62,9 +64,12 @@ def find_decisions(
         max_new_tokens: longest trace.
         progress: show bars.
         keep: where it is kept what the models write.
+        traces: of "in", "rl" or both: traces that were written elsewhere, in place of greedy ones
+            (`interp.pair.elsewhere`). Where RL's are sampled, decisions are taken at those of their tokens that RL
+            would choose itself; all others are left out (`n_unstable`).
 
     Raises:
-        FrankenlensError: an unknown choice, or no examples.
+        FrankenlensError: an unknown choice, no examples, or one without a trace among those given.
     """
     if choice not in get_args(Choice) or not examples:
         raise FrankenlensError(
@@ -72,7 +77,7 @@ def find_decisions(
             f"got {len(examples)} examples and {choice!r}"
         )
     prompts = [pair.builder.build(example) for example in examples]
-    run = _run(pair, prompts, grader, max_new_tokens, batch_size, progress, keep)
+    run = _run(pair, prompts, grader, max_new_tokens, batch_size, progress, keep, traces or {})
     divergences, unstable = [], 0
     runs = both(pair.in_, pair.rl, run.rl_traces, batch_size, progress)
     for trace, (of_in, of_rl) in zip(run.rl_traces, runs, strict=True):
@@ -94,7 +99,7 @@ def find_decisions(
         metric = _difference(decisions)
     cut = [decision.prompt for decision in decisions]
     in_values, rl_values = (evaluate(vlm, cut, metric, batch_size) for vlm in (pair.in_, pair.rl))
-    traces = {"in": run.in_traces, "rl": run.rl_traces}
+    both_traces = {"in": run.in_traces, "rl": run.rl_traces}
     return DecisionSet(
         choice,
         decisions,
@@ -107,8 +112,9 @@ def find_decisions(
         run.in_correct,
         n_diverge=sum(map(bool, divergences)),
         excluded={reason: n for reason, n in excluded.items() if n},
-        unparsed={name: count_faults(p.trace for p in rows) for name, rows in traces.items()},
+        unparsed={name: count_faults(p.trace for p in rows) for name, rows in both_traces.items()},
         n_unstable=unstable,
+        given={name: given.source for name, given in (traces or {}).items()},
     )
 
 
@@ -120,11 +126,15 @@ def _run(
     batch_size: int,
     progress: bool,
     keep: Store | None,
+    given: Mapping[str, Traces],
 ) -> _Run:
     traces, correct = {}, {}
     graded = np.ones(len(prompts), dtype=bool)
     for name, vlm in (("rl", pair.rl), ("in", pair.in_)):
-        written = greedy(vlm, prompts, max_new_tokens, batch_size, progress, under(keep, name))
+        if name in given:
+            written = given[name].of(prompts)
+        else:
+            written = greedy(vlm, prompts, max_new_tokens, batch_size, progress, under(keep, name))
         traces[name] = tuple(p.with_tokens(ids) for p, ids in zip(prompts, written, strict=True))
         grades = [_grade(grader, p) for p in traces[name]]
         correct[name] = np.array([grade is True for grade in grades])

@@ -57,7 +57,8 @@ class DecisionSet:
         excluded: reason -> number of prompts without a decision.
         unparsed: model -> reason -> number of traces that do not parse.
         n_unstable: trace positions left out since RL, run over its own trace at once, would choose another token
-            than it did step by step (a tie to rounding).
+            than it did step by step (a tie to rounding), or than its trace has (sampled, of elsewhere).
+        given: model -> where its traces are from, of those that were written elsewhere.
     """
 
     choice: str
@@ -73,6 +74,7 @@ class DecisionSet:
     excluded: Mapping[str, int]
     unparsed: Mapping[str, Mapping[str, int]]
     n_unstable: int
+    given: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.decisions)
@@ -177,6 +179,7 @@ class DecisionSet:
             "n_rl_correct": int(self.rl_correct.sum()),
             "unparsed": {model: dict(reasons) for model, reasons in self.unparsed.items()},
             "n_unstable_positions": self.n_unstable,
+            **({"given_traces": dict(self.given)} if self.given else {}),
             "denominator": {key: _number(getattr(interval, key)) for key in ("value", "low", "high", "n")},
             "units": self.metric.units,
             "trace_index": _quartiles(indices),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from hooks import HookedVLM
 from interp.knockout.routes import up_to_the_answer
 from interp.localization.outcomes import Grader
+from interp.pair.elsewhere import Traces
 from interp.pair.generation import greedy
 from interp.prompts import Prompt, PromptBuilder
 from interp.questions.examples import Example
@@ -26,6 +27,7 @@ def answered_traces(
     max_new_tokens: int = 128,
     batch_size: int = 32,
     progress: bool = True,
+    given: Traces | None = None,
 ) -> tuple[list[Prompt], Counter[str]]:
     """A model's greedy traces up to the first token of the answer, as `interp.knockout.routes` reads them.
 
@@ -35,12 +37,13 @@ def answered_traces(
         examples: what is asked.
         fault: which of the traces with an answer are left out, e.g. `wrong()`; by default none.
         max_new_tokens, batch_size, progress: as everywhere.
+        given: its traces, where they were written elsewhere (`interp.pair.elsewhere`).
 
     Returns:
         The traces, and reason to number of those that are left out.
     """
     asked = [builder.build(example) for example in examples]
-    written = greedy(vlm, asked, max_new_tokens, batch_size, progress)
+    written = greedy(vlm, asked, max_new_tokens, batch_size, progress) if given is None else given.of(asked)
     kept: list[Prompt] = []
     left_out: Counter[str] = Counter()
     for prompt, ids in zip(asked, written, strict=True):

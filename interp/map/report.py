@@ -123,7 +123,8 @@ def _left_out(decisions: Mapping[str, Any] | None) -> dict[str, int]:
     for model, reasons in decisions["unparsed"].items():
         found |= {f"{model.upper()}'s trace does not parse: {reason}": n for reason, n in reasons.items()}
     if decisions["n_unstable_positions"]:
-        found["positions where RL is tied to rounding"] = decisions["n_unstable_positions"]
+        drawn = " or would choose another token than its trace has" if "given_traces" in decisions else ""
+        found[f"positions where RL is tied to rounding{drawn}"] = decisions["n_unstable_positions"]
     return found
 
 

@@ -104,6 +104,7 @@ class Section:
             with their caption and the account.
         dataset: values per example, if they are kept.
         cells: the dataset's values per cell, tidy, written beside it under its name, as they are.
+        lines: file name without suffix to rows that are written as JSON lines, which the page does not show.
         digests: what the page shows besides, between figures and tables.
         details: further findings, in the same form; below the figures.
     """
@@ -116,6 +117,7 @@ class Section:
     figures: Mapping[str, Figure] = field(default_factory=dict)
     dataset: xr.Dataset | None = None
     cells: pd.DataFrame | None = None
+    lines: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     digests: Sequence[Digest] = ()
     details: str = ""
 
@@ -137,6 +139,9 @@ def save_sections(sections: Sequence[Section], folder: Path, made: Mapping[str, 
     for section in sections:
         for name, table in section.tables.items():
             write_csv(section.account.columns(table), folder / f"{name}.csv")
+        for name, rows in section.lines.items():
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
         if section.cells is not None:
             write_csv(section.cells, folder / f"{section.name}.csv")
         if section.dataset is not None:
