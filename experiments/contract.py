@@ -33,14 +33,25 @@ def admitted(pair: Any, asked: Asked, config: Any) -> Asked:
     Raises:
         FrankenlensError: no question can be asked, or too many traces cannot be read.
     """
-    if not isinstance(pair, Pair) or not isinstance(asked, Questions) or not asked.examples:
-        return asked
-    examples, left_out = askable(pair.builder, asked.examples)
-    fit = replace(asked, examples=examples, left_out={**asked.left_out, **left_out})
+    fit = asked_alone(pair, asked, config)
+    if not isinstance(pair, Pair) or not isinstance(fit, Questions) or not fit.examples:
+        return fit
     if isinstance(config, TraceSettings):
         fit = with_traces(pair, fit, config)
     require_readable(pair, pair.builder, fit.examples, config, given=fit.traces)
     return fit
+
+
+def asked_alone(pair: Any, asked: Asked, config: Any) -> Asked:
+    """What can be asked of a pair, whatever it then writes.
+
+    Raises:
+        FrankenlensError: no question can be asked.
+    """
+    if not isinstance(pair, Pair) or not isinstance(asked, Questions) or not asked.examples:
+        return asked
+    examples, left_out = askable(pair.builder, asked.examples)
+    return replace(asked, examples=examples, left_out={**asked.left_out, **left_out})
 
 
 def askable(builder: PromptBuilder, examples: Sequence[Example]) -> tuple[list[Example], dict[str, int]]:

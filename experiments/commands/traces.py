@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from experiments.bench import Bench, Planned
+from experiments.contract import asked_alone
 from experiments.frame import Command, kept
 from experiments.options import require_known
 from experiments.settings import Questions, QuestionSettings, checkpoints, load_pair, load_questions
@@ -139,4 +140,4 @@ def work(bench: Bench, config: TracesConfig) -> Iterator[Work]:
         yield once.times(bench.scale)
 
 
-COMMAND = Command(TracesConfig, check, load_questions, load_pair, measure, plan=Planned(work))
+COMMAND = Command(TracesConfig, check, load_questions, load_pair, measure, asked_alone, Planned(work))

@@ -39,6 +39,9 @@ NO_PAIR = {"compare", "train-triple", "freeze"}
 """They ask no pair anything; `freeze` asks the pair of one's own data, where it trains."""
 
 
+WRITING = {"traces"}
+
+
 def run(command: str, folder, *more: str) -> int:
     (folder / "claims.yaml").write_text(CLAIMS)
     given = [*ASKING[command].split(), "--n", "6", "--max-new-tokens", "48", "--out", str(folder / "out")]
@@ -46,7 +49,13 @@ def run(command: str, folder, *more: str) -> int:
 
 
 def test_every_command_is_looked_at():
-    assert {*ASKING, *NO_PAIR} == set(COMMANDS)
+    assert {*ASKING, *NO_PAIR, *WRITING} == set(COMMANDS)
+
+
+def test_what_is_written_is_shown_whether_it_can_be_read_or_not(tmp_path):
+    given = ["--answer", "result", "--n", "6", "--max-new-tokens", "48", "--out", str(tmp_path / "out")]
+    assert main(["traces", *given]) == 0
+    assert "0% can be read" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("command", ASKING)

@@ -39,6 +39,7 @@ ARGS = {
     "compare": [],
     "localize": [*FEW, "--modes", "suffix", "--kinds", "skip", "--parts", "mlp"],
     "attention": FEW,
+    "traces": FEW,
     "lens": [*FEW, "--tuned-steps", "2"],
     "knockout": [*FEW, "--width", "5", "--routes", "image -> question"],
     "lockstep": [*FEW, "--components", "blocks.3.mlp", "--n-random", "1"],
