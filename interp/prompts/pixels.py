@@ -13,8 +13,8 @@ from hooks.errors import FrankenlensError
 from interp.prompts.prompt import TOKEN_TENSORS
 from interp.questions.on_demand import Recent
 
-LARGE = 1 << 20
-"""Bytes of a prompt's images from which on they are made again rather than kept."""
+LARGE = 1 << 12
+"""Bytes of a prompt's images from which on they are made again, where many others were used since (`KEPT`)."""
 
 
 class Inputs(Mapping[str, Tensor]):

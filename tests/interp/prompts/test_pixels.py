@@ -76,11 +76,12 @@ def test_a_processor_that_makes_something_else_the_second_time_is_refused(small:
         del others
 
 
-def test_small_images_are_held_and_tensors_of_tokens_always() -> None:
+def test_tensors_of_tokens_and_what_is_tiny_are_held() -> None:
     builder = PromptBuilder(tiny_processor("qwen2_vl"))
     (example,) = examples(1)
     prompt = builder.build(example)
-    assert isinstance(prompt.inputs, pixels.Inputs) and prompt.inputs._made is None  # 64 x 64 pixels
+    assert isinstance(prompt.inputs, pixels.Inputs) and prompt.inputs._made is not None
+    assert prompt.inputs._made.names == ("pixel_values",)  # of 64 x 64 pixels; the grid is three numbers
     assert "input_ids" in prompt.inputs and "nothing" not in prompt.inputs
     with pytest.raises(KeyError):
         prompt.inputs["nothing"]
@@ -95,3 +96,15 @@ def test_tokens_are_kept_however_many_there_are() -> None:
     inputs = pixels.Inputs.of(given, lambda: given, "a long text")
     longer = inputs.with_tokens({"input_ids": torch.cat([ids, ids[:, :3]], dim=1)})
     assert longer["input_ids"].shape == (1, 140_003) and longer["input_ids"][0, -3:].tolist() == [0, 1, 2]
+
+
+def test_what_is_kept_of_thousands_of_small_images_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = PromptBuilder(tiny_processor("qwen2_vl"))
+    monkeypatch.setattr("interp.questions.on_demand.KEPT", 1 << 20)
+    prompts = [builder.build(example) for example in examples(40)]
+    one = prompts[0].inputs["pixel_values"]
+    assert 40 * one.nbytes > 3 << 20
+    assert pixels._MADE._bytes <= (1 << 20) + one.nbytes
+    for prompt in (prompts[0], prompts[39], prompts[0]):
+        again = builder.build(prompt.example).inputs["pixel_values"]
+        assert torch.equal(prompt.inputs["pixel_values"], again)
