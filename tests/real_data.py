@@ -62,7 +62,8 @@ class Watched:
 def watch(command: Sequence[str], out: Path, kill: float | None = None) -> Watched:
     """Run a command to its end, or to the second at which it is killed."""
     found, start = Watched(), time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    told = tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe that nobody reads would stop it
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told)
     while process.poll() is None:
         now = time.monotonic() - start
         parts = sum(1 for path in out.rglob("*") if path.is_file() and "finished" in path.parts)
@@ -75,8 +76,8 @@ def watch(command: Sequence[str], out: Path, kill: float | None = None) -> Watch
         time.sleep(STEP)
     found.seconds = time.monotonic() - start
     if process.returncode and kill is None:
-        assert process.stderr is not None
-        raise RuntimeError(process.stderr.read())
+        told.seek(0)
+        raise RuntimeError(told.read())
     return found
 
 
