@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 
 from PIL import Image
 
@@ -12,6 +13,7 @@ from interp.fine_grained.descriptions import MODEL, TEMPLATE, Describe, require_
 from interp.prompts import Prompt, PromptBuilder
 from interp.questions.examples import Example
 from interp.questions.grading import require_gradable
+from interp.questions.on_demand import Images, OnDemand
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "vis": ("image", "black"),
@@ -148,10 +150,16 @@ def _asked(builder: PromptBuilder, example: Example, variant: str, template: str
         require_known(builder, template.format(description=description, question=""))
         question = template.format(description=description, question=question)
     if variant in ("black", "described"):
-        images = tuple(Image.new("RGB", image.size) for image in images)
+        images = Images([_black(image.size) for image in images])
     if example.meta.get("in_words"):
         require_known(builder, question)
     return replace(example, question=question, images=images)
+
+
+@lru_cache(maxsize=1024)
+def _black(size: tuple[int, int]) -> OnDemand:
+    """A black image, which is there while it is used: thousands of those of 12 megapixels are a terabyte."""
+    return OnDemand(partial(Image.new, "RGB", size), Image.new("RGB", size), f"black, {size[0]} x {size[1]}")
 
 
 def described_by(example: Example) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from interp.fine_grained import (
 from interp.fine_grained.replies import Reply
 from interp.prompts import PromptBuilder
 from interp.prompts.roles import TraceFormat
+from interp.questions import on_demand
 from interp.questions.examples import Example
 from interp.questions.grading import Grade
 from interp.questions.tasks import sample
@@ -261,3 +263,22 @@ def test_mistakes_are_told_before_the_model_runs(rl):
         in_words(plain[0])
     with pytest.raises(FrankenlensError, match="no scene to describe"):
         describe_scene(Example("mine", (), "?", "1"))
+
+
+def test_black_images_are_there_while_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of thousands of photos they would fill main memory; what is asked is the same."""
+    room = import_module("interp.fine_grained.questions")
+    monkeypatch.setattr(on_demand, "KEPT", 50_000)
+    room._black.cache_clear()
+    sizes = [(100 + i, 120) for i in range(12)]
+    examples = [
+        Example(str(i), (Image.new("RGB", size, "red"),), "what?", "5") for i, size in enumerate(sizes)
+    ]
+    builder = PromptBuilder(tiny("qwen2_vl").processor)
+    asked = [room._asked(builder, example, "black", "") for example in examples]
+    assert sum(3 * w * h for w, h in sizes) > 400_000
+    assert on_demand._DECODED._bytes <= 50_000 + 3 * 111 * 120
+    for example, size in zip(asked, sizes, strict=True):
+        (image,) = example.images
+        assert image.size == size and image.getextrema() == ((0, 0), (0, 0), (0, 0))
+    room._black.cache_clear()
