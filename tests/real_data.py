@@ -59,14 +59,15 @@ class Watched:
     looks: list[tuple[float, float, int, int]] = field(default_factory=list)
 
 
-def watch(command: Sequence[str], out: Path, kill: float | None = None) -> Watched:
-    """Run a command to its end, or to the second at which it is killed."""
+def watch(command: Sequence[str], folder: Path, kill: float | None = None) -> Watched:
+    """Run a command in a folder of its own to its end, or to the second at which it is killed."""
+    folder.mkdir(exist_ok=True)
     found, start = Watched(), time.monotonic()
     told = tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe that nobody reads would stop it
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told)
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=told)
     while process.poll() is None:
         now = time.monotonic() - start
-        parts = sum(1 for path in out.rglob("*") if path.is_file() and "finished" in path.parts)
+        parts = sum(len(names) for place, _, names in os.walk(folder) if "finished" in Path(place).parts)
         if parts and found.first is None:
             found.first = now
         if resident := _resident(process.pid):
@@ -126,15 +127,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = write_rows(n, Path(folder) / "data")
 
-        def command(out: Path) -> list[str]:
-            return [*program, "--data", str(data), "--n", str(n), "--out", str(out), *options]
-
+        # what stands in results, the name of their folder too, is the same
+        command = [*program, "--data", str(data), "--n", str(n), "--out", "out", *options]
         whole = Path(folder) / "whole"
-        print(json.dumps(told(watch(command(whole), whole)), indent=1), flush=True)
+        print(json.dumps(told(watch(command, whole)), indent=1), flush=True)
         if kill is not None:
             again = Path(folder) / "again"
-            print(json.dumps(told(watch(command(again), again, kill)), indent=1), flush=True)
-            print(json.dumps(told(watch(command(again), again)), indent=1))
+            print(json.dumps(told(watch(command, again, kill)), indent=1), flush=True)
+            print(json.dumps(told(watch(command, again)), indent=1))
             one, other = files(whole), files(again)
             print({name: one[name] == other.get(name) for name in sorted(one)})
 
