@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from interp.questions.tasks import sample
+from interp.results import load_dataset
 
 STEP = 0.5
 """Seconds between looks."""
@@ -99,10 +100,22 @@ def _cpu(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def files(out: Path) -> dict[str, bytes]:
-    """What a run leaves, by name; all but the parts that it went on from."""
-    paths = (path for path in out.rglob("*") if path.is_file() and "finished" not in path.parts)
-    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
+def files(out: Path) -> dict[str, Any]:
+    """What a run leaves, by name, up to its date; all but the parts that it went on from."""
+    found: dict[str, Any] = {}
+    for path in sorted(out.rglob("*")):
+        if not path.is_file() or "finished" in path.parts or path.name == ".lock":
+            continue
+        if path.suffix == ".nc":
+            dataset = load_dataset(path)
+            found[path.name] = repr(dataset.drop_attrs().to_dict()), _dateless(str(dataset.attrs).encode())
+        else:
+            found[path.name] = _dateless(path.read_bytes())
+    return found
+
+
+def _dateless(data: bytes) -> bytes:
+    return re.sub(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", b"DATE", data)
 
 
 def told(found: Watched, points: int = 10) -> dict[str, Any]:
