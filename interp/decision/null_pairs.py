@@ -148,6 +148,7 @@ class RandomUpdate:
             self._generator.manual_seed(self._seed)
             self.held = Realized()
         wide = wide_type(weight)
+        _require_there(name, self._theirs[name])
         ours, theirs = (own[name].detach().to(weight.device, wide) for own in (self._ours, self._theirs))
         update = random_update(theirs - ours, weight.dtype, self._generator)
         new = as_large(weight, update, self._seed + zlib.crc32(name.encode()))
@@ -283,13 +284,14 @@ def changed_weights(model: nn.Module, change: Change) -> Iterator[None]:
     temporary file (`hooks.spilled`), so that beside the models there is never more than one tensor.
 
     Raises:
-        FrankenlensError: a `RandomUpdate` that is not as large as it should be in the type of the weights; another task
-            or thread uses the model.
+        FrankenlensError: a `RandomUpdate` that is not as large as it should be in the type of the weights; weights that
+            are offloaded; another task or thread uses the model.
     """
 
     def values() -> Iterator[tuple[Tensor, Tensor]]:
         for name, parameter in model.named_parameters():
             own = parameter.detach()
+            _require_there(name, own)
             yield parameter, like(change(name, own.clone()).to(own))
 
     with swapped(model, values, "changed weights", _spill(model)):
@@ -297,6 +299,15 @@ def changed_weights(model: nn.Module, change: Change) -> Iterator[None]:
             dtype = next(model.parameters()).dtype
             change.held.require("the random update beside RL's", dtype)
         yield
+
+
+def _require_there(name: str, weight: Tensor) -> None:
+    """Refuses what is brought while it runs: a change of it would change nothing, and there is no update to be seen."""
+    if weight.is_meta:
+        raise FrankenlensError(
+            f"{name} is offloaded, so no other numbers can be put into it (models that learnt nothing); load the models "
+            'onto devices that hold them (device_map="auto" with more of them, or a smaller dtype)'
+        )
 
 
 def _spill(model: nn.Module) -> Spill | None:

@@ -10,7 +10,7 @@ import xarray as xr
 from accelerate import cpu_offload, disk_offload
 
 from hooks import FrankenlensError, HookedVLM
-from interp.decision import find_decisions
+from interp.decision import changed_weights, find_decisions, null_changes
 from interp.lens import direct_logit_attribution, logit_lens
 from interp.lockstep import Moved, lockstep
 from interp.map import component_map
@@ -144,3 +144,10 @@ def test_soft_decisions_that_keep_streams_and_their_null_pairs(pair, away, monke
     for values in ("in_values", "rl_values"):
         np.testing.assert_allclose(getattr(found, values), getattr(expected, values), rtol=0, atol=scale)
     assert np.abs(expected.rl_values - expected.in_values).max() > 100 * scale
+
+
+def test_pairs_that_learnt_nothing_are_refused_by_name(away) -> None:
+    """Rounding what is not there would change nothing, and the difference would be 0."""
+    for name, (vlm, change) in null_changes(away).items():
+        with pytest.raises(FrankenlensError, match="is offloaded"), changed_weights(vlm.model, change):
+            raise AssertionError(name)
