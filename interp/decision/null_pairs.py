@@ -305,8 +305,8 @@ def _require_there(name: str, weight: Tensor) -> None:
     """Refuses what is brought while it runs: a change of it would change nothing, and there is no update to be seen."""
     if weight.is_meta:
         raise FrankenlensError(
-            f"{name} is offloaded, so no other numbers can be put into it (models that learnt nothing); load the models "
-            'onto devices that hold them (device_map="auto" with more of them, or a smaller dtype)'
+            f"{name} is offloaded, so no other numbers can be put into it (models that learnt nothing); load the "
+            'models onto devices that hold them (device_map="auto" with more of them, or a smaller dtype)'
         )
 
 
