@@ -170,7 +170,6 @@ def test_what_is_kept_fits_and_is_of_one_batch(duo: Duo, monkeypatch: pytest.Mon
     for times in (1, 4):
         sizes.clear()
         Writing(duo.vlm, duo.donor, runs).written(duo.texts(duo.prompts[:1] * ROWS * times))
-        assert sizes[-1] == 0 or sizes[-1] <= max(sizes)
         most.append(max(sizes))
     assert most[0] == most[1] > 0
 
