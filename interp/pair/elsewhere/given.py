@@ -84,6 +84,7 @@ def read_traces(
             left_out[name] = f"row {row.row} is a second reply to it; give one"
             continue
         try:
+            belongs.require_asked(row, prompt)
             ids[name], said = _tokens(row, prompt)
         except RowError as error:
             left_out[name] = f"row {row.row}: {error}"
@@ -114,11 +115,22 @@ class _Belonging:
         self._some = prompts[0]
 
     def of(self, row: TraceRow) -> Prompt | None:
-        if row.name in self._by_name:
-            return self._by_name[row.name]
+        named = next((self._by_name[name] for name in row.names if name in self._by_name), None)
+        if named is not None:
+            return named
         if row.prompt_ids is not None and (found := self._by_ids.get(collapsed(row.prompt_ids, self._some))):
             return found
         return self._by_text.get((row.question or "").strip())
+
+    def require_asked(self, row: TraceRow, prompt: Prompt) -> None:
+        """A row whose name is one prompt's and whose text is another's is neither's reply.
+
+        Raises:
+            RowError: names both.
+        """
+        other = self._by_text.get((row.question or "").strip())
+        if other is not None and other is not prompt:
+            raise RowError(f"it has this id, and the question of {other.example.id!r}")
 
 
 def _unique(pairs) -> dict:
@@ -231,8 +243,9 @@ def _nothing(path, prompts, strangers, left_out, failures) -> str:
     if strangers:
         first = strangers[0]
         own = prompts[0].example
-        what = f"id {first.name!r}" if first.name else f"question {shown((first.question or '')[:60])}"
-        near = nearest(first.name, [one.example.id for one in prompts]) if first.name else ""
+        named = " and ".join(map(repr, first.names))
+        what = f"id {named}" if named else f"question {shown((first.question or '')[:60])}"
+        near = nearest(first.names[0], [one.example.id for one in prompts]) if named else ""
         told.append(
             f"row {first.row} has the {what}, and no prompt here has it; here they are such as {own.id!r}, "
             f"{shown(own.question[:60])}. {near or ''}".rstrip()

@@ -19,7 +19,8 @@ from interp.questions.readers.tables import rows_of
 
 IDS = ("trace_ids", "token_ids", "output_token_ids", "output_ids", "response_ids", "completion_ids", "ids")
 TEXT = ("trace", "text", "response", "output", "completion", "generated_text", "prediction", "reply")
-NAMES = ("id", "custom_id", "question_id", "uid", "request_id")
+NAMES = ("custom_id", "id", "question_id", "uid")
+"""A server gives replies an `id` of its own; what it was sent is `custom_id`. Its `request_id` counts requests."""
 PROMPT_IDS = ("prompt_token_ids", "prompt_ids", "input_ids")
 PROMPT = ("prompt", "input")
 QUESTION = ("question", "problem", "query")
@@ -34,7 +35,7 @@ class TraceRow:
 
     Attributes:
         row: its number in the file.
-        name: of the question that it answers; None where the row does not say.
+        names: of the question that it answers, as far as the row says; a server's own may be among them.
         question: its text, or that of the whole prompt; None.
         prompt_ids: tokens of the prompt; None.
         text: of the reply; None where there are ids alone.
@@ -45,7 +46,7 @@ class TraceRow:
     """
 
     row: int
-    name: str | None = None
+    names: tuple[str, ...] = ()
     question: str | None = None
     prompt_ids: tuple[int, ...] | None = None
     text: str | None = None
@@ -85,7 +86,7 @@ def _read(number: int, row: Mapping[str, Any]) -> TraceRow:
         )
     return TraceRow(
         number,
-        _name(around),
+        _names(around),
         _text(around, QUESTION) or _text(around, PROMPT),
         _ids(around, PROMPT_IDS),
         text,
@@ -145,12 +146,9 @@ def _around(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**doc, **{k: v for k, v in row.items() if k != "doc"}} if isinstance(doc, Mapping) else row
 
 
-def _name(row: Mapping[str, Any]) -> str | None:
-    for key in NAMES:
-        value = row.get(key)
-        if (isinstance(value, str) and value) or (isinstance(value, int) and not isinstance(value, bool)):
-            return str(value)
-    return None
+def _names(row: Mapping[str, Any]) -> tuple[str, ...]:
+    values = (row.get(key) for key in NAMES)
+    return tuple(str(value) for value in values if type(value) is int or (isinstance(value, str) and value))
 
 
 def _text(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:

@@ -64,7 +64,11 @@ def _vllm(prompt: Prompt, ids: list[int]) -> dict[str, Any]:
 
 def _openai(prompt: Prompt, ids: list[int]) -> dict[str, Any]:
     choice = {"message": {"role": "assistant", "content": plain(prompt, ids)}, "finish_reason": "stop"}
-    return {"custom_id": prompt.example.id, "response": {"status_code": 200, "body": {"choices": [choice]}}}
+    return {
+        "id": "batch_req_1",
+        "custom_id": prompt.example.id,
+        "response": {"status_code": 200, "body": {"choices": [choice]}},
+    }
 
 
 def _sglang(prompt: Prompt, ids: list[int]) -> dict[str, Any]:
@@ -260,4 +264,14 @@ def test_what_one_row_says_does_not_depend_on_the_file(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).write_text(text)
         rows, failures = trace_rows(tmp_path / name)
-        assert [(row.name, row.text) for row in rows] == [("1", "x")] and len(failures) == 1
+        assert [(row.names, row.text) for row in rows] == [(("1",), "x")] and len(failures) == 1
+
+
+def test_a_row_of_two_questions_is_neithers(
+    prompts: list[Prompt], own: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    """Its id is the one's and its question the other's, as where a server counts requests from 0."""
+    one, other = prompts[0], next(p for p in prompts if p.example.question != prompts[0].example.question)
+    row = {**_ours(one, own["rl"][0]), "question": other.example.question}
+    with pytest.raises(FrankenlensError, match=f"the question of '{other.example.id}'"):
+        read_traces(written(tmp_path / "t.jsonl", [row]), [one, other])
