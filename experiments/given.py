@@ -85,8 +85,7 @@ def with_traces(pair: Pair, asked: Questions, config: TraceSettings) -> Question
     prompts = [pair.builder.build(example) for example in asked.examples]
     one_file = len(set(files.values())) == 1 and len(files) > 1
     given = {
-        name: read_traces(path, prompts, name if one_file else "", config.encoding)
-        for name, path in files.items()
+        name: read_traces(path, prompts, name, config.encoding, one_file) for name, path in files.items()
     }
     kept: list[Example] = []
     left_out: Counter[str] = Counter()

@@ -26,7 +26,7 @@ from hooks.batches import fitting, forward_bytes, in_parts, scores_bytes
 from hooks.engine import HookContext, HookFunction
 from interp.decision import Change, changed_weights
 from interp.metrics.logits import sparing_logits
-from interp.pair.elsewhere import Traces
+from interp.pair.elsewhere import Traces, at_least_as_long
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair
 from interp.prompts import Prompt, collate
@@ -89,6 +89,7 @@ def attention_shift(
         if role not in ROLES:
             raise FrankenlensError(f"there is no role {role!r}; choose one of {', '.join(ROLES)}")
     prompts = [pair.builder.build(example) for example in examples]
+    max_new_tokens = at_least_as_long(max_new_tokens, traces, prompts)
     readers = {name: (pair.models[name], None) for name in MODELS} | dict(nulls or {})
     layers, heads = pair.in_.n_layers, pair.in_.n_heads
     mass = np.full((len(readers), 2, layers, heads, len(prompts)), np.nan)

@@ -16,7 +16,7 @@ from interp.decision.result import Decision, DecisionSet
 from interp.decision.soft import both, soft_difference
 from interp.decision.traces import Divergence, diverging, next_tokens
 from interp.metrics import LogitDifference, Metric, evaluate
-from interp.pair.elsewhere import Traces
+from interp.pair.elsewhere import Traces, at_least_as_long
 from interp.pair.generation import greedy
 from interp.pair.pair import Pair
 from interp.prompts import Prompt
@@ -77,6 +77,7 @@ def find_decisions(
             f"got {len(examples)} examples and {choice!r}"
         )
     prompts = [pair.builder.build(example) for example in examples]
+    max_new_tokens = at_least_as_long(max_new_tokens, traces, prompts)
     run = _run(pair, prompts, grader, max_new_tokens, batch_size, progress, keep, traces or {})
     divergences, unstable = [], 0
     runs = both(pair.in_, pair.rl, run.rl_traces, batch_size, progress)

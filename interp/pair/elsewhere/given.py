@@ -12,6 +12,9 @@ from interp.pair.elsewhere.rows import TraceRow, trace_rows
 from interp.prompts import Prompt
 from interp.questions.readers.report import RowError
 
+MODELS = ("in", "rl", "base")
+"""What a row can say of whose it is."""
+
 
 @dataclass(frozen=True, eq=False)
 class Traces:
@@ -47,8 +50,20 @@ class Traces:
         return [list(self.ids[prompt.example.id]) for prompt in prompts]
 
 
+def at_least_as_long(
+    max_new_tokens: int, traces: Mapping[str, Traces] | None, prompts: Sequence[Prompt]
+) -> int:
+    """The most that is written here beside traces of elsewhere: as much as the longest of them has."""
+    given = (ids for one in (traces or {}).values() for ids in one.of(prompts))
+    return max([max_new_tokens, *map(len, given)])
+
+
 def read_traces(
-    path: str | Path, prompts: Sequence[Prompt], model: str = "", encoding: str | None = None
+    path: str | Path,
+    prompts: Sequence[Prompt],
+    model: str = "",
+    encoding: str | None = None,
+    several: bool = False,
 ) -> Traces:
     """The traces of a file that belong to these prompts (`interp.pair.elsewhere.rows` says how rows may look).
 
@@ -59,8 +74,9 @@ def read_traces(
     Args:
         path: JSON lines, a JSON array, CSV or parquet.
         prompts: what is asked here.
-        model: of a file that holds the replies of several models, whose.
+        model: whose: in or rl; rows that say they are the other's are left out.
         encoding: of the file's text.
+        several: the file holds the replies of several models, so that every row must say whose it is.
 
     Raises:
         FrankenlensError: no such file, or no row of it belongs to any of these prompts; says what the first holds.
@@ -68,17 +84,23 @@ def read_traces(
     if not prompts:
         raise FrankenlensError("read_traces needs the prompts that the traces belong to")
     rows, failures = trace_rows(path, encoding)
-    rows = [row for row in rows if not model or row.model is None or row.model.lower() == model.lower()]
+    rows = _of_model(rows, model, several, path)
     belongs = _Belonging(prompts)
     ids: dict[str, tuple[int, ...]] = {}
     left_out: dict[str, str] = {}
+    first: dict[str, tuple] = {}
     sampled, open_ended, strangers = set(), set(), []
+    by_name = any(
+        belongs.knows(row) for row in rows
+    )  # then names decide: one text may be asked of many images
     for row in rows:
-        prompt = belongs.of(row)
+        prompt = None if by_name and row.names and not belongs.knows(row) else belongs.of(row)
         if prompt is None:
             strangers.append(row)
             continue
         name = prompt.example.id
+        if name in ids and (row.ids, row.text) == first[name]:
+            continue  # lm-eval logs a reply once for each of its filters
         if name in ids or name in left_out:
             ids.pop(name, None)
             left_out[name] = f"row {row.row} is a second reply to it; give one"
@@ -86,6 +108,7 @@ def read_traces(
         try:
             belongs.require_asked(row, prompt)
             ids[name], said = _tokens(row, prompt)
+            first[name] = (row.ids, row.text)
         except RowError as error:
             left_out[name] = f"row {row.row}: {error}"
             continue
@@ -97,6 +120,25 @@ def read_traces(
         if prompt.example.id not in ids:
             left_out.setdefault(prompt.example.id, "no row answers it")
     return Traces(ids, left_out, str(path), frozenset(sampled), frozenset(open_ended & set(ids)))
+
+
+def _of_model(rows: Sequence[TraceRow], model: str, several: bool, path: str | Path) -> list[TraceRow]:
+    """Those of one model.
+
+    Raises:
+        FrankenlensError: a row of several models' does not say whose it is, or none is of this one.
+    """
+    said = [(row, (row.model or "").lower()) for row in rows]
+    if several and (other := next((one for one in said if one[1] not in MODELS), None)):
+        raise FrankenlensError(
+            f"{path} is given for several models, and row {other[0].row} says "
+            f"{f'model {other[0].model!r}' if other[0].model else 'nothing of whose it is'}; let each say one of "
+            f'{", ".join(MODELS)} ("model": "rl"), or give in=FILE rl=FILE'
+        )
+    kept = [row for row, whose in said if not model or whose == model.lower() or whose not in MODELS]
+    if rows and not kept:
+        raise FrankenlensError(f"{path} holds no trace of {model.upper()}: its rows say {said[0][1]!r}")
+    return kept
 
 
 class _Belonging:
@@ -114,13 +156,18 @@ class _Belonging:
         )
         self._some = prompts[0]
 
+    def knows(self, row: TraceRow) -> bool:
+        """Whether a row has the name of a prompt."""
+        return any(name in self._by_name for name in row.names)
+
     def of(self, row: TraceRow) -> Prompt | None:
         named = next((self._by_name[name] for name in row.names if name in self._by_name), None)
         if named is not None:
             return named
         if row.prompt_ids is not None and (found := self._by_ids.get(collapsed(row.prompt_ids, self._some))):
             return found
-        return self._by_text.get((row.question or "").strip())
+        found = self._by_text.get((row.question or "").strip())
+        return None if found is not None and found.has_image and row.names else found
 
     def require_asked(self, row: TraceRow, prompt: Prompt) -> None:
         """A row whose name is one prompt's and whose text is another's is neither's reply.
@@ -159,7 +206,10 @@ def _tokens(row: TraceRow, prompt: Prompt) -> tuple[tuple[int, ...], bool]:
     builder = prompt.builder
     own = prompt.ids[: prompt.n_prompt_tokens]
     if row.prompt_ids is not None:
-        _require_same(collapsed(row.prompt_ids, prompt), collapsed(own, prompt), prompt)
+        given = row.prompt_ids
+        while given and given[0] == builder.pad_id != own[0]:  # padded on the left
+            given = given[1:]
+        _require_same(collapsed(given, prompt), collapsed(own, prompt), prompt)
     ids = _of_text(row, prompt) if row.ids is None else list(row.ids)
     if row.ids is not None:
         if tuple(ids[: len(own)]) == tuple(own):  # some log prompt and reply as one
@@ -167,10 +217,14 @@ def _tokens(row: TraceRow, prompt: Prompt) -> tuple[tuple[int, ...], bool]:
         _require_words(ids, row, prompt)
     if builder.image_token_id in ids:
         raise RowError(f"the reply holds the placeholder of an image, {builder.image_token!r}")
+    while ids and ids[0] == builder.pad_id:  # padded on the left
+        ids.pop(0)
     while ids and ids[-1] == builder.pad_id and builder.pad_id not in builder.end_ids:
         ids.pop()
     end = next((place for place, token in enumerate(ids) if token in builder.end_ids), None)
     if end is not None:
+        if not {*ids[end + 1 :]} <= {builder.pad_id, *builder.end_ids}:
+            raise RowError(f"more stands behind its token {end}, which ends the turn")
         return tuple(ids[: end + 1]), True
     if row.finish == "stop":
         ids.append(_end_of(prompt))

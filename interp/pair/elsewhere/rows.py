@@ -8,6 +8,7 @@ log while they train.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +107,11 @@ def _reply(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(inside, Mapping) and inside.get("error"):
         raise RowError(f"the request failed: {shown(str(inside['error']))}")
     for key in ("choices", "outputs", "resps"):
-        if isinstance(inside, Mapping) and isinstance(inside.get(key), Sequence):
-            return _only(inside[key], key)
+        several = inside.get(key) if isinstance(inside, Mapping) else None
+        if not isinstance(several, Sequence) or isinstance(several, str):
+            continue
+        if key != "choices" or all(isinstance(one, Mapping) for one in several):  # else those of a question
+            return _only(several, key)
     if not isinstance(inside, Mapping):
         raise RowError(f"{shown(inside)} is no reply")
     return {**inside, **_meta(inside)}
@@ -148,7 +152,8 @@ def _around(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _names(row: Mapping[str, Any]) -> tuple[str, ...]:
     values = (row.get(key) for key in NAMES)
-    return tuple(str(value) for value in values if type(value) is int or (isinstance(value, str) and value))
+    whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]  # a column with a gap
+    return tuple(str(v) for v in whole if type(v) is int or (isinstance(v, str) and v))
 
 
 def _text(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
@@ -158,8 +163,13 @@ def _text(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
 def _ids(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[int, ...] | None:
     for key in keys:
         value = row.get(key)
-        if value is None or isinstance(value, str):
+        if value is None or value == "":
             continue
+        if isinstance(value, str):  # a cell of a CSV
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise RowError(f"{key!r} is no list of token ids: {shown(value)}") from None
         whole = isinstance(value, Sequence) and all(type(one) is int and one >= 0 for one in value)
         if not whole:
             raise RowError(
@@ -170,6 +180,12 @@ def _ids(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[int, ...] | None:
 
 
 def _finish(row: Mapping[str, Any]) -> str:
+    meant = row.get("finish_reason")
+    meant = meant.get("matched") if isinstance(meant, Mapping) else row.get("stop_reason") if meant else None
+    if isinstance(meant, str) and meant.lower() not in ENDED:
+        raise RowError(
+            f"it was stopped at the text {shown(meant)}, which engines take out of a reply; let it end its turn"
+        )
     for key in FINISH:
         value = row.get(key)
         if isinstance(value, Mapping):  # SGLang: {"type": "stop", "matched": 151645}

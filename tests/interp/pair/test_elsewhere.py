@@ -175,7 +175,7 @@ def test_how_far_a_model_follows_them_is_told(
 
 
 BROKEN = {
-    "a second reply": (lambda p, ids: [_ours(p, ids), _ours(p, ids)], "row 2 is a second reply"),
+    "a second reply": (lambda p, ids: [_ours(p, ids), _ours(p, ids[:5])], "row 2 is a second reply"),
     "several replies": (
         lambda p, ids: [{"id": p.example.id, "outputs": [{"text": "a"}, {"text": "b"}]}],
         "holds 2 replies",
@@ -215,6 +215,26 @@ BROKEN = {
     "fractions": (lambda p, ids: [{"id": p.example.id, "token_ids": [1.5]}], "whole numbers"),
     "true and false": (lambda p, ids: [{"id": p.example.id, "token_ids": [True]}], "whole numbers"),
     "strangers": (lambda p, ids: [{"id": "someone", "text": "answer 2"}], "'someone'"),
+    "stopped at a text": (
+        lambda p, ids: [
+            {"id": p.example.id, "text": "x", "finish_reason": "stop", "stop_reason": "</answer>"}
+        ],
+        "stopped at the text '</answer>'",
+    ),
+    "stopped at a text by SGLang": (
+        lambda p, ids: [
+            {
+                "id": p.example.id,
+                "text": "x",
+                "meta_info": {"finish_reason": {"type": "stop", "matched": "</a>"}},
+            }
+        ],
+        "stopped at the text '</a>'",
+    ),
+    "more behind its end": (
+        lambda p, ids: [{"id": p.example.id, "token_ids": [*ids, *ids[:3]]}],
+        "more stands behind its token",
+    ),
     "no object": (lambda p, ids: [[1, 2]], "no JSON objects"),
 }
 
@@ -275,3 +295,65 @@ def test_a_row_of_two_questions_is_neithers(
     row = {**_ours(one, own["rl"][0]), "question": other.example.question}
     with pytest.raises(FrankenlensError, match=f"the question of '{other.example.id}'"):
         read_traces(written(tmp_path / "t.jsonl", [row]), [one, other])
+
+
+def test_traces_longer_than_what_is_written_here_keep_their_room(
+    pair: Pair, asked: list[Example], prompts: list[Prompt], own: dict[str, list[list[int]]]
+) -> None:
+    """Whatever max_new_tokens says, continuations after a token of theirs may be as long as they are."""
+    given = {
+        name: Traces({p.example.id: tuple(i) for p, i in zip(prompts, own[name], strict=True)})
+        for name in own
+    }
+    seen = [find_decisions(pair, asked, "decisive", max_new_tokens=n, traces=given) for n in (60, 5)]
+    assert [d.prompt.ids for d in seen[0].decisions] == [d.prompt.ids for d in seen[1].decisions]
+    assert seen[0].excluded == seen[1].excluded
+
+
+def test_a_row_says_whose_it_is(
+    prompts: list[Prompt], own: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    """The other model's are left out; of several models' file every row must say."""
+    p = prompts[0]
+    rows = [{**_ours(p, own[name][0]), "model": name} for name in ("in", "rl")]
+    path = written(tmp_path / "both.jsonl", rows)
+    assert read_traces(path, [p], "rl").ids[p.example.id] == tuple(own["rl"][0])
+    one = written(tmp_path / "rl.jsonl", rows[1:])
+    with pytest.raises(FrankenlensError, match="holds no trace of IN"):
+        read_traces(one, [p], "in")
+    for row in (_ours(p, own["rl"][0]), {**_ours(p, own["rl"][0]), "model": "Qwen/Qwen2.5-VL-7B"}):
+        silent = written(tmp_path / "silent.jsonl", [row])
+        assert read_traces(silent, [p], "rl").ids
+        with pytest.raises(FrankenlensError, match="is given for several models, and row 1 says"):
+            read_traces(silent, [p], "rl", several=True)
+
+
+def test_another_image_with_the_same_question_is_another_question(
+    prompts: list[Prompt], own: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    p, ids = prompts[0], own["rl"][0]
+    stranger = {"id": "other-99", "question": p.example.question, "trace_ids": ids[:5]}
+    found = read_traces(written(tmp_path / "t.jsonl", [_ours(p, ids), stranger]), [p])
+    assert found.ids[p.example.id] == tuple(ids)
+    with pytest.raises(FrankenlensError, match="other-99"):
+        read_traces(written(tmp_path / "s.jsonl", [stranger]), [p])
+
+
+def test_rows_as_strangers_keep_them(
+    prompts: list[Prompt], own: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    """Padded on the left, once for each filter, beside a question's choices, in a cell of a CSV."""
+    p, ids = prompts[0], own["rl"][0]
+    pad = p.builder.pad_id
+    before = p.ids[: p.n_prompt_tokens]
+    for rows in (
+        [_ours(p, [pad, pad, *ids])],
+        [{**_ours(p, ids), "prompt_token_ids": [pad, pad, *before]}],
+        [_lm_eval(p, ids), _lm_eval(p, ids)],
+        [{**_ours(p, ids), "choices": ["A", "B"]}],
+    ):
+        assert read_traces(written(tmp_path / "t.jsonl", rows), [p]).ids[p.example.id] == tuple(ids)
+    (tmp_path / "t.csv").write_text(f'id,trace_ids\n{p.example.id},"{ids}"\n')
+    assert read_traces(tmp_path / "t.csv", [p]).ids[p.example.id] == tuple(ids)
+    (tmp_path / "gap.csv").write_text("id,text\n3,x\n")
+    assert trace_rows(tmp_path / "gap.csv")[0][0].names == ("3",)
