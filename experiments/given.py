@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.settings import Questions, QuestionSettings
+from experiments.settings import LISTED, Questions, QuestionSettings
 from hooks.errors import FrankenlensError, shown
 from hooks.whereabouts import require_file
 from interp.decision import followed
@@ -96,7 +96,8 @@ def with_traces(pair: Pair, asked: Questions, config: TraceSettings) -> Question
             if example.id not in traces.ids
         ]
         if reasons:
-            left_out[reasons[0]] += 1
+            told = reasons[0] if len(left_out) < LISTED else "further questions without a trace"
+            left_out[told] += 1
             print(f"left out: {example.id}: {reasons[0]}", file=sys.stderr)
         else:
             kept.append(example)
@@ -124,6 +125,8 @@ def _followed(
         texts = [p.with_tokens(ids) for p, ids in zip(prompts, traces.of(prompts), strict=True)]
         found = followed(pair.models[name], texts, config.batch_size)
         told = f"{name.upper()}'s traces of {shown(traces.source)}: {found}"
+        if n := len(traces.open_ended & {example.id for example in examples}):
+            told += f". Of {n} nobody says whether they ended or were cut off (finish_reason)"
         if found.share < LEAST and not config.foreign:
             raise FrankenlensError(
                 f"{told}. That is less than {LEAST:.0%}, as of another model, prompt or tokenizer. Give this model's "

@@ -89,7 +89,7 @@ def _sentence(row: Mapping[Any, Any]) -> str:
 
 def _writer(pair: Pair, asked: Questions, name: str, config: TracesConfig) -> Writer:
     if config.by == "vllm":
-        return Vllm(checkpoints(config)[MODELS.index(name)] or "")
+        return Vllm(checkpoints(config)[:2][MODELS.index(name)])
     return Here(pair.models[name], config.batch_size, under(kept(pair, asked.examples, config), name))
 
 

@@ -20,7 +20,7 @@ from interp.comparison.singular_values import BROKEN, DOUBLE_SHARE, SVD_SHARE, i
 
 ERROR = 1e-7
 """Of the largest angle between a subspace that was searched for and the true one, in radians."""
-_SMALLER = 256  # rows or columns up to which a whole decomposition is fast
+SMALLER = 256  # rows or columns up to which a whole decomposition is fast
 Method = Literal["svd", "krylov", "gram"]
 
 
@@ -75,7 +75,7 @@ class Leading:
         self._passes, self._k = Passes(blocks, shape), min(k, *shape)
         self._far: Float[np.ndarray, "long k"] | None = None
         self._search: Search | None = None
-        if is_small(shape) and min(shape) <= _SMALLER:
+        if is_small(shape) and min(shape) <= SMALLER:
             self.method: Method = "svd"
             self._by_svd()
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -310,17 +311,23 @@ def _require_there(name: str, weight: Tensor) -> None:
         )
 
 
+def _has_room(device: torch.device, size: int) -> bool:
+    free = room(device) if size >= NOT_WORTH_ASKING else None
+    return free is None or size <= SHARE * free
+
+
 def _spill(model: nn.Module) -> Spill | None:
     """Where the weights of a model are kept that has no room for others beside them; None where it has.
 
     Half of what is free is taken for them, as for all that is estimated (`hooks.batches`).
     """
-    parameters = list(model.parameters())
-    device, size = parameters[0].device, sum(one.nbytes for one in parameters)
-    free = room(device)
-    if free is None or size < NOT_WORTH_ASKING or size <= SHARE * free:
+    sizes: Counter[torch.device] = Counter()
+    for one in model.parameters():
+        sizes[one.device] += one.nbytes
+    if all(_has_room(device, size) for device, size in sizes.items()):
         return None
-    host = None if device.type == "cpu" else free_memory(torch.device("cpu"))
+    on_host = any(device.type == "cpu" for device in sizes)
+    host = None if on_host else free_memory(torch.device("cpu"))
     return Spill(0 if host is None else int(SHARE * host), "the weights of a model that others are put into")
 
 

@@ -166,7 +166,11 @@ def sparing_logits(vlm: HookedVLM, column: int = -1) -> Iterator[dict[str, Any]]
     def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return (args[0][:, [column]], *args[1:]) if args and args[0].ndim == 3 else None
 
-    with registered(partial(vlm.module(vlm.anatomy.unembed).register_forward_pre_hook, cut)):
+    unembed = vlm.module(vlm.anatomy.unembed)
+    with (
+        vlm.exclusive("running for activations"),
+        registered(partial(unembed.register_forward_pre_hook, cut)),
+    ):
         yield {}
 
 

@@ -16,6 +16,7 @@ from interp.comparison.checkpoint import PART
 from interp.comparison.held import HELD
 from interp.comparison.search import GUARD
 from interp.comparison.singular_values import is_small
+from interp.comparison.subspace import SMALLER
 from interp.comparison.table import AT_ONCE
 from interp.comparison.workers import READERS
 from interp.plan.work import Work
@@ -48,6 +49,11 @@ class _Matrix:
     @property
     def small(self) -> bool:
         return is_small((self.long, self.short))
+
+    @property
+    def whole(self) -> bool:
+        """Whether its vectors come from a whole decomposition (`interp.comparison.subspace.Leading`)."""
+        return self.small and self.short <= SMALLER
 
 
 class ComparisonPlan:
@@ -99,7 +105,7 @@ class ComparisonPlan:
         k, flops, read, held = self._k, 0, 0, 0
         for one in self._matrices:
             outside = 2 * one.entries * k + 2 * one.long * k * k + 2 * one.entries
-            flops += self._n * (_vectors(one) if one.small else _searched(one, k)) + self._stages * outside
+            flops += self._n * (_vectors(one) if one.whole else _searched(one, k)) + self._stages * outside
             passes = 1 if one.held else 2 + SINGLE + DOUBLE
             read += (self._n * passes + (0 if one.held else 2 * self._stages)) * one.entries * one.item
             held = max(held, self._n * (one.held + _basis_held(one, k)) + _desk(one))
@@ -179,7 +185,7 @@ def _spectrum_held(one: _Matrix) -> int:
 
 
 def _basis_held(one: _Matrix, k: int) -> int:
-    if one.small:
+    if one.whole:
         return 8 * (2 * one.entries + one.short**2)
     width = k + 2 * GUARD
     return 8 * (2 * one.short * (width + DOUBLE * k) + one.long * k)

@@ -95,7 +95,11 @@ class Replays:
             for layer in range(max(start, end))
         }
         try:
-            with replaced(self._vlm.model, forwards), replaced(self._vlm.model, blocks, once=True):
+            with (
+                self._vlm.exclusive("variants that write together"),
+                replaced(self._vlm.model, forwards),
+                replaced(self._vlm.model, blocks, once=True),
+            ):
                 yield
         except BaseException:
             self.clear()
