@@ -25,7 +25,7 @@ from interp.metrics.reading import Reading
 from interp.prompts import Prompt, collate
 from interp.prompts.pairing import beside, image_shapes, partners
 from interp.results.lock import locked
-from interp.results.store import Store
+from interp.results.store import Store, fingerprint
 from interp.sweep.activations import activation_of, kept_for
 from interp.sweep.batch import BatchSweep
 from interp.sweep.intervention import Bound, Intervention, Means, Others, bind, has_tokens, mean_key, validate
@@ -94,15 +94,16 @@ def sweep(
     about = {} if out is None else _about(recipient, source, interventions, named)
     values = np.full((len(named), len(interventions), len(prompts)), np.nan)
     clean = np.full((len(named), len(prompts)), np.nan)
-    means = _means(recipient, prompts, interventions, parts, progress)
     borrowing = any(i.kind == "resample" for i in interventions)
     partner = partners(prompts) if borrowing else torch.full((len(prompts),), -1)
-    size = len(parts) * len(interventions)
     with (
         nullcontext() if out is None else locked(out),
-        tqdm(total=size, desc="sweep", unit="run", disable=not progress, delay=1) as bar,
+        tqdm(desc="sweep", unit="run", disable=not progress, delay=1) as bar,
     ):
         store = None if out is None else Store(out, about)
+        parts = _begun(store, parts, fingerprint(batch_size, [list(prompt.ids) for prompt in prompts]))
+        means = _kept_means(store, recipient, prompts, interventions, parts, progress)
+        bar.reset(len(parts) * len(interventions))
 
         def run(rows: Sequence[int], name: str) -> None:
             """Fills in these rows."""
@@ -266,6 +267,34 @@ def _cached(vlm: HookedVLM, interventions: Sequence[Intervention], kinds: Sequen
         if i.kind in kinds
     ]
     return kept_for(vlm, hooks)
+
+
+def _begun(store: Store | None, parts: list[list[int]], of: str) -> list[list[int]]:
+    """The batches that a sweep was begun in: today there may be memory for others, whose parts would be other parts."""
+    return parts if store is None else store.part("batches", lambda: parts, of)
+
+
+def _kept_means(
+    store: Store | None,
+    vlm: HookedVLM,
+    prompts: Sequence[Prompt],
+    interventions: Sequence[Intervention],
+    parts: Sequence[list[int]],
+    progress: bool,
+) -> Means:
+    """`_means`, as they were when the sweep was begun: sums in other batches differ in their last bits."""
+    keys = list(dict.fromkeys(mean_key(i) for i in interventions if i.kind == "mean"))
+    if store is None or not keys:
+        return _means(vlm, prompts, interventions, parts, progress)
+    of = fingerprint([list(prompt.ids) for prompt in prompts], parts)
+    kept = {key: store.load(f"mean-{n:04d}", of) for n, key in enumerate(keys)}
+    if any(one is None for one in kept.values()):
+        made = _means(vlm, prompts, interventions, parts, progress)
+        kept = {key: mean.cpu().numpy() for key, mean in made.items()}
+        for n, key in enumerate(keys):
+            if key in kept:  # else no prompt has such tokens
+                store.save(f"mean-{n:04d}", kept[key], of)
+    return {key: torch.from_numpy(one).to(vlm.device) for key, one in kept.items()}
 
 
 def _means(

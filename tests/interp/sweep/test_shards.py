@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_shards_change_no_number(job, tmp_path: Path) -> None:
     assert job(tmp_path / "a").equals(job(None))
-    assert len(contents(tmp_path / "a")) == 1 + 3 * (1 + 4)
+    assert len(contents(tmp_path / "a")) == 2 + 3 * (1 + 4)  # what it is of, its batches, and their parts
 
 
 @pytest.mark.slow
@@ -153,3 +154,37 @@ def test_values_of_every_shape_come_back(tmp_path: Path) -> None:
     blocked.write_text("")
     with pytest.raises(FrankenlensError, match="cannot write to"):
         Store(blocked / "x", {})
+
+
+def test_a_sweep_goes_on_in_the_batches_that_it_was_begun_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever memory is free today: parts, and means over them, are those that are there."""
+    pair = duo("qwen2_vl")
+    wanted = [
+        Intervention("blocks.1.attn.hook_z", "zero", index=0),
+        Intervention("blocks.1.hook_mlp_out", "mean"),
+    ]
+    settings: Any = {"batch_size": 16, "progress": False}
+    whole = sweep(pair.recipient, pair.prompts, wanted, pair.metrics, out=tmp_path / "a", **settings)
+    kept = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.part")}
+    first = sorted(path for path in kept if path.name.startswith("00000"))
+    assert len(first) >= 2
+    first[0].unlink()
+    ran: list[int] = []
+    own = engine._parts
+
+    def fewer(prompts: Any, batch_size: int) -> Any:
+        ran.append(batch_size)
+        return own(prompts, 2)
+
+    monkeypatch.setattr(engine, "_parts", fewer)
+    again = sweep(pair.recipient, pair.prompts, wanted, pair.metrics, out=tmp_path / "a", **settings)
+    assert ran
+    np.testing.assert_array_equal(again["value"], whole["value"])
+    np.testing.assert_array_equal(again["clean"], whole["clean"])
+    assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.part")} == kept
+    other = sweep(pair.recipient, pair.prompts, wanted, pair.metrics, out=tmp_path / "b", **settings)
+    assert len(list((tmp_path / "b").rglob("*.part"))) > len(kept)
+    size = max(1.0, float(np.nanmax(np.abs(whole["value"]))))
+    np.testing.assert_allclose(other["value"], whole["value"], rtol=0, atol=1e-5 * size)
