@@ -22,6 +22,8 @@ Row = TypeVar("Row")
 Found = TypeVar("Found")
 AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
 """Logits that exist together: 64 and 512 MiB in float32."""
+LOGIT = 16
+"""Bytes that a logit takes: as made, in float32, and twice in work on it."""
 _FULL = (
     "DefaultCPUAllocator",
     "CUDA error: out of memory",
@@ -127,12 +129,15 @@ def cache_bytes(vlm: Opened, width: int) -> int:
 
 def logits_bytes(vlm: Opened, n_places: int) -> int:
     """What the logits of so many places take, made some at a time: as made, in float32, and twice in work on them."""
-    return 4 * 4 * vlm.n_logits * min(n_places, at_once(vlm.n_logits, vlm.device))
+    return LOGIT * vlm.n_logits * min(n_places, at_once(vlm.n_logits, vlm.device))
 
 
 def at_once(n_words: int, device: torch.device) -> int:
-    """Places whose logits are made together."""
-    return max(1, AT_ONCE.get(device.type, AT_ONCE["cpu"]) // n_words)
+    """Places whose logits are made together; within a limit they take a quarter of it."""
+    most, given = AT_ONCE.get(device.type, AT_ONCE["cpu"]), limit()
+    if given is not None:
+        most = min(most, given // (4 * LOGIT))
+    return max(1, most // n_words)
 
 
 def scores_bytes(vlm: Opened, width: int) -> int:

@@ -77,7 +77,7 @@ class Head:
         if weight is None:  # wrapped or packed: its own forward alone knows
             self._linear: Callable[[Tensor], Tensor] = copy.deepcopy(module).requires_grad_(False)
             self._device = next(module.parameters()).device
-        elif (module._forward_hooks or module._forward_pre_hooks) and not hasattr(module, "_hf_hook"):
+        elif module._forward_hooks or module._forward_pre_hooks:
             self._linear, self._device = _with_hooks(module), weight.device
         else:
             kept = weight.clone(), None if bias is None else bias.detach().clone()
@@ -97,14 +97,17 @@ class Head:
 def _with_hooks(module: nn.Module) -> nn.Module:
     """A linear map with weights of its own, and the hooks that its owner put on it."""
     copied = copy.copy(module)
-    copied._parameters = {
-        name: None if own is None else nn.Parameter(own.detach().clone(), requires_grad=False)
-        for name, own in module._parameters.items()
-    }
-    copied._forward_hooks, copied._forward_pre_hooks = (
-        hooks.copy() for hooks in (module._forward_hooks, module._forward_pre_hooks)
-    )
+    for name in ("forward", "_old_forward", "_hf_hook"):  # accelerate's, which would run the one copied from
+        vars(copied).pop(name, None)
+    copied._parameters = {name: _own(module, name) for name in module._parameters}
+    for name in [name for name in vars(module) if name.startswith("_forward_") and "hooks" in name]:
+        vars(copied)[name] = vars(module)[name].copy()
     return copied
+
+
+def _own(module: nn.Module, name: str) -> nn.Parameter | None:
+    there = own_parameter(module, name)
+    return None if there is None else nn.Parameter(there.detach().clone(), requires_grad=False)
 
 
 def _linear(

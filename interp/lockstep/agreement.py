@@ -11,12 +11,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooks import HookedVLM
-from hooks.batches import fitting, forward_bytes, in_parts, item_bytes, logits_bytes
+from hooks.batches import at_once, fitting, forward_bytes, in_parts, item_bytes, logits_bytes
 from interp.lockstep.run import Written
 from interp.metrics.logits import sparing_logits
 from interp.prompts import Prompt, collate
-
-_POSITIONS = 512  # whose logits are made at once
 
 
 @dataclass(frozen=True)
@@ -82,13 +80,16 @@ def _choices(
             _, cache = vlm.run_with_cache(inputs, [name], use_cache=False, **extra)
         states = [cache[name][i, -1 - steps[row] : -1] for i, row in enumerate(rows)]
         suppressed = torch.tensor(traces[0].builder.suppressed_ids, dtype=torch.long)
-        chosen = [_arg_max(vlm, some, suppressed) for some in torch.cat(states).split(_POSITIONS)]
+        chosen = [
+            _arg_max(vlm, some, suppressed)
+            for some in torch.cat(states).split(at_once(vlm.n_logits, vlm.device))
+        ]
         pieces = torch.cat(chosen).split([steps[row] for row in rows])
         return [piece.tolist() for piece in pieces]
 
     width = max(map(len, traces), default=1)
     of_row = forward_bytes(vlm, width) + width * vlm.d_model * item_bytes(vlm)
-    size = fitting(vlm, batch_size, of_row, "reading traces", logits_bytes(vlm, _POSITIONS))
+    size = fitting(vlm, batch_size, of_row, "reading traces", logits_bytes(vlm, width))
     for rows, pieces in in_parts(order, size, run_over):
         found |= dict(zip(rows, pieces, strict=True))
     return [found[row] for row in range(len(traces))]

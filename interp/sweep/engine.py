@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.batches import batched, in_parts
-from hooks.memory import limit, parse_bytes
+from hooks.memory import limit, memory_limit, parse_bytes
 from interp.metrics import Metric
 from interp.metrics.logits import sparing_logits
 from interp.metrics.reading import Reading
@@ -98,6 +98,7 @@ def sweep(
     partner = partners(prompts) if borrowing else torch.full((len(prompts),), -1)
     with (
         nullcontext() if out is None else locked(out),
+        memory_limit(budget),
         tqdm(desc="sweep", unit="run", disable=not progress, delay=1) as bar,
     ):
         store = None if out is None else Store(out, about)

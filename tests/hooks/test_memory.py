@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hooks import FrankenlensError, HookedVLM, memory
-from hooks.batches import fitting, in_parts
+from hooks.batches import LOGIT, at_once, fitting, in_parts
 from hooks.memory import free_memory, in_words, limit, memory_limit, point_bytes, room, room_of
 from tests.families import EACH_KIND, tiny
 
@@ -173,3 +173,15 @@ def test_other_errors_are_not_taken_for_a_full_memory() -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         list(in_parts(range(3), 2, run))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_logits_take_no_more_than_a_quarter_of_a_limit(device: str) -> None:
+    """With 151,936 words on a GPU they would else take two gibibytes, all of a limit of two."""
+    n_words, kind = 151_936, torch.device(device)
+    whole = at_once(n_words, kind)
+    with memory_limit("2GiB"):
+        assert at_once(n_words, kind) * LOGIT * n_words <= 2**29 and at_once(n_words, kind) <= whole
+    with memory_limit("1MiB"):
+        assert at_once(n_words, kind) == 1
+    assert at_once(n_words, kind) == whole == {"cpu": 110, "cuda": 883}[device]

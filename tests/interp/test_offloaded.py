@@ -11,6 +11,7 @@ from accelerate import cpu_offload, disk_offload
 
 from hooks import FrankenlensError, HookedVLM
 from interp.decision import changed_weights, find_decisions, null_changes
+from interp.decision.traces import Head
 from interp.lens import direct_logit_attribution, logit_lens
 from interp.lockstep import Moved, lockstep
 from interp.map import component_map
@@ -151,3 +152,15 @@ def test_pairs_that_learnt_nothing_are_refused_by_name(away) -> None:
     for name, (vlm, change) in null_changes(away).items():
         with pytest.raises(FrankenlensError, match="is offloaded"), changed_weights(vlm.model, change):
             raise AssertionError(name)
+
+
+def test_the_copy_of_an_unembedding_has_the_hooks_of_its_owner(away) -> None:
+    vlm, x = away.in_, torch.randn(3, away.in_.d_model)
+    plain = vlm.unembed(x)
+    handle = vlm.module(vlm.anatomy.unembed).register_forward_hook(lambda module, args, out: 2 * out)
+    try:
+        head, doubled = Head(vlm), vlm.unembed(x)
+    finally:
+        handle.remove()
+    assert torch.allclose(doubled, 2 * plain) and float(plain.abs().max()) > 0.1
+    torch.testing.assert_close(head(x), doubled, rtol=0, atol=1e-5 * max(1.0, float(doubled.abs().max())))
