@@ -87,6 +87,8 @@ def with_traces(pair: Pair, asked: Questions, config: TraceSettings) -> Question
     given = {
         name: read_traces(path, prompts, name, config.encoding, one_file) for name, path in files.items()
     }
+    for name, traces in given.items():
+        _tell_of_others(name, traces)
     kept: list[Example] = []
     left_out: Counter[str] = Counter()
     for example in asked.examples:
@@ -107,6 +109,17 @@ def with_traces(pair: Pair, asked: Questions, config: TraceSettings) -> Question
     for told in _followed(pair, kept, given, config):
         print(told, file=sys.stderr)
     return replace(asked, examples=kept, left_out={**asked.left_out, **left_out}, traces=given)
+
+
+def _tell_of_others(name: str, traces: Traces) -> None:
+    """Rows that are nobody's reply, as of a misspelt id, and those that hold none."""
+    for row, why in list(traces.unread.items())[:LISTED]:
+        print(f"{name.upper()}'s traces: row {row} holds no reply: {why}", file=sys.stderr)
+    if n := len(traces.strangers):
+        first = ", ".join(map(str, traces.strangers[:LISTED]))
+        print(
+            f"{name.upper()}'s traces: {n} rows answer none of the questions asked: {first}", file=sys.stderr
+        )
 
 
 def told_of(section: Section, traces: Mapping[str, Traces]) -> Section:

@@ -88,7 +88,8 @@ class PairSettings(ModelSettings):
             1 to go on whatever they say.
         max_new_tokens: longest generated text.
         batch_size: prompts a forward, at most.
-        max_memory: bytes, or such as 20GiB, that runs may take on a device beside the models; by default what is free.
+        max_memory: bytes, or such as 20GiB, that runs may take on a device beside the models; by default half of what
+            is free.
         device_map: as in transformers and accelerate ("auto", "cuda", ...).
         dtype: as in transformers; auto keeps the checkpoint's own.
         template: file of a Jinja chat template, instead of the processor's own; those of IN and RL may then differ.

@@ -64,10 +64,10 @@ def in_words(n_bytes: int | float) -> str:
 
 @contextmanager
 def memory_limit(size: int | str | None) -> Iterator[None]:
-    """What runs inside takes no more than this beyond the models' own memory, on each device; None: what is free.
+    """Methods inside take no more than this beside the models, on each device; None: half of what is free.
 
     Batches, lanes and stored activations are made as small as that takes; what cannot be made small enough is refused
-    before it runs.
+    before it runs. A plain `vlm(inputs)` is run as it is.
 
     Args:
         size: bytes, or such as "2GiB".
@@ -76,9 +76,9 @@ def memory_limit(size: int | str | None) -> Iterator[None]:
         FrankenlensError: it is no size.
 
     Example:
-        >>> inputs = pair.builder.build(fl.tasks.sample("sum", 1, seed=0, split="map")[0]).inputs
-        >>> with fl.memory_limit("1MiB"):
-        ...     logits = pair.in_(inputs).logits
+        >>> prompt = pair.builder.build(fl.tasks.sample("sum", 1, seed=0, split="map")[0])
+        >>> with fl.memory_limit("10MiB"):
+        ...     ids = fl.greedy(pair.in_, [prompt], max_new_tokens=4)
     """
     token = _LIMIT.set(parse_bytes(size))
     try:

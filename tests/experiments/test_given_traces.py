@@ -66,11 +66,14 @@ def test_questions_without_a_trace_are_left_out_and_named(
 ) -> None:
     rows = [json.loads(line) for line in files["rl"].read_text().splitlines()]
     few = tmp_path / "few.jsonl"
-    few.write_text("\n".join(json.dumps(row) for row in rows[:5]))
+    strange = [{"id": "nope", "text": "hello"}, {"id": "empty"}]
+    few.write_text("\n".join(json.dumps(row) for row in [*rows[:5], *strange]))
     out = tmp_path / "out"
     given = ["--traces", f"rl={few}", f"in={files['in']}"]
     assert main(["attention", *SMALL, "--no-nulls", *given, "--out", str(out)]) == 0
-    assert f"left out: {rows[5]['id']}: RL's trace: no row answers it" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"left out: {rows[5]['id']}: RL's trace: no row answers it" in told
+    assert "1 rows answer none of the questions asked: 6" in told and "row 7 holds no reply" in told
     assert pd.read_csv(out / "attention.csv")["n"].max() <= 5
 
 

@@ -26,6 +26,8 @@ class Traces:
         source: where they are from, in words.
         sampled: ids of those whose file says that they were drawn, at a temperature.
         open_ended: ids of those of which nobody says whether they ended or were cut off.
+        strangers: numbers of rows that answer none of the prompts.
+        unread: number of a row to why it holds no reply.
     """
 
     ids: Mapping[str, tuple[int, ...]]
@@ -33,6 +35,8 @@ class Traces:
     source: str = "given"
     sampled: frozenset[str] = frozenset()
     open_ended: frozenset[str] = frozenset()
+    strangers: tuple[int, ...] = ()
+    unread: Mapping[int, str] = field(default_factory=dict)
 
     def of(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The tokens of every prompt's trace.
@@ -119,7 +123,15 @@ def read_traces(
     for prompt in prompts:
         if prompt.example.id not in ids:
             left_out.setdefault(prompt.example.id, "no row answers it")
-    return Traces(ids, left_out, str(path), frozenset(sampled), frozenset(open_ended & set(ids)))
+    return Traces(
+        ids,
+        left_out,
+        str(path),
+        frozenset(sampled),
+        frozenset(open_ended & set(ids)),
+        tuple(row.row for row in strangers),
+        {one.row: one.reason for one in failures},
+    )
 
 
 def _of_model(rows: Sequence[TraceRow], model: str, several: bool, path: str | Path) -> list[TraceRow]:
