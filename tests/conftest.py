@@ -39,6 +39,15 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _the_modes_of_torch_stay() -> Iterator[None]:
+    """A generator that is left in the middle of `no_grad` leaves it on, or its end sets what is long over."""
+    yield
+    left = not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+    torch.set_grad_enabled(True)
+    assert not left, "gradients were left off"
+
+
 def pytest_collection_finish() -> None:
     """What the imports made stays; the garbage collector need not walk through it again and again."""
     gc.collect()

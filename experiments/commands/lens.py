@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -50,6 +50,8 @@ from interp.questions.examples import with_looked_at
 from interp.results.lock import making
 from interp.results.page import Account, Section
 from interp.statistics import interval_text
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,13 @@ def _without_end(trace: Prompt) -> Prompt:
     return trace.truncated(len(trace) - 1) if ends else trace
 
 
-def _nulls(pair: Pair, nulls: Nulls) -> Iterator[tuple[str, str, HookedVLM]]:
-    """Each null's name, the model it is compared with, and itself, for as long as the loop is there."""
+def _of_models(pair: Pair, nulls: Nulls, of: Callable[[HookedVLM], T]) -> dict[str, tuple[str, T]]:
+    """What is measured of each null: the model it is compared with, and the value."""
+    found = {}
     for name, (vlm, change) in nulls.items():
         with changed_weights(vlm.model, change):
-            yield name, "rl" if vlm is pair.rl else "in", vlm
+            found[name] = "rl" if vlm is pair.rl else "in", of(vlm)
+    return found
 
 
 def _answers(
@@ -167,7 +171,7 @@ def _answers(
         return answer_layers(logit_lens(model, answered, where=where, top_k=1, batch_size=config.batch_size))
 
     answers = of(pair)
-    return answers, answer_table(answers, {name: (side, of(vlm)) for name, side, vlm in _nulls(pair, nulls)})
+    return answers, answer_table(answers, _of_models(pair, nulls, of))
 
 
 def _tuned(
@@ -203,8 +207,7 @@ def _dla(pair: Pair, decisions: DecisionSet, nulls: Nulls, config: LensConfig) -
             model, decisions.prompts, metric.a, metric.b, where="decision", batch_size=config.batch_size
         )
 
-    found = {name: (side, of(vlm)) for name, side, vlm in _nulls(pair, nulls)}
-    return attribution_table(of(pair), found)
+    return attribution_table(of(pair), _of_models(pair, nulls, of))
 
 
 def _one_prompt(pair: Pair, trace: Prompt, batch_size: int) -> dict:

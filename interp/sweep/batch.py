@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import cached_property, partial
 
 import torch
@@ -95,8 +95,11 @@ class BatchSweep:
         """Numbers of the interventions in the order they are best run: by first token, then by layer."""
         return sorted(range(len(self.interventions)), key=lambda n: (*self._key(n), n))
 
-    def run(self, numbers: Sequence[int]) -> Iterator[tuple[int, Float[Tensor, "metric batch"]]]:
-        """The metrics under each of these interventions, in the order they become known."""
+    def run(self, numbers: Sequence[int]) -> Generator[tuple[int, Float[Tensor, "metric batch"]], None, None]:
+        """The metrics under each of these interventions, in the order they become known.
+
+        While it goes on it holds the model: whoever may leave before its end closes it (`contextlib.closing`).
+        """
         unchanged, longer, groups = self.grouped(numbers)
         for number in unchanged:
             yield number, self.clean
@@ -116,6 +119,7 @@ class BatchSweep:
                 for _, found in in_parts(lanes, size, partial(self._of_lanes, span)):
                     yield from found
 
+    @torch.no_grad()
     def _of_lanes(
         self, span: Span, lanes: Sequence[tuple[int, Edit]]
     ) -> list[tuple[int, Float[Tensor, "metric batch"]]]:

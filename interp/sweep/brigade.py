@@ -37,6 +37,7 @@ def own_part(edit: Edit, in_turn: bool) -> str:
     return {"pre": "block", "inside": "inside"}.get(edit.stage or "", "")
 
 
+@torch.no_grad()  # in its own steps: what is yielded to keeps its own mode
 def run_lanes(run: StoredRun, lanes: Sequence[Lane], span: Span) -> Iterator[Value]:
     """Run lanes that all begin in the first column of `span`, all at once; inside `segment_attention_on`.
 
@@ -49,35 +50,34 @@ def run_lanes(run: StoredRun, lanes: Sequence[Lane], span: Span) -> Iterator[Val
     riding: list[int] = []
     stream: Tensor | None = None
     n_layers = len(run.blocks)
-    with torch.no_grad():
-        for layer in range(waiting[0][1].start[0] if waiting else 0, n_layers):
-            here: dict[str, list[Lane]] = {"block": [], "inside": [], "second": [], "": []}
-            while waiting and waiting[0][1].start[0] == layer:
-                number, edit = waiting.pop(0)
-                here[own_part(edit, run.halves[layer].in_turn)].append((number, edit))
-            begun, unchanged = _begun(run, layer, here, span)
-            for number in unchanged:
-                yield number, None
-            joined: list[Tensor] = []
-            riding += [number for number, _ in begun["block"]]
-            whole = [new for _, new in begun["block"]]
-            if stream is not None or whole:
-                stream = _together(whole if stream is None else [stream, *whole])
-                joined.append(run.run_block(layer, stream, span))
-            if here["inside"]:
-                riding += [number for number, _ in here["inside"]]
-                joined.append(_run_inside(run, layer, [edit for _, edit in here["inside"]], span))
-            if begun["second"]:
-                riding += [number for number, _ in begun["second"]]
-                mids = _together([new for _, new in begun["second"]])
-                joined.append(_run_mlp(run, layer, mids, span))
-            riding += [number for number, _ in begun[""]]
-            joined += [new for _, new in begun[""]]
-            stream = _together(joined) if joined else None
-            if stream is not None and layer in run.added:
-                extra = run.added[layer][:, span.columns]
-                stream = stream + extra.to(stream).repeat(len(stream) // len(extra), 1, 1)
-        yield from _read(run, riding, stream, waiting, span)
+    for layer in range(waiting[0][1].start[0] if waiting else 0, n_layers):
+        here: dict[str, list[Lane]] = {"block": [], "inside": [], "second": [], "": []}
+        while waiting and waiting[0][1].start[0] == layer:
+            number, edit = waiting.pop(0)
+            here[own_part(edit, run.halves[layer].in_turn)].append((number, edit))
+        begun, unchanged = _begun(run, layer, here, span)
+        for number in unchanged:
+            yield number, None
+        joined: list[Tensor] = []
+        riding += [number for number, _ in begun["block"]]
+        whole = [new for _, new in begun["block"]]
+        if stream is not None or whole:
+            stream = _together(whole if stream is None else [stream, *whole])
+            joined.append(run.run_block(layer, stream, span))
+        if here["inside"]:
+            riding += [number for number, _ in here["inside"]]
+            joined.append(_run_inside(run, layer, [edit for _, edit in here["inside"]], span))
+        if begun["second"]:
+            riding += [number for number, _ in begun["second"]]
+            mids = _together([new for _, new in begun["second"]])
+            joined.append(_run_mlp(run, layer, mids, span))
+        riding += [number for number, _ in begun[""]]
+        joined += [new for _, new in begun[""]]
+        stream = _together(joined) if joined else None
+        if stream is not None and layer in run.added:
+            extra = run.added[layer][:, span.columns]
+            stream = stream + extra.to(stream).repeat(len(stream) // len(extra), 1, 1)
+    yield from _read(run, riding, stream, waiting, span)
 
 
 def _begun(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import fields, is_dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -206,10 +206,11 @@ class _Part:
     def _values(self, chosen: list[int], bar: tqdm) -> np.ndarray:
         place = {number: i for i, number in enumerate(chosen)}
         values = np.full((self.n_metrics, len(chosen), len(self.batch)), np.nan)
-        for number, found in self.sweep.run(chosen):
-            touched = self.bound[number].rows.cpu().numpy()
-            values[:, place[number], touched] = found.double().cpu().numpy()[:, touched]
-            bar.update()
+        with closing(self.sweep.run(chosen)) as in_turn:
+            for number, found in in_turn:
+                touched = self.bound[number].rows.cpu().numpy()
+                values[:, place[number], touched] = found.double().cpu().numpy()[:, touched]
+                bar.update()
         return values
 
     def _donor_run(self) -> Mapping[str, Tensor]:

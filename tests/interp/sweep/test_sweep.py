@@ -1,6 +1,7 @@
 """The sweep engine against one full forward per intervention and prompt, with the edit written as a plain hook here."""
 
 import copy
+import gc
 import warnings
 from dataclasses import replace
 from functools import cached_property
@@ -637,6 +638,33 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3], ids=["clean", "first lane", "second lane"])
+def test_a_metric_that_raises_leaves_model_and_gradients_though_its_traceback_is_kept(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A generator that is left in the middle would end with the traceback, and set then what held when it began."""
+    pair = duo("qwen2_5_vl")
+    model, calls, own = pair.given.model, [], Reading.__call__
+    configs = {name: id(m.config) for name, m in model.named_modules() if hasattr(m, "config")}
+
+    def breaks(self: Reading, logits: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return own(self, logits)
+
+    monkeypatch.setattr(Reading, "__call__", breaks)
+    wanted = [Intervention(f"blocks.{layer}.hook_mlp_out", "zero") for layer in range(2)]
+    with pytest.raises(KeyboardInterrupt) as kept, torch.no_grad():
+        sweep(pair.recipient, pair.prompts, wanted, pair.metrics["last"], progress=False)
+    assert {name: id(m.config) for name, m in model.named_modules() if hasattr(m, "config")} == configs
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert len(calls) == at and torch.is_grad_enabled()
+    del kept
+    gc.collect()
+    assert torch.is_grad_enabled()
 
 
 def test_maps_are_sweeps_with_named_axes() -> None:
