@@ -12,6 +12,8 @@ from jaxtyping import Float
 from scipy.linalg import get_blas_funcs
 from torch import Tensor
 
+from hooks.linears import product
+
 Blocks = Callable[[], Iterator[Float[Tensor, "long short"]]]
 """Gives a matrix anew in blocks along its longer side, in any float type; of one wider than tall, its transpose."""
 
@@ -21,14 +23,13 @@ _PIECE = {
 }  # entries converted at once, by bytes of each: both products find them in the cache
 _GRAM_PIECE = 1 << 22  # wider, since a Gram matrix is read and written once a piece
 _STRIP_PIECE, _STRIPS = 1 << 22, 16
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Passes:
     """A matrix M (long, short) that is read from end to end as often as it is multiplied with.
 
     Its products in float64 are NumPy's: of a tall piece and a few columns, its BLAS makes twice what PyTorch's does.
-    Those in float32 are `product`'s.
+    Those in float32 are `hooks.linears.product`'s.
 
     Args:
         blocks: M.
@@ -127,16 +128,6 @@ class Passes:
                 if part.dtype not in (torch.float32, wanted):  # PyTorch widens to float32 ten times as fast
                     part = _laid(part, torch.float32, lying, step, desk)
                 yield _laid(part, wanted, lying, step, desk).numpy()
-
-
-def product(x: Float[Tensor, "row inner"], w: Float[Tensor, "column inner"]) -> Float[Tensor, "row column"]:
-    """X W^T; in float32 by oneDNN, where PyTorch has it: MKL leaves half of what some processors can do unused.
-
-    W may lie in any order; X may not, or oneDNN would be slow.
-    """
-    if _ONEDNN and x.dtype == torch.float32 and x.is_contiguous():
-        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-    return x @ w.T
 
 
 def _laid(

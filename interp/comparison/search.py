@@ -16,9 +16,11 @@ FLOOR = 1e-6  # of an eigenvalue: float32 brings residuals little below this
 _MOST = 640  # vectors of a basis
 _STEPS = 60  # in float64, at most
 _SWEEPS = 12  # passes in float32, at most, for each in float64
+NEAR = 1e-2
+"""Error of another matrix's vectors from which on float64 steps take them as they are."""
 _ROUGH = 1e-4  # error from which on float64 steps, with those, are cheaper
 _KEPT = 128 << 20  # bytes of M times the basis, at most
-_BEYOND = 0.1  # of the error that is wanted: what float32 aims at, so that one step does
+_BEYOND = 0.3  # of the error that is wanted: what float32 aims at, so that one step does
 _Values = Float[np.ndarray, " _m"]
 _Vectors = Float[np.ndarray, "short _m"]
 
@@ -52,10 +54,15 @@ class Search:
     def __init__(self, passes: Passes, k: int, seed: int = 0, near: Search | None = None) -> None:
         self.k, self.passes, self.n_passes = k, passes, 0
         self._width = min(passes.short, k + 2 * GUARD)
+        self._gram: Float[np.ndarray, "short short"] | None = None
+        if near is not None:
+            self._rough, self._width = near._rough, near.vectors.shape[1]
+            self._begin(near.vectors)
+            if self.error <= NEAR:
+                return
         block = np.random.default_rng(seed).standard_normal((passes.short, self._width))
         if near is not None:
             block[:, : near.vectors.shape[1]] = near.vectors
-        self._gram: Float[np.ndarray, "short short"] | None = None
         rough = self._in_single(block.astype(np.float32))
         self._rough = rough if near is None else near._rough
         self._width = min(passes.short, k + GUARD)

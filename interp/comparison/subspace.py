@@ -21,6 +21,10 @@ from interp.comparison.singular_values import BROKEN, DOUBLE_SHARE, SVD_SHARE, i
 ERROR = 1e-7
 """Of the largest angle between a subspace that was searched for and the true one, in radians."""
 SMALLER = 256  # rows or columns up to which a whole decomposition is fast
+ROUNDED = 0.1
+"""Share of an update outside a subspace up to which it is computed in float64: float32 is wrong by some 1e-6."""
+SQUARES = 1e-25, 1e35
+"""Sums of squares between which a float32 sum of up to 1e9 of them loses none."""
 Method = Literal["svd", "krylov", "gram"]
 
 
@@ -188,15 +192,28 @@ def principal_angles(a: Float[Tensor, "n k"], b: Float[Tensor, "n k"]) -> Float[
 def energy_outside(blocks: Blocks, shape: Sequence[int], subspace: Subspace) -> float:
     """1 - |U^T D V|^2 / |D|^2 of an update D, in blocks as in `leading`; NaN without update.
 
+    In float32; in float64 where little lies outside, so that rounding would show, or squares may leave float32.
+
     By chance, of an update without direction, it is 1 - k^2 / (rows * columns).
     """
+    with np.errstate(over="ignore", invalid="ignore"):
+        inside, energy = _inside(blocks, shape, subspace, np.float32)
+    if not SQUARES[0] < energy < SQUARES[1] or 1 - inside / energy < ROUNDED:
+        inside, energy = _inside(blocks, shape, subspace, np.float64)
+    return 1 - inside / energy if energy else np.nan
+
+
+def _inside(
+    blocks: Blocks, shape: Sequence[int], subspace: Subspace, kind: type[np.floating]
+) -> tuple[float, float]:
+    """|U^T D V|^2 and |D|^2."""
     tall = shape[0] >= shape[1]
     sides = (subspace.left, subspace.right) if tall else (subspace.right, subspace.left)
-    far, near = (side.numpy().T.copy() for side in sides)
+    far, near = (side.numpy().T.astype(kind) for side in sides)
     inside, energy, first = np.zeros((subspace.k, subspace.k)), 0.0, 0
-    for piece in Passes(blocks, shape).pieces(np.dtype(np.float64)):
+    for piece in Passes(blocks, shape).pieces(np.dtype(kind)):
         inside += (near @ piece.T) @ far[:, first : first + len(piece)].T
         flat = piece.ravel(order="K")
         energy += float(flat @ flat)
         first += len(piece)
-    return 1 - float((inside**2).sum()) / energy if energy else np.nan
+    return float((inside**2).sum()), energy

@@ -17,7 +17,7 @@ from torch import Tensor
 from hooks.engine import HookFunction
 from interp.knockout.cut import Knockout
 from interp.metrics.logits import Logits
-from interp.sweep.attention import segment_attention_on
+from interp.sweep.attention import segments_on
 from interp.sweep.edits import Span
 from interp.sweep.stored import StoredRun
 
@@ -93,7 +93,7 @@ def run_cuts(run: StoredRun, lanes: Sequence[Lane], span: Span) -> Iterator[tupl
     riding: list[Lane] = []
     rows = len(run.batch)
     stream = run.pre(waiting[0].start, span)[:0]
-    with torch.no_grad(), segment_attention_on(run.vlm, run.attentions):
+    with torch.no_grad(), segments_on(run.vlm, run.attentions):
         for layer in range(waiting[0].start, len(run.blocks)):
             while waiting and waiting[0].start == layer:
                 riding.append(waiting.pop(0))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from hooks import HookedVLM
+from hooks.linears import by_onednn
 from interp.sweep.joined import can_join, joined
 
 _NAME = "frankenlens_segment"
@@ -59,7 +60,7 @@ class Segment:
 
 
 def segment_of(module: Any) -> Segment:
-    """That of an attention module, inside `segment_attention_on`."""
+    """That of an attention module, inside `segments_on`."""
     return module.config._frankenlens_segment
 
 
@@ -78,12 +79,15 @@ class Special:
 
 
 @contextmanager
-def segment_attention_on(vlm: HookedVLM, modules: Sequence[Any]) -> Iterator[None]:
+def segments_on(vlm: HookedVLM, modules: Sequence[Any]) -> Iterator[None]:
     """Send these attention modules here, as their `segment_of` says, until the context ends.
+
+    The blocks' linear layers meanwhile multiply as fast as the processor can (`hooks.linears`).
 
     Meanwhile the model's blocks are called one by one, so no other thread or task may run it.
     """
-    with vlm.exclusive("a sweep"):
+    blocks = [vlm.module(block.path) for block in vlm.anatomy.text.blocks]
+    with vlm.exclusive("a sweep"), by_onednn(blocks):
         originals = [module.config for module in modules]
         try:
             for module, original in zip(modules, originals, strict=True):

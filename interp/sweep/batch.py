@@ -17,7 +17,7 @@ from hooks.weights import d_mlp
 from interp.metrics.logits import Logits
 from interp.metrics.reading import Reading
 from interp.prompts import PromptBatch
-from interp.sweep.attention import segment_attention_on
+from interp.sweep.attention import segments_on
 from interp.sweep.brigade import run_lanes
 from interp.sweep.edits import Edit, Span, needed_names
 from interp.sweep.halves import Halves
@@ -111,7 +111,7 @@ class BatchSweep:
         if not groups:
             return
         assert self._run is not None
-        with segment_attention_on(self.vlm, self._run.attentions):
+        with segments_on(self.vlm, self._run.attentions):
             for span, lanes in groups:
                 size = self._lanes_at_once(span)
                 if self._max_memory is None:  # a plan does not ask what is free here and now

@@ -39,7 +39,7 @@ def own_part(edit: Edit, in_turn: bool) -> str:
 
 @torch.no_grad()  # in its own steps: what is yielded to keeps its own mode
 def run_lanes(run: StoredRun, lanes: Sequence[Lane], span: Span) -> Iterator[Value]:
-    """Run lanes that all begin in the first column of `span`, all at once; inside `segment_attention_on`.
+    """Run lanes that all begin in the first column of `span`, all at once; inside `segments_on`.
 
     Args:
         run: the clean run.

@@ -21,7 +21,7 @@ from hooks.selfcheck_writes import tolerance
 from hooks.uninterrupted import registered
 from interp.metrics.logits import Logits, sparing_logits, unmade
 from interp.prompts import PromptBatch
-from interp.sweep.attention import SegmentContext, Tap, segment_attention_on, segment_of
+from interp.sweep.attention import SegmentContext, Tap, segment_of, segments_on
 from interp.sweep.edits import Span
 from interp.sweep.halves import Halves, mixes
 from interp.sweep.places import of_vision
@@ -176,8 +176,8 @@ class StoredRun:
 
     def _heads_first(self, layer: int, leaf: str) -> Float[Tensor, "batch kv_head pos d_head"]:
         """Keys or values, taken out of the cache."""
-        kept = self.cache.pop(f"blocks.{layer}.interface.{leaf}")
-        return kept[:, : self.end].transpose(1, 2).contiguous()
+        kept = self.cache.pop(f"blocks.{layer}.interface.{leaf}")[:, : self.end].transpose(1, 2)
+        return kept if kept.stride()[2:] == (kept.shape[3], 1) else kept.contiguous()
 
     def _scattered(
         self, features: Float[Tensor, "*image image_token d_model"]
@@ -226,7 +226,7 @@ class StoredRun:
         dense: bool = False,
         cut: Bool[Tensor, "lane column key"] | None = None,
     ) -> Float[Tensor, "lane column d_model"]:
-        """One block on a segment of every lane; inside `segment_attention_on(self.vlm, self.attentions)`.
+        """One block on a segment of every lane; inside `segments_on(self.vlm, self.attentions)`.
 
         `cut` are attention edges hidden from each lane, besides those that no token sees.
 
@@ -391,7 +391,7 @@ class StoredRun:
         real = (self.batch.mask("all").to(self.vlm.device))[..., None]
         for start in {0, self.end // 2, self.end - 1}:
             span = Span(start, self.end)
-            with segment_attention_on(self.vlm, self.attentions):
+            with segments_on(self.vlm, self.attentions):
                 for layer in range(len(self.blocks)):
                     try:
                         self._check_block(layer, span, real[:, span.columns], start == self.end // 2)

@@ -12,6 +12,7 @@ activations are given to every engine, and counted for none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,9 +46,14 @@ def _of_groups(rows: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -
     return 2 * rows[0] * rows[1] * weight[-1]
 
 
+def _of_product(rows: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(rows) * weight[0]
+
+
 ALSO_COUNTED: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
     torch.ops.aten._grouped_mm: _of_groups,
+    torch.ops.mkldnn._linear_pointwise: _of_product,
 }
 """Operations that PyTorch's counter does not know."""
 

@@ -6,13 +6,14 @@ import scipy.linalg
 import torch
 
 from hooks.errors import FrankenlensError
+from hooks.linears import product
 from interp.comparison import energy_outside, leading, principal_angles, spectrum
 from interp.comparison.directions import _angles
 from interp.comparison.held import difference
-from interp.comparison.passes import Passes, product
+from interp.comparison.passes import Passes
 from interp.comparison.search import Search
 from interp.comparison.singular_values import SMALL
-from interp.comparison.subspace import ERROR, Leading
+from interp.comparison.subspace import ERROR, ROUNDED, Leading
 from tests.interp.comparison import exact
 from tests.interp.comparison.test_comparison import _with_values
 
@@ -195,12 +196,23 @@ def test_products_are_those_of_the_whole_matrix_in_every_type_and_order() -> Non
                 assert np.abs(ours - theirs).max() <= 1e-12 * np.abs(theirs).max()
 
 
-def test_energy_outside_is_the_definition() -> None:
-    before, after = (
-        torch.randn(700, 600, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (3, 4)
-    )
+@pytest.mark.parametrize(
+    ("scale", "inside", "exactly"),
+    [(1.0, 0.0, 1e-6), (1.0, 200.0, 1e-12), (1e-16, 0.0, 1e-12), (1e18, 0.0, 1e-12)],
+    ids=["float32", "little outside", "squares too small", "squares too large"],
+)
+def test_energy_outside_is_the_definition(scale: float, inside: float, exactly: float) -> None:
+    """In float32 where that is as good as the definition, and in float64 elsewhere."""
+    draws = (torch.randn(700, 600, generator=torch.Generator().manual_seed(i)) for i in (3, 4))
+    before, noise = (draw.bfloat16() for draw in draws)
     found = leading(_blocks(before), before.shape, K)
+    update = (
+        noise + inside * (found.left @ found.left.T @ noise.double() @ found.right @ found.right.T).float()
+    )
+    after = ((before + update) * scale).bfloat16()
+    before = (before * scale).bfloat16()
     delta = difference(_blocks(before), _blocks(after), before.shape)
     wanted = exact.outside(_blocks(before), _blocks(after), before.shape, found)
-    assert energy_outside(delta, before.shape, found) == pytest.approx(wanted, rel=1e-12)
+    assert (wanted < ROUNDED) == (inside > 0)
+    assert energy_outside(delta, before.shape, found) == pytest.approx(wanted, rel=exactly)
     assert min(before.shape) > SMALL
