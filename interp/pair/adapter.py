@@ -27,12 +27,14 @@ ROUNDING = "rounding"
 """What a larger share is called where it is accepted."""
 SHOWN = 5
 _WRONG = 0.05  # how far the merged model may be from the adapted one, of how far that is from IN
-_ROOT = "base_model.model."
+ROOT = "base_model.model."
+"""What names of an adapter's tensors begin with."""
 _FILE = "adapter_model.safetensors"
-_GATHER = (
+GATHER = (
     "A run under DeepSpeed ZeRO-3 writes such files where weights are not gathered: save the adapter again with "
     "stage3_gather_16bit_weights_on_model_save, or from the consolidated checkpoint (zero_to_fp32.py)."
 )
+"""What to do where tensors are missing."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     empty = [name for name, tensor in tensors.items() if not tensor.numel()]
     if empty or not tensors:
         what = f"{len(empty)} tensors are empty ({', '.join(empty[:SHOWN])})" if tensors else "there is none"
-        raise FrankenlensError(f"{file}: {what}. {_GATHER}")
+        raise FrankenlensError(f"{file}: {what}. {GATHER}")
     return tensors
 
 
@@ -141,7 +143,7 @@ def _adapted(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> Any:
     """The model under the adapter, every tensor of which has found its place."""
     from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 
-    own = _Modules(model)
+    own = Modules(model)
     named = {own.key(name): tensor for name, tensor in tensors.items()}
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
@@ -161,7 +163,7 @@ def _adapted(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> Any:
         raise
     except KeyError as error:  # a part that was saved whole
         raise FrankenlensError(
-            f"{folder / _FILE}: its config names {error}, which is not in it. {_GATHER}"
+            f"{folder / _FILE}: its config names {error}, which is not in it. {GATHER}"
         ) from error
     except Exception as error:  # its settings can make PEFT raise anything
         raise FrankenlensError(
@@ -177,12 +179,12 @@ def _adapted(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> Any:
     if lacking:
         raise FrankenlensError(
             f"{folder / _FILE}: {len(lacking)} tensors that its config names are not in it: "
-            f"{', '.join(lacking[:SHOWN])}. {_GATHER}"
+            f"{', '.join(lacking[:SHOWN])}. {GATHER}"
         )
     return adapted.eval()
 
 
-class _Modules:
+class Modules:
     """The modules of a model under the names that adapters know them by, older ones among them."""
 
     def __init__(self, model: Any) -> None:
@@ -191,12 +193,12 @@ class _Modules:
 
     def key(self, name: str) -> str:
         """An adapter's tensor, with the module's own path in its name."""
-        if not name.startswith(_ROOT):
+        if not name.startswith(ROOT):
             return name
-        parts = name.removeprefix(_ROOT).split(".")
+        parts = name.removeprefix(ROOT).split(".")
         for end in range(len(parts), 0, -1):
             if path := self.path(".".join(parts[:end])):
-                return ".".join([_ROOT + path, *parts[end:]])
+                return ".".join([ROOT + path, *parts[end:]])
         return name
 
     def path(self, path: str) -> str:
@@ -218,7 +220,7 @@ class _Modules:
             and targets != "all-linear"
             and (isinstance(targets, str) or "." in "".join(targets))
         ):
-            changed = {name.removeprefix(_ROOT).rpartition(".lora_")[0] for name in named if ".lora_" in name}
+            changed = {name.removeprefix(ROOT).rpartition(".lora_")[0] for name in named if ".lora_" in name}
             config.target_modules = changed or targets
         for table in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(config, table, None) or {}
