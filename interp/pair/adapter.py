@@ -79,10 +79,10 @@ def merge_adapter(
             changes a weight that has two uses; too much of it is lost to rounding; or the merged model computes
             something else.
     """
-    own, ties = _logits(model, inputs), _ties(model)
+    own, ties = undisturbed_logits(model, inputs), _ties(model)
     adapted = _adapted(model, folder, tensors)
     _require_own_weights(adapted.get_base_model(), ties, folder)
-    wanted = _logits(adapted.get_base_model(), inputs)
+    wanted = undisturbed_logits(adapted.get_base_model(), inputs)
     try:
         lost = _merge(adapted)
         merged = adapted.unload().eval()
@@ -94,7 +94,9 @@ def merge_adapter(
             "lost where merged weights are rounded. Open the pair in dtype='float32' (of a command: --dtype float32), "
             f"or take the loss: accept=[{ROUNDING!r}]."
         )
-    wrong, moved = ((_logits(merged, inputs) - other).abs().max().item() for other in (wanted, own))
+    wrong, moved = (
+        (undisturbed_logits(merged, inputs) - other).abs().max().item() for other in (wanted, own)
+    )
     if lost <= LOST and not wrong <= max(tolerance(wanted), _WRONG * moved):
         raise FrankenlensError(
             f"{folder}: the merged model is not the adapted one: on a prompt, its logits are off by {wrong:.3g}, where "
@@ -102,6 +104,21 @@ def merge_adapter(
             "(model.merge_and_unload().save_pretrained(folder)), and give that folder."
         )
     return Merged(merged, lost)
+
+
+def adapted_logits(
+    model: Any, folder: Path, tensors: Mapping[str, Tensor], inputs: Mapping[str, Any]
+) -> tuple[Float[Tensor, "batch pos vocab"], Float[Tensor, "batch pos vocab"]]:
+    """The logits of a model, and those under PEFT's own adapter, for which it is given up.
+
+    Args:
+        model, folder, tensors, inputs: as for `merge_adapter`.
+
+    Raises:
+        FrankenlensError: the adapter is not one of this model, or lacks what its config names.
+    """
+    own = undisturbed_logits(model, inputs)
+    return own, undisturbed_logits(_adapted(model, folder, tensors).get_base_model(), inputs)
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -272,6 +289,7 @@ def _merge(adapted: Any) -> float:
 
 
 @torch.no_grad()
-def _logits(model: Any, inputs: Mapping[str, Any]) -> Float[Tensor, "batch pos vocab"]:
+def undisturbed_logits(model: Any, inputs: Mapping[str, Any]) -> Float[Tensor, "batch pos vocab"]:
+    """The logits of a model on a prompt, in float32; its random states stay as they were."""
     with undisturbed(model):
         return forward(model, inputs).float()
