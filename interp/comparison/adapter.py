@@ -164,7 +164,7 @@ class Adapter:
             path
             for path, module in model.named_modules()
             if isinstance(module, (nn.Linear, nn.Embedding)) and f"{path}.weight" not in self.updates
-            if _is_target(targets, path) and not any(_is_target([one], path) for one in saved)
+            if is_target(targets, path) and not any(is_target([one], path) for one in saved)
         ]
         if lacking:
             raise FrankenlensError(
@@ -173,7 +173,7 @@ class Adapter:
             )
         for one in saved:
             if not any(
-                _is_target([one], name.rpartition(".")[0]) or f".{one}." in name for name in self.replaced
+                is_target([one], name.rpartition(".")[0]) or f".{one}." in name for name in self.replaced
             ):
                 raise FrankenlensError(
                     f"{self.folder}: its settings name {one} (modules_to_save), which is not in its file. {GATHER}"
@@ -199,7 +199,8 @@ class Adapter:
                 )
 
 
-def _is_target(targets: Any, path: str) -> bool:
+def is_target(targets: Any, path: str) -> bool:
+    """Whether an adapter's `target_modules`, a pattern or a list of names, name a module, as PEFT reads them."""
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
     return any(path == one or path.endswith(f".{one}") for one in targets)

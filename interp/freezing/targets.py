@@ -53,8 +53,8 @@ def _modules(model: nn.Module, anatomy: Any, address: str | Address) -> list[str
     if part is not None:
         what = "rows" if part.dim == 0 else "columns"
         raise FrankenlensError(
-            f"{address} is {what} {part.start}-{part.start + part.length - 1} of {part.parameter}, and an adapter acts on "
-            "all of a module: name the whole part (.attn, .mlp), or train the part itself with fl.train_only"
+            f"{address} is {what} {part.start}-{part.start + part.length - 1} of {part.parameter}, and an adapter acts "
+            "on all of a module: name the whole part (.attn, .mlp), or train the part itself with fl.train_only"
         )
     found = []
     for piece in pieces:
@@ -64,8 +64,8 @@ def _modules(model: nn.Module, anatomy: Any, address: str | Address) -> list[str
             found += [path] if leaf == "weight" else []
         elif model.get_parameter(piece.parameter).ndim > 1:
             raise FrankenlensError(
-                f"{address}: {piece.parameter} is no module's weight (all experts in one tensor?), so target_modules do "
-                f"not reach it; PEFT adapts it by target_parameters=[{piece.parameter!r}], all experts alike"
+                f"{address}: {piece.parameter} is no module's weight (all experts in one tensor?), so target_modules "
+                f"do not reach it; PEFT adapts it by target_parameters=[{piece.parameter!r}], all experts alike"
             )
     if not found:
         raise FrankenlensError(f"{address} has no linear map that an adapter could act on")
