@@ -20,7 +20,7 @@ from hooks.unopened import unopened_anatomy
 from interp.freezing.frozen import owned_rows
 from interp.freezing.patterns import pattern_of
 from interp.freezing.rows import Rows
-from interp.freezing.targets import target_modules
+from interp.freezing.targets import target_names
 from interp.freezing.trainers import Named, Setting, settings_of_trainers
 from interp.results.files import publishing
 
@@ -37,7 +37,8 @@ class FrozenNames:
         pattern: a regular expression that finds exactly these; "" where there are none.
         parts: parameter to the rows (dim 0) or columns (dim 1) of it that are frozen.
         settings: what each trainer can do of it.
-        target_modules: of PEFT, for adapters on these addresses; "" where there is none, which `no_targets` says why.
+        targets: modules for PEFT's adapters on these addresses; empty where there are none, which `no_targets` says why.
+        target_modules: a regular expression that matches exactly these.
     """
 
     addresses: tuple[str, ...]
@@ -45,6 +46,7 @@ class FrozenNames:
     pattern: str
     parts: dict[str, Rows]
     settings: list[Setting]
+    targets: tuple[str, ...]
     target_modules: str
     no_targets: str
 
@@ -65,7 +67,11 @@ class FrozenNames:
             "regex": self.pattern,
             "parts": {name: {"dim": own.dim, "frozen": str(own)} for name, own in self.parts.items()},
             "trainers": [asdict(one) for one in self.settings],
-            "peft": {"target_modules": self.target_modules, "why_not": self.no_targets},
+            "peft": {
+                "target_modules": self.target_modules,
+                "names": list(self.targets),
+                "why_not": self.no_targets,
+            },
         }
 
     def save(self, out: Path | str) -> None:
@@ -109,9 +115,11 @@ def frozen_names(
     config: Any = model.config
     named = Named(every, whole, list(parts), config.model_type, len(anatomy.text.blocks))
     try:
-        targets, why = target_modules(model, given, processor), ""
+        targets, why = target_names(model, given, processor), ""
     except FrankenlensError as error:
-        targets, why = "", str(error)
+        targets, why = [], str(error)
+    matched = pattern_of(targets, (name for name, _ in model.named_modules())) if targets else ""
     pattern = pattern_of(whole, every) if whole else ""
     settings = settings_of_trainers(named)
-    return FrozenNames(tuple(map(str, given)), tuple(whole), pattern, parts, settings, targets, why)
+    named_so = (tuple(map(str, given)), tuple(whole), pattern, parts, settings)
+    return FrozenNames(*named_so, tuple(targets), matched, why)

@@ -35,6 +35,18 @@ def target_modules(
         LoraConfig(target_modules=fl.target_modules(model, ["blocks.9-18.mlp", "blocks.17.attn"]))
     """
     bare = model.model if isinstance(model, HookedVLM) else model
+    return pattern_of(target_names(model, addresses, processor), (name for name, _ in bare.named_modules()))
+
+
+def target_names(
+    model: nn.Module | HookedVLM, addresses: str | Address | Iterable[str | Address], processor: Any = None
+) -> list[str]:
+    """The same as a list of modules, for trainers that take one (EasyR1 and verl split theirs at commas).
+
+    Raises:
+        FrankenlensError: as `target_modules`.
+    """
+    bare = model.model if isinstance(model, HookedVLM) else model
     if adapter := adapter_of(bare):
         raise FrankenlensError(f"{adapter} is under an adapter already; give the model without one")
     given = [addresses] if isinstance(addresses, str | Address) else list(addresses)
@@ -44,7 +56,7 @@ def target_modules(
         found |= dict.fromkeys(_modules(bare, anatomy, address))
     if not given:
         raise FrankenlensError("adapters need at least one address, such as 'blocks.9-18.mlp'")
-    return pattern_of(list(found), (name for name, _ in bare.named_modules()))
+    return list(found)
 
 
 def _modules(model: nn.Module, anatomy: Any, address: str | Address) -> list[str]:

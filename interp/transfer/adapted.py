@@ -93,6 +93,8 @@ def save_adapted(
         require_installed("the proof of a merged adapter", "peft")
     if dtype not in (None, "float32"):
         raise FrankenlensError(f'dtype={dtype!r}: give "float32", or nothing for the types of IN')
+    if unknown := sorted(set(accept) - {ROUNDING}):
+        raise FrankenlensError(f"accept={unknown}: {ROUNDING!r} is all that a merge takes")
     if is_occupied(out):
         raise FrankenlensError(f"{out} is not empty; choose another folder for the merged checkpoint")
     made = Adapted(Checkpoint(in_), adapter)

@@ -80,8 +80,12 @@ def test_peft_adapts_exactly_these_modules(family: str) -> None:
         if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
     }
     pattern = target_modules(model, addresses)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=pattern)).get_base_model()
-    assert {name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)} == wanted
+    names = list(frozen_names(model, addresses).targets)
+    for targets in (names, pattern):  # PEFT puts its layers into the model itself
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+        inside = adapted.get_base_model().named_modules()
+        assert {name for name, module in inside if isinstance(module, LoraLayer)} == wanted
+        model = adapted.unload()
 
 
 @pytest.mark.parametrize(
