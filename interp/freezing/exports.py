@@ -37,7 +37,7 @@ class FrozenNames:
         pattern: a regular expression that finds exactly these; "" where there are none.
         parts: parameter to the rows (dim 0) or columns (dim 1) of it that are frozen.
         settings: what each trainer can do of it.
-        targets: modules for PEFT's adapters on these addresses; empty where there are none, which `no_targets` says why.
+        targets: modules for PEFT adapters on these addresses; empty where there are none: `no_targets` says why.
         target_modules: a regular expression that matches exactly these.
     """
 

@@ -50,7 +50,7 @@ class ComponentLog(TrainerCallback):
             `blocks.5.mlp.expert.12`, `vision`; by default the parts of every block, and what is outside of blocks.
         reference: W_start: the folder of the checkpoint that training starts from, or "copy"; by default the folder
             that the model was loaded from.
-        every: steps between two measurements; by default as many as between the trainer's logs.
+        every: steps between two measurements; by default as many as between the trainer's logs (logging_steps).
         file: its name in the trainer's output_dir; None writes none. Where training is resumed, rows of later steps
             than that are dropped.
         processor: the model's, where the trainer has only a tokenizer; see `unopened_anatomy`.
@@ -113,7 +113,7 @@ class ComponentLog(TrainerCallback):
         self._reference = self._opened(model, pieces, state.global_step)
         if state.global_step == 0:
             self._require_start()
-        self._every = self._asked or max(1, int(state.logging_steps or 1))
+        self._every = self._asked or _between_logs(args, state)
         self._first_too = bool(args.logging_first_step)
         self._scaled = bool(args.fp16) and not args.max_grad_norm
         if self._scaled:
@@ -258,6 +258,14 @@ def _require_plain(model: Any) -> None:
             f"a {type(model).__name__} is trained, wrapped or no Hugging Face model, so that its components are not "
             "known by name; compare the checkpoints that training saves instead (frankenlens compare)."
         )
+
+
+def _between_logs(args: Any, state: Any) -> int:
+    if str(getattr(args.logging_strategy, "value", args.logging_strategy)) != "steps":
+        raise FrankenlensError(
+            f"the trainer's logging_strategy is {args.logging_strategy!s}, which says no number of steps: give every="
+        )
+    return max(1, int(state.logging_steps or 1))
 
 
 def _drop_later(path: Path, step: int) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hooks import weight_slices
 from hooks.errors import FrankenlensError
@@ -45,7 +47,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyVLM, Checkpoint]:
     made, folder = tiny("llava", 1), tmp_path_factory.mktemp("in")
-    made.model.save_pretrained(folder)
+    made.model.save_pretrained(str(folder))
     return made, Checkpoint(folder)
 
 
@@ -181,7 +183,7 @@ def test_what_is_no_plain_lora_of_this_model_is_refused(llava, tmp_path: Path) -
     refused(tmp_path, r"layers\.7\S*, which Llava\w+ has not")
     get_peft_model(
         copy.deepcopy(made.model), IA3Config(target_modules=["q_proj"], feedforward_modules=[])
-    ).save_pretrained(tmp_path / "ia3")
+    ).save_pretrained(str(tmp_path / "ia3"))
     refused(tmp_path / "ia3", "type 'IA3'")
 
 
@@ -191,3 +193,25 @@ def test_a_tied_weight_is_refused(tmp_path: Path) -> None:
     adapter(tmp_path / "rl", made, target_modules=["embed_tokens"])
     with pytest.raises(FrankenlensError, match="embed_tokens, whose weight is tied to lm_head"):
         Adapted(Checkpoint(tmp_path / "in"), tmp_path / "rl")
+
+
+def test_weights_that_are_kept_transposed(tmp_path: Path) -> None:
+    """GPT-2's linear maps are [in, out], and PEFT turns the product round."""
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=32, n_inner=24)
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(config).eval()
+    model.save_pretrained(str(tmp_path / "in"))
+    in_ = Checkpoint(tmp_path / "in")
+    settings: Any = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+    made: Any = SimpleNamespace(model=model)
+    deltas = adapter(tmp_path / "rl", made, **settings)
+    table = adapter_table(in_, tmp_path / "rl").set_index("param_name")["fro_norm"].to_dict()
+    assert table == pytest.approx({name: float(delta.norm()) for name, delta in deltas.items()}, rel=1e-6)
+    before = dict(model.named_parameters())
+    made_of_it = Adapted(in_, tmp_path / "rl")
+    for name, delta in deltas.items():
+        wanted = (before[name].double() + delta).float()
+        torch.testing.assert_close(made_of_it.read(name), wanted, rtol=1e-6, atol=1e-6)
+        blocks = torch.cat([block.clone() for block in made_of_it.blocks(name, 40)])
+        turned = wanted if wanted.shape[0] >= wanted.shape[1] else wanted.T
+        torch.testing.assert_close(blocks, turned, rtol=1e-6, atol=1e-6)

@@ -211,5 +211,7 @@ def test_what_it_cannot_measure_is_refused_before_the_first_step(tmp_path: Path)
     inner: Any = get_peft_model(copy.deepcopy(made.model), LoraConfig(target_modules=["q_proj"]))
     adapted = replace(made, model=inner)
     refused(ComponentLog("blocks.0", start), "under an adapter.*compare --rl ADAPTER", adapted)
+    with pytest.raises(FrankenlensError, match="logging_strategy is .*epoch.* give every="):
+        trainer(made, tmp_path / "run", ComponentLog("blocks.0", start), logging_strategy="epoch").train()
     with pytest.raises(FrankenlensError, match="is not an address"):
         ComponentLog("layer 3")
