@@ -261,9 +261,10 @@ def _require_plain(model: Any) -> None:
 
 
 def _between_logs(args: Any, state: Any) -> int:
-    if str(getattr(args.logging_strategy, "value", args.logging_strategy)) != "steps":
+    strategy = str(getattr(args.logging_strategy, "value", args.logging_strategy))
+    if strategy != "steps":
         raise FrankenlensError(
-            f"the trainer's logging_strategy is {args.logging_strategy!s}, which says no number of steps: give every="
+            f"the trainer's logging_strategy is {strategy!r}, which says no number of steps: give every="
         )
     return max(1, int(state.logging_steps or 1))
 
