@@ -17,8 +17,8 @@ from hooks.errors import FrankenlensError
 from hooks.weights import WeightSlice
 from interp.comparison import Checkpoint
 
-_AT_ONCE = 1 << 24
-"""Entries that are worked on at once."""
+_IN_CACHE, _ON_DEVICE = 1 << 17, 1 << 24
+"""Entries that are worked on at once: on a CPU as many as its cache holds."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -156,7 +156,8 @@ def _sums(now: Shaped[Tensor, "..."], before: Shaped[Tensor, "..."]) -> Sums:
 def _chunks(*tensors: Shaped[Tensor, "..."], wide: bool = True) -> Iterable[tuple[Tensor, ...]]:
     """Parts of tensors of one shape along their first axis, contiguous."""
     first = tensors[0]
-    rows = max(1, _AT_ONCE // max(1, first[0].numel())) if first.ndim and len(first) else 1
+    entries = _IN_CACHE if first.device.type == "cpu" else _ON_DEVICE
+    rows = max(1, entries // max(1, first[0].numel())) if first.ndim and len(first) else 1
     for parts in zip(*((one if first.ndim else one[None]).split(rows) for one in tensors), strict=True):
         yield tuple((one.to(_wide(one)) if wide else one).contiguous() for one in parts)
 
