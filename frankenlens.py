@@ -38,7 +38,10 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
         AttentionView, attention_mass, attention_shift, attention_view, plot_head_shift, plot_shift, shift,
         shifts,
     )
-    from interp.comparison import Checkpoint, by_address, compare, energy_outside, principal_angles, spectra
+    from interp.comparison import (
+        Adapted, Checkpoint, adapter_by_address, adapter_table, by_address, compare, energy_outside, principal_angles,
+        spectra,
+    )
     from interp.comparison.plots import plot_directions, plot_energy, plot_spectra
     from interp.decision import (
         Decision, DecisionSet, changed_weights, find_decisions, followed, null_changes, null_pair_denominator,
@@ -48,7 +51,9 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
         ask, change_table, described_by_model, fine_grained, fine_grained_table, in_words, metrics_of, plot_metrics,
         questions, with_descriptions,
     )
-    from interp.freezing import Frozen, freeze, frozen_rows, train_only
+    from interp.freezing import (
+        Frozen, FrozenNames, freeze, frozen_names, frozen_rows, target_modules, train_only,
+    )
     from interp.freezing.losses import losses, plot_losses
     from interp.hypotheses import (
         Claim, ClaimError, Family, Verdict, examples_of, plot_claims, put_to_test, read_claims, verdict_table,
@@ -104,9 +109,10 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
     )
     from interp.steering.plots import plot_dose
     from interp.sweep import Intervention, head_map, residual_map, sweep
+    from interp.training import ComponentLog
     from interp.transfer import (
         Graft, MergeReport, Recipe, Variant, addressed, answers, as_table_2, controls, doses, factors, grafted,
-        measured_graft, merge, orders, parts, save_grafted, transfer, transfer_table,
+        measured_graft, merge, orders, parts, save_adapted, save_grafted, transfer, transfer_table,
     )
     from interp.updates import Realized, as_large, random_update
     # isort: on
@@ -123,13 +129,14 @@ _NAMES = {  # module -> its names here; one that is no attribute is a module
     "interp": "comparison knockout localization planting statistics steering",
     "interp.attention": "AttentionView attention_mass attention_shift attention_view plot_head_shift plot_shift shift "
     "shifts",
-    "interp.comparison": "Checkpoint by_address compare energy_outside principal_angles spectra",
+    "interp.comparison": "Adapted Checkpoint adapter_by_address adapter_table by_address compare energy_outside "
+    "principal_angles spectra",
     "interp.comparison.plots": "plot_directions plot_energy plot_spectra",
     "interp.decision": "Decision DecisionSet changed_weights find_decisions followed null_changes "
     "null_pair_denominator recovery_refused two_by_two",
     "interp.fine_grained": "ask change_table described_by_model fine_grained fine_grained_table in_words metrics_of "
     "plot_metrics questions with_descriptions",
-    "interp.freezing": "Frozen freeze frozen_rows train_only",
+    "interp.freezing": "Frozen FrozenNames freeze frozen_names frozen_rows target_modules train_only",
     "interp.freezing.losses": "losses plot_losses",
     "interp.hypotheses": "Claim ClaimError Family Verdict examples_of plot_claims put_to_test read_claims "
     "verdict_table",
@@ -171,8 +178,9 @@ _NAMES = {  # module -> its names here; one that is no attribute is a module
     "principal_directions random_directions steer steer_both steer_hooks",
     "interp.steering.plots": "plot_dose",
     "interp.sweep": "Intervention head_map residual_map sweep",
+    "interp.training": "ComponentLog",
     "interp.transfer": "Graft MergeReport Recipe Variant addressed answers as_table_2 controls doses factors grafted "
-    "measured_graft merge orders parts save_grafted transfer transfer_table",
+    "measured_graft merge orders parts save_adapted save_grafted transfer transfer_table",
     "interp.updates": "Realized as_large random_update",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -29,6 +29,8 @@ COMMANDS = {
     "test": ("experiments.commands.claims", "whether claims in a file hold on held-out prompts"),
     "planted": ("experiments.commands.planted", "which method finds a change that was planted"),
     "traces": ("experiments.commands.traces", "what IN and RL write, into files that --traces reads"),
+    "merge": ("experiments.making.merge", "an adapter merged into its model, as a checkpoint"),
+    "patterns": ("experiments.making.patterns", "addresses as names and settings for other trainers"),
     "paths": ("experiments.commands.paths", "by which paths RL's components act on the decision"),
 }
 

@@ -39,6 +39,7 @@ from interp.questions.examples import Example
 from interp.questions.grading import grade, judge
 from interp.questions.readers import read_gsm8k, read_jsonl
 from interp.questions.tasks import sample
+from interp.transfer.adapted import save_adapted
 from interp.transfer.merging import Recipe, merge
 
 if sys.version_info >= (3, 11):
@@ -146,6 +147,7 @@ FEATURES: list[tuple[str, str, Callable[[Path], object]]] = [
     ("datasets", "a public data set", lambda out: read_gsm8k(out)),
     ("datasets", "prompts for GRPO", lambda out: build_prompts(RL(1, 1, 2), 0)),
     ("peft", "an adapter", _adapter),
+    ("peft", "an adapter merged", lambda out: save_adapted(embedded.path("in"), out, out / "merged")),
     (
         "accelerate",
         "a device map",

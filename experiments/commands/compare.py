@@ -18,9 +18,12 @@ from experiments.options import default, either
 from experiments.settings import ModelSettings, checkpoints
 from hooks.errors import FrankenlensError
 from interp.comparison import (
+    Adapted,
     Checkpoint,
+    adapter_table,
     align,
     by_address,
+    checkpoint_of,
     compare,
     energy_finding,
     every_address,
@@ -69,7 +72,8 @@ class CompareConfig(ModelSettings):
             (the same over what the paper's released code counts, the projector's norm among it).
         paper: the paper's definition: its partition and its energy, relative (or, where that is asked for, released).
         out: folder for the tables (compare.csv, one row per tensor and stage; compare_layers.csv, compare_regions.csv,
-            compare_addresses.csv, compare_spectra.csv), the figures and report.html.
+            compare_addresses.csv, compare_spectra.csv; of an adapter also compare_adapter.csv, from its own matrices),
+            the figures and report.html.
     """
 
     partition: str = default("paper", paper="paper")
@@ -114,7 +118,8 @@ def open_files(config: CompareConfig) -> Files:
         FrankenlensError: a checkpoint cannot be read, the checkpoints do not align, or an address names nothing.
     """
     in_, rl, base = checkpoints(config)
-    opened = {"in": Checkpoint(in_), "rl": Checkpoint(rl)}
+    opened = {"in": Checkpoint(in_)}
+    opened["rl"] = checkpoint_of(rl, opened["in"])
     if base is not None:
         opened["base"] = Checkpoint(base)
     align(*opened.values())
@@ -137,6 +142,8 @@ def measure(models: Opened, asked: Files, config: CompareConfig) -> Iterator[Sec
         "compare_layers": by_layer,
         "compare_addresses": by_address(table, *given, addresses=list(addresses)),
     }
+    if isinstance(opened["rl"], Adapted) and not opened["rl"].adapter.magnitudes:
+        tables["compare_adapter"] = adapter_table(opened["in"], opened["rl"])
     norm = NORM[config.energy]
     figures = {
         "compare_energy": plot_energy(by_layer, partition, norm),
@@ -187,6 +194,7 @@ def account(
 
 _WAYS = {
     "svd": "a float64 SVD",
+    "low rank": "the adapter's own two matrices",
     "gram float32": "a float32 Gram matrix",
     "gram float64": "a float64 Gram matrix",
     "gram": "a float64 Gram matrix",
@@ -206,7 +214,9 @@ def _computed(table: pd.DataFrame) -> Iterator[str]:
 
 
 def _mixed(opened: Mapping[str, Checkpoint]) -> str:
-    """What types the stages are stored in, where these differ: then rounding from one to the other is in the update."""
+    """That RL is an adapter; or, where the stages differ in type, that rounding between these is in the update."""
+    if isinstance(opened["rl"], Adapted):
+        return "RL is IN under an adapter, W + s B A in float32, not rounded to the type of W"
     types = {name: sorted({type_name(t.dtype) for t in one.tensors.values()}) for name, one in opened.items()}
     if len(set(map(tuple, types.values()))) == 1:
         return ""

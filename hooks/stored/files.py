@@ -70,8 +70,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     )
     if os.path.isfile(folder / "adapter_config.json"):
         raise FrankenlensError(
-            f"{folder} is a PEFT adapter, not a checkpoint: where models are run, it is given as RL beside its IN "
-            "(Pair.from_pretrained, --rl); where files are read, merge it (merge_and_unload) and save the whole model."
+            f"{folder} is a PEFT adapter, not a checkpoint: give it as RL beside its IN (Pair.from_pretrained, "
+            "compare, --rl); elsewhere merge it first: `frankenlens merge IN ADAPTER --out DIR`."
         )
     if not os.path.isfile(folder / "config.json"):
         raise FrankenlensError(

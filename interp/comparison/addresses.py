@@ -15,10 +15,11 @@ from jaxtyping import Float
 from hooks.address import Address
 from hooks.errors import FrankenlensError
 from hooks.weights import WeightSlice, buffer_slices, n_units, part_paths, weight_slices, wholes
+from interp.comparison.adapted import Source
 from interp.comparison.aggregate import cosines
 from interp.comparison.checkpoint import PART, Checkpoint
 from interp.comparison.stored import counted_in
-from interp.comparison.table import Source, chance, opened
+from interp.comparison.table import chance, opened
 from interp.comparison.workers import READERS, in_threads
 
 SUMS = ("squares", "reference", "unchanged")
@@ -112,7 +113,7 @@ def by_address(
         of_stage = whole.loc[stage].to_dict("index")
         for address, pieces in slices.items():
             parts = [_part(one, k, of_stage, margins) for one in pieces]
-            rows.append(_labels(address, checkpoints[0]) | {"stage": stage} | _row(parts))
+            rows.append(labels(address, checkpoints[0]) | {"stage": stage} | _row(parts))
     result = pd.DataFrame(rows).astype(dict.fromkeys(("layer_index", "unified_index", "index"), "Int64"))
     if len(stages) == 2:
         result["cosine"] = cosines(result, ["address"])
@@ -197,7 +198,8 @@ def _row(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _labels(address: str, checkpoint: Checkpoint) -> dict[str, Any]:
+def labels(address: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where an address is in the network, in the columns of `by_address`."""
     parsed = Address.parse(address)
     labels: dict[str, Any] = {"address": address, "section": _section(parsed), "layer_index": None}
     labels |= {"unified_index": -1 if parsed.kind == "projector" else None}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from hooks.errors import FrankenlensError
+from interp.comparison.adapted import Adapted, Source, checkpoint_of
 from interp.comparison.alignment import align
 from interp.comparison.checkpoint import Checkpoint
 from interp.comparison.controls import gaussian_spectrum, rounding
@@ -23,7 +23,6 @@ from interp.comparison.stored import Stored, counted_in
 from interp.comparison.workers import READERS, in_threads
 from interp.updates import type_name
 
-Source = Checkpoint | Path | str
 AT_ONCE = {"spectra": 2, "subspaces": 1}
 """Matrices: each takes up to 400 and 700 MB."""
 _OF_SPECTRUM = (
@@ -76,7 +75,8 @@ def compare(
     What does not exist is NaN: spectra of vectors, ranks and cosines of updates that are zero.
 
     Args:
-        in_, rl, base: checkpoints or their folders.
+        in_, rl, base: checkpoints or their folders; RL may be the folder of a LoRA adapter of IN, which is compared as
+            W + s B A in float32, and whose spectra are computed from its own two matrices.
         spectra: whether singular values are computed (minutes for 7B; without them it is as fast as reading).
         subspace: dimensions of the singular subspaces that are compared; None compares none.
         top: how many singular values are kept.
@@ -135,8 +135,8 @@ def spectra(table: pd.DataFrame) -> pd.DataFrame:
 
 def opened(in_: Source, rl: Source, base: Source | None) -> tuple[list[Checkpoint], tuple[str, ...]]:
     """The checkpoints in the order of training, and the stages between them."""
-    given = [source for source in (base, in_, rl) if source is not None]
-    checkpoints = [one if isinstance(one, Checkpoint) else Checkpoint(one) for one in given]
+    before = checkpoint_of(in_)
+    checkpoints = [*([] if base is None else [checkpoint_of(base)]), before, checkpoint_of(rl, before)]
     return checkpoints, ("rl",) if base is None else ("in", "rl")
 
 
@@ -206,7 +206,10 @@ def _spectral(top: int, seed: int, work: tuple[Checkpoint, Checkpoint, str, floa
             (*_OF_SPECTRUM, "n_untrusted", "stable_rank_random", "effective_rank_random"), np.nan
         )
         return absent | {"spectrum_method": None, "log_spectrum": (), "log_spectrum_random": ()}
-    found = blockwise(difference(held(before, name), held(after, name), shape), shape, largest, top)
+    if isinstance(after, Adapted) and after.in_ is before and after.is_product(name):
+        found = after.adapter.updates[name].spectrum()
+    else:
+        found = blockwise(difference(held(before, name), held(after, name), shape), shape, largest, top)
     random = gaussian_spectrum(*shape, seed)
     return _numbers(found, top) | {
         "stable_rank_random": random.stable_rank,

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hooks import Address, FrankenlensError, HookedVLM, weight_slices
+from hooks.anatomy import Anatomy
 from hooks.unopened import unopened_anatomy
 from interp.freezing.fingerprint import Fingerprint
 from interp.freezing.guard import Guard
@@ -273,18 +274,31 @@ def frozen_rows(
     anatomy = model.anatomy if isinstance(model, HookedVLM) else unopened_anatomy(bare, processor)
     named = dict(bare.named_parameters(remove_duplicate=False))
     first = {id(p): name for name, p in bare.named_parameters()}
-    places: dict[str, list[tuple[int | None, range]]] = defaultdict(list)
-    for address in addresses:
-        for piece in weight_slices(bare, anatomy, address):
-            name = first[id(named[piece.parameter])]
-            places[name].append((piece.dim, range(piece.start, piece.start + piece.length)))
     require_in_memory(named)
-    rows = {name: rows_of(named[name], some) for name, some in places.items()}
+    rows = owned_rows(bare, anatomy, addresses)
     require_trainable_left(named, first, rows, addresses)
     partial = next((name for name, own in rows.items() if own is not None), None)
     if partial is not None and (sharded(named[partial]) or launched_sharded()):
         raise FrankenlensError(sharded_message(partial, str(rows[partial])))
     return rows
+
+
+def owned_rows(
+    model: nn.Module, anatomy: Anatomy, addresses: Sequence[str | Address]
+) -> dict[str, Rows | None]:
+    """A parameter's name to its rows that addresses own, None for all of it; a tied one by its first name.
+
+    Raises:
+        FrankenlensError: an address names nothing.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(p): name for name, p in model.named_parameters()}
+    places: dict[str, list[tuple[int | None, range]]] = defaultdict(list)
+    for address in addresses:
+        for piece in weight_slices(model, anatomy, address):
+            name = first[id(named[piece.parameter])]
+            places[name].append((piece.dim, range(piece.start, piece.start + piece.length)))
+    return {name: rows_of(named[name], some) for name, some in places.items()}
 
 
 def n_frozen(vlm: HookedVLM, addresses: Sequence[str | Address]) -> int:

@@ -27,12 +27,14 @@ ROUNDING = "rounding"
 """What a larger share is called where it is accepted."""
 SHOWN = 5
 _WRONG = 0.05  # how far the merged model may be from the adapted one, of how far that is from IN
-_ROOT = "base_model.model."
+ROOT = "base_model.model."
+"""What names of an adapter's tensors begin with."""
 _FILE = "adapter_model.safetensors"
-_GATHER = (
+GATHER = (
     "A run under DeepSpeed ZeRO-3 writes such files where weights are not gathered: save the adapter again with "
     "stage3_gather_16bit_weights_on_model_save, or from the consolidated checkpoint (zero_to_fp32.py)."
 )
+"""What to do where tensors are missing."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,10 @@ def merge_adapter(
             changes a weight that has two uses; too much of it is lost to rounding; or the merged model computes
             something else.
     """
-    own, ties = _logits(model, inputs), _ties(model)
+    own, ties = undisturbed_logits(model, inputs), _ties(model)
     adapted = _adapted(model, folder, tensors)
     _require_own_weights(adapted.get_base_model(), ties, folder)
-    wanted = _logits(adapted.get_base_model(), inputs)
+    wanted = undisturbed_logits(adapted.get_base_model(), inputs)
     try:
         lost = _merge(adapted)
         merged = adapted.unload().eval()
@@ -92,7 +94,9 @@ def merge_adapter(
             "lost where merged weights are rounded. Open the pair in dtype='float32' (of a command: --dtype float32), "
             f"or take the loss: accept=[{ROUNDING!r}]."
         )
-    wrong, moved = ((_logits(merged, inputs) - other).abs().max().item() for other in (wanted, own))
+    wrong, moved = (
+        (undisturbed_logits(merged, inputs) - other).abs().max().item() for other in (wanted, own)
+    )
     if lost <= LOST and not wrong <= max(tolerance(wanted), _WRONG * moved):
         raise FrankenlensError(
             f"{folder}: the merged model is not the adapted one: on a prompt, its logits are off by {wrong:.3g}, where "
@@ -100,6 +104,21 @@ def merge_adapter(
             "(model.merge_and_unload().save_pretrained(folder)), and give that folder."
         )
     return Merged(merged, lost)
+
+
+def adapted_logits(
+    model: Any, folder: Path, tensors: Mapping[str, Tensor], inputs: Mapping[str, Any]
+) -> tuple[Float[Tensor, "batch pos vocab"], Float[Tensor, "batch pos vocab"]]:
+    """The logits of a model, and those under PEFT's own adapter, for which it is given up.
+
+    Args:
+        model, folder, tensors, inputs: as for `merge_adapter`.
+
+    Raises:
+        FrankenlensError: the adapter is not one of this model, or lacks what its config names.
+    """
+    own = undisturbed_logits(model, inputs)
+    return own, undisturbed_logits(_adapted(model, folder, tensors).get_base_model(), inputs)
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -133,7 +152,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     empty = [name for name, tensor in tensors.items() if not tensor.numel()]
     if empty or not tensors:
         what = f"{len(empty)} tensors are empty ({', '.join(empty[:SHOWN])})" if tensors else "there is none"
-        raise FrankenlensError(f"{file}: {what}. {_GATHER}")
+        raise FrankenlensError(f"{file}: {what}. {GATHER}")
     return tensors
 
 
@@ -141,7 +160,7 @@ def _adapted(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> Any:
     """The model under the adapter, every tensor of which has found its place."""
     from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 
-    own = _Modules(model)
+    own = Modules(model)
     named = {own.key(name): tensor for name, tensor in tensors.items()}
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
@@ -161,7 +180,7 @@ def _adapted(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> Any:
         raise
     except KeyError as error:  # a part that was saved whole
         raise FrankenlensError(
-            f"{folder / _FILE}: its config names {error}, which is not in it. {_GATHER}"
+            f"{folder / _FILE}: its config names {error}, which is not in it. {GATHER}"
         ) from error
     except Exception as error:  # its settings can make PEFT raise anything
         raise FrankenlensError(
@@ -177,12 +196,12 @@ def _adapted(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> Any:
     if lacking:
         raise FrankenlensError(
             f"{folder / _FILE}: {len(lacking)} tensors that its config names are not in it: "
-            f"{', '.join(lacking[:SHOWN])}. {_GATHER}"
+            f"{', '.join(lacking[:SHOWN])}. {GATHER}"
         )
     return adapted.eval()
 
 
-class _Modules:
+class Modules:
     """The modules of a model under the names that adapters know them by, older ones among them."""
 
     def __init__(self, model: Any) -> None:
@@ -191,12 +210,12 @@ class _Modules:
 
     def key(self, name: str) -> str:
         """An adapter's tensor, with the module's own path in its name."""
-        if not name.startswith(_ROOT):
+        if not name.startswith(ROOT):
             return name
-        parts = name.removeprefix(_ROOT).split(".")
+        parts = name.removeprefix(ROOT).split(".")
         for end in range(len(parts), 0, -1):
             if path := self.path(".".join(parts[:end])):
-                return ".".join([_ROOT + path, *parts[end:]])
+                return ".".join([ROOT + path, *parts[end:]])
         return name
 
     def path(self, path: str) -> str:
@@ -218,7 +237,7 @@ class _Modules:
             and targets != "all-linear"
             and (isinstance(targets, str) or "." in "".join(targets))
         ):
-            changed = {name.removeprefix(_ROOT).rpartition(".lora_")[0] for name in named if ".lora_" in name}
+            changed = {name.removeprefix(ROOT).rpartition(".lora_")[0] for name in named if ".lora_" in name}
             config.target_modules = changed or targets
         for table in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(config, table, None) or {}
@@ -270,6 +289,7 @@ def _merge(adapted: Any) -> float:
 
 
 @torch.no_grad()
-def _logits(model: Any, inputs: Mapping[str, Any]) -> Float[Tensor, "batch pos vocab"]:
+def undisturbed_logits(model: Any, inputs: Mapping[str, Any]) -> Float[Tensor, "batch pos vocab"]:
+    """The logits of a model on a prompt, in float32; its random states stay as they were."""
     with undisturbed(model):
         return forward(model, inputs).float()

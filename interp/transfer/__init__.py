@@ -1,5 +1,6 @@
 """Weights of some addresses from a donor: grafts, merges, and what they bring of RL's gains to IN (2602.12395)."""
 
+from interp.transfer.adapted import AdaptedReport, save_adapted
 from interp.transfer.answers import answers
 from interp.transfer.grafts import Graft, grafted, measured_graft, save_grafted
 from interp.transfer.merging import MergeReport, Recipe, merge
@@ -10,6 +11,7 @@ from interp.transfer.variants import Variant, addressed, controls, doses, factor
 
 __all__ = [
     "POOLED",
+    "AdaptedReport",
     "Graft",
     "MergeReport",
     "Recipe",
@@ -26,6 +28,7 @@ __all__ = [
     "merge",
     "orders",
     "parts",
+    "save_adapted",
     "save_grafted",
     "shown_cells",
     "transfer",

@@ -300,9 +300,9 @@ def merge(
         for name in opened[0].counters:
             _save(writer, keys[name], opened[0].read(name))
         writer.finalize()
-        _copy_settings(opened[0].folder, staging)
+        copy_settings(opened[0].folder, staging)
         if dtype is not None:
-            _set_dtype(staging / "config.json", dtype)
+            set_dtype(staging / "config.json", dtype)
         about = {**asdict(recipe), "models": [Path(m).name for m in models], "mergekit": version("mergekit")}
         about["base"] = None if base is None else Path(base).name
         (staging / "merge.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -342,7 +342,7 @@ def _save(writer: Any, parts: Sequence[_OnDisk], merged: Shaped[Tensor, "..."]) 
         writer.save_tensor(key, piece.reshape(shape).clone())
 
 
-def _set_dtype(file: Path, dtype: str) -> None:
+def set_dtype(file: Path, dtype: str) -> None:
     """In a configuration and its parts, under the names that it has for it."""
 
     def put(part: dict[str, Any]) -> None:
@@ -358,7 +358,7 @@ def _set_dtype(file: Path, dtype: str) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_settings(source: Path, target: Path) -> None:
+def copy_settings(source: Path, target: Path) -> None:
     """Everything but weights: configuration, tokenizer, processor, chat template."""
     for path in source.iterdir():
         if path.is_file() and path.suffix in _SETTINGS and not path.name.endswith(".index.json"):

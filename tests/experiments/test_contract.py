@@ -35,7 +35,7 @@ ASKING = {  # what each command needs to be small
     "test": "",
     "suite": "--parts attention",
 }
-NO_PAIR = {"compare", "train-triple", "freeze"}
+NO_PAIR = {"compare", "train-triple", "freeze", "merge", "patterns"}
 """They ask no pair anything; `freeze` asks the pair of one's own data, where it trains."""
 
 

@@ -136,7 +136,8 @@ def test_a_full_disk_costs_nothing_that_was_there(
 
 
 def test_every_command_is_here() -> None:
-    assert set(COMMANDS) - set(ARGS) == {"train-triple", "freeze"}  # below
+    making = {"merge", "patterns"}  # they publish whole folders, as tests/experiments/making shows
+    assert set(COMMANDS) - set(ARGS) - making == {"train-triple", "freeze"}  # below
     assert claims.COMMAND and whole.is_full(OSError(errno.ENOSPC, "No space left on device"))
 
 

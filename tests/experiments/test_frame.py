@@ -220,7 +220,7 @@ def test_no_ten_lines_stand_in_two_commands():
 def test_every_command_stands_in_the_frame():
     modules = {module.rpartition(".")[2] for module, _ in COMMANDS.values()}
     own = {path.stem for path in FOLDER.glob("*.py") if "\nCOMMAND = Command(" in path.read_text()}
-    assert own == modules - {"train"}
+    assert own == modules - {"train", "merge", "patterns"}  # recipes
     for path in FOLDER.glob("*.py"):
         source = path.read_text()
         for taken in ("provenance(", "publishing(", "save_sections(", "sys.exit", "def run("):

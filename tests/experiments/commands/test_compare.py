@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText
 
 from experiments import embedded
 from experiments.cli import main
@@ -84,3 +87,23 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(tmp_path: Path, ca
 def test_the_check_needs_no_file() -> None:
     with pytest.raises(FrankenlensError, match="--subspace"):
         check(CompareConfig(in_="nowhere", rl="nowhere", subspace=-2))
+
+
+def test_rl_may_be_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the help of --rl says; its own table is beside the others."""
+    model = AutoModelForImageTextToText.from_pretrained(embedded.path("in"))
+    adapted = get_peft_model(
+        model, LoraConfig(r=3, lora_alpha=6, target_modules=r".*language_model.*up_proj")
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapted.save_pretrained(str(tmp_path / "rl"))
+    out = tmp_path / "out"
+    given = ["--in", str(embedded.path("in")), "--rl", str(tmp_path / "rl"), "--out", str(out)]
+    assert main(["compare", *given, "--no-spectra", "--subspace", "0"]) == 0
+    own, table = (pd.read_csv(out / f"compare{one}.csv").set_index("param_name") for one in ("_adapter", ""))
+    assert own["adapter_rank"].tolist() == own["rank"].tolist() == [3] * 9
+    changed = table.loc[table["fro_norm"] > 0, "fro_norm"]
+    assert changed.to_dict() == pytest.approx(own["fro_norm"].to_dict(), rel=1e-4)
+    assert "W + s B A in float32" in (out / "report.html").read_text(encoding="utf-8")

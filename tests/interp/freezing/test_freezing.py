@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import re
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as pre_hooks
 from hooks import FrankenlensError, HookedVLM, weight_slices
 from hooks.unopened import unopened_anatomy
 from interp.freezing import freeze
+from interp.training import COPY, ComponentLog
 from tests.families import EACH_KIND, TinyVLM, tiny
 
 UNITS = (
@@ -242,6 +244,34 @@ def test_accelerate(vlm: TinyVLM) -> None:
     assert (report["identical"] != report["gradient"]).all()
 
 
+def test_transformers_own_trainer(vlm: TinyVLM, tmp_path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model, inputs = vlm.model, vlm.inputs(batch=2)
+    settings = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        max_steps=3,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        weight_decay=0.3,
+        max_grad_norm=0.1,
+        report_to=[],
+        save_strategy="no",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    before, frozen = weights(model), masks(model, MIXED)
+    with freeze(model, MIXED) as held:
+        data = {"data_collator": lambda _: {**inputs, "labels": inputs["input_ids"]}}
+        Trainer(model, settings, train_dataset=list(range(8)), **data).train()  # type: ignore[arg-type]
+    report = held.report()
+    assert all(torch.equal(p[frozen[n]], before[n][frozen[n]]) for n, p in model.named_parameters())
+    assert report.loc[report["frozen"], "identical"].all()
+    assert not report.query("not frozen and gradient")["identical"].any()
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_trl_grpo_with_images(checkpointing: bool, vlm: TinyVLM, tmp_path) -> None:
     from datasets import Dataset
@@ -278,6 +308,7 @@ def test_trl_grpo_with_images(checkpointing: bool, vlm: TinyVLM, tmp_path) -> No
         return [float(sum(ids) % 7) for ids in completion_ids]
 
     before, frozen = weights(model), masks(model, MIXED)
+    log = ComponentLog([*UNITS, "blocks.2.attn"], COPY, every=1)
     with freeze(model, MIXED) as held:
         GRPOTrainer(
             model=model,
@@ -285,8 +316,18 @@ def test_trl_grpo_with_images(checkpointing: bool, vlm: TinyVLM, tmp_path) -> No
             args=settings,
             train_dataset=Dataset.from_list(rows),
             processing_class=vlm.processor,
+            callbacks=[log],
         ).train()
     report = held.report()
+    lines = map(json.loads, (tmp_path / "components.jsonl").read_text().splitlines())
+    last = {line["address"]: line for line in lines if line["step"] == 2}
+    pieces = weight_slices(model, unopened_anatomy(model), "blocks.2.attn")
+    moved = [p.of(model.get_parameter(p.parameter)) - p.of(before[p.parameter]) for p in pieces]
+    assert last["blocks.2.attn"]["update_norm"] == pytest.approx(
+        float(nn.utils.get_total_norm(moved)), rel=1e-5
+    )
+    assert last["blocks.2.attn"]["gradient_norm"] > 0
+    assert all(not last[unit]["changed"] and not last[unit]["gradient_norm"] for unit in UNITS)
     assert all(torch.equal(p[frozen[n]], before[n][frozen[n]]) for n, p in model.named_parameters())
     assert (
         report.loc[report["frozen"], "identical"].all() and not report.loc[report["frozen"], "gradient"].any()
