@@ -141,7 +141,7 @@ def assumed_by(command: Planable, bench: Bench) -> Iterator[str]:
     if hasattr(bench.config, "decision"):
         yield f"{own.decided:.0%} of them have a decision, at {own.decided_at:.0%} of the trace"
     if getattr(bench.config, "decision", None) == "decisive":
-        yield f"{own.tries:g} continuations are tried for each"
+        yield f"{own.tries:g} continuation{'' if own.tries == 1 else 's'} tried for each"
     if planned_by.assumed is not None:
         yield from planned_by.assumed(bench, bench.config)
 

@@ -25,9 +25,9 @@ START = 20
 
 def main() -> int:
     """0 where every step went well."""
+    asked = arguments()
     if code := needed.main():
         return code
-    asked = arguments()
     if asked.worker:
         return work(asked.worker, asked)
     about = machine(asked)
