@@ -63,7 +63,7 @@ class ModelSettings(Options):
 
     Attributes:
         in_: IN, a folder or a repository id; the shipped one where neither IN nor RL is given.
-        rl: RL, or the folder of a PEFT adapter of IN.
+        rl: RL: a checkpoint, a step of a run as its trainer left it (FSDP or DCP shards), or a PEFT adapter of IN.
         base: the model IN was made from.
         seed: of everything random.
         out: folder for all that is written.
@@ -312,7 +312,13 @@ def _opened(config: PairSettings, base: str | None) -> Pair:
     in_, rl, _ = checkpoints(config)
     loading: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
     prompts = {**prompt_settings(config), "accept": config.accept}
-    return Pair.from_pretrained(in_, rl, base, trace_format=config.trace_format, **prompts, **loading)
+    pair = Pair.from_pretrained(in_, rl, base, trace_format=config.trace_format, **prompts, **loading)
+    for name, taken in pair.borrowed.items():
+        print(
+            f"{name.upper()}'s folder has no {taken.replace(' of ', '; taken: those of ', 1)}",
+            file=sys.stderr,
+        )
+    return pair
 
 
 def prompt_settings(config: PairSettings) -> dict[str, Any]:
