@@ -1,6 +1,6 @@
 """Checkpoints that every process of a trainer wrote its part of: `model_world_size_8_rank_3.pt` (verl and its kin).
 
-A tensor in such a file is the part that this rank held: a `DTensor`, whose mesh and placements say which part that is, a
+A tensor in such a file is the part that this rank held: a `DTensor`, whose mesh and placements say which part it is, a
 `ShardedTensor`, which says it outright, or a whole tensor where nothing was distributed.
 """
 
