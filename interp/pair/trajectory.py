@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ class Trajectory:
         self._loading, self._models = loading, dict[str, Any]()
 
     @classmethod
-    def from_pretrained(cls, in_path: str | Path, rl_paths: Sequence[str | Path] | str, **loading: Any) -> Trajectory:
+    def from_pretrained(
+        cls, in_path: str | Path, rl_paths: Sequence[str | Path] | str, **loading: Any
+    ) -> Trajectory:
         """Load IN, and find the checkpoints of a run.
 
         Arguments:
@@ -122,9 +125,11 @@ def steps_of(paths: Sequence[str | Path]) -> tuple[Step, ...]:
     if any(number is None for number in numbers):
         return tuple(Step(place, path) for place, path in enumerate(every, start=1))
     found = sorted((number, path) for number, path in zip(numbers, every, strict=True) if number is not None)
-    for (one, first), (other, second) in zip(found, found[1:], strict=False):
+    for (one, first), (other, second) in pairwise(found):
         if one == other:
-            raise FrankenlensError(f"two checkpoints are of step {one}: {first} and {second}; leave one of them out.")
+            raise FrankenlensError(
+                f"two checkpoints are of step {one}: {first} and {second}; leave one of them out."
+            )
     return tuple(Step(number, path) for number, path in found)
 
 
@@ -160,8 +165,9 @@ def _number(path: str, every: Sequence[str]) -> int | None:
 def _emptied(model: torch.nn.Module) -> None:
     """Let go of a closed model's weights, though somebody may still hold it."""
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and not tensor.is_meta:
-                    empty = torch.empty_like(tensor, device="meta")
-                    tensors[name] = torch.nn.Parameter(empty, False) if tensors is module._parameters else empty
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = torch.nn.Parameter(torch.empty_like(weight, device="meta"), False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="meta")
