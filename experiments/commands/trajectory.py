@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from experiments.settings import (
     prompt_settings,
 )
 from hooks.errors import FrankenlensError
-from interp.decision import Choice, DecisionSet
+from interp.decision import Choice
 from interp.map import POINTS
 from interp.pair.pair import Pair
 from interp.pair.trajectory import Step, Trajectory, steps_of
@@ -234,10 +234,11 @@ def _account(
     data: xr.Dataset, asked: Questions, run: _Run, config: TrajectoryConfig, claims: StepClaims | None
 ) -> Account:
     decisions = json.loads(data.attrs["decisions"])
+    reference = data.attrs["reference"]
     definition = (
         f"activation patching of one component at the tokens of one role, {data.attrs['metric']}, "
         f"{data.attrs['units']}, of every checkpoint on the decisions ({decisions['choice']}) between IN and step "
-        f"{data.attrs['reference']}; share = (patched − recipient) / (RL − IN of that step), ratio of sums over "
+        f"{reference}; share = (patched − recipient) / (what step {reference} and IN differ by), ratio of sums over "
         "examples; beyond: |mean effect| above that of random directions with the norm of the donor's difference at "
         "each token (swap test), no noise pairs being run; energy: norm of W_RL − W_IN over that of W_IN; top heads: "
         "those farthest above random directions; IN's traces and clean runs are those of all steps"
@@ -284,6 +285,5 @@ def assumed(bench: Bench, config: TrajectoryConfig) -> Iterator[str]:
         yield "claims are not counted: `frankenlens plan test` says what they take on one pair"
 
 
-Look = Callable[[Step, Pair, DecisionSet], None]
 PLAN = Planned(work, assumed=assumed)
 COMMAND = Command(TrajectoryConfig, check, load_questions, open_trajectory, measure, plan=PLAN)

@@ -121,10 +121,10 @@ def steps_of(paths: Sequence[str | Path]) -> tuple[Step, ...]:
         FrankenlensError: a pattern or folder has none, or two are of one step.
     """
     every = list(dict.fromkeys(one for path in paths for one in _each(str(path))))
-    numbers = [_number(path, every) for path in every]
-    if any(number is None for number in numbers):
+    numbers = _numbers(every)
+    if numbers is None:
         return tuple(Step(place, path) for place, path in enumerate(every, start=1))
-    found = sorted((number, path) for number, path in zip(numbers, every, strict=True) if number is not None)
+    found = sorted(zip(numbers, every, strict=True))
     for (one, first), (other, second) in pairwise(found):
         if one == other:
             raise FrankenlensError(
@@ -152,13 +152,13 @@ def _is_checkpoint(folder: Path) -> bool:
     return any(os.path.isfile(folder / name) for name in files) or trainers(folder) is not None
 
 
-def _number(path: str, every: Sequence[str]) -> int | None:
-    """The number by which a path differs from the others; of one alone, the last in its name."""
-    parts = Path(path).parts
-    for depth in range(1, len(parts) + 1):
-        names = {Path(one).parts[-depth:][0] for one in every if len(Path(one).parts) >= depth}
-        if (len(names) == len(every) or len(every) == 1) and (found := _NUMBER.findall(parts[-depth])):
-            return int(found[-1])
+def _numbers(every: Sequence[str]) -> list[int] | None:
+    """The numbers by which paths differ: those of the last part of them that has one in each, and not the same."""
+    parts = [Path(one).parts[::-1] for one in every]
+    for names in zip(*parts, strict=False):
+        found = [_NUMBER.findall(name) for name in names]
+        if all(found) and (len(set(names)) > 1 or len(every) == 1):
+            return [int(numbers[-1]) for numbers in found]
     return None
 
 
