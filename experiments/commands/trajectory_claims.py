@@ -16,6 +16,7 @@ from interp.hypotheses import read_claims, verdict_table
 from interp.hypotheses.held_out import origins, population_of
 from interp.hypotheses.judge import judge
 from interp.hypotheses.measure import measure, resolved
+from interp.map.clean import CleanRuns
 from interp.metrics import evaluate
 from interp.pair.pair import Pair
 from interp.pair.trajectory import Step
@@ -49,6 +50,7 @@ class StepClaims:
     def __init__(self, config: Any) -> None:
         self._config, self._family = config, read_claims(config.claims)
         self._tables: dict[int, pd.DataFrame] = {}
+        self._clean: CleanRuns | None = None
         self.definition = (
             "claims: one-sided paired tests on the decisions of all steps, a recovery being a share of the step's own "
             "RL − IN; every step is a test of its own, and these looks are in no ledger"
@@ -66,7 +68,10 @@ class StepClaims:
         origin = origins(self._family, examples, config.allow_reuse)
         values = evaluate(pair.rl, decisions.prompts, decisions.metric, config.batch_size)
         own = replace(decisions, rl_values=values)
-        measured = measure(pair, claims, examples, own, **config.running, seed=config.seed)
+        if self._clean is None:
+            self._clean = CleanRuns(pair.in_)
+        settings = {**config.running, "seed": config.seed, "clean": self._clean}
+        measured = measure(pair, claims, examples, own, **settings)
         clusters = [cluster_of(example) for example in examples]
         found = judge(self._family, claims, measured, origin, clusters=clusters, seed=config.seed)
         verdicts = [replace(one, population=population_of(examples)) for one in found]

@@ -51,7 +51,6 @@ def planned(name: str, command: Any, config: Any, tokens: int, **more: Any) -> A
         ("lockstep", 3, 8, "--components blocks.4.mlp blocks.5.attn.head.1 --n-random 1"),
         ("paths", 3, 8, "--decision soft --batch-size 2 --senders blocks.5.attn.head.1 --direction rl_to_in"),
         ("paths", 3, 8, "--decision soft --top 1 --receivers logits --where decision"),
-        ("trajectory", 3, 8, "--decision soft --batch-size 2 --points attn_out mlp_out"),
         ("planted", 3, 6, "--kinds rl --pairs 1 --noise-pairs 1 --changed 2"),
         ("suite", 4, 13, f"--parts metrics attention {WIDE}"),
     ],
