@@ -60,7 +60,7 @@ class Trajectory:
 
     @classmethod
     def from_pretrained(
-        cls, in_path: str | Path, rl_paths: Sequence[str | Path] | str, **loading: Any
+        cls, in_path: str | Path, rl_paths: Sequence[str | Path] | str | Path, **loading: Any
     ) -> Trajectory:
         """Load IN, and find the checkpoints of a run.
 
@@ -73,7 +73,7 @@ class Trajectory:
         Raises:
             FrankenlensError: no such checkpoints, two of one step, or IN cannot be loaded.
         """
-        steps = steps_of([rl_paths] if isinstance(rl_paths, str) else rl_paths)
+        steps = steps_of([rl_paths] if isinstance(rl_paths, str | Path) else rl_paths)
         for path in (in_path, *(step.path for step in steps)):
             require_checkpoint(path)
         of_prompts = ("trace_format", "template", "system", "accept", "instruction")

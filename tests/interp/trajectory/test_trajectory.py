@@ -215,3 +215,32 @@ def test_energy_of_a_model_and_itself_is_0(trajectory: Trajectory) -> None:
     found = update_energy(trajectory.in_, trajectory.in_, ["blocks.0", "blocks.1.attn.head.0"])
     assert found["fro_norm"].tolist() == [0.0, 0.0]
     assert (found["reference_norm"] > 0).all()
+
+
+def test_steps_may_be_adapters(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from hooks.loading import load_model
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        load_model(IN), LoraConfig(r=2, lora_alpha=2, target_modules=r".*layers\.2.*q_proj")
+    )
+    updates = {}
+    for n in (10, 5):
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+        folder = tmp_path / f"checkpoint-{n}"
+        adapted.save_pretrained(str(folder))
+        made = load_file(folder / "adapter_model.safetensors")
+        a, b = (next(w for key, w in made.items() if part in key) for part in ("lora_A", "lora_B"))
+        updates[n] = b @ a
+    found = Trajectory.from_pretrained(IN, tmp_path)
+    assert [step.number for step in found.steps] == [5, 10]
+    path = "model.language_model.layers.2.self_attn.q_proj.weight"
+    for step in found.steps:
+        with found.at(step) as pair:
+            change = pair.rl.model.get_parameter(path) - pair.in_.model.get_parameter(path)
+            torch.testing.assert_close(change.detach(), updates[step.number], atol=1e-6, rtol=0)
+    found.close()
