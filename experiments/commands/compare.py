@@ -121,7 +121,7 @@ def open_files(config: CompareConfig) -> Files:
     opened = {"in": Checkpoint(in_)}
     opened["rl"] = checkpoint_of(rl, opened["in"])
     if base is not None:
-        opened["base"] = Checkpoint(base)
+        opened["base"] = Checkpoint(base, in_)
     align(*opened.values())
     _partition(opened["in"], config)
     owned(opened["in"], config.regions)

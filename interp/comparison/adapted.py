@@ -44,6 +44,7 @@ class Adapted(Checkpoint):
         self.in_ = in_
         self.adapter = adapter if isinstance(adapter, Adapter) else Adapter(adapter, in_)
         self.folder, self.ties, self.counters, self.ignored = self.adapter.folder, in_.ties, in_.counters, []
+        self.layout, self.keys = in_.layout, in_.keys
         self._factors: dict[str, Float[Tensor, " row"]] = {}
         self.tensors = {
             name: replace(stored, dtype=torch.promote_types(torch.float32, stored.dtype))
@@ -136,12 +137,15 @@ class Adapted(Checkpoint):
         return self._factors[name]
 
 
-def checkpoint_of(source: Source, in_: Checkpoint | None = None) -> Checkpoint:
+def checkpoint_of(
+    source: Source, in_: Checkpoint | None = None, settings: Path | str | None = None
+) -> Checkpoint:
     """A checkpoint, or IN under an adapter where the source is the folder of one.
 
     Args:
         source: a folder, or what was opened.
-        in_: IN, for an adapter.
+        in_: IN, for an adapter; a trainer's checkpoint without settings takes those of IN.
+        settings: whose are taken, if not IN's.
 
     Raises:
         FrankenlensError: it cannot be read, or is an adapter and there is no IN for it.
@@ -149,7 +153,7 @@ def checkpoint_of(source: Source, in_: Checkpoint | None = None) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
     if in_ is None or not is_adapter(source):
-        return Checkpoint(source)
+        return Checkpoint(source, in_.folder if settings is None and in_ is not None else settings)
     if isinstance(in_, Adapted):
         raise FrankenlensError(f"{source} is an adapter, and so is its IN ({in_.folder}); merge that first.")
     return Adapted(in_, source)

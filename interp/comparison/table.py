@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from hooks.errors import FrankenlensError
+from hooks.stored.tensors import Stored
 from interp.comparison.adapted import Adapted, Source, checkpoint_of
 from interp.comparison.alignment import align
 from interp.comparison.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ from interp.comparison.energy import Sums, energies
 from interp.comparison.held import difference, held
 from interp.comparison.names import Place, places
 from interp.comparison.singular_values import TOP, Spectrum, blockwise
-from interp.comparison.stored import Stored, counted_in
+from interp.comparison.stored import counted_in
 from interp.comparison.workers import READERS, in_threads
 from interp.updates import type_name
 
@@ -136,7 +137,8 @@ def spectra(table: pd.DataFrame) -> pd.DataFrame:
 def opened(in_: Source, rl: Source, base: Source | None) -> tuple[list[Checkpoint], tuple[str, ...]]:
     """The checkpoints in the order of training, and the stages between them."""
     before = checkpoint_of(in_)
-    checkpoints = [*([] if base is None else [checkpoint_of(base)]), before, checkpoint_of(rl, before)]
+    first = [] if base is None else [checkpoint_of(base, settings=before.folder)]
+    checkpoints = [*first, before, checkpoint_of(rl, before)]
     return checkpoints, ("rl",) if base is None else ("in", "rl")
 
 

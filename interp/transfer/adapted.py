@@ -27,9 +27,9 @@ from hooks.selfcheck import opening_inputs
 from hooks.selfcheck_writes import tolerance
 from hooks.stored.files import DTYPES, Entry, entries, weight_files
 from hooks.stored.names import Names
+from hooks.stored.tensors import Reader
 from interp.comparison import Adapted, Checkpoint
 from interp.comparison.checkpoint import PART
-from interp.comparison.stored import Reader, Stored
 from interp.pair.adapter import LOST, ROUNDING, adapted_logits, read_adapter, undisturbed_logits
 from interp.results.files import is_occupied, publishing
 from interp.transfer.merging import copy_settings, set_dtype
@@ -98,13 +98,18 @@ def save_adapted(
     if is_occupied(out):
         raise FrankenlensError(f"{out} is not empty; choose another folder for the merged checkpoint")
     made = Adapted(Checkpoint(in_), adapter)
+    if not made.in_.layout.is_plain:
+        raise FrankenlensError(
+            f"{in_} holds {made.in_.layout.kind}; an adapter is merged into IN's own safetensors files. Save IN with "
+            "save_pretrained first."
+        )
     with publishing(out) as staging:
         writing = _Writing(made, torch.float32 if dtype else None)
         for file in tqdm(weight_files(made.in_.folder), desc="merging", unit="file", disable=not progress):
             writing.write(file, staging / file.name)
         lost = writing.lost
         _require_held(adapter, lost, writing.coarse, accept)
-        copy_settings(made.in_.folder, staging)
+        copy_settings(made.in_.layout, staging)
         writing.write_index(made.in_.folder, staging)
         if dtype is not None:
             set_dtype(staging / "config.json", dtype)
@@ -141,7 +146,7 @@ class _Writing:
 
     def write(self, source: Path, target: Path) -> None:
         """One file (https://huggingface.co/docs/safetensors): a header, and the tensors in its order."""
-        stored = dict(sorted(entries(source).items(), key=lambda item: item[1].start))
+        stored = dict(sorted(entries(source).items(), key=lambda item: item[1].pieces[0][1]))
         with safe_open(source, framework="pt") as opened:
             about = opened.metadata()
         header: dict[str, Any] = {} if about is None else {"__metadata__": about}
@@ -198,7 +203,7 @@ class _Writing:
 
 def _parts(entry: Entry) -> Iterator[Shaped[Tensor, " entry"]]:
     """A tensor of a file as it lies there, part by part."""
-    stored = Stored(((entry.file, entry.start, entry.size),), entry.shape, DTYPES[entry.kind])
+    stored = entry.stored
     buffer, size = torch.empty(min(PART, stored.entries), dtype=stored.dtype), stored.dtype.itemsize
     with Reader(stored, ahead=True) as reader:
         for first in range(0, stored.entries, PART):
