@@ -31,7 +31,7 @@ from interp.planting.table import HELD, by_effect, by_pair, found_table, null_ta
 from interp.planting.trial import TEST
 from interp.questions.examples import Example, fingerprint
 from interp.results.page import Account, Section, told
-from interp.results.store import Store
+from interp.results.store import opened
 from interp.statistics import interval_text
 
 FIRST = "rl"
@@ -176,7 +176,7 @@ def _made(pair: Pair, asked: Questions, config: PlantedConfig) -> PlantedPairs:
         training=repr((plants.SUPERVISED, plants.REINFORCED)),
         questions=None if config.data is None else sorted(map(fingerprint, asked.examples)),
     )
-    keep = Store(finished(config.out, **about), about)
+    keep = opened(finished(config.out, **about), about)
 
     def prompts(seed: int) -> list[Example]:
         if config.data is None:

@@ -1,0 +1,254 @@
+"""A run on Ray: workers started, watched and replaced, one bar, and one result."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+from hooks.errors import FrankenlensError, one_line, shown
+from hooks.extras import require_installed
+from hooks.memory import limit
+from interp.cluster.coordinator import MOST_LOST, Coordinator
+from interp.cluster.worker import Place, Worker, plain_error
+
+Models = TypeVar("Models")
+Result = TypeVar("Result")
+LOCAL = "local"
+"""In place of an address: this machine alone, for the length of a run."""
+_SAME = (
+    "OMP_",
+    "MKL_",
+    "OPENBLAS_",
+    "TOKENIZERS_",
+    "TRANSFORMERS_OFFLINE",
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+)
+_VERSIONS = ("frankenlens", "torch", "transformers", "numpy")
+_OFTEN = 0.2
+"""Seconds between two looks at how far a run is."""
+
+
+class WorkerLost(FrankenlensError):
+    """Workers end again and again; what they had finished is kept where the run keeps anything."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster that works are done on.
+
+    Every worker opens models of its own and does the whole work, but for its long parts (batches of prompts, shards of
+    interventions, variants, pairs), each of which one worker does for all (`hooks.shared`). A worker that ends before
+    its time is replaced, and what it had finished is kept; the part that it was at is done again.
+
+    Attributes:
+        address: "auto" (the cluster that this machine belongs to), host:port of one, or "local" (this machine alone,
+            for the length of a run; no cluster is left behind).
+        gpus_per_model: GPUs of every worker, 0 for none. A worker sees its own alone, so that the pair is opened with
+            device_map "cuda", or "auto" where it is spread over several.
+        workers: at most; None: as many as there are GPUs for, or, without any, cores (a worker has as many threads as
+            this process, since numbers may depend on how many).
+
+    Example:
+        >>> cluster = fl.Cluster("10.0.0.1:6379", gpus_per_model=1)  # doctest: +SKIP
+        >>> opened = partial(fl.Pair.from_pretrained, "IN", "RL", device_map="cuda")  # doctest: +SKIP
+        >>> cluster.run(opened, lambda pair: fl.sweep(pair.rl, *asked(pair)))  # doctest: +SKIP
+    """
+
+    address: str = "auto"
+    gpus_per_model: int = 0
+    workers: int | None = None
+
+    def run(
+        self, open_models: Callable[[], Models], work: Callable[[Models], Result], progress: bool = True
+    ) -> Result:
+        """What the work returns of the models; the numbers are those of one process.
+
+        Args:
+            open_models: opens them, in every worker: a function that can be sent, such as a partial of
+                `Pair.from_pretrained` with paths that all machines have.
+            work: does it, in every worker; it must do the same in each, and return what can be sent.
+            progress: show one bar for all workers.
+
+        Raises:
+            FrankenlensError: no cluster, too few GPUs in it, or models that are open already among what is to be sent;
+                and whatever opening and the work raise.
+            WorkerLost: a part has ended several workers, or they end outside of any.
+        """
+        with _connected(self.address) as ray:
+            size = self._sizes(ray)
+            sent = _sent(open_models), _sent(work)
+            return _Run(ray, self, size, sent, progress).result()
+
+    def _sizes(self, ray: Any) -> list[int]:
+        """How many workers there is room for, machine by machine.
+
+        Raises:
+            FrankenlensError: for none.
+        """
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if self.gpus_per_model:
+            found = [int(node.get("GPU", 0) // self.gpus_per_model) for node in nodes]
+            have = ", ".join(f"{node.get('GPU', 0):g}" for node in nodes)
+            lacking = f"no machine of the cluster has {self.gpus_per_model} GPUs (--gpus-per-model); they have {have}"
+        else:
+            found = [int(node.get("CPU", 0) // self.threads) for node in nodes]
+            have = ", ".join(f"{node.get('CPU', 0):g}" for node in nodes)
+            lacking = (
+                f"no machine of the cluster has {self.threads} cores, as many as PyTorch has threads here; they have "
+                f"{have}. Set OMP_NUM_THREADS to fewer"
+            )
+        if not any(found):
+            raise FrankenlensError(f"{lacking}.")
+        return found
+
+    @property
+    def threads(self) -> int:
+        """Of every worker."""
+        return torch.get_num_threads()
+
+
+class _Run:
+    """One work on a cluster, from its first worker to its result."""
+
+    def __init__(
+        self, ray: Any, cluster: Cluster, sizes: Sequence[int], sent: tuple[Any, Any], progress: bool
+    ) -> None:
+        self._ray, self._cluster, self._sent = ray, cluster, sent
+        self._size = sum(sizes) if cluster.workers is None else min(sum(sizes), cluster.workers)
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        self._coordinator = ray.remote(Coordinator).options(num_cpus=0, scheduling_strategy=here).remote()
+        environment = {name: value for name, value in os.environ.items() if name.startswith(_SAME)}
+        versions = {name: version(name) for name in _VERSIONS}
+        together = min(self._size, max(sizes))
+        self._place = Place(os.getcwd(), environment, cluster.threads, versions, together)
+        self._bar = tqdm(desc="ray", unit="part", disable=not progress)
+        self._actors: dict[Any, tuple[str, Any]] = {}  # of what a worker will return: its name, and itself
+        self._idle_losses, self._finished = 0, -1
+
+    def result(self) -> Any:
+        """What the first worker to finish has; all have the same."""
+        try:
+            for _ in range(self._size):
+                self._start()
+            while True:
+                ready, _ = self._ray.wait(list(self._actors), timeout=_OFTEN)
+                self._show()
+                for one in ready:
+                    done, found = self._taken(one)
+                    if done:
+                        return found
+        except self._ray.exceptions.ActorDiedError as error:
+            raise WorkerLost(f"the coordinator of the run has ended: {one_line(error)}") from error
+        finally:
+            self._bar.close()
+            for actor in [*(actor for _, actor in self._actors.values()), self._coordinator]:
+                with suppress(Exception):
+                    self._ray.kill(actor)
+
+    def _start(self) -> None:
+        name = uuid.uuid4().hex[:8]
+        options = {"num_cpus": self._cluster.threads, "num_gpus": self._cluster.gpus_per_model}
+        if self._cluster.gpus_per_model:
+            options["num_cpus"] = 1
+        actor = self._ray.remote(Worker).options(**options).remote(name, self._coordinator, self._place)
+        self._actors[actor.run.remote(*self._sent, limit())] = name, actor
+
+    def _taken(self, one: Any) -> tuple[bool, Any]:
+        """Whether a worker has finished, and with what; one that was lost is replaced."""
+        name, _ = self._actors.pop(one)
+        try:
+            return True, self._ray.get(one)
+        except (self._ray.exceptions.RayActorError, self._ray.exceptions.WorkerCrashedError) as error:
+            self._replace(name, error)
+            return False, None
+        except self._ray.exceptions.RayTaskError as error:
+            raise plain_error(error) from None
+
+    def _replace(self, name: str, error: Exception) -> None:
+        had_part, too_often = self._ray.get(self._coordinator.lost.remote(name))
+        if too_often:
+            raise WorkerLost(
+                f"{MOST_LOST} workers have ended at the same part, {too_often}: {one_line(error)} Where their memory "
+                "was full, give --batch-size or --max-memory less."
+            )
+        done = self._ray.get(self._coordinator.progress.remote()).done
+        self._idle_losses = 0 if had_part or done > self._finished else self._idle_losses + 1
+        self._finished = done
+        if self._idle_losses >= MOST_LOST:
+            raise WorkerLost(f"workers end before they take any part: {one_line(error)}")
+        tqdm.write(f"a worker has ended, and another takes its place: {one_line(error)}", file=sys.stderr)
+        self._start()
+
+    def _show(self) -> None:
+        now = self._ray.get(self._coordinator.progress.remote())
+        for line in now.told:
+            tqdm.write(line, file=sys.stderr)
+        self._bar.set_description(now.what, refresh=False)
+        self._bar.total, self._bar.n = now.total, now.done
+        self._bar.refresh()
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    """Ray, connected to the cluster for as long; a connection that there is already is used, and left as it is.
+
+    Raises:
+        FrankenlensError: there is no such cluster.
+    """
+    require_installed("a run on Ray", "ray")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+    import ray.util.scheduling_strategies
+
+    if ray.is_initialized():
+        yield ray
+        return
+    if "://" in address:
+        raise FrankenlensError(
+            f"{shown(address)} is an address of Ray's client; start the run on a machine of the cluster: --ray auto."
+        )
+    quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": "error"}
+    try:
+        if address == LOCAL:
+            ray.init(**quiet)
+        else:
+            ray.init(address, log_to_driver=False, logging_level="error")
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise FrankenlensError(
+            f"there is no Ray cluster at {shown(address)}: {one_line(error)} Start one (ray start --head) and join it, "
+            f"or give --ray {LOCAL} for this machine alone."
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _sent(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function, once it is seen that it can be sent.
+
+    Raises:
+        FrankenlensError: it cannot.
+    """
+    from ray import cloudpickle
+
+    try:
+        cloudpickle.dumps(function)
+    except FrankenlensError:
+        raise
+    except Exception as error:
+        raise FrankenlensError(f"{function!r} cannot be sent to a worker: {one_line(error)}") from error
+    return function
