@@ -296,4 +296,6 @@ def assumed(bench: Bench, config: LensConfig) -> Iterator[str]:
     yield f"{own.decided:.0%} of the prompts have an answer, and a differing token at {own.decided_at:.0%} of the trace"
 
 
-COMMAND = Command(LensConfig, check, load_questions, load_pair, measure, plan=Planned(work, assumed=assumed))
+COMMAND = Command(
+    LensConfig, check, load_questions, load_pair, measure, plan=Planned(work, assumed=assumed), on_ray=True
+)

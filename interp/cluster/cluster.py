@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import uuid
@@ -36,6 +37,8 @@ _SAME = (
 _VERSIONS = ("frankenlens", "torch", "transformers", "numpy")
 _OFTEN = 0.2
 """Seconds between two looks at how far a run is."""
+_LONG = 10
+"""Seconds that the coordinator has for letting go of folders."""
 
 
 class WorkerLost(FrankenlensError):
@@ -153,6 +156,8 @@ class _Run:
             raise WorkerLost(f"the coordinator of the run has ended: {one_line(error)}") from error
         finally:
             self._bar.close()
+            with suppress(Exception):
+                self._ray.get(self._coordinator.close.remote(), timeout=_LONG)
             for actor in [*(actor for _, actor in self._actors.values()), self._coordinator]:
                 with suppress(Exception):
                     self._ray.kill(actor)
@@ -169,7 +174,7 @@ class _Run:
         """Whether a worker has finished, and with what; one that was lost is replaced."""
         name, _ = self._actors.pop(one)
         try:
-            return True, self._ray.get(one)
+            return True, self._ray.cloudpickle.loads(self._ray.get(one))
         except (self._ray.exceptions.RayActorError, self._ray.exceptions.WorkerCrashedError) as error:
             self._replace(name, error)
             return False, None
@@ -220,12 +225,12 @@ def _connected(address: str) -> Iterator[Any]:
         raise FrankenlensError(
             f"{shown(address)} is an address of Ray's client; start the run on a machine of the cluster: --ray auto."
         )
-    quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": "error"}
+    quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": logging.ERROR}
     try:
         if address == LOCAL:
             ray.init(**quiet)
         else:
-            ray.init(address, log_to_driver=False, logging_level="error")
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise FrankenlensError(
             f"there is no Ray cluster at {shown(address)}: {one_line(error)} Start one (ray start --head) and join it, "

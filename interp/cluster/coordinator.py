@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,7 +65,8 @@ class Progress:
 class Coordinator:
     """Ray runs one of these for a run, on the machine of who started it, where `out` is.
 
-    Every method but the constructor is called by workers or the driver, from afar.
+    Every method but the constructor is called by workers or the driver, from afar. What has arrays in it is sent as
+    bytes: Ray would give back arrays that cannot be written to.
     """
 
     def __init__(self) -> None:
@@ -147,6 +149,10 @@ class Coordinator:
             self._known.add(line)
             self._told.append(line)
 
+    async def close(self) -> None:
+        """Let go of the folders."""
+        self._held.close()
+
     async def progress(self) -> Progress:
         """How far the run is; what is told is told once."""
         told = [self._told.popleft() for _ in range(len(self._told))]
@@ -167,7 +173,7 @@ class Coordinator:
             elif not self._stores[folder].is_of(about):
                 Store(folder, about)  # refuses
 
-    async def load(self, folder: str, name: str, of: str, all_of_it: bool) -> Any:
+    async def load(self, folder: str, name: str, of: str, all_of_it: bool) -> bytes:
         """A part of a store as it was when the run began, or (`all_of_it`) is now.
 
         What a run keeps itself it does not find: a worker that comes late goes the same way through the work as the
@@ -177,9 +183,9 @@ class Coordinator:
             FrankenlensError: as `Store.load`.
         """
         if not all_of_it and (folder, name) in self._new:
-            return None
+            return pickle.dumps(None)
         with self._telling():
-            return self._stores[folder].load(name, of)
+            return pickle.dumps(self._stores[folder].load(name, of))
 
     async def sizes(self, folder: str, name: str, all_of_it: bool) -> list[int]:
         """`Store.sizes`; see `load`."""
@@ -190,7 +196,7 @@ class Coordinator:
         """`Store.holds`; see `load`."""
         return (all_of_it or (folder, name) not in self._new) and self._stores[folder].holds(name, of)
 
-    async def keep(self, folder: str, name: str, value: Any, of: str) -> Any:
+    async def keep(self, folder: str, name: str, value: bytes, of: str) -> bytes:
         """Keep a part; what is kept, which is what the first who had it gave.
 
         Raises:
@@ -198,10 +204,10 @@ class Coordinator:
         """
         if (folder, name) not in self._new:
             with self._telling():
-                self._stores[folder].save(name, value, of)
+                self._stores[folder].save(name, pickle.loads(value), of)
             self._new.add((folder, name))
             return value
-        return self._stores[folder].load(name, of)
+        return pickle.dumps(self._stores[folder].load(name, of))
 
     @contextmanager
     def _telling(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,23 +32,27 @@ class DistantStore(Store):
 
     def load(self, name: str, of: str = "") -> Any:
         """See `Store.load`."""
-        return self._ask("load", str(self.folder), self._prefix + name, of, not is_shared())
+        found = self._ask("load", str(self.folder), self._prefix + name, of, not is_shared())
+        return pickle.loads(found)
 
     def save(self, name: str, value: Any, of: str = "") -> None:
         """See `Store.save`; what another worker kept by this name stands."""
-        self._ask("keep", str(self.folder), self._prefix + name, value, of)
+        self._keep(name, value, of)
 
     def part(self, name: str, compute: Callable[[], Any], of: str = "") -> Any:
         """See `Store.part`; what the first worker computed is everyone's."""
         found = self.load(name, of)
         if found is None:
-            kept = self._ask("keep", str(self.folder), self._prefix + name, compute(), of)
-            found = as_read(kept)
+            found = as_read(self._keep(name, compute(), of))
         return found
 
     def holds(self, name: str, of: str = "") -> bool:
         """See `Store.holds`."""
         return self._ask("holds", str(self.folder), self._prefix + name, of, not is_shared())
+
+    def _keep(self, name: str, value: Any, of: str) -> Any:
+        sent = pickle.dumps(value)
+        return pickle.loads(self._ask("keep", str(self.folder), self._prefix + name, sent, of))
 
     def sizes(self, name: str) -> list[int]:
         """See `Store.sizes`."""

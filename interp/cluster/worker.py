@@ -59,17 +59,18 @@ class Worker:
         """Process and machine."""
         return os.getpid(), socket.gethostname()
 
-    def run(self, open_models: Callable[[], Any], work: Callable[[Any], Any], limit: int | None) -> Any:
+    def run(self, open_models: Callable[[], Any], work: Callable[[Any], Any], limit: int | None) -> bytes:
         """Open models, do the work on them with the other workers, and close them.
 
         Returns:
-            What the work returned; it is the same in every worker.
+            What the work returned, as it is sent; it is the same in every worker.
 
         Raises:
             FrankenlensError: other versions are installed here than where the run was started; and whatever opening
                 and the work raise.
         """
         import torch
+        from ray import cloudpickle
 
         from hooks.memory import beside, memory_limit
         from interp.results.store import stores_opened
@@ -80,14 +81,15 @@ class Worker:
             shares = _Shares(self._ask, self._name)
             opened = lambda folder, about: _distant(folder, about, self._ask)  # noqa: E731
             with memory_limit(limit), beside(self._place.processes), sharing(shares), stores_opened(opened):
-                return work(models)
+                return cloudpickle.dumps(work(models))
 
     def _ask(self, method: str, *args: Any) -> Any:
         import ray
+        from ray.exceptions import RayTaskError
 
         try:
             return ray.get(getattr(self._coordinator, method).remote(*args))
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             raise plain_error(error) from None
 
 
