@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hooks.errors import FrankenlensError
@@ -48,4 +49,10 @@ def cluster_for(config: Any) -> Any:
         return None
     from interp.cluster import Cluster
 
-    return Cluster(config.ray, config.gpus_per_model)
+    return Cluster(config.ray, config.gpus_per_model, memory=_bytes_of(config))
+
+
+def _bytes_of(config: Any) -> int:
+    """What the models' files take, which is about what the models do; 0 where they are not here."""
+    folders = [Path(one) for one in (config.in_, config.rl, config.base) if one is not None]
+    return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))

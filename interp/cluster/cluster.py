@@ -60,6 +60,7 @@ class Cluster:
             device_map "cuda", or "auto" where it is spread over several.
         workers: at most; None: as many as there are GPUs for, or, without any, cores (a worker has as many threads as
             this process, since numbers may depend on how many).
+        memory: bytes of main memory that the models of a worker without GPUs take; 0: not known.
 
     Example:
         >>> cluster = fl.Cluster("10.0.0.1:6379", gpus_per_model=1)  # doctest: +SKIP
@@ -70,6 +71,7 @@ class Cluster:
     address: str = "auto"
     gpus_per_model: int = 0
     workers: int | None = None
+    memory: int = 0
 
     def run(
         self, open_models: Callable[[], Models], work: Callable[[Models], Result], progress: bool = True
@@ -98,26 +100,27 @@ class Cluster:
         Raises:
             FrankenlensError: for none.
         """
+        names = {"num_gpus": "GPU", "num_cpus": "CPU", "memory": "memory"}
+        needs = {names[name]: n for name, n in self.each.items() if n}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if self.gpus_per_model:
-            found = [int(node.get("GPU", 0) // self.gpus_per_model) for node in nodes]
-            have = ", ".join(f"{node.get('GPU', 0):g}" for node in nodes)
-            lacking = f"no machine of the cluster has {self.gpus_per_model} GPUs (--gpus-per-model); they have {have}"
-        else:
-            found = [int(node.get("CPU", 0) // self.threads) for node in nodes]
-            have = ", ".join(f"{node.get('CPU', 0):g}" for node in nodes)
-            lacking = (
-                f"no machine of the cluster has {self.threads} cores, as many as PyTorch has threads here; they have "
-                f"{have}. Set OMP_NUM_THREADS to fewer"
-            )
-        if not any(found):
-            raise FrankenlensError(f"{lacking}.")
-        return found
+        found = [min(int(node.get(name, 0) // n) for name, n in needs.items()) for node in nodes]
+        if any(found):
+            return found
+        words = {
+            "GPU": "{:g} GPUs (--gpus-per-model)",
+            "CPU": "{:g} cores (as many as PyTorch has threads here: OMP_NUM_THREADS)",
+            "memory": "{:,.0f} bytes of memory for the models",
+        }
+        wanted = ", ".join(words[name].format(n) for name, n in needs.items())
+        have = "; ".join(", ".join(f"{node.get(name, 0):,g} {name}" for name in needs) for node in nodes)
+        raise FrankenlensError(f"no machine of the cluster has {wanted}; they have {have}.")
 
     @property
-    def threads(self) -> int:
-        """Of every worker."""
-        return torch.get_num_threads()
+    def each(self) -> dict[str, Any]:
+        """What every worker takes, as Ray counts it."""
+        if self.gpus_per_model:
+            return {"num_cpus": 1, "num_gpus": self.gpus_per_model}
+        return {"num_cpus": torch.get_num_threads(), "memory": self.memory}
 
 
 class _Run:
@@ -132,10 +135,9 @@ class _Run:
             ray.get_runtime_context().get_node_id(), soft=False
         )
         self._coordinator = ray.remote(Coordinator).options(num_cpus=0, scheduling_strategy=here).remote()
-        environment = {name: value for name, value in os.environ.items() if name.startswith(_SAME)}
         versions = {name: version(name) for name in _VERSIONS}
         together = min(self._size, max(sizes))
-        self._place = Place(os.getcwd(), environment, cluster.threads, versions, together)
+        self._place = Place(os.getcwd(), torch.get_num_threads(), versions, together)
         self._bar = tqdm(desc="ray", unit="part", disable=not progress)
         self._actors: dict[Any, tuple[str, Any]] = {}  # of what a worker will return: its name, and itself
         self._idle_losses, self._finished = 0, -1
@@ -164,9 +166,8 @@ class _Run:
 
     def _start(self) -> None:
         name = uuid.uuid4().hex[:8]
-        options = {"num_cpus": self._cluster.threads, "num_gpus": self._cluster.gpus_per_model}
-        if self._cluster.gpus_per_model:
-            options["num_cpus"] = 1
+        variables = {name: value for name, value in os.environ.items() if name.startswith(_SAME)}
+        options = {**self._cluster.each, "runtime_env": {"env_vars": variables}}
         actor = self._ray.remote(Worker).options(**options).remote(name, self._coordinator, self._place)
         self._actors[actor.run.remote(*self._sent, limit())] = name, actor
 
@@ -179,7 +180,7 @@ class _Run:
             self._replace(name, error)
             return False, None
         except self._ray.exceptions.RayTaskError as error:
-            raise plain_error(error) from None
+            raise plain_error(error) from error
 
     def _replace(self, name: str, error: Exception) -> None:
         had_part, too_often = self._ray.get(self._coordinator.lost.remote(name))

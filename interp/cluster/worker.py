@@ -5,17 +5,21 @@ from __future__ import annotations
 import io
 import os
 import socket
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any, TypeVar
 
+import torch
+
 from hooks.errors import FrankenlensError
+from hooks.memory import beside, memory_limit
 from hooks.shared import Part, sharing
+from interp.cluster.stores import Ask, DistantStore
+from interp.results.store import stores_opened
 
 Found = TypeVar("Found")
 
@@ -26,14 +30,12 @@ class Place:
 
     Attributes:
         folder: that relative paths start from.
-        environment: variables and what they are.
         threads: of PyTorch.
         versions: package to version.
         processes: workers on one machine, at most, where they have main memory in common.
     """
 
     folder: str
-    environment: Mapping[str, str]
     threads: int
     versions: Mapping[str, str]
     processes: int
@@ -49,8 +51,6 @@ class Worker:
     """
 
     def __init__(self, name: str, coordinator: Any, place: Place) -> None:
-        os.environ.update(place.environment)
-        sys.excepthook = sys.__excepthook__
         with suppress(OSError):  # then absolute paths are all that can be found here, and each says so
             os.chdir(place.folder)
         self._name, self._coordinator, self._place = name, coordinator, place
@@ -69,19 +69,19 @@ class Worker:
             FrankenlensError: other versions are installed here than where the run was started; and whatever opening
                 and the work raise.
         """
-        import torch
         from ray import cloudpickle
-
-        from hooks.memory import beside, memory_limit
-        from interp.results.store import stores_opened
 
         _require_versions(self._place.versions)
         torch.set_num_threads(self._place.threads)
-        with _told(lambda line: self._ask("tell", line)), closing(open_models()) as models:
-            shares = _Shares(self._ask, self._name)
-            opened = lambda folder, about: _distant(folder, about, self._ask)  # noqa: E731
-            with memory_limit(limit), beside(self._place.processes), sharing(shares), stores_opened(opened):
-                return cloudpickle.dumps(work(models))
+        with (
+            _told(lambda line: self._ask("tell", line)),
+            memory_limit(limit),
+            beside(self._place.processes),
+            closing(open_models()) as models,
+            sharing(Shares(self._ask, self._name)),
+            stores_opened(lambda folder, about: DistantStore(folder.absolute(), about, self._ask)),
+        ):
+            return cloudpickle.dumps(work(models))
 
     def _ask(self, method: str, *args: Any) -> Any:
         import ray
@@ -90,26 +90,25 @@ class Worker:
         try:
             return ray.get(getattr(self._coordinator, method).remote(*args))
         except RayTaskError as error:
-            raise plain_error(error) from None
-
-
-def _distant(folder: Path, about: Mapping[str, Any], ask: Callable[..., Any]) -> Any:
-    from interp.cluster.stores import DistantStore
-
-    return DistantStore(folder.absolute(), about, ask)
+            raise plain_error(error) from error
 
 
 def plain_error(error: Any) -> Exception:
     """What was raised where a task ran, without what Ray puts around it."""
     cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, FrankenlensError) else error
+    return cause if isinstance(cause, Exception) else error
 
 
 @dataclass
-class _Shares:
-    """Does parts that the coordinator gives out, and fetches the others'."""
+class Shares:
+    """How a worker shares its work: it does parts that the coordinator gives out, and fetches what the others did.
 
-    ask: Callable[..., Any]
+    Attributes:
+        ask: asks the coordinator.
+        name: the worker's.
+    """
+
+    ask: Ask
     name: str
     _calls: int = field(default=0)
 
@@ -149,8 +148,6 @@ def _name(part: Any) -> str:
 
 
 def _require_versions(wanted: Mapping[str, str]) -> None:
-    from importlib.metadata import version
-
     other = {name: (version(name), one) for name, one in wanted.items() if version(name) != one}
     if other:
         told = ", ".join(f"{name} {here} (not {there})" for name, (here, there) in other.items())
