@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +40,7 @@ _VERSIONS = ("frankenlens", "torch", "transformers", "numpy")
 _OFTEN = 0.2
 """Seconds between two looks at how far a run is."""
 _LONG = 10
-"""Seconds that the coordinator has for letting go of folders."""
+"""Seconds that the coordinator has for letting go of folders, and a cluster for answering."""
 
 
 class WorkerLost(FrankenlensError):
@@ -186,15 +188,15 @@ class _Run:
         had_part, too_often = self._ray.get(self._coordinator.lost.remote(name))
         if too_often:
             raise WorkerLost(
-                f"{MOST_LOST} workers have ended at the same part, {too_often}: {one_line(error)} Where their memory "
-                "was full, give --batch-size or --max-memory less."
+                f"{MOST_LOST} workers have ended at the same part, {too_often}; the last was {_who(error)}. Where a "
+                "machine has no memory left its workers are killed: give less of --batch-size or --max-memory."
             )
         done = self._ray.get(self._coordinator.progress.remote()).done
         self._idle_losses = 0 if had_part or done > self._finished else self._idle_losses + 1
         self._finished = done
         if self._idle_losses >= MOST_LOST:
             raise WorkerLost(f"workers end before they take any part: {one_line(error)}")
-        tqdm.write(f"a worker has ended, and another takes its place: {one_line(error)}", file=sys.stderr)
+        tqdm.write(f"a worker has ended, and another takes its place: {_who(error)}", file=sys.stderr)
         self._start()
 
     def _show(self) -> None:
@@ -226,6 +228,7 @@ def _connected(address: str) -> Iterator[Any]:
         raise FrankenlensError(
             f"{shown(address)} is an address of Ray's client; start the run on a machine of the cluster: --ray auto."
         )
+    _require_reachable(address)
     quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": logging.ERROR}
     try:
         if address == LOCAL:
@@ -233,14 +236,39 @@ def _connected(address: str) -> Iterator[Any]:
         else:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise FrankenlensError(
-            f"there is no Ray cluster at {shown(address)}: {one_line(error)} Start one (ray start --head) and join it, "
-            f"or give --ray {LOCAL} for this machine alone."
-        ) from error
+        raise _no_cluster(address, error) from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Somebody answers at host:port; Ray would try for minutes.
+
+    Raises:
+        FrankenlensError: nobody does.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_LONG).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> FrankenlensError:
+    return FrankenlensError(
+        f"there is no Ray cluster at {shown(address)}: {one_line(error)}. Start one (ray start --head) and join it, "
+        f"or give --ray {LOCAL} for this machine alone."
+    )
+
+
+def _who(error: Exception) -> str:
+    """Which worker Ray says has ended."""
+    found = re.search(r"pid: (\d+).*?ip: (\S+)", str(error), re.DOTALL)
+    return f"process {found[1]} on {found[2]}" if found else one_line(error)
 
 
 def _sent(function: Callable[..., Any]) -> Callable[..., Any]:

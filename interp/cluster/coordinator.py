@@ -134,9 +134,10 @@ class Coordinator:
                 for number in [n for n, who in call.doing.items() if who == worker]:
                     had = True
                     del call.doing[number]
-                    call.todo.append(number)
                     self._lost[key, number] += 1
-                    if self._lost[key, number] >= MOST_LOST:
+                    if self._lost[key, number] < MOST_LOST:
+                        call.todo.append(number)
+                    else:  # nobody else is to try
                         too_often = (
                             f"part {number + 1} of {len(call.names)} of {call.what!r} ({call.names[number]})"
                         )
