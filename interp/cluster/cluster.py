@@ -232,7 +232,7 @@ def _connected(address: str) -> Iterator[Any]:
     quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": logging.ERROR}
     try:
         if address == LOCAL:
-            ray.init(**quiet)
+            ray.init(_node_ip_address="127.0.0.1", **quiet)  # nobody else reaches it
         else:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 HOSTS = {"fl-one": "10.231.7.1", "fl-two": "10.231.7.2"}
 RAY = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+"""Only who has it may use the cluster."""
 SCRIPT = """
 from tests.interp.cluster.test_hosts import where
 from tests.interp.cluster.test_cluster import opened
@@ -49,7 +52,7 @@ def _ip(*args: str) -> None:
 
 def _inside(host: str, command: Sequence[str], **how: object) -> subprocess.CompletedProcess[str]:
     root = str(Path(fl.__file__).parent)
-    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **TOKEN}
     return subprocess.run(
         ["ip", "netns", "exec", host, *command], env=env, capture_output=True, text=True, timeout=300
     )
