@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hooks.errors import FrankenlensError
+from hooks.extras import require_installed
 
 ON_RAY = ("knockout", "lens", "lockstep", "map", "metrics", "planted", "transfer")
 """Commands whose parts are shared (`experiments.frame.Command.on_ray`)."""
@@ -21,7 +22,7 @@ def require_on_ray(config: Any, can: bool) -> None:
         can: whether the command's parts can be shared.
 
     Raises:
-        FrankenlensError: names the commands that can, or the options that do not go together.
+        FrankenlensError: names the commands that can, the extra that brings Ray, or the options that do not go together.
     """
     if getattr(config, "ray", None) is None:
         return
@@ -29,6 +30,7 @@ def require_on_ray(config: Any, can: bool) -> None:
         raise FrankenlensError(
             f"--ray is of {', '.join(ON_RAY)}; the parts of this command cannot be shared: leave --ray out."
         )
+    require_installed("--ray", "ray")
     gpus, devices = config.gpus_per_model, config.device_map
     if gpus < 0:
         raise FrankenlensError(f"--gpus-per-model is {gpus}; give 0 for none, or how many a pair takes.")
