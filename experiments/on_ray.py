@@ -22,7 +22,7 @@ def require_on_ray(config: Any, can: bool) -> None:
         can: whether the command's parts can be shared.
 
     Raises:
-        FrankenlensError: names the commands that can, the extra that brings Ray, or the options that do not go together.
+        FrankenlensError: names the commands that can, or the options that do not go together; Ray is not installed.
     """
     if getattr(config, "ray", None) is None:
         return

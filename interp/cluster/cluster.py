@@ -155,6 +155,7 @@ class _Run:
                 for one in ready:
                     done, found = self._taken(one)
                     if done:
+                        self._show()
                         return found
         except self._ray.exceptions.ActorDiedError as error:
             raise WorkerLost(f"the coordinator of the run has ended: {one_line(error)}") from error
