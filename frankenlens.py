@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
         AttentionView, attention_mass, attention_shift, attention_view, plot_head_shift, plot_shift, shift,
         shifts,
     )
+    from interp.cluster import Cluster
     from interp.comparison import (
         Adapted, Checkpoint, adapter_by_address, adapter_table, by_address, compare, energy_outside, principal_angles,
         spectra,
@@ -132,6 +133,7 @@ _NAMES = {  # module -> its names here; one that is no attribute is a module
     "interp": "comparison knockout localization planting statistics steering",
     "interp.attention": "AttentionView attention_mass attention_shift attention_view plot_head_shift plot_shift shift "
     "shifts",
+    "interp.cluster": "Cluster",
     "interp.comparison": "Adapted Checkpoint adapter_by_address adapter_table by_address compare energy_outside "
     "principal_angles spectra",
     "interp.comparison.plots": "plot_directions plot_energy plot_spectra",

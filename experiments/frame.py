@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 
 from experiments.contract import admitted
 from experiments.given import TraceSettings, fingerprints, require_trace_files, told_of
+from experiments.on_ray import OF_CLUSTER, cluster_for, require_on_ray
 from experiments.settings import ModelSettings, PairSettings, require_sound, require_there
 from hooks.errors import FrankenlensError
 from hooks.memory import memory_limit
@@ -31,7 +33,7 @@ from interp.questions.examples import Example, cluster_of, fingerprint
 from interp.results.files import provenance, publishing, settle
 from interp.results.lock import is_locked, locked, making
 from interp.results.page import Section, save_sections
-from interp.results.store import Store
+from interp.results.store import Store, are_elsewhere, opened
 from interp.results.whole import write_whole
 
 Item = TypeVar("Item")
@@ -92,6 +94,7 @@ class Command(Generic[Settings, Models, Question]):
             is added to their accounts.
         admit: what of that can be asked of what was opened, and read; refuses a pair whose traces cannot be read.
         plan: the work that it is (`experiments.bench.Planned`); None where no honest count of it exists yet.
+        on_ray: whether several processes can share its parts (`hooks.shared`), as `--ray` lets them.
     """
 
     settings: type[Settings]
@@ -101,6 +104,7 @@ class Command(Generic[Settings, Models, Question]):
     measure: Callable[[Models, Question, Settings], Iterable[Section]]
     admit: Callable[[Models, Question, Settings], Question] = admitted
     plan: Planned | None = None
+    on_ray: bool = False
 
     def prepare(self, config: Settings) -> Callable[[Models], Iterator[Section]]:
         """Check and load; what remains is to measure, whatever is opened.
@@ -108,22 +112,16 @@ class Command(Generic[Settings, Models, Question]):
         Raises:
             FrankenlensError: settings contradict each other, or what is asked cannot be loaded.
         """
-        require_sound(config)
-        self.check(config)
-        require_there(config)
-        if isinstance(config, TraceSettings):
-            require_trace_files(config)
-        _require_writable(config.out)
-        asked = self.load(config)
+        asked = self._asked(config)
+        return lambda models: self.sections(models, asked, config)
 
-        def measure(models: Models) -> Iterator[Section]:
-            fit = self.admit(models, asked, config)
-            for section in self.measure(models, fit, config):
-                whole = clustered(_without(section, fit.left_out), getattr(fit, "examples", ()))
-                given = getattr(fit, "traces", None)
-                yield told_of(whole, given) if given else whole
-
-        return measure
+    def sections(self, models: Models, asked: Question, config: Settings) -> Iterator[Section]:
+        """What is measured of what was opened, section by section."""
+        fit = self.admit(models, asked, config)
+        for section in self.measure(models, fit, config):
+            whole = clustered(_without(section, fit.left_out), getattr(fit, "examples", ()))
+            given = getattr(fit, "traces", None)
+            yield told_of(whole, given) if given else whole
 
     def run(self, config: Settings) -> list[Section]:
         """Measure, and write tables, figures, datasets and the page to `config.out`, all or none.
@@ -135,27 +133,61 @@ class Command(Generic[Settings, Models, Question]):
             FrankenlensError: see `prepare`; another run writes to `config.out`; what is opened is not what the command
                 needs, or nothing can be measured of it; the disk is full.
         """
-        measure = self.prepare(config)
+        asked = self._asked(config)
         if not is_first_process():
             return []
-        with locked(config.out):
+        with locked(config.out), memory_limit(getattr(config, "max_memory", None)):
             settle(config.out)
-            return self._measured(measure, config)
+            if (cluster := cluster_for(config)) is not None:
+                there = replace(config, out=config.out.absolute())
+                found = cluster.run(partial(self.open, there), partial(finish, self, asked, there))
+            else:
+                with closing(self.open(config)) as models:
+                    found = finish(self, asked, config, models)
+            if found.sections:
+                _publish(found.sections, config, found.models)
+        if found.failure is not None:
+            raise found.failure
+        return found.sections
 
-    def _measured(self, measure: Callable[[Models], Iterator[Section]], config: Settings) -> list[Section]:
-        sections: list[Section] = []
-        failure: Exception | None = None
-        with memory_limit(getattr(config, "max_memory", None)), closing(self.open(config)) as models:
-            try:
-                for section in measure(models):
-                    sections.append(section)
-            except Exception as error:  # what is finished is published nevertheless
-                failure = error
-            if sections:
-                _publish(sections, config, models.provenance())
-        if failure is not None:
-            raise failure
-        return sections
+    def _asked(self, config: Settings) -> Question:
+        require_sound(config)
+        require_on_ray(config, self.on_ray)
+        self.check(config)
+        require_there(config)
+        if isinstance(config, TraceSettings):
+            require_trace_files(config)
+        _require_writable(config.out)
+        return self.load(config)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command measured.
+
+    Attributes:
+        sections: that were finished.
+        models: their provenance; none where nothing was finished.
+        failure: of the section after them.
+    """
+
+    sections: list[Section]
+    models: Mapping[str, Any]
+    failure: Exception | None
+
+
+def finish(
+    command: Command[Settings, Models, Question], asked: Question, config: Settings, models: Models
+) -> Finished:
+    """Every section that can be finished."""
+    sections: list[Section] = []
+    failure: Exception | None = None
+    try:
+        for section in command.sections(models, asked, config):
+            sections.append(section)
+    except Exception as error:  # what is finished is published nevertheless
+        failure = error
+    return Finished(sections, models.provenance() if sections else {}, failure)
 
 
 @dataclass(frozen=True)
@@ -178,9 +210,9 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def steps(work: Iterable[Item], what: str, unit: str) -> Iterable[Item]:
-    """The work, under a bar on standard error."""
-    return tqdm(work, desc=what, unit=unit, delay=1)
+def steps(work: Iterable[Item], what: str, unit: str, total: int | None = None) -> Iterable[Item]:
+    """The work, under a bar on standard error; `total` where its length does not say how much there is."""
+    return tqdm(work, desc=what, unit=unit, total=total, delay=1)
 
 
 def finished(out: Path, **about: Any) -> Path:
@@ -192,7 +224,19 @@ def finished(out: Path, **about: Any) -> Path:
     return out / "finished" / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-OF_PLACE = ("out", "in_", "rl", "base", "data", "images", "template", "map", "max_memory", "traces")
+OF_PLACE = (
+    "out",
+    "in_",
+    "rl",
+    "base",
+    "data",
+    "images",
+    "template",
+    "map",
+    "max_memory",
+    "traces",
+    *OF_CLUSTER,
+)
 """Settings that say where something is, or how much of it: the parts depend on what is there."""
 
 
@@ -207,7 +251,7 @@ def kept(pair: Pair, examples: Iterable[Example], config: PairSettings, **also: 
         config: the settings.
         also: what the numbers depend on besides.
     """
-    if not is_locked(config.out):
+    if not is_locked(config.out) and not are_elsewhere():
         return None
     about = {
         "command": type(config).__name__,
@@ -221,7 +265,7 @@ def kept(pair: Pair, examples: Iterable[Example], config: PairSettings, **also: 
     }
     if isinstance(config, TraceSettings) and config.traces:
         about["traces"] = fingerprints(config)
-    return Store(finished(config.out, **about), {"version": version("frankenlens"), **about})
+    return opened(finished(config.out, **about), {"version": version("frankenlens"), **about})
 
 
 def _of_meta(example: Example) -> str:
@@ -297,7 +341,8 @@ def _publish(sections: Sequence[Section], config: ModelSettings, models: Mapping
             for key, number in getattr(section.account, name).items()
         }
 
-    made = provenance(models, config.options, joined("counts"), joined("left_out"))
+    settings = {name: value for name, value in config.options.items() if name not in OF_CLUSTER}
+    made = provenance(models, settings, joined("counts"), joined("left_out"))
     with publishing(config.out) as staging:
         save_sections(sections, staging, made)
         written = sorted(path.name for path in staging.iterdir())

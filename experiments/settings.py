@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from experiments import embedded
-from experiments.options import Options, as_option, require_agreement, require_names
+from experiments.options import Only, Options, as_option, default, require_agreement, require_names
 from hooks.errors import FrankenlensError, one_line, shown
 from hooks.memory import parse_bytes
 from hooks.whereabouts import absent, require_checkpoint, require_file, require_folder
@@ -97,6 +97,9 @@ class PairSettings(ModelSettings):
         system: system message of every prompt.
         instruction: text that stands before every question, in the same turn.
         accept: differences of the models that are taken as they are, by the names that the refusal gives them.
+        ray: share the work among the workers of a Ray cluster, a pair each: auto (the cluster that this machine is of),
+            the host:port of one, or local (this machine alone, for the length of the run). The numbers are the same.
+        gpus_per_model: GPUs of every worker; more than one where --device-map spreads the pair over several.
     """
 
     reasoning: tuple[str, ...] = ("<think>", "</think>")
@@ -111,6 +114,8 @@ class PairSettings(ModelSettings):
     system: str | None = None
     instruction: str = ""
     accept: tuple[str, ...] = ()
+    ray: str | None = None
+    gpus_per_model: int = default(0, only=Only("--ray", lambda config: config.ray))
 
     @property
     def trace_format(self) -> TraceFormat:
@@ -269,11 +274,11 @@ def _require_data(config: ModelSettings) -> None:
     data = getattr(config, "data", None)
     if getattr(config, "images", None) is not None and data is None:
         raise FrankenlensError("--images is the folder of the images of --data; give --data as well.")
-    for name, default in (("images_anywhere", False), ("max_pixels", PIXELS)):
-        if getattr(config, name, default) != default and data is None:
+    for name, usual in (("images_anywhere", False), ("max_pixels", PIXELS)):
+        if getattr(config, name, usual) != usual and data is None:
             raise FrankenlensError(f"{as_option(name)} is of the images of --data; give --data as well.")
-    for name, default in (("fields", ()), ("encoding", None), ("cluster", IMAGE)):
-        if getattr(config, name, default) != default and (data is None or is_public(str(data))):
+    for name, usual in (("fields", ()), ("encoding", None), ("cluster", IMAGE)):
+        if getattr(config, name, usual) != usual and (data is None or is_public(str(data))):
             raise FrankenlensError(
                 f"{as_option(name)} is of a file of your own: give that as --data, or leave {as_option(name)} out."
             )

@@ -16,6 +16,7 @@ import torch
 from hooks.errors import FrankenlensError, one_line
 from hooks.memory import NOT_WORTH_ASKING, in_words, limit, room_of
 from hooks.opened import Opened
+from hooks.shared import shared
 from hooks.weights import d_mlp
 
 Row = TypeVar("Row")
@@ -172,10 +173,38 @@ def in_parts(
         MemoryRanOut: memory runs out with one row.
         FrankenlensError: `size` is below 1.
     """
+    for some in _split(rows, size, done):
+        yield from _halved(some, run)
+
+
+def in_shared_parts(
+    what: str,
+    rows: Sequence[Row],
+    size: int,
+    run: Callable[[Sequence[Row]], Found],
+    done: Callable[[Sequence[Row]], int] | None = None,
+) -> Iterator[tuple[Sequence[Row], Found]]:
+    """`in_parts`, each by whichever process takes it first where several share the work (`hooks.shared`).
+
+    Args:
+        what: is done, for the progress bar of all.
+        rows, size, done: as in `in_parts`.
+        run: gives plain data of some rows, and changes nothing else.
+
+    Raises:
+        MemoryRanOut, FrankenlensError: as `in_parts`.
+    """
+    for _, found in shared(what, _split(rows, size, done), lambda some: list(_halved(some, run))):
+        yield from found
+
+
+def _split(
+    rows: Sequence[Row], size: int, done: Callable[[Sequence[Row]], int] | None
+) -> Iterator[Sequence[Row]]:
     require_batch_size(size)
     while rows:
         n = (done(rows) if done else 0) or size
-        yield from _halved(rows[:n], run)
+        yield rows[:n]
         rows = rows[n:]
 
 

@@ -12,6 +12,7 @@ EXTRAS: Mapping[str, Sequence[str]] = {
     "train": ("trl", "peft", "accelerate", "datasets"),
     "merge": ("mergekit",),
     "math": ("math_verify",),
+    "ray": ("ray",),
 }
 """Extra to the packages that it brings, as they are imported; pyproject.toml has the versions."""
 

@@ -23,6 +23,7 @@ NOT_WORTH_ASKING = 1 << 26
 """Bytes below which nobody asks what is free: 64 MiB."""
 _SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})\s{0,8}([KMGT]?)(i?)B?", re.IGNORECASE)
 _LIMIT: ContextVar[int | None] = ContextVar("frankenlens_memory_limit", default=None)
+_BESIDE: ContextVar[int] = ContextVar("frankenlens_processes", default=1)
 _V1, _V2 = "/sys/fs/cgroup/memory", "/sys/fs/cgroup"
 _CGROUPS = (
     (f"{_V2}/memory.max", f"{_V2}/memory.current", f"{_V2}/memory.stat", "inactive_file"),
@@ -87,6 +88,16 @@ def memory_limit(size: int | str | None) -> Iterator[None]:
         _LIMIT.reset(token)
 
 
+@contextmanager
+def beside(processes: int) -> Iterator[None]:
+    """So many processes, this one among them, take what is free of main memory, and each its share."""
+    token = _BESIDE.set(processes)
+    try:
+        yield
+    finally:
+        _BESIDE.reset(token)
+
+
 def limit() -> int | None:
     """The bytes of the innermost `memory_limit`; None outside of any."""
     return _LIMIT.get()
@@ -120,7 +131,7 @@ def free_memory(device: torch.device) -> int | None:
             files = re.search(rf"^{read} (\d+)$", _text(stat), re.MULTILINE)
             taken = int(numbers[1]) - (0 if files is None else int(files[1]))
             free_of.append(max(0, int(numbers[0]) - taken))
-    return min(free_of, default=None)
+    return min(free_of) // _BESIDE.get() if free_of else None
 
 
 def _text(path: str) -> str:

@@ -23,6 +23,8 @@ from PIL import Image
 
 from experiments import embedded
 from experiments.cli import main
+from experiments.commands.map import MapConfig
+from experiments.on_ray import require_on_ray
 from experiments.retraining.plants import train_components
 from experiments.retraining.recipe import read_trl
 from experiments.triple.rl import RL, build_prompts
@@ -144,6 +146,7 @@ FEATURES: list[tuple[str, str, Callable[[Path], object]]] = [
     ("math_verify", "an answer judged", lambda out: judge("2", MATH)),
     ("math_verify", "an answer graded", lambda out: grade("2", MATH)),
     ("math_verify", "a row read that names the grader", _graded_row),
+    ("ray", "a run on Ray", lambda out: require_on_ray(MapConfig(ray="auto"), True)),
     ("datasets", "a public data set", lambda out: read_gsm8k(out)),
     ("datasets", "prompts for GRPO", lambda out: build_prompts(RL(1, 1, 2), 0)),
     ("peft", "an adapter", _adapter),

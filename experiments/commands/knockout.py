@@ -274,5 +274,11 @@ def assumed(bench: Bench, config: KnockoutConfig) -> Iterator[str]:
 
 
 COMMAND = Command(
-    KnockoutConfig, check, load_questions, load_pair, measure, plan=Planned(work, assumed=assumed)
+    KnockoutConfig,
+    check,
+    load_questions,
+    load_pair,
+    measure,
+    plan=Planned(work, assumed=assumed),
+    on_ray=True,
 )

@@ -20,6 +20,7 @@ from experiments.frame import Command
 from experiments.given import TraceSettings
 from experiments.settings import Questions, load_pair, load_questions
 from hooks import FrankenlensError, HookedVLM
+from hooks.shared import shared
 from interp.decision import DecisionSet, changed_weights, find_decisions, null_changes
 from interp.lens import (
     TunedLens,
@@ -83,6 +84,10 @@ def check(config: LensConfig) -> None:
     if config.lenses is not None and not config.tuned_steps:
         raise FrankenlensError(
             "--lenses keeps tuned lenses, and --tuned-steps 0 trains none; give one of the two."
+        )
+    if config.lenses is not None and config.ray is not None:
+        raise FrankenlensError(
+            "--lenses is a folder of one machine, and --ray trains on many; give one of the two."
         )
     if config.tuned_steps and config.n < 2:
         raise FrankenlensError(
@@ -184,12 +189,12 @@ def _tuned(
     half = len(order) // 2
     training = [traces[row] for row in order[:half]]
     models = {"in": pair.in_, "rl": pair.rl}
-    lenses = {
-        name: train_tuned_lens(
-            vlm, training, steps=config.tuned_steps, batch_size=config.batch_size, seed=config.seed
-        )
-        for name, vlm in models.items()
-    }
+
+    def train(name: str) -> TunedLens:
+        settings: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
+        return train_tuned_lens(models[name], training, steps=config.tuned_steps, **settings)
+
+    lenses = dict(shared("tuned lens", list(models), train))
     if config.lenses is not None:
         with making(config.lenses):
             for name, lens in lenses.items():
@@ -296,4 +301,6 @@ def assumed(bench: Bench, config: LensConfig) -> Iterator[str]:
     yield f"{own.decided:.0%} of the prompts have an answer, and a differing token at {own.decided_at:.0%} of the trace"
 
 
-COMMAND = Command(LensConfig, check, load_questions, load_pair, measure, plan=Planned(work, assumed=assumed))
+COMMAND = Command(
+    LensConfig, check, load_questions, load_pair, measure, plan=Planned(work, assumed=assumed), on_ray=True
+)

@@ -293,4 +293,6 @@ def _account(config: LockstepConfig, chosen: _Chosen, found: xr.Dataset, n_examp
     )
 
 
-COMMAND = Command(LockstepConfig, check, load, load_pair, measure, plan=Planned(work, assumed=assumed))
+COMMAND = Command(
+    LockstepConfig, check, load, load_pair, measure, plan=Planned(work, assumed=assumed), on_ray=True
+)

@@ -99,4 +99,4 @@ def work(bench: Bench, config: MapConfig) -> Iterator[Work]:
         yield plans.two_by_two(runs, asked).times(asked.scale)
 
 
-COMMAND = Command(MapConfig, check, load_questions, load_pair, measure, plan=Planned(work))
+COMMAND = Command(MapConfig, check, load_questions, load_pair, measure, plan=Planned(work), on_ray=True)

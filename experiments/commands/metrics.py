@@ -274,5 +274,11 @@ def assumed(bench: Bench, config: MetricsConfig) -> Iterator[str]:
 
 
 COMMAND = Command(
-    MetricsConfig, check, load, load_triple, measure, plan=Planned(work, base=True, assumed=assumed)
+    MetricsConfig,
+    check,
+    load,
+    load_triple,
+    measure,
+    plan=Planned(work, base=True, assumed=assumed),
+    on_ray=True,
 )

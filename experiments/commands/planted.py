@@ -24,6 +24,7 @@ from experiments.retraining.triple import require_triple
 from experiments.settings import Questions, QuestionSettings, checkpoints, load_examples, load_pair
 from experiments.triple.rl import require_grpo
 from hooks.errors import FrankenlensError
+from hooks.shared import shared
 from interp.pair.pair import Pair
 from interp.planting import DRAWN, KINDS, METHODS, MOST, NULLS, TRAINED, Draws, chosen, mark_table, on_grid
 from interp.planting.plots import plot_found
@@ -31,7 +32,7 @@ from interp.planting.table import HELD, by_effect, by_pair, found_table, null_ta
 from interp.planting.trial import TEST
 from interp.questions.examples import Example, fingerprint
 from interp.results.page import Account, Section, told
-from interp.results.store import Store
+from interp.results.store import opened
 from interp.statistics import interval_text
 
 FIRST = "rl"
@@ -112,6 +113,10 @@ def check(config: PlantedConfig) -> None:
     for name in ("pairs", "others", "nulls", "changed", "noise_pairs"):
         if not 1 <= getattr(config, name) < MOST:
             raise FrankenlensError(f"{as_option(name)} is {getattr(config, name)}; give 1 to {MOST - 1}.")
+    if config.ray is not None and (trained := sorted(set(config.kinds) & set(TRAINED))):
+        raise FrankenlensError(
+            f"--kinds {', '.join(trained)} are trained in a folder of one machine; leave them, or --ray, out."
+        )
     if set(config.kinds) & set(TRAINED):
         require_triple(checkpoints(config)[0])
     if "reinforced" in config.kinds:
@@ -147,13 +152,19 @@ def measure(pair: Pair, asked: Questions, config: PlantedConfig) -> Iterator[Sec
         kinds.remove("bf16")
         left_out["pairs of kind bf16, as every weight of IN is a bfloat16 number already"] = config.nulls
     work = [(kind, i) for kind in kinds for i in range(config.pairs_of(kind))]
-    noise = steps(range(config.noise_pairs), "noise pairs", "pair")
-    scores, effects, marked = [], [pd.concat([made.noise(i) for i in noise])], []
-    for kind, i in steps(work, "planted pairs", "pair"):
-        found, own = made.tried(kind, i)
+    shares = shared("noise pairs", range(config.noise_pairs), made.noise)
+    noise = [one for _, one in steps(shares, "noise pairs", "pair", config.noise_pairs)]
+    scores, effects, marked = [], [pd.concat(noise)], []
+
+    def tried(one: tuple[str, int]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame | None]:
+        return *made.tried(*one), made.marked(*one) if config.marks else None
+
+    for _, (found, own, marks) in steps(
+        shared("planted pairs", work, tried), "planted pairs", "pair", len(work)
+    ):
         scores.append(found)
         effects.append(own)
-        marked += [made.marked(kind, i)] if config.marks else []
+        marked += [] if marks is None else [marks]
     both = [pd.concat(some, ignore_index=True) for some in (scores, effects)]
     yield section(
         both[0], both[1], config, left_out, pd.concat(marked, ignore_index=True) if marked else None
@@ -176,7 +187,7 @@ def _made(pair: Pair, asked: Questions, config: PlantedConfig) -> PlantedPairs:
         training=repr((plants.SUPERVISED, plants.REINFORCED)),
         questions=None if config.data is None else sorted(map(fingerprint, asked.examples)),
     )
-    keep = Store(finished(config.out, **about), about)
+    keep = opened(finished(config.out, **about), about)
 
     def prompts(seed: int) -> list[Example]:
         if config.data is None:
@@ -280,4 +291,4 @@ def _account(config: PlantedConfig, pairs: pd.DataFrame, left_out: Mapping[str, 
 
 
 PLAN = Planned(work, assumed=assumed, asks=False)
-COMMAND = Command(PlantedConfig, check, load, load_pair, measure, admit, PLAN)
+COMMAND = Command(PlantedConfig, check, load, load_pair, measure, admit, PLAN, on_ray=True)

@@ -342,5 +342,11 @@ def assumed(bench: Bench, config: TransferConfig) -> Iterator[str]:
 
 
 COMMAND = Command(
-    TransferConfig, check, load, load_triple, measure, plan=Planned(work, base=True, assumed=assumed)
+    TransferConfig,
+    check,
+    load,
+    load_triple,
+    measure,
+    plan=Planned(work, base=True, assumed=assumed),
+    on_ray=True,
 )

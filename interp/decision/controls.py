@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks import HookedVLM
-from hooks.batches import cache_bytes, fitting, forward_bytes, in_parts
+from hooks.batches import cache_bytes, fitting, forward_bytes, in_shared_parts
 from hooks.errors import FrankenlensError
 from interp.decision.result import DecisionSet
 from interp.metrics import LogitDifference
@@ -62,7 +62,7 @@ def two_by_two(pair: Pair, decisions: DecisionSet, batch_size: int = 32) -> xr.D
         )
         for vlm in models.values()
     ]  # fmt: skip
-    for rows, found in in_parts(range(len(decisions)), min(sizes), measure):
+    for rows, found in in_shared_parts("two by two", range(len(decisions)), min(sizes), measure):
         values[..., list(rows)] = found
     coordinates = {
         "weights": list(models),

@@ -13,8 +13,8 @@ import torch
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from interp.decision.result import Decision, DecisionSet
-from interp.decision.soft import both, soft_difference
-from interp.decision.traces import Divergence, diverging, next_tokens
+from interp.decision.soft import soft_difference
+from interp.decision.traces import Divergence, chosen_tokens, diverging
 from interp.metrics import LogitDifference, Metric, evaluate
 from interp.pair.elsewhere import Traces, at_least_as_long
 from interp.pair.generation import greedy
@@ -80,9 +80,9 @@ def find_decisions(
     max_new_tokens = at_least_as_long(max_new_tokens, traces, prompts)
     run = _run(pair, prompts, grader, max_new_tokens, batch_size, progress, keep, traces or {})
     divergences, unstable = [], 0
-    runs = both(pair.in_, pair.rl, run.rl_traces, batch_size, progress)
-    for trace, (of_in, of_rl) in zip(run.rl_traces, runs, strict=True):
-        found, ties = diverging(trace, next_tokens(trace, of_rl), next_tokens(trace, of_in))
+    chosen_by = [chosen_tokens(vlm, run.rl_traces, batch_size, progress) for vlm in (pair.rl, pair.in_)]
+    for trace, of_rl, of_in in zip(run.rl_traces, *chosen_by, strict=True):
+        found, ties = diverging(trace, of_rl, of_in)
         divergences.append(found)
         unstable += ties
     if choice == "soft":

@@ -18,6 +18,7 @@ from hooks import HookedVLM
 from hooks.batches import SHARE
 from hooks.errors import FrankenlensError
 from hooks.memory import NOT_WORTH_ASKING, free_memory, room
+from hooks.shared import shared
 from hooks.spilled import Spill
 from hooks.swapped import like, swapped
 from interp.decision.result import DecisionSet
@@ -73,8 +74,9 @@ def null_pair_denominator(
     traces = {"bf16": (decisions.rl_values, decisions.rl_traces)}
     traces["random"] = (decisions.in_values, decisions.in_traces)
     own = _own_soft if decisions.choice == "soft" else _own_first
-    found: dict[str, Interval] = {}
-    for label, vlm, change in changes:
+
+    def measure(number: int) -> dict[str, Null]:
+        label, vlm, change = changes[number]
         before, written = traces[label]
         with changed_weights(vlm.model, change):
             after = evaluate(vlm, decisions.prompts, decisions.metric, batch_size)
@@ -83,7 +85,10 @@ def null_pair_denominator(
         of = {"clusters": decisions.clusters, **settings}
         new = {label: Null.of(after - before, held, **of)}
         own_of = {"clusters": np.array([cluster_of(p.example) for p in asked]), **settings}
-        new |= {f"{label}, own decisions": Null.of(own_before(), held, **own_of)}
+        return new | {f"{label}, own decisions": Null.of(own_before(), held, **own_of)}
+
+    found: dict[str, Interval] = {}
+    for _, new in shared("null pairs", range(len(changes)), measure):
         for name, null in new.items():
             if name not in found or not _end(found[name]) >= _end(null):
                 found[name] = null

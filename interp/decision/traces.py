@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hooks import HookedVLM
-from hooks.batches import at_once, fitting, forward_bytes, in_parts, item_bytes, logits_bytes
+from hooks.batches import at_once, fitting, forward_bytes, in_parts, in_shared_parts, item_bytes, logits_bytes
 from hooks.plain import own_parameter, plain_weight
 from hooks.spilled import Spill, Spilled
 from interp.metrics.logits import Logits, chunks, run_for_logits
@@ -127,7 +127,7 @@ def trace_logits(
     """
     if not traces:
         return
-    steps, width = [len(trace.trace_ids) for trace in traces], max(map(len, traces))
+    steps = [len(trace.trace_ids) for trace in traces]
 
     def run(rows: Sequence[int]) -> Logits:
         batch = collate([traces[row] for row in rows], "left").to(
@@ -137,8 +137,7 @@ def trace_logits(
         longest = max(1, *(steps[row] for row in rows))
         return run_for_logits(vlm, batch.inputs, torch.arange(end - longest, end))
 
-    of_row = forward_bytes(vlm, width) + max(steps) * vlm.d_model * item_bytes(vlm)
-    size = fitting(vlm, batch_size, of_row, "reading traces", logits_bytes(vlm, max(steps)))
+    size = _rows_at_once(vlm, traces, batch_size)
     with tqdm(total=len(traces), desc="trace", unit="trace", disable=not progress) as bar:
         for rows, logits in in_parts(range(len(traces)), size, run):
             last = logits.source.shape[1]
@@ -146,6 +145,32 @@ def trace_logits(
                 own = logits.source[i, last - steps[row] : last]
                 yield traces[row], StepLogits(own, logits.n_words, logits.unembed, logits.alone)
             bar.update(len(rows))
+
+
+def _rows_at_once(vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int) -> int:
+    width, longest = max(map(len, traces)), max(len(trace.trace_ids) for trace in traces)
+    of_row = forward_bytes(vlm, width) + longest * vlm.d_model * item_bytes(vlm)
+    return fitting(vlm, batch_size, of_row, "reading traces", logits_bytes(vlm, longest))
+
+
+def chosen_tokens(
+    vlm: HookedVLM, traces: Sequence[Prompt], batch_size: int, progress: bool = False
+) -> list[Int[Tensor, " step"]]:
+    """`next_tokens` of every trace, as the model is now."""
+    if not traces:
+        return []
+
+    def read(rows: Sequence[int]) -> list[list[int]]:
+        some = [traces[row] for row in rows]
+        return [next_tokens(trace, of).tolist() for trace, of in trace_logits(vlm, some, len(some))]
+
+    found: list[Int[Tensor, " step"]] = []
+    size = _rows_at_once(vlm, traces, batch_size)
+    with tqdm(total=len(traces), desc="trace", unit="trace", disable=not progress) as bar:
+        for rows, chosen in in_shared_parts("trace", range(len(traces)), size, read):
+            found += [torch.tensor(own, dtype=torch.long) for own in chosen]
+            bar.update(len(rows))
+    return found
 
 
 def next_tokens(trace: Prompt, logits: StepLogits) -> Int[Tensor, " step"]:

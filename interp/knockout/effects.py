@@ -8,12 +8,20 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.batches import fitting, forward_bytes, in_parts, lanes_fitting, logits_bytes, scores_bytes
+from hooks.batches import (
+    fitting,
+    forward_bytes,
+    in_parts,
+    in_shared_parts,
+    lanes_fitting,
+    logits_bytes,
+    scores_bytes,
+)
 from interp.knockout.attached import knocked_out, missing
 from interp.knockout.cut import Cut, cut_layers, cut_name, layers_label, require_cuts, together
 from interp.knockout.lanes import Lane, Part, run_cuts
@@ -25,6 +33,9 @@ from interp.sweep.batch import LANE_TOKENS, stored_bytes
 from interp.sweep.edits import Span
 from interp.sweep.rerun import CleanRun
 from interp.sweep.stored import StoredRun, Unsupported
+
+OfRows = tuple[Float[np.ndarray, " row"], Float[np.ndarray, "*cut row"], Int[np.ndarray, "cut row"]]
+"""Of some prompts: the metric of the clean run and under every cut, and the edges cut."""
 
 
 @torch.no_grad()
@@ -69,22 +80,26 @@ def knockout_effects(
     total = -(-len(order) // size) * len(cuts)
     with tqdm(total=total, desc="knockout", unit="cut", disable=not progress, delay=1) as bar:
 
-        def measure(rows: Sequence[int]) -> None:
-            """Fills in these rows."""
+        def measure(rows: Sequence[int]) -> OfRows:
             batch = collate([prompts[row] for row in rows]).to(vlm.device)
             lanes = cut_lanes(vlm, batch, cuts)
             part = CutBatch(vlm, batch, metric.select(rows))
-            clean[rows] = part.clean
+            under, edges = (
+                np.full((len(cuts), len(rows)), np.nan),
+                np.zeros((len(cuts), len(rows)), dtype=int),
+            )
             for lane in lanes:
-                n_edges[lane.number, rows] = sum(p.edges.flatten(1).sum(1).cpu().numpy() for p in lane.parts)
+                edges[lane.number] = sum(p.edges.flatten(1).sum(1).cpu().numpy() for p in lane.parts)
             for cut, found in part.run(lanes):
-                value[cut, rows] = found
+                under[cut] = found
                 bar.update()
             for cut in sorted(set(range(len(cuts))) - {lane.number for lane in lanes}):
-                value[cut, rows] = part.run_whole(cuts[cut])
+                under[cut] = part.run_whole(cuts[cut])
                 bar.update()
+            return part.clean, under, edges
 
-        list(in_parts(order, size, measure))
+        for rows, found in in_shared_parts("knockout", order, size, measure):
+            clean[rows], value[:, rows], n_edges[:, rows] = found
     return xr.Dataset(
         {
             "value": (("cut", "example"), value),

@@ -18,11 +18,11 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.batches import in_parts
+from hooks.batches import in_shared_parts
 from interp.decision import Change, changed_weights
 from interp.knockout.attached import missing
 from interp.knockout.cut import Knockout, layers_label, require_cuts
-from interp.knockout.effects import CutBatch, cut_lanes, rows_fitting
+from interp.knockout.effects import CutBatch, OfRows, cut_lanes, rows_fitting
 from interp.knockout.lanes import Lane
 from interp.knockout.random_edges import control_kinds, controls
 from interp.metrics import AnswerLogProbability, Metric
@@ -99,27 +99,26 @@ def routes(
     clean, n_edges = np.full((len(readers), len(prompts)), np.nan), np.zeros((len(cuts), len(prompts)), int)
     width = max(len(prompts[row]) for row in rows)
     size = min(rows_fitting(vlm, width, batch_size) for vlm, _ in readers.values())
-    steps = steps_of(rows, prompts, size)
-    total = 2 * len(readers) * len(flat) * len(steps)
+    order = [row for step in steps_of(rows, prompts, size) for row in step]
+    total = 2 * len(readers) * len(flat) * -(-len(order) // size)
     with tqdm(total=total, desc="routes", unit="cut", disable=not progress, delay=1) as bar:
         for m, (vlm, change) in enumerate(readers.values()):
 
-            def measure(some: Sequence[int], m: int = m, vlm: HookedVLM = vlm) -> None:
-                """Fills in these rows."""
+            def measure(some: Sequence[int], vlm: HookedVLM = vlm) -> OfRows:
                 batch = collate([prompts[row] for row in some]).to(vlm.device)
                 lanes, beside = lanes_of(vlm, batch, flat, n_windows, kinds, [(seed, row) for row in some])
-                for route, lane in enumerate(lanes[::n_windows]):
-                    n_edges[route, some] = lane.parts[0].edges.flatten(1).sum(1).cpu().numpy()
+                edges = [lane.parts[0].edges.flatten(1).sum(1).cpu().numpy() for lane in lanes[::n_windows]]
+                under = np.full((2, len(flat), len(some)), np.nan)
                 with torch.no_grad():
                     part = CutBatch(vlm, batch, wanted.select(some))
-                    clean[m, some] = part.clean
                     for number, found in part.run([*lanes, *beside]):
-                        value[m, number // len(flat), number % len(flat), some] = found
+                        under[number // len(flat), number % len(flat)] = found
                         bar.update()
+                return part.clean, under, np.stack(edges)
 
             with nullcontext() if change is None else changed_weights(vlm.model, change):
-                for step in steps:
-                    list(in_parts(step, len(step), measure))
+                for some, found in in_shared_parts("routes", order, size, measure):
+                    clean[m, some], value[m][..., some], n_edges[:, some] = found
     examples = [prompt.example for prompt in prompts]
     return _dataset(
         value, clean, n_edges, why, cuts, kinds, list(readers), examples, wanted, pair.in_.n_layers

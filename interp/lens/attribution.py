@@ -19,8 +19,10 @@ import torch
 import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.batches import in_shared_parts
 from hooks.engine import HookContext, head_results
 from hooks.errors import nearest
 from hooks.plain import matrix, own_parameter
@@ -29,7 +31,7 @@ from hooks.selfcheck import tolerance
 from hooks.vlm import FwdHooks
 from interp.lens.head import OutputHead, freeze
 from interp.lens.logit_lens import along
-from interp.lens.streams import CHUNK, Some, in_batches, rows_fitting, run_at, stream_name
+from interp.lens.streams import CHUNK, Some, in_order, rows_fitting, run_at, stream_name
 from interp.lens.tokens import Tokens, Where, tokens_of, words
 from interp.pair.pair import Pair
 from interp.prompts import Prompt, PromptBatch
@@ -124,42 +126,47 @@ def _attribute(
 ) -> xr.Dataset:
     labels = _labels(vlm)
     contribution = np.zeros((len(labels), len(places)))
-    logit = np.zeros(len(places))
-    chosen = torch.zeros(len(places), dtype=torch.long) if ids is None else ids
+    logit, after = np.zeros(len(places)), ""
+    chosen = np.zeros(len(places), dtype=np.int64) if ids is None else ids.clone().numpy()
     size = max(1, CHUNK // max(_vocabulary(vlm), vlm.n_heads * vlm.d_model))
 
-    def run(given: Some) -> OutputHead:
-        """Fills in what is asked of some tokens."""
+    def run(rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:
+        """Of the tokens of some prompts: which they are, what is asked of them, contributions, logits; and the head."""
+        given = Some.of(places, rows)
         batch, added = given.batch.to(vlm.device), {}
         deepstack = _deepstack_hooks(vlm, batch, given.rows, given.columns, added)
         kept, head = run_at(vlm, batch, given.rows, given.columns, _names(vlm), deepstack)
+        asked = torch.zeros(len(given.index), dtype=torch.long) if ids is None else ids[given.index]
+        written, logits = np.zeros((len(labels), len(asked))), np.zeros(len(asked))
         for some in torch.arange(len(given.index)).split(size):
             part = {name: value[some.to(value.device)] for name, value in (kept | added).items()}
-            token = given.index[some]
             if ids is None:
                 last = part[stream_name(vlm.n_layers, vlm.n_layers)].to(vlm.device)
-                chosen[token] = head(last).argmax(-1).cpu()
-            own = chosen[token], None if less is None else less[token]
-            at = token.numpy()  # NumPy takes a tensor of one element for a number
-            parts, logit[at] = _one_chunk(vlm, head, part, *own)
-            contribution[:, at] = parts.T
-        return head
+                asked[some] = head(last).argmax(-1).cpu()
+            own = asked[some], None if less is None else less[given.index[some]]
+            at = some.numpy()  # NumPy takes a tensor of one element for a number
+            parts, logits[at] = _one_chunk(vlm, head, part, *own)
+            written[:, at] = parts.T
+        return given.index.numpy(), asked.numpy(), written, logits, str(head.after)
 
-    fits = rows_fitting(vlm, places, len(_names(vlm)), batch_size)
-    head = [head for _, head in in_batches(places, fits, "attribution", progress, run)][-1]
+    fits, order = rows_fitting(vlm, places, len(_names(vlm)), batch_size), in_order(places.prompts)
+    with tqdm(total=len(order), desc="attribution", unit="prompt", disable=not progress, delay=1) as bar:
+        for rows, (index, asked, written, logits, after) in in_shared_parts("attribution", order, fits, run):  # noqa: B007
+            chosen[index], contribution[:, index], logit[index] = asked, written, logits
+            bar.update(len(rows))
     coords = {name: ("component", [row[name] for row in labels]) for name in labels[0]}
     minus = np.full(len(places), -1) if less is None else less.numpy()
     return xr.Dataset(
         {
             "contribution": (("component", "token"), contribution),
             "logit": ("token", logit),
-            "token_id": ("token", chosen.numpy()),
+            "token_id": ("token", chosen),
             "minus_id": ("token", minus),
-            "word": ("token", words(places.prompts[0], chosen.numpy())),
+            "word": ("token", words(places.prompts[0], chosen)),
         },
         coords=coords | places.coordinates(),
         attrs={
-            "logits": str(head.after),
+            "logits": after,
             "folding": "gain of the final norm folded into W_U, scale of the clean run",
         },
     )

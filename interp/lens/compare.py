@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.shared import shared
 from interp.decision import Change, changed_weights
 from interp.lens.logit_lens import along, log_probabilities, require_top_k
 from interp.lens.streams import Streams, groups, joined, read_streams, resolve_layers
@@ -57,18 +58,32 @@ def compare_lenses(
     wanted = resolve_layers(layers, pair.in_.n_layers)
     require_top_k(top_k, pair.in_)
     reading = (wanted, batch_size, progress)
-    parts = []
-    for some in groups(tokens, pair.in_, (3 if nulls else 2) * len({*wanted, pair.in_.n_layers})):
-        own = {"in": read_streams(pair.in_, some, *reading), "rl": read_streams(pair.rl, some, *reading)}
-        found = {"rl": _apart(own["in"], own["rl"], wanted, top_k, progress)}
-        for name, (vlm, change) in (nulls or {}).items():
-            before = own["rl"] if vlm is pair.rl else own["in"]
-            after = changed_streams(vlm, change, some, *reading)
-            found[name] = _apart(before, after, wanted, top_k, progress)
-            del after, before  # before others are read
-        del own
-        parts.append(along("comparison", found))
-    whole = joined(tokens, parts)
+    own: dict[tuple[tuple[int, int], str], Streams] = {}  # of the prompts that are compared
+
+    def streams(rows: tuple[int, int], model: str) -> Streams:
+        if (rows, model) not in own:
+            for other in [key for key in own if key[0] != rows]:
+                del own[other]
+            own[rows, model] = read_streams(pair.models[model], tokens.of_prompts(*rows), *reading)
+        return own[rows, model]
+
+    def compared(one: tuple[tuple[int, int], str]) -> xr.Dataset:
+        rows, name = one
+        if name == "rl":
+            return _apart(streams(rows, "in"), streams(rows, "rl"), wanted, top_k, progress)
+        vlm, change = (nulls or {})[name]
+        before = streams(rows, "rl" if vlm is pair.rl else "in")
+        after = changed_streams(vlm, change, tokens.of_prompts(*rows), *reading)
+        return _apart(before, after, wanted, top_k, progress)
+
+    n_kept = (3 if nulls else 2) * len({*wanted, pair.in_.n_layers})
+    parts = groups(tokens, pair.in_, n_kept, batch_size)
+    names = ["rl", *(nulls or {})]
+    units = [(rows, name) for rows in parts for name in names]
+    found = dict(shared("apart", units, compared, near=lambda unit: unit[0]))
+    own.clear()
+    each = (along("comparison", {name: found[rows, name] for name in names}) for rows in parts)
+    whole = joined(tokens, list(each))
     whole.attrs = {"top_k": top_k, "units": "nats", "n_layers": pair.in_.n_layers}
     return whole
 

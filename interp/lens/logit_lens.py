@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.shared import shared
 from interp.lens.streams import Streams, groups, joined, read_streams, resolve_layers
 from interp.lens.tokens import Where, tokens_of, words
 from interp.lens.tuned_lens import TunedLens
@@ -86,14 +87,22 @@ def logit_lens(
         )
     found = []
     for name, vlm in models.items():
-        wanted, own, parts, first = resolve_layers(layers, vlm.n_layers), _lens_of(tuned, name), [], 0
-        for some in groups(tokens, vlm, len({*wanted, vlm.n_layers})):
-            aims = None if targets is None else torch.as_tensor(targets)[first + some.row]
-            streams = read_streams(vlm, some, layers, batch_size, progress)
-            parts.append(spell(streams, wanted, top_k, aims, own, progress))
-            first += len(some.prompts)
-            del streams  # before those of the next prompts are read
-        found.append(joined(tokens, parts))
+        wanted, own = resolve_layers(layers, vlm.n_layers), _lens_of(tuned, name)
+
+        def spelt(
+            rows: tuple[int, int],
+            vlm: HookedVLM = vlm,
+            own: TunedLens | None = own,
+            wanted: list[int] = wanted,
+        ) -> xr.Dataset:
+            some = tokens.of_prompts(*rows)
+            aims = None if targets is None else torch.as_tensor(targets)[rows[0] + some.row]
+            return spell(
+                read_streams(vlm, some, layers, batch_size, progress), wanted, top_k, aims, own, progress
+            )
+
+        parts = groups(tokens, vlm, len({*wanted, vlm.n_layers}), batch_size)
+        found.append(joined(tokens, [one for _, one in shared(f"lens {name}".strip(), parts, spelt)]))
     return along("model", dict(zip(models, found, strict=True))) if isinstance(model, Pair) else found[0]
 
 

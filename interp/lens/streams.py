@@ -25,6 +25,8 @@ from interp.lens.head import OutputHead, head_of, verify
 from interp.lens.tokens import Tokens
 from interp.prompts import Prompt, PromptBatch, collate
 
+BATCHES = 4
+"""Of prompts whose streams exist at once, at most."""
 CHUNK = 2**26
 """Logits that exist at one time, 256 MB in float32."""
 Found = TypeVar("Found")
@@ -84,28 +86,30 @@ def stream_name(layer: int, n_layers: int) -> str:
     return f"blocks.{layer}.hook_resid_pre" if layer < n_layers else f"blocks.{layer - 1}.hook_resid_post"
 
 
-def groups(tokens: Tokens, vlm: HookedVLM, n_kept: int) -> list[Tokens]:
-    """The tokens, prompts in a row together whose streams may exist at once: in half of the memory that there is.
+def groups(tokens: Tokens, vlm: HookedVLM, n_kept: int, batch_size: int) -> list[tuple[int, int]]:
+    """Prompts in a row, from the first up to the last, whose streams exist at once: in half of the memory there is.
+
+    They are no more than `BATCHES`, so that several processes find something to do; prompts of like length among them
+    run together.
 
     Args:
         tokens: of all prompts, in their order.
         vlm: whose memory counts.
         n_kept: streams of each token, of all models that are read together.
+        batch_size: prompts a forward.
     """
+    most = BATCHES * batch_size
     each = torch.bincount(tokens.row, minlength=len(tokens.prompts)) * n_kept * vlm.d_model * item_bytes(vlm)
     total = int(each.sum())
-    if total < NOT_WORTH_ASKING and limit() is None:
-        return [tokens]
-    free = budget(vlm)
-    if free is None or total <= free // 2:
-        return [tokens]
+    free = None if total < NOT_WORTH_ASKING and limit() is None else budget(vlm)
+    room = total if free is None else free // 2
     ends, taken = [0], 0
     for row, size in enumerate(each.tolist()):
-        if taken and taken + size > free // 2:
+        if row - ends[-1] == most or (taken and taken + size > room):
             ends.append(row)
             taken = 0
         taken += size
-    return [tokens.of_prompts(*some) for some in pairwise([*ends, len(tokens.prompts)])]
+    return list(pairwise([*ends, len(tokens.prompts)]))
 
 
 def joined(tokens: Tokens, parts: Sequence[xr.Dataset]) -> xr.Dataset:
@@ -186,10 +190,9 @@ def in_batches(
         return some.index, run(some)
 
     with tqdm(total=len(tokens.prompts), desc=label, unit="prompt", disable=not progress, delay=1) as bar:
-        for step in in_order(tokens.prompts, size):
-            for chosen, found in in_parts(step, len(step), measure):
-                yield found
-                bar.update(len(chosen))
+        for chosen, found in in_parts(in_order(tokens.prompts), size, measure):
+            yield found
+            bar.update(len(chosen))
 
 
 def rows_fitting(vlm: HookedVLM, tokens: Tokens, n_kept: int, batch_size: int, held: int = 0) -> int:
@@ -204,10 +207,9 @@ def rows_fitting(vlm: HookedVLM, tokens: Tokens, n_kept: int, batch_size: int, h
     return fitting(vlm, batch_size, of_row, "a lens", whole)
 
 
-def in_order(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
-    """Rows of the prompts by batch."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+def in_order(prompts: Sequence[Prompt]) -> list[int]:
+    """Rows of the prompts, such of like length together."""
+    return sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
 
 
 def run_at(

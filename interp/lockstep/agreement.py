@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooks import HookedVLM
-from hooks.batches import at_once, fitting, forward_bytes, in_parts, item_bytes, logits_bytes
+from hooks.batches import at_once, fitting, forward_bytes, in_shared_parts, item_bytes, logits_bytes
 from interp.lockstep.run import Written
 from interp.metrics.logits import sparing_logits
 from interp.prompts import Prompt, collate
@@ -90,7 +90,7 @@ def _choices(
     width = max(map(len, traces), default=1)
     of_row = forward_bytes(vlm, width) + width * vlm.d_model * item_bytes(vlm)
     size = fitting(vlm, batch_size, of_row, "reading traces", logits_bytes(vlm, width))
-    for rows, pieces in in_parts(order, size, run_over):
+    for rows, pieces in in_shared_parts("following traces", order, size, run_over):
         found |= dict(zip(rows, pieces, strict=True))
     return [found[row] for row in range(len(traces))]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import HookedVLM
-from hooks.batches import in_parts
+from hooks.batches import in_shared_parts
 from interp.lockstep.cached import CachedModel
 from interp.lockstep.intervention import Intervention
 from interp.lockstep.moved import Moved
@@ -177,7 +177,7 @@ def write_all(
 
     size = rows_fitting(models, prompts, max_new_tokens, batch_size)
     with tqdm(total=len(prompts), desc=bar, unit="prompt", disable=not bar, delay=1) as shown:
-        for rows, made in in_parts(by_length, size, written, done):
+        for rows, made in in_shared_parts(bar or "lockstep", by_length, size, written, done):
             for row, own in zip(rows, made, strict=True):
                 found[row] = _of_plain(prompts[row], own)
             shown.update(len(rows))

@@ -15,7 +15,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.batches import batched, in_parts
+from hooks.batches import batched, in_shared_parts
 from interp.map.batch import Batch, rows_at_once
 from interp.map.cells import KINDS
 from interp.map.clean import CleanRuns
@@ -244,7 +244,7 @@ def _map(
         def done(rows: Sequence[int]) -> int:
             return begun(keep, f"map-{rows[0]:06d}", len(rows), lambda n: of(job(rows[:n])))
 
-        for rows, found in in_parts(in_order(first), size, measure, done):
+        for rows, found in in_shared_parts("patching", in_order(first), size, measure, done):
             for kind in KINDS:
                 kept[kind][..., rows] = found[kind]
             ends[..., rows] = found["ends"]

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
+from hooks.shared import shared
 from interp.decision import NOISE_PAIRS, Change, changed_weights, own_decisions, random_changes
 from interp.map.component_map import DIRECTIONS, MAP_POINTS, _map, roles_of
 from interp.metrics import Metric
@@ -84,13 +85,14 @@ def noise_cells(
     models = {"in": pair.in_, "rl": pair.rl}
     found = []
     changes = random_changes(pair, range(seed, seed + n_pairs))
-    for number, change in enumerate(tqdm(changes, desc="noise pairs", unit="map", disable=not progress)):
+
+    def measure(number: int) -> dict[str, Any]:
         direction = directions[number % len(directions)]
         traces = _spread(decisions.in_traces if DIRECTIONS[direction][1] == "in" else decisions.rl_traces)
         one = _NoisePair(
             models,
             direction,
-            change,
+            changes[number],
             (prompts, metric),
             traces,
             decisions.choice,
@@ -99,7 +101,12 @@ def noise_cells(
             n_prompts,
             batch_size,
         )
-        found.append(part(keep, f"noise-{number}", one.run, fingerprint(seed + number, *one.about)))
+        return part(keep, f"noise-{number}", one.run, fingerprint(seed + number, *one.about))
+
+    with tqdm(total=n_pairs, desc="noise pairs", unit="map", disable=not progress) as bar:
+        for _, one in shared("noise pairs", range(n_pairs), measure):
+            found.append(one)
+            bar.update()
     return _together(found, list(directions), roles, decisions.metric.units)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks import HookedVLM
-from hooks.batches import fitting, forward_bytes, in_parts, logits_bytes
+from hooks.batches import fitting, forward_bytes, in_shared_parts, logits_bytes
 from hooks.errors import FrankenlensError
 from interp.metrics.logits import Logits, run_for_logits
 from interp.metrics.reading import Metric, Reading, Rows
@@ -381,6 +381,6 @@ def evaluate(
 
     of_row, whole = forward_bytes(vlm, width), logits_bytes(vlm, width)
     size = fitting(vlm, batch_size, of_row, "reading a metric", whole)
-    for rows, scored in in_parts(range(len(prompts)), size, score):
+    for rows, scored in in_shared_parts("reading a metric", range(len(prompts)), size, score):
         values[list(rows)] = scored
     return values

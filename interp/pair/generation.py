@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.batches import cache_bytes, fitting, forward_bytes, in_parts
+from hooks.batches import cache_bytes, fitting, forward_bytes, in_shared_parts
 from hooks.vlm import FwdHooks
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.results.store import Store, begun, fingerprint, part
@@ -60,7 +60,7 @@ def greedy(
 
     size = rows_fitting([vlm], prompts, max_new_tokens, batch_size)
     with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress) as bar:
-        for rows, made in in_parts(by_length, size, write, done):
+        for rows, made in in_shared_parts("generate", by_length, size, write, done):
             for row, ids in zip(rows, made, strict=True):
                 written[row] = ids
             bar.update(len(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hooks.batches import batched
 from hooks.memory import limit
 from interp.lens.streams import CHUNK, in_order
 from interp.metrics.logits import keeps_some
@@ -48,7 +49,7 @@ class LensPlan:
         scale, found = self._scale if scale is None else scale, []
         kept = round(self._kept(self._tokens(prompts, places)) * scale)
         held = {"streams of every layer": _within_limit(kept)}
-        for rows in in_order(prompts, self._runs.batch_size):
+        for rows in batched(in_order(prompts), self._runs.batch_size):
             some = [prompts[row] for row in rows]
             n, width = len(some), max(map(len, some))
             probe = min(width if places is None else places, max(1, CHUNK // (n * self._vlm.n_logits)))

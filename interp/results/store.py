@@ -7,10 +7,13 @@ all of it, which is looked at before anything in it is read. A damaged part is m
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from glob import escape
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +24,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from hooks.errors import FrankenlensError
-from interp.results.lock import making
+from interp.results.lock import locked, making
 from interp.results.whole import read_sealed, sealed, unsealed, write_whole
 
 ABOUT = "about.json"
@@ -48,8 +51,7 @@ class Store:
 
     def under(self, name: str) -> Store:
         """The same store, in which all names begin with this one."""
-        inner = object.__new__(Store)
-        inner.folder, inner._text, inner.key = self.folder, self._text, self.key
+        inner = copy.copy(self)
         inner._prefix = f"{self._prefix}{name}-"
         return inner
 
@@ -92,8 +94,12 @@ class Store:
         found = self.load(name, of)
         if found is None:
             self.save(name, value := compute(), of)
-            found = _read(json.loads(json.dumps(_plain(value))))
+            found = as_read(value)
         return found
+
+    def is_of(self, about: Mapping[str, Any]) -> bool:
+        """Whether its parts are of this."""
+        return json.loads(self._text) == json.loads(json.dumps(about, default=str))
 
     def holds(self, name: str, of: str = "") -> bool:
         """Whether a part is kept by this name, whole and of this."""
@@ -144,6 +150,47 @@ class Store:
             )
 
 
+_OPENED: ContextVar[Callable[[Path, Mapping[str, Any]], "Store"] | None] = ContextVar(
+    "frankenlens_stores", default=None
+)
+
+
+@contextmanager
+def stores_opened(by: Callable[[Path, Mapping[str, Any]], Store]) -> Iterator[None]:
+    """`opened` inside gives what this gives of a folder and what its parts depend on: another process's stores."""
+    token = _OPENED.set(by)
+    try:
+        yield
+    finally:
+        _OPENED.reset(token)
+
+
+def are_elsewhere() -> bool:
+    """Whether stores are another process's, who has their folders to himself."""
+    return _OPENED.get() is not None
+
+
+def opened(folder: Path | str, about: Mapping[str, Any]) -> Store:
+    """The `Store` in a folder; of processes that share a work (`interp.cluster`), that of the one who keeps it.
+
+    Raises:
+        FrankenlensError: as `Store`.
+    """
+    elsewhere = _OPENED.get()
+    return Store(folder, about) if elsewhere is None else elsewhere(Path(folder), about)
+
+
+@contextmanager
+def alone_with(folder: Path | str, about: Mapping[str, Any]) -> Iterator[Store]:
+    """`opened`, and nobody else writes there meanwhile.
+
+    Raises:
+        FrankenlensError: as `Store` and `interp.results.lock.locked`.
+    """
+    with nullcontext() if are_elsewhere() else locked(folder):
+        yield opened(folder, about)
+
+
 def part(keep: Store | None, name: str, compute: Callable[[], Any], of: str = "") -> Any:
     """`Store.part`, or what is computed where nothing is to be kept."""
     return compute() if keep is None else keep.part(name, compute, of)
@@ -170,6 +217,11 @@ def under(keep: Store | None, name: str) -> Store | None:
 def fingerprint(*values: Any) -> str:
     """Of plain data, for `Store.part`."""
     return sha256(json.dumps(values, default=str).encode()).hexdigest()
+
+
+def as_read(value: Any) -> Any:
+    """What a part is when it is read from disk again."""
+    return _read(json.loads(json.dumps(_plain(value))))
 
 
 def _about(path: Path) -> dict[str, Any] | None:

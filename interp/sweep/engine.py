@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import fields, is_dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from tqdm.auto import tqdm
 from hooks import FrankenlensError, HookedVLM
 from hooks.batches import batched, in_parts
 from hooks.memory import limit, memory_limit, parse_bytes
+from hooks.shared import agreed, shared
 from interp.metrics import Metric
 from interp.metrics.logits import sparing_logits
 from interp.metrics.reading import Reading
 from interp.prompts import Prompt, collate
 from interp.prompts.pairing import beside, image_shapes, partners
-from interp.results.lock import locked
-from interp.results.store import Store, fingerprint
+from interp.results.store import Store, alone_with, fingerprint
 from interp.sweep.activations import activation_of, kept_for
 from interp.sweep.batch import BatchSweep
 from interp.sweep.intervention import Bound, Intervention, Means, Others, bind, has_tokens, mean_key, validate
@@ -33,6 +34,8 @@ from interp.sweep.places import LEADING, Where, of_vision, where_label, where_ma
 from interp.sweep.within import in_halves, rows_fitting
 
 SHARD = 512  # interventions
+Shard = tuple[list[int] | None, Float[np.ndarray, "..."]]
+"""Interventions, by number, and what was measured under each; None: under none."""
 
 
 def sweep(
@@ -97,30 +100,52 @@ def sweep(
     borrowing = any(i.kind == "resample" for i in interventions)
     partner = partners(prompts) if borrowing else torch.full((len(prompts),), -1)
     with (
-        nullcontext() if out is None else locked(out),
+        nullcontext() if out is None else alone_with(out, about) as store,
         memory_limit(budget),
         tqdm(desc="sweep", unit="run", disable=not progress, delay=1) as bar,
     ):
-        store = None if out is None else Store(out, about)
         parts = _begun(store, parts, fingerprint(batch_size, [list(prompt.ids) for prompt in prompts]))
         means = _kept_means(store, recipient, prompts, interventions, parts, progress)
         bar.reset(len(parts) * len(interventions))
 
-        def run(rows: Sequence[int], name: str) -> None:
-            """Fills in these rows."""
-            part = _Part(
+        halves: dict[int, list[Sequence[int]]] = {}  # of a batch that there was no memory for at once
+        begun: dict[tuple[int, ...], _Part] = {}  # the one that was run last
+
+        def part_of(rows: Sequence[int]) -> _Part:
+            if (known := begun.pop(tuple(rows), None)) is not None:
+                return known
+            begun.clear()
+            return _Part(
                 recipient, source, [prompts[r] for r in rows], [given[r] for r in rows], interventions,
                 [metric.select(rows) for metric in named.values()], means, budget,
                 partner[list(rows)], beside(prompts, rows, partner),
             )  # fmt: skip
-            for shard, chosen, found in part.shards(store, name, bar):
-                if shard == "clean":
-                    clean[:, rows] = found
-                else:
-                    values[:, np.array(chosen)[:, None], np.array(rows)] = found
 
-        for number, rows in enumerate(parts):
-            list(in_halves(number, rows, run))
+        def measure(unit: tuple[int, int]) -> list[tuple[Sequence[int], list[Shard]]]:
+            """One shard of one batch."""
+            number, shard = unit
+
+            def run(rows: Sequence[int], name: str) -> list[Shard]:
+                part = part_of(rows)
+                found = list(part.shards(store, name, shard, bar))
+                begun[tuple(rows)] = part
+                return found
+
+            found: list[tuple[Sequence[int], list[Shard]]] = []
+            for some in halves.get(number, [parts[number]]):
+                found += in_halves(number, parts[number], some, run)
+            halves[number] = [rows for rows, _ in found]
+            return found
+
+        shards = range(-(-len(interventions) // SHARD))
+        units = [(number, shard) for number in range(len(parts)) for shard in shards]
+        for _, measured in shared("sweep", units, measure, near=lambda unit: unit[0]):
+            for rows, found in measured:
+                for chosen, value in found:
+                    if chosen is None:
+                        clean[:, rows] = value
+                    else:
+                        values[:, np.array(chosen)[:, None], np.array(rows)] = value
     return _dataset(values, clean, named, interventions, [p.example.id for p in prompts], recipient)
 
 
@@ -155,24 +180,24 @@ class _Part:
         ]
 
     def shards(
-        self, store: Store | None, name: str, bar: tqdm
-    ) -> Iterator[tuple[str, list[int], Float[np.ndarray, "..."]]]:
-        """(\"clean\" or the shard's name, the interventions, values) for all of the batch."""
-        of = self._fingerprint() if store is not None else ""
-        todo: list[tuple[str, list[int], Callable[[], np.ndarray]]] = [("clean", [], self._clean)]
-        order = self._order()
-        for first in range(0, len(order), SHARD):
-            chosen = order[first : first + SHARD]
-            todo.append((f"{first // SHARD:04d}", chosen, lambda chosen=chosen: self._values(chosen, bar)))
-        for part, chosen, compute in todo:
-            found = None if store is None else store.load(f"{name}-{part}", of)
+        self, store: Store | None, name: str, number: int, bar: tqdm
+    ) -> Iterator[tuple[list[int] | None, Float[np.ndarray, "..."]]]:
+        """(Interventions of a shard, values); before the first shard (None, values without an intervention)."""
+        chosen = self._order()[number * SHARD : (number + 1) * SHARD]
+        todo: list[tuple[str, list[int] | None, Callable[[], np.ndarray]]] = [
+            (f"{number:04d}", chosen, lambda: self._values(chosen, bar))
+        ]
+        if not number:
+            todo.insert(0, ("clean", None, self._clean))
+        for part, own, compute in todo:
+            found = None if store is None else store.load(f"{name}-{part}", self._of)
             if found is None:
                 found = compute()
                 if store is not None:
-                    store.save(f"{name}-{part}", found, of)
+                    store.save(f"{name}-{part}", found, self._of)
             else:
-                bar.update(len(chosen))
-            yield part, chosen, found
+                bar.update(len(own or ()))
+            yield own, found
 
     def _order(self) -> list[int]:
         """By reach, as far as it is known without running anything: the same in every run of a sweep."""
@@ -244,7 +269,8 @@ class _Part:
     def _own(self, hook: str, index: int | None) -> Tensor:
         return activation_of(self.recipient, self.sweep.activation, hook, index)
 
-    def _fingerprint(self) -> str:
+    @cached_property
+    def _of(self) -> str:
         """Of everything that the batch's numbers depend on and the sweep's manifest does not name."""
         digest = sha256()
         for prompt in [*self.batch.prompts, *self.given, *self.others]:
@@ -273,7 +299,7 @@ def _cached(vlm: HookedVLM, interventions: Sequence[Intervention], kinds: Sequen
 
 def _begun(store: Store | None, parts: list[list[int]], of: str) -> list[list[int]]:
     """The batches that a sweep was begun in: today there may be memory for others, whose parts would be other parts."""
-    return parts if store is None else store.part("batches", lambda: parts, of)
+    return agreed("batches", lambda: parts) if store is None else store.part("batches", lambda: parts, of)
 
 
 def _kept_means(

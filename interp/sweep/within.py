@@ -44,18 +44,19 @@ def rows_fitting(
 
 
 def in_halves(
-    number: int, rows: Sequence[int], run: Callable[[Sequence[int], str], Found]
+    number: int, rows: Sequence[int], some: Sequence[int], run: Callable[[Sequence[int], str], Found]
 ) -> Iterator[tuple[Sequence[int], Found]]:
-    """What `run` gives for the rows of a batch and its name, or for halves of them, by names of their own.
+    """What `run` gives for rows of a batch and their name, or for halves of them, by names of their own.
 
     Args:
         number: of the batch.
         rows: of it.
+        some: of these, which are run.
         run: on some of them.
     """
 
-    def named(some: Sequence[int]) -> Found:
-        whole = len(some) == len(rows)
-        return run(some, f"{number:05d}" if whole else f"{number:05d}-{rows.index(some[0])}-{len(some)}")
+    def named(those: Sequence[int]) -> Found:
+        whole = len(those) == len(rows)
+        return run(those, f"{number:05d}" if whole else f"{number:05d}-{rows.index(those[0])}-{len(those)}")
 
-    yield from in_parts(rows, len(rows), named)
+    yield from in_parts(some, len(some), named)

@@ -14,8 +14,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from interp.results.lock import locked
-from interp.results.store import Store
+from interp.results.store import Store, alone_with
 from interp.transfer.grafts import measured_graft, require_graftable
 from interp.transfer.measuring import Measuring
 from interp.transfer.outcomes import Metrics, Outcomes, names_of, texts_of, unknown
@@ -73,8 +72,7 @@ def transfer(
     """
     _require_sound(recipient, donor, variants, metrics, others or {})
     models = {**(others or {}), "IN": recipient, "RL": donor}
-    with nullcontext() if keep is None else locked(keep):
-        store = None if keep is None else Store(keep, {"metrics": "by name"})
+    with nullcontext() if keep is None else alone_with(keep, {"metrics": "by name"}) as store:
         rows, held = _rows(models, recipient, donor, variants, metrics, store, rounded, progress)
     lacking = [""] * len(models)
     for realized in held:

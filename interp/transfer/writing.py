@@ -14,7 +14,8 @@ import torch
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.anatomy.watching import has_pixels
-from hooks.batches import budget, is_out_of_memory
+from hooks.batches import batched, budget, is_out_of_memory
+from hooks.shared import shared
 from interp.pair.generation import bytes_of_row, greedy, greedy_batch, rows_by_length, rows_fitting
 from interp.prompts import Prompt, PromptBatch, collate
 from interp.results.store import Store, fingerprint
@@ -62,10 +63,11 @@ class Writing:
         found: dict[str, list[list[int]]] = {name: [[] for _ in texts.prompts] for name in self._order}
         by_length = rows_by_length(texts.prompts)
         size = rows_fitting([self._vlm], texts.prompts, texts.max_new_tokens, texts.batch_size)
-        for first in range(0, len(by_length), size):
-            rows = by_length[first : first + size]
+        place = {row: at for at, row in enumerate(by_length)}
+
+        def write(rows: Sequence[int]) -> dict[str, list[list[int]]]:
             ids = [list(texts.prompts[row].ids) for row in rows]
-            part, of = f"{first:06d}-{len(rows)}", fingerprint(texts.max_new_tokens, rows, ids)
+            part, of = f"{place[rows[0]]:06d}-{len(rows)}", fingerprint(texts.max_new_tokens, rows, ids)
             stores = {name: keep(name) for name in self._order}
             kept = {name: None if s is None else s.load(part, of) for name, s in stores.items()}
             todo = [name for name in self._order if kept[name] is None]
@@ -77,8 +79,11 @@ class Writing:
                     store.save(part, made, of)
                 kept[name] = made
                 advance(len(rows))
-            for name, made in kept.items():
-                for row, own in zip(rows, made or (), strict=True):
+            return {name: made or [] for name, made in kept.items()}
+
+        for rows, each in shared("variants", batched(by_length, size), write):
+            for name, made in each.items():
+                for row, own in zip(rows, made, strict=True):
                     found[name][row] = list(own)
         return found
 
