@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from hooks.uninterrupted import Uninterrupted
 
-ROWS = 16
-"""Rows from which on a layer's product goes to oneDNN: it lays the weight out anew in every call."""
+STEP, ROWS = 16, 128
+"""A layer's product goes to oneDNN if its rows are a multiple of the first, or at least the second, rounded up by an eighth
+at most: of every number of rows oneDNN keeps half a megabyte of code, and does not give all of it back."""
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -79,9 +80,31 @@ class _Forward:
         plain = (
             type(input) is Tensor and type(weight) in (Tensor, nn.Parameter) and weight.dtype == input.dtype
         )
-        worth = (
-            plain and input.ndim > 1 and input.numel() >= ROWS * input.shape[-1] and weight.is_contiguous()
-        )
-        if not worth or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if (
+            not plain
+            or not weight.is_contiguous()
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+        ):
             return functional.linear(input, weight, bias)
-        return product(input, weight, bias)
+        rows = input.numel() // max(1, input.shape[-1])
+        if not rows or not input.is_contiguous() or (rows % STEP and rows < ROWS):
+            return functional.linear(input, weight, bias)
+        return _in_few_shapes(input, weight, bias, rows)
+
+
+def _in_few_shapes(
+    x: Float[Tensor, "*lead inner"],
+    w: Float[Tensor, "column inner"],
+    bias: Float[Tensor, " column"] | None,
+    rows: int,
+) -> Float[Tensor, "*lead column"]:
+    """`product`, with rows added up to a number that others share too: eight in every doubling."""
+    step = max(STEP, (1 << rows.bit_length()) >> 4)
+    more = -rows % step
+    if not more:
+        return product(x, w, bias)
+    padded = x.new_empty(rows + more, x.shape[-1])
+    padded[:rows] = x.view(rows, -1)
+    padded[rows:] = 0
+    return product(padded, w, bias)[:rows].view(*x.shape[:-1], -1)

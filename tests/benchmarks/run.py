@@ -207,23 +207,35 @@ def figure(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 3.4), sharey=True, squeeze=False)
-    for axis, (family, found) in zip(axes[0], results.items(), strict=True):
-        scans = list(found["scans"])
-        for k, peer in enumerate(name for name in ARMS if name != "ours"):
-            if peer in found["missing"]:
-                continue
-            heights = [found["scans"][scan]["faster"].get(peer, np.nan) for scan in scans]
-            bars = axis.bar(np.arange(len(scans)) + 0.27 * (k - 1), heights, 0.25, label=peer, color=f"C{k}")
-            axis.bar_label(bars, fmt="%.3g", fontsize=6)
-        axis.set_xticks(range(len(scans)), [scan.replace(", ", ",\n") for scan in scans], fontsize=7)
-        axis.set_yscale("log")
-        axis.set_title(family)
-        axis.axhline(1, color="grey", lw=0.8)
-    axes[0][0].set_ylabel("times faster than")
-    axes[0][0].legend(frameon=False, fontsize=8)
+    across = min(3, len(results))
+    down = -(-len(results) // across)
+    fig, axes = plt.subplots(down, across, figsize=(4.6 * across, 3.6 * down), sharey=True, squeeze=False)
+    for axis, (family, found) in zip(axes.flat, results.items(), strict=False):
+        _bars(axis, family, found)
+    for axis in axes.flat[len(results) :]:
+        axis.axis("off")
+    for row in axes:
+        row[0].set_ylabel("times faster than")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    fig.legend(handles, labels, frameon=False, fontsize=11, loc="lower right")
     fig.tight_layout()
     fig.savefig(path, dpi=150)
+
+
+def _bars(axis: Any, family: str, found: dict[str, Any]) -> None:
+    scans, peers = list(found["scans"]), [name for name in ARMS if name != "ours"]
+    there = [peer for peer in peers if peer not in found["missing"]]
+    for k, peer in enumerate(there):
+        heights = [found["scans"][scan]["faster"].get(peer, np.nan) for scan in scans]
+        places = np.arange(len(scans)) + 0.27 * (k - (len(there) - 1) / 2)
+        bars = axis.bar(places, heights, 0.25, label=peer, color=f"C{peers.index(peer)}")
+        axis.bar_label(bars, fmt="%.2g", fontsize=8)
+    axis.set_xticks(
+        range(len(scans)), [scan.replace(", ", ",\n").replace(" x ", " x\n") for scan in scans], fontsize=8
+    )
+    axis.set_yscale("log")
+    axis.set_title(family)
+    axis.axhline(1, color="grey", lw=0.8)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hooks import linears
 from hooks.linears import by_onednn, product
@@ -49,17 +50,41 @@ def test_products_are_float64s(bias: bool) -> None:
 def test_what_is_not_worth_it_or_not_plain_is_the_layers_own(layer: nn.Linear) -> None:
     few, strided = _given(linears.ROWS - 1), _given(ROWS).T.contiguous().T
     with by_onednn([layer]):
-        assert _told(layer, _given(linears.ROWS))
-        assert not _told(layer, few) and torch.equal(
-            layer(few), nn.functional.linear(few, layer.weight, layer.bias)
-        )
-        # a product of rows that lie apart stays MKL's
-        assert not _told(layer, strided)
+        assert _told(layer, _given(linears.STEP)) and _told(layer, _given(linears.ROWS + 1))
+        for own in (few, strided, _given(), _given(0)):
+            assert not _told(layer, own)
+            assert torch.equal(layer(own), functional.linear(own, layer.weight, layer.bias))
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(_given(ROWS)).dtype == torch.bfloat16
         with torch.enable_grad():
             found = layer(_given(ROWS))
             assert found.requires_grad and torch.autograd.grad(found.sum(), layer.weight)[0].any()
+
+
+@torch.no_grad()
+def test_many_numbers_of_rows_are_few_products(layer: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps half a megabyte of code for every number of rows."""
+    made: set[int] = set()
+
+    def counted(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        made.add(len(x))
+        return product(x, w, bias)
+
+    monkeypatch.setattr(linears, "product", counted)
+    layer = layer.requires_grad_(False)
+    with by_onednn([layer]):
+        for rows in range(linears.ROWS, 2048, 3):
+            given = _given(rows)
+            exactly = given.double() @ layer.weight.double().T + layer.bias.double()
+            found = layer(given[None])
+            assert found.shape == (1, rows, OUT) and found.is_contiguous()
+            assert (found[0] - exactly).abs().max() <= 1e-5 * exactly.abs().max()
+    assert len(made) <= 8 * 4 + 1 and all(0 <= one - rows <= rows / 8 for rows, one in _next(made))
+
+
+def _next(made: set[int]) -> list[tuple[int, int]]:
+    """Numbers of rows, and what they are rounded up to."""
+    return [(rows, min(one for one in made if one >= rows)) for rows in range(linears.ROWS, max(made))]
 
 
 @torch.no_grad()
