@@ -15,7 +15,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -219,6 +219,9 @@ def _of_archive(archive: zipfile.ZipFile, inside: Any, file: Path, start: int) -
         raise FrankenlensError(
             f"{file} is an archive without data.pkl, so torch.save did not write it. {_AGAIN}"
         )
+    for name in names.keys() & {"data.pkl", "byteorder"}:
+        if archive.getinfo(names[name]).compress_type != zipfile.ZIP_STORED:  # which could unfold without end
+            raise FrankenlensError(f"{file}: {name} is compressed, so torch.save did not write it. {_AGAIN}")
     if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
         raise FrankenlensError(f"{file} was written on a big-endian machine. {_AGAIN}")
 
@@ -259,11 +262,18 @@ def _unpickled(data: bytes, file: Path, admitted: tuple[str, ...], numbers: Any)
 _Python: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 
+def _refuse_bytearray(unpickler: Any) -> None:
+    """Python would make room for as many bytes as the pickle says, before it looks whether there are any."""
+    raise pickle.UnpicklingError("it holds a bytearray")
+
+
 class _Unpickler(_Python):
     """Admits names, and puts a stand-in in the place of each; the stand-ins are made anew for every file.
 
     The unpickler that is written in Python, since that in C makes room for as many objects as a pickle says.
     """
+
+    dispatch: ClassVar[dict[int, Any]] = {**_Python.dispatch, pickle.BYTEARRAY8[0]: _refuse_bytearray}
 
     def __init__(self, data: bytes, file: Path, names: frozenset[str], numbers: Any) -> None:
         super().__init__(io.BytesIO(data))
@@ -283,8 +293,8 @@ class _Unpickler(_Python):
             return type("OrderedDict", (OrderedDict,), {})
         if module == "torch" and name in _STORAGES:
             return type(name, (), {})
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype  # `getattr` would import what PyTorch imports only when it is asked for
         ours = module == "torch" or module.startswith("torch.")
         last = name.rpartition(".")[2]
         if ours and last in self._names:
