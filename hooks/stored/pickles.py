@@ -176,7 +176,7 @@ def read_saved(file: Path, start: int = 0, size: int | None = None) -> Any:
         FrankenlensError: names the file: it names what is not admitted, such as a function that would be called; it is
             no archive of `torch.save`, cut short, or of another byte order.
     """
-    with file.open("rb") as stream:
+    with _opened(file) as stream:
         whole = stream.seek(0, io.SEEK_END)
         if not 0 <= start <= whole or (size is not None and not 0 <= size <= whole - start):
             raise FrankenlensError(f"{file} ends before its last tensor does; copy it again.")
@@ -205,12 +205,20 @@ def read_index(file: Path) -> StandIn:
     Raises:
         FrankenlensError: names the file: it names what is not admitted, is cut short, or is no such index.
     """
-    found = _unpickled(file.read_bytes(), file, ("index",), None)
+    with _opened(file) as stream:
+        found = _unpickled(stream.read(), file, ("index",), None)
     if not isinstance(found, StandIn) or found.kind != "Metadata":
         raise FrankenlensError(
             f"{file} is no index of torch.distributed.checkpoint: it holds {shown(found)}."
         )
     return found
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise FrankenlensError(f"{file} cannot be read: {one_line(error)}; copy it again.") from error
 
 
 def _of_archive(archive: zipfile.ZipFile, inside: Any, file: Path, start: int) -> Any:
@@ -329,7 +337,17 @@ def _calls(name: str, function: Callable[..., Any]) -> type:
     return type(name, (), {"__new__": lambda cls, *given: function(*given)})
 
 
-def _view(numbers: Any, first: Any, shape: Any, stride: Any, *_: Any) -> View:
+def _view(
+    numbers: Any,
+    first: Any,
+    shape: Any,
+    stride: Any,
+    requires_grad: Any = False,
+    hooks: Any = None,
+    about: Any = None,
+) -> View:
+    if about and any(about.values()):  # a view that is negated when it is read (`neg`), or conjugated
+        raise pickle.UnpicklingError(f"a tensor is marked {shown(about)}, which changes its numbers")
     sides: list[Any] = [
         side.given[0] if isinstance(side, StandIn) and side.given else side for side in (shape, stride)
     ]

@@ -24,7 +24,7 @@ from experiments import embedded
 from hooks.errors import FrankenlensError
 from hooks.loading import load_model
 from hooks.stored.layouts import layout_of
-from hooks.stored.pickles import read_saved
+from hooks.stored.pickles import read_index, read_saved
 from interp.comparison import Checkpoint, compare
 from interp.pair import Pair
 from interp.pair.pair import weights_sha256
@@ -242,6 +242,20 @@ def test_no_room_is_made_for_a_bytearray(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 24
     finally:
         tracemalloc.stop()
+
+
+def test_a_sign_that_stands_beside_the_numbers_is_not_lost(tmp_path: Path) -> None:
+    torch.save({"a": torch._neg_view(torch.ones(3))}, tmp_path / "m.pt")
+    assert torch.load(tmp_path / "m.pt", weights_only=True)["a"].tolist() == [-1, -1, -1]
+    with pytest.raises(FrankenlensError, match="which changes its numbers"):
+        read_saved(tmp_path / "m.pt")
+
+
+def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.pt").mkdir()
+    for read in (read_saved, read_index):
+        with pytest.raises(FrankenlensError, match=r"m\.pt cannot be read"):
+            read(tmp_path / "m.pt")
 
 
 def test_a_pickle_that_is_compressed_is_not_unfolded(tmp_path: Path) -> None:

@@ -266,3 +266,17 @@ def test_steps_may_be_adapters(tmp_path: Path) -> None:
             change = pair.rl.model.get_parameter(path) - pair.in_.model.get_parameter(path)
             torch.testing.assert_close(change.detach(), updates[step.number], atol=1e-6, rtol=0)
     found.close()
+
+
+def test_a_head_without_a_value_is_in_no_top_set() -> None:
+    margins = np.array([[3.0, np.nan, 2.0, 1.0, 0.0, -1.0], [np.nan, np.nan, np.nan, np.nan, np.nan, 5.0]])
+    coords = {"step": [1, 2], "direction": ["rl_to_in"], "role": ["all"]}
+    data = xr.Dataset(
+        {"margin": (("step", "direction", "component", "role"), margins[:, None, :, None])},
+        {**coords, "component": list("abcdef"), "point": ("component", ["head"] * 6)},
+        {"reference": 1},
+    )
+    inside = top_heads(data, 3).to_numpy()
+    assert inside.astype(int).tolist() == [[1, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1]]
+    survival = head_survival(data, 3)
+    assert survival["of_reference"].tolist() == [1, 0] and survival["left"].tolist() == [0, 3]
