@@ -15,7 +15,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -176,7 +176,7 @@ def read_saved(file: Path, start: int = 0, size: int | None = None) -> Any:
         FrankenlensError: names the file: it names what is not admitted, such as a function that would be called; it is
             no archive of `torch.save`, cut short, or of another byte order.
     """
-    with file.open("rb") as stream:
+    with _opened(file) as stream:
         whole = stream.seek(0, io.SEEK_END)
         if not 0 <= start <= whole or (size is not None and not 0 <= size <= whole - start):
             raise FrankenlensError(f"{file} ends before its last tensor does; copy it again.")
@@ -205,12 +205,20 @@ def read_index(file: Path) -> StandIn:
     Raises:
         FrankenlensError: names the file: it names what is not admitted, is cut short, or is no such index.
     """
-    found = _unpickled(file.read_bytes(), file, ("index",), None)
+    with _opened(file) as stream:
+        found = _unpickled(stream.read(), file, ("index",), None)
     if not isinstance(found, StandIn) or found.kind != "Metadata":
         raise FrankenlensError(
             f"{file} is no index of torch.distributed.checkpoint: it holds {shown(found)}."
         )
     return found
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise FrankenlensError(f"{file} cannot be read: {one_line(error)}; copy it again.") from error
 
 
 def _of_archive(archive: zipfile.ZipFile, inside: Any, file: Path, start: int) -> Any:
@@ -219,6 +227,9 @@ def _of_archive(archive: zipfile.ZipFile, inside: Any, file: Path, start: int) -
         raise FrankenlensError(
             f"{file} is an archive without data.pkl, so torch.save did not write it. {_AGAIN}"
         )
+    for name in names.keys() & {"data.pkl", "byteorder"}:
+        if archive.getinfo(names[name]).compress_type != zipfile.ZIP_STORED:  # which could unfold without end
+            raise FrankenlensError(f"{file}: {name} is compressed, so torch.save did not write it. {_AGAIN}")
     if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
         raise FrankenlensError(f"{file} was written on a big-endian machine. {_AGAIN}")
 
@@ -259,11 +270,18 @@ def _unpickled(data: bytes, file: Path, admitted: tuple[str, ...], numbers: Any)
 _Python: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 
+def _refuse_bytearray(unpickler: Any) -> None:
+    """Python would make room for as many bytes as the pickle says, before it looks whether there are any."""
+    raise pickle.UnpicklingError("it holds a bytearray")
+
+
 class _Unpickler(_Python):
     """Admits names, and puts a stand-in in the place of each; the stand-ins are made anew for every file.
 
     The unpickler that is written in Python, since that in C makes room for as many objects as a pickle says.
     """
+
+    dispatch: ClassVar[dict[int, Any]] = {**_Python.dispatch, pickle.BYTEARRAY8[0]: _refuse_bytearray}
 
     def __init__(self, data: bytes, file: Path, names: frozenset[str], numbers: Any) -> None:
         super().__init__(io.BytesIO(data))
@@ -283,8 +301,8 @@ class _Unpickler(_Python):
             return type("OrderedDict", (OrderedDict,), {})
         if module == "torch" and name in _STORAGES:
             return type(name, (), {})
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype  # `getattr` would import what PyTorch imports only when it is asked for
         ours = module == "torch" or module.startswith("torch.")
         last = name.rpartition(".")[2]
         if ours and last in self._names:
@@ -319,7 +337,17 @@ def _calls(name: str, function: Callable[..., Any]) -> type:
     return type(name, (), {"__new__": lambda cls, *given: function(*given)})
 
 
-def _view(numbers: Any, first: Any, shape: Any, stride: Any, *_: Any) -> View:
+def _view(
+    numbers: Any,
+    first: Any,
+    shape: Any,
+    stride: Any,
+    requires_grad: Any = False,
+    hooks: Any = None,
+    about: Any = None,
+) -> View:
+    if about and any(about.values()):  # a view that is negated when it is read (`neg`), or conjugated
+        raise pickle.UnpicklingError(f"a tensor is marked {shown(about)}, which changes its numbers")
     sides: list[Any] = [
         side.given[0] if isinstance(side, StandIn) and side.given else side for side in (shape, stride)
     ]

@@ -75,6 +75,12 @@ class Cluster:
     workers: int | None = None
     memory: int = 0
 
+    def __post_init__(self) -> None:
+        least = {"workers": (self.workers, 1), "gpus_per_model": (self.gpus_per_model, 0)}
+        for name, (given, lowest) in (least | {"memory": (self.memory, 0)}).items():
+            if given is not None and given < lowest:  # nobody would ever do a part
+                raise FrankenlensError(f"{name}={given}: give at least {lowest}")
+
     def run(
         self, open_models: Callable[[], Models], work: Callable[[Models], Result], progress: bool = True
     ) -> Result:

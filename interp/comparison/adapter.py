@@ -74,6 +74,7 @@ class Adapter:
         for name in self.updates.keys() & self.replaced.keys():
             self._require_base(name, in_)
         self._require_complete(in_.model)
+        self._require_biases(in_.model)
         self._require_whole_weights(in_)
 
     @property
@@ -117,6 +118,7 @@ class Adapter:
                 f"(a grouped convolution?): {_MERGE}."
             )
         turned = lookup or hasattr(module, "nf")  # GPT-2's Conv1D, too, keeps its weight as [in, out]
+        self._require_settings(path, told, own, a.shape[0])
         update = LowRank(*((a.T, b.T) if turned else (b, a)), self._scaling(path, told, a.shape[0]))
         weight = f"{path}.weight"
         stored = in_.tensors.get(in_.ties.get(weight, weight))
@@ -143,14 +145,50 @@ class Adapter:
                 f"of another model, or of one whose vocabulary was resized: {_MERGE}."
             )
 
-    def _scaling(self, path: str, told: str, rank: int) -> float:
-        pattern, alpha = self._config.get("alpha_pattern") or {}, self._config.get("lora_alpha", 8)
+    def _require_settings(self, path: str, told: str, own: Mapping[str, Any], rank: int) -> None:
+        """What the settings say of a module is what its file holds, without which it would be another update."""
+        wanted = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
+        for setting, part in wanted.items():
+            if bool(self._config.get(setting)) != (part in own):
+                there = "is not in its file" if part not in own else "is in its file"
+                raise FrankenlensError(
+                    f"{self.folder}: its setting {setting} is {shown(self._config.get(setting))}, and {part} of {path} "
+                    f"{there}; they are of two saves, or one was cut: save the adapter again, whole."
+                )
+        said = self._pattern("rank_pattern", "r", path, told)
+        if said != rank:
+            raise FrankenlensError(
+                f"{self.folder}: its settings give {path} the rank {shown(said)}, and its file {rank}, so that the "
+                "scaling (alpha / r) is not known; they are of two saves: save the adapter again, whole."
+            )
+
+    def _pattern(self, table: str, default: str, path: str, told: str) -> Any:
+        """A setting of a module, as PEFT looks it up."""
+        pattern = self._config.get(table) or {}
         for name in (path, told):  # patterns may be in older names
-            key = next((one for one in pattern if re.match(rf"(.*\.)?({one})$", name)), None)
-            if key is not None:
-                alpha = pattern[key]
-                break
+            for one, value in pattern.items():
+                if re.match(rf"(.*\.)?({one})$", name):
+                    return value
+        return self._config.get(default, 8)
+
+    def _scaling(self, path: str, told: str, rank: int) -> float:
+        alpha = self._pattern("alpha_pattern", "lora_alpha", path, told)
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+
+    def _require_biases(self, model: nn.Module) -> None:
+        """The biases that were trained beside the matrices, all or those of the modules."""
+        which = self._config.get("bias", "none")
+        named = [name for name, _ in model.named_parameters()]
+        if which == "lora_only":
+            own = {f"{name.rpartition('.')[0]}.bias" for name in self.updates}
+            wanted = [name for name in named if name in own]
+        else:
+            wanted = [name for name in named if "bias" in name] if which == "all" else []
+        if lacking := [name for name in wanted if name not in self.replaced]:
+            raise FrankenlensError(
+                f"{self.folder}: its settings say that biases were trained (bias={which!r}), and {len(lacking)} of "
+                f"them are not in its file: {', '.join(lacking[:SHOWN])}. {GATHER}"
+            )
 
     def _require_complete(self, model: nn.Module) -> None:
         """Every module that the settings name by a plain list or pattern must be in the file."""

@@ -21,6 +21,7 @@ from hooks.whereabouts import require_checkpoint
 from interp.pair.pair import Pair
 
 _STEP = re.compile(r"(?:global_?step|checkpoint|step|iter(?:ation)?|epoch)?[-_]?0*(\d+)", re.IGNORECASE)
+_SAID = re.compile(r"(?:(?:step|checkpoint|iter(?:ation)?|epoch)s?[-_]?|^(?=\d+$))(\d+)", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+")
 
 
@@ -135,7 +136,7 @@ def steps_of(paths: Sequence[str | Path]) -> tuple[Step, ...]:
 
 def _each(path: str) -> list[str]:
     """The checkpoints that a path stands for."""
-    if has_magic(path):
+    if has_magic(path) and not os.path.isdir(path):
         found = sorted(one for one in glob(path) if os.path.isdir(one))
         if not found:
             raise FrankenlensError(f"no folder is called {shown(path)}; give the checkpoints of a run.")
@@ -153,12 +154,21 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def _numbers(every: Sequence[str]) -> list[int] | None:
-    """The numbers by which paths differ: those of the last part of them that has one in each, and not the same."""
+    """The numbers by which paths differ, of the last part of them that has one in each, and not the same.
+
+    Where that part has several (`step-10-bf16`), the one that differs is it, else the last. A path alone differs from
+    none: its number is what follows a word for steps, if there is one.
+    """
     parts = [Path(one).parts[::-1] for one in every]
+    if len(every) == 1:
+        told = [found for name in parts[0] if (found := _SAID.findall(name))]
+        return [int(told[0][-1])] if told else None
     for names in zip(*parts, strict=False):
         found = [_NUMBER.findall(name) for name in names]
-        if all(found) and (len(set(names)) > 1 or len(every) == 1):
-            return [int(numbers[-1]) for numbers in found]
+        if all(found) and len(set(names)) > 1:
+            places = list(zip(*found, strict=False)) if len(set(map(len, found))) == 1 else []
+            differ = [place for place in places if len(set(place)) > 1]
+            return [int(one) for one in (differ[0] if len(differ) == 1 else [own[-1] for own in found])]
     return None
 
 

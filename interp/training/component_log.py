@@ -50,7 +50,8 @@ class ComponentLog(TrainerCallback):
             `blocks.5.mlp.expert.12`, `vision`; by default the parts of every block, and what is outside of blocks.
         reference: W_start: the folder of the checkpoint that training starts from, or "copy"; by default the folder
             that the model was loaded from.
-        every: steps between two measurements; by default as many as between the trainer's logs (logging_steps).
+        every: steps between two measurements; by default as many as between the trainer's logs (logging_steps). Those
+            of steps that the trainer does not log are in the file alone.
         file: its name in the trainer's output_dir; None writes none. Where training is resumed, rows of later steps
             than that are dropped.
         processor: the model's, where the trainer has only a tokenizer; see `unopened_anatomy`.
@@ -84,6 +85,7 @@ class ComponentLog(TrainerCallback):
         self._every, self._first_too, self._scaled = 1, False, False
         self._gradients: dict[WeightSlice, float] = {}
         self._pending: dict[str, float] = {}
+        self._measured = 0
         self._path: Path | None = None
 
     @property
@@ -139,7 +141,7 @@ class ComponentLog(TrainerCallback):
             return
         sums = self._reference.sums(self._parameters)
         rows = [self._row(state.global_step, address, sums) for address in self._slices]
-        self._gradients = {}
+        self._gradients, self._pending, self._measured = {}, {}, state.global_step
         for row in rows:
             for name in ("gradient_norm", "update_norm", "changed"):
                 if row[name] is not None:
@@ -154,8 +156,8 @@ class ComponentLog(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Add what was measured to what is logged."""
-        if not self._pending:
+        """Add what was measured at this step to what is logged; what an earlier step was is in the file alone."""
+        if not self._pending or state.global_step != self._measured:
             return
         if logs is not None:
             logs.update(self._pending)

@@ -19,7 +19,7 @@ def top_heads(data: xr.Dataset, k: int | None = None, direction: str | None = No
     """Whether each head is in the top set of each step [step component].
 
     The top set are the k heads that lie farthest above random directions as large as the donor's difference
-    (`margin`), each at the tokens where it does.
+    (`margin`), each at the tokens where it does. A head without a value (NaN) is in none, so that a set may be smaller.
 
     Args:
         data: what `over_steps` returns.
@@ -42,7 +42,8 @@ def top_heads(data: xr.Dataset, k: int | None = None, direction: str | None = No
     order = np.argsort(-strength.to_numpy(), axis=1, kind="stable")
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.arange(n)[None].repeat(len(order), 0), axis=1)
-    return strength.copy(data=rank < k).assign_attrs(k=k, n_heads=n, direction=direction).rename("in_top")
+    inside = (rank < k) & np.isfinite(strength.to_numpy())
+    return strength.copy(data=inside).assign_attrs(k=k, n_heads=n, direction=direction).rename("in_top")
 
 
 def head_survival(data: xr.Dataset, k: int | None = None, direction: str | None = None) -> pd.DataFrame:

@@ -7,6 +7,7 @@ Not a merge of several models (`interp.transfer.merging`), and not the merge in 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -183,8 +184,9 @@ class _Writing:
     def _write_tensor(self, file: BinaryIO, key: str, entry: Entry) -> None:
         name, order = self._names(key, entry.shape)
         kind, made = self._kind(entry), self._made
-        if order is None and name in made.adapter.changed:
-            for before, exact in zip(made.in_.parts(name), made.parts(name), strict=True):
+        if name in made.adapter.changed:
+            pairs = zip(made.in_.parts(name), made.parts(name), strict=True)
+            for before, exact in pairs if order is None else [self._part(name, key, entry)]:
                 rounded = exact.to(kind)
                 self._count(before, exact, rounded)
                 file.write(_bytes(rounded))
@@ -192,6 +194,19 @@ class _Writing:
             return
         for part in _parts(entry):
             file.write(_bytes(part.to(kind)))
+
+    def _part(self, name: str, key: str, entry: Entry) -> tuple[Shaped[Tensor, " n"], Shaped[Tensor, " n"]]:
+        """What lies apart on disk (an expert's matrix) of a tensor that the adapter holds whole: before and after."""
+        adapter, before = self._made.adapter, entry.stored.read().flatten()
+        if name not in adapter.replaced:
+            raise FrankenlensError(
+                f"{adapter.folder}: it changes {name}, which {self._made.in_.folder} stores in parts ({key}): save IN "
+                "with save_pretrained(folder, save_original_format=False) first."
+            )
+        sizes = {other: math.prod(shape) for _, other, shape in self._made.in_.keys[name]}
+        first = sum(sizes[other] for other in list(sizes)[: list(sizes).index(key)])
+        exact = adapter.replaced[name].flatten()[first : first + len(before)]
+        return before, exact.to(self._made.tensors[name].dtype)
 
     def _count(
         self, before: Shaped[Tensor, " n"], exact: Shaped[Tensor, " n"], rounded: Shaped[Tensor, " n"]

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from experiments import embedded
 from hooks.errors import FrankenlensError
 from hooks.loading import load_model
 from hooks.stored.layouts import layout_of
+from hooks.stored.pickles import read_index, read_saved
 from interp.comparison import Checkpoint, compare
 from interp.pair import Pair
 from interp.pair.pair import weights_sha256
@@ -210,6 +212,57 @@ def test_a_crafted_pickle_is_one_clear_error(what: str, run: Path, tmp_path: Pat
         archive.writestr("m/data.pkl", CRAFTED[what])
     with pytest.raises(FrankenlensError, match="rank_0.pt|do not hold|not a state dict"):
         load_model(folder, settings=IN)
+
+
+def test_names_of_torch_s_own_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch` imports some of its modules when their names are asked for."""
+    crafted = tmp_path / "crafted.pt"
+    with zipfile.ZipFile(crafted, "w") as archive:
+        archive.writestr("m/data.pkl", b"\x80\x02ctorch\n_frankenlens_asked\n.")
+    asked: list[str] = []
+
+    def lazily(name: str) -> None:
+        asked.append(name)
+        raise AttributeError(name)
+
+    monkeypatch.setattr(torch, "__getattr__", lazily)
+    with pytest.raises(FrankenlensError, match="_frankenlens_asked"):
+        read_saved(crafted)
+    assert not asked
+
+
+def test_no_room_is_made_for_a_bytearray(tmp_path: Path) -> None:
+    """Python makes it, in full, before it sees that the pickle ends."""
+    with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
+        archive.writestr("m/data.pkl", b"\x80\x05\x96" + (1 << 26).to_bytes(8, "little") + b".")
+    tracemalloc.start()
+    try:
+        with pytest.raises(FrankenlensError, match=r"m\.pt is damaged"):
+            read_saved(tmp_path / "m.pt")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_sign_that_stands_beside_the_numbers_is_not_lost(tmp_path: Path) -> None:
+    torch.save({"a": torch._neg_view(torch.ones(3))}, tmp_path / "m.pt")
+    assert torch.load(tmp_path / "m.pt", weights_only=True)["a"].tolist() == [-1, -1, -1]
+    with pytest.raises(FrankenlensError, match="which changes its numbers"):
+        read_saved(tmp_path / "m.pt")
+
+
+def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.pt").mkdir()
+    for read in (read_saved, read_index):
+        with pytest.raises(FrankenlensError, match=r"m\.pt cannot be read"):
+            read(tmp_path / "m.pt")
+
+
+def test_a_pickle_that_is_compressed_is_not_unfolded(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "m.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m/data.pkl", b"\x80\x02" + b"N0" * (1 << 20) + b"}.")
+    with pytest.raises(FrankenlensError, match="data.pkl is compressed"):
+        read_saved(tmp_path / "m.pt")
 
 
 def test_what_a_folder_lacks_is_named(run: Path, tmp_path: Path) -> None:

@@ -179,3 +179,9 @@ def test_too_many_gpus_are_refused(cluster: Cluster) -> None:
 
 def test_threads_are_those_of_this_process(cluster: Cluster) -> None:
     assert cluster.each == {"num_cpus": torch.get_num_threads(), "memory": 0}
+
+
+@pytest.mark.parametrize("given", [{"workers": 0}, {"workers": -2}, {"gpus_per_model": -1}, {"memory": -1}])
+def test_no_worker_at_all_is_refused_and_not_waited_for(given: dict[str, Any]) -> None:
+    with pytest.raises(FrankenlensError, match=f"{next(iter(given))}=.*: give at least"):
+        Cluster(**given)

@@ -215,3 +215,35 @@ def test_weights_that_are_kept_transposed(tmp_path: Path) -> None:
         blocks = torch.cat([block.clone() for block in made_of_it.blocks(name, 40)])
         turned = wanted if wanted.shape[0] >= wanted.shape[1] else wanted.T
         torch.testing.assert_close(blocks, turned, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("part", "settings"),
+    [
+        ("lora_magnitude_vector", {"use_dora": True}),
+        ("lora_B.bias", {"lora_bias": True, "target_modules": r".*vision.*q_proj"}),
+        ("pre_layrnorm.bias", {"bias": "all", "target_modules": r".*vision.*q_proj"}),
+        ("base_layer.bias", {"bias": "lora_only", "target_modules": r".*vision.*q_proj"}),
+    ],
+)
+def test_what_the_settings_say_and_the_file_lacks_is_missed(
+    part: str, settings: dict[str, Any], llava, tmp_path: Path
+) -> None:
+    made, in_ = llava
+    adapter(tmp_path, made, **settings)
+    adapter_table(in_, tmp_path) if part != "lora_magnitude_vector" else Adapted(in_, tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    kept = {name: tensor for name, tensor in tensors.items() if part not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / FILE, metadata={"format": "pt"})
+    with pytest.raises(FrankenlensError, match=f"{part.split('.')[-1]}.* not in its file"):
+        Adapted(in_, tmp_path)
+
+
+def test_a_rank_that_is_not_the_settings_is_refused(llava, tmp_path: Path) -> None:
+    made, in_ = llava
+    adapter(tmp_path, made)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "r": 16}))
+    with pytest.raises(FrankenlensError, match="rank 16, and its file 2"):
+        Adapted(in_, tmp_path)

@@ -106,6 +106,41 @@ def test_what_an_adapter_cannot_be_kept_to_is_refused(address: str, message: str
         frozen_names(tiny("qwen2_5_vl").model, [])
 
 
+def loaded(folder: Path) -> Any:
+    """What `patterns` wrote, as a trainer imports it."""
+    spec: Any = importlib.util.spec_from_file_location("freeze_hook", folder / "freeze_hook.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    return hook
+
+
+def test_the_hook_takes_gradients_from_where_the_model_was_moved(tmp_path: Path) -> None:
+    """A trainer moves the model to its GPU after the call; a device without numbers stands for that here."""
+    model = tiny("qwen2_5_vl").model
+    found = frozen_names(model, UNITS)
+    found.save(tmp_path)
+    loaded(tmp_path).freeze(model).remove()
+    for name in found.parts:
+        parameter = model.get_parameter(name)
+        ((_, hook),) = parameter._backward_hooks.items()  # type: ignore[union-attr]
+        assert hook(torch.empty_like(parameter, device="meta")).device.type == "meta"
+
+
+def test_masks_of_an_earlier_run_are_not_taken(tmp_path: Path) -> None:
+    model = tiny("qwen2_5_vl").model
+    frozen_names(model, UNITS).save(tmp_path)
+    found = frozen_names(model, WHOLE)
+    found.save(tmp_path)  # whole tensors alone: the masks of the first stay
+    assert not found.parts and (tmp_path / "masks.safetensors").exists()
+    loaded(tmp_path).freeze(model).remove()
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == set(found.names)
+    assert not any(p._backward_hooks for p in model.parameters())
+    wrapped = torch.nn.ModuleDict({"module": tiny("qwen2_5_vl").model})
+    with pytest.raises(ValueError, match="is no parameter of this ModuleDict.*before the model is wrapped"):
+        loaded(tmp_path).freeze(wrapped)
+    assert all(p.requires_grad for p in wrapped.parameters())
+
+
 def test_the_hook_keeps_every_bit_of_what_is_named(tmp_path: Path) -> None:
     made = tiny("qwen2_5_vl")
     model, inputs = made.model, made.inputs(batch=2)
@@ -117,9 +152,7 @@ def test_the_hook_keeps_every_bit_of_what_is_named(tmp_path: Path) -> None:
     )
     assert set(masks) == set(about["parts"]) == set(found.parts)
     assert about["regex"] == found.pattern and len(about["trainers"]) == 5
-    spec: Any = importlib.util.spec_from_file_location("freeze_hook", tmp_path / "freeze_hook.py")
-    hook = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hook)
+    hook = loaded(tmp_path)
     frozen = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
     for address in (*UNITS, *WHOLE):
         for piece in weight_slices(model, unopened_anatomy(model), address):

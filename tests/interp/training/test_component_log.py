@@ -215,3 +215,16 @@ def test_what_it_cannot_measure_is_refused_before_the_first_step(tmp_path: Path)
         trainer(made, tmp_path / "run", ComponentLog("blocks.0", start), logging_strategy="epoch").train()
     with pytest.raises(FrankenlensError, match="is not an address"):
         ComponentLog("layer 3")
+
+
+def test_a_step_s_numbers_are_not_logged_at_another(tmp_path: Path) -> None:
+    made = tiny("qwen2_5_vl")
+    run = trainer(
+        made, tmp_path, ComponentLog("blocks.0", COPY, every=2), max_steps=6, logging_steps=3, max_grad_norm=0
+    )
+    run.train()
+    written = read(tmp_path)["update_norm"].droplevel("address").to_dict()
+    name = "update_norm/blocks.0"
+    logged = {row["step"]: row[name] for row in run.state.log_history if name in row and "loss" in row}
+    assert set(written) == {2, 4, 6} and {row["step"] for row in run.state.log_history} >= {3, 6}
+    assert logged == {6: pytest.approx(written[6])}

@@ -89,6 +89,28 @@ def test_steps_are_in_the_order_of_their_numbers(run: Path) -> None:
         steps_of([str(run / "nothing-*")])
 
 
+@pytest.mark.parametrize(
+    ("paths", "numbers"),
+    [
+        (["run/step-20-bf16", "run/step-100-bf16"], [20, 100]),  # and not 16 twice
+        (["run/rl-step2-of-3", "run/rl-step1-of-3"], [1, 2]),
+        (["seed1/epoch-2-step-20", "seed1/epoch-1-step-10"], [10, 20]),
+        (["org/qwen2.5-vl-7b-rl"], [1]),  # says no step
+        (["org/qwen2.5-vl-7b/global_step_40/actor"], [40]),
+        (["/site/python3.11/rl"], [1]),
+        (["run/0120"], [120]),
+    ],
+)
+def test_a_step_s_number_is_the_one_in_which_names_differ(paths: list[str], numbers: list[int]) -> None:
+    assert [step.number for step in steps_of(paths)] == numbers
+
+
+def test_a_folder_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "[seed 1]" / "step-4"
+    folder.mkdir(parents=True)
+    assert steps_of([folder]) == (Step(4, str(folder)),)
+
+
 def test_in_s_runs_are_made_once(trajectory: Trajectory, measured: tuple[xr.Dataset, int]) -> None:
     data, ran = measured
     assert data.sizes["step"] == 4
@@ -244,3 +266,17 @@ def test_steps_may_be_adapters(tmp_path: Path) -> None:
             change = pair.rl.model.get_parameter(path) - pair.in_.model.get_parameter(path)
             torch.testing.assert_close(change.detach(), updates[step.number], atol=1e-6, rtol=0)
     found.close()
+
+
+def test_a_head_without_a_value_is_in_no_top_set() -> None:
+    margins = np.array([[3.0, np.nan, 2.0, 1.0, 0.0, -1.0], [np.nan, np.nan, np.nan, np.nan, np.nan, 5.0]])
+    coords = {"step": [1, 2], "direction": ["rl_to_in"], "role": ["all"]}
+    data = xr.Dataset(
+        {"margin": (("step", "direction", "component", "role"), margins[:, None, :, None])},
+        {**coords, "component": list("abcdef"), "point": ("component", ["head"] * 6)},
+        {"reference": 1},
+    )
+    inside = top_heads(data, 3).to_numpy()
+    assert inside.astype(int).tolist() == [[1, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1]]
+    survival = head_survival(data, 3)
+    assert survival["of_reference"].tolist() == [1, 0] and survival["left"].tolist() == [0, 3]

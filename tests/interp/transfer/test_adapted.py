@@ -13,12 +13,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 import interp.transfer.adapted as adapted_module
 from hooks.errors import FrankenlensError
 from interp.pair.pair import Pair
 from interp.transfer import save_adapted
+from tests.architectures import build
 from tests.families import TinyVLM, tiny
 from tests.hooks.reference import tolerance
 
@@ -149,3 +150,21 @@ def test_nothing_is_overwritten_and_nothing_wrong_is_left(
     with pytest.raises(FrankenlensError, match="not the adapted model: on a prompt, its logits are off by"):
         save_adapted(in_, tmp_path / "rl", out, progress=False)
     assert not out.exists() or not [path for path in out.iterdir() if not path.name.startswith(".")]
+
+
+def test_experts_that_lie_apart_on_disk_are_merged_where_the_adapter_holds_them_whole(tmp_path: Path) -> None:
+    """PEFT saves `modules_to_save` as the model has them: all experts in one tensor."""
+    made: Any = build("qwen3_moe")
+    made.model.save_pretrained(str(tmp_path / "in"))
+    wanted = adapter(
+        tmp_path / "rl", made, target_modules=["q_proj"], modules_to_save=["experts"]
+    ).state_dict()
+    report = save_adapted(tmp_path / "in", tmp_path / "rl", tmp_path / "out", progress=False)
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert any(".experts.0.gate_proj" in key for key in file.keys())  # noqa: SIM118
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    moved = 0
+    for name, own in made.model.state_dict().items():
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6)
+        moved += not torch.equal(found[name], own)
+    assert moved == report.changed and report.off is not None and report.off < 1e-4
