@@ -192,7 +192,19 @@ def finished(out: Path, **about: Any) -> Path:
     return out / "finished" / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-OF_PLACE = ("out", "in_", "rl", "base", "data", "images", "template", "map", "max_memory", "traces")
+OF_PLACE = (
+    "out",
+    "in_",
+    "rl",
+    "base",
+    "data",
+    "images",
+    "template",
+    "map",
+    "max_memory",
+    "traces",
+    "one_resident",
+)
 """Settings that say where something is, or how much of it: the parts depend on what is there."""
 
 

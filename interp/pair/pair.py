@@ -17,6 +17,7 @@ from hooks import HookedVLM
 from hooks.errors import FrankenlensError, nearest, one_line
 from hooks.extras import require_installed
 from hooks.processors import load_processor, tokenizer_of
+from hooks.resident import Turns
 from hooks.whereabouts import require_checkpoint
 from interp.pair.adapter import LOST, ROUNDING, is_adapter, merge_adapter, read_adapter
 from interp.pair.agreement import (
@@ -27,6 +28,7 @@ from interp.pair.agreement import (
     template_differences,
     tokenizer_differences,
 )
+from interp.pair.resident import open_in_memory_of
 from interp.prompts import PromptBuilder
 from interp.prompts.roles import TraceFormat
 
@@ -50,6 +52,7 @@ class Pair:
     Attributes:
         builder: makes prompts for all of them (with IN's processor).
         differences: by model, in what it is not alike to IN: spelled in two ways, or accepted.
+        turns: how IN and RL share one memory, where they do (`from_pretrained(one_resident=True)`).
 
     Raises:
         FrankenlensError: architecture, vocabulary, processor or chat template differ in what enters the forward pass
@@ -68,6 +71,7 @@ class Pair:
         instruction: str = "",
     ) -> None:
         self.in_, self.rl, self.base = in_, rl, base
+        self.turns: Turns | None = None
         others = {name: other for name, other in self.models.items() if name != "in"}
         self.differences: dict[str, list[Difference]] = {
             name: _differences(in_, other, _SPOKEN[name], not template) for name, other in others.items()
@@ -94,6 +98,7 @@ class Pair:
         system: str | None = None,
         accept: Sequence[str] = (),
         instruction: str = "",
+        one_resident: bool = False,
         **kwargs: Any,
     ) -> Pair:
         """Load the models; folders or repository ids, safetensors only.
@@ -101,6 +106,9 @@ class Pair:
         Arguments:
             rl_path: a checkpoint, or the folder of a PEFT adapter, which is merged into a second copy of IN; the merged
                 model computes what the adapted one does, on the prompt that IN was opened with.
+            one_resident: keep RL as the entries in which it differs from IN, in IN's memory (`hooks.resident`): the
+                same numbers in about half of the memory, where RL changed few of them. Whoever is in use is in memory,
+                and changing over costs time (`pair.turns`); RL is a folder of safetensors then.
             dtype, device_map, kwargs: passed to `HookedVLM.from_pretrained` for every model.
             trace_format, template, system, accept, instruction: see the class.
 
@@ -118,14 +126,23 @@ class Pair:
         tensors = None
         if is_adapter(rl_path):
             require_installed("an RL checkpoint that is a PEFT adapter", "peft")
+            if one_resident:
+                raise FrankenlensError(
+                    f"{rl_path} is an adapter, which changes every entry of its matrices: with it, one model in memory "
+                    "saves nothing. Merge it into a checkpoint, or open two models."
+                )
             tensors = read_adapter(Path(rl_path))
         loading = {"dtype": dtype, "device_map": device_map, **kwargs}
         in_ = HookedVLM.from_pretrained(in_path, **loading)
         lost: list[Difference] = []
-        if tensors is not None:
-            opened = HookedVLM.from_pretrained(in_path, **{**loading, "check": False})
+        turns: Turns | None = None
+        if one_resident:
+            opened = open_in_memory_of(in_, rl_path, **loading)
+            rl, turns, lost = opened.vlm, opened.turns, opened.differences
+        elif tensors is not None:
+            adapted = HookedVLM.from_pretrained(in_path, **{**loading, "check": False})
             rl, lost = _with_adapter(
-                opened, Path(rl_path), tensors, kwargs.get("check", True), not template, accept
+                adapted, Path(rl_path), tensors, kwargs.get("check", True), not template, accept
             )
         else:
             rl = _opened(in_, rl_path, "RL", loading, not template, accept)
@@ -133,6 +150,7 @@ class Pair:
         names = [one for one in accept if one not in {loss.name for loss in lost}]
         pair = cls(in_, rl, opened_base, trace_format, template, system, names, instruction)
         pair.differences["rl"] += lost
+        pair.turns = turns
         return pair
 
     @property
@@ -170,7 +188,9 @@ class Pair:
         }
 
     def close(self) -> None:
-        """Close every model."""
+        """Close every model; memory that two shared is IN's again."""
+        if self.turns is not None:
+            self.turns.end()
         for vlm in self.models.values():
             vlm.close()
 
