@@ -78,6 +78,7 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
     )
     from interp.pair import Pair, greedy
     from interp.pair.elsewhere import Traces, read_traces
+    from interp.pair.trajectory import Trajectory, steps_of
     from interp.paths import Path, Receiver, path_effects, path_map, paths_in_order, strongest_senders
     from interp.paths.pair import pair_paths, path_table, sender_table
     from interp.paths.plots import plot_path_graph, plot_path_map
@@ -104,6 +105,8 @@ if TYPE_CHECKING:  # what editors and pyright complete from; a test holds it to 
     )
     from interp.steering.plots import plot_dose
     from interp.sweep import Intervention, head_map, residual_map, sweep
+    from interp.trajectory import head_survival, over_steps, step_table, update_energy
+    from interp.trajectory.plots import plot_trajectory
     from interp.transfer import (
         Graft, MergeReport, Recipe, Variant, addressed, answers, as_table_2, controls, doses, factors, grafted,
         measured_graft, merge, orders, parts, save_grafted, transfer, transfer_table,
@@ -150,6 +153,7 @@ _NAMES = {  # module -> its names here; one that is no attribute is a module
     "evaluate",
     "interp.pair": "Pair greedy",
     "interp.pair.elsewhere": "Traces read_traces",
+    "interp.pair.trajectory": "Trajectory steps_of",
     "interp.paths": "Path Receiver path_effects path_map paths_in_order strongest_senders",
     "interp.paths.pair": "pair_paths path_table sender_table",
     "interp.paths.plots": "plot_path_graph plot_path_map",
@@ -171,6 +175,8 @@ _NAMES = {  # module -> its names here; one that is no attribute is a module
     "principal_directions random_directions steer steer_both steer_hooks",
     "interp.steering.plots": "plot_dose",
     "interp.sweep": "Intervention head_map residual_map sweep",
+    "interp.trajectory": "head_survival over_steps step_table update_energy",
+    "interp.trajectory.plots": "plot_trajectory",
     "interp.transfer": "Graft MergeReport Recipe Variant addressed answers as_table_2 controls doses factors grafted "
     "measured_graft merge orders parts save_grafted transfer transfer_table",
     "interp.updates": "Realized as_large random_update",

@@ -28,6 +28,7 @@ COMMANDS = {
     "lockstep": ("experiments.commands.lockstep", "RL's components moved into IN while both generate"),
     "test": ("experiments.commands.claims", "whether claims in a file hold on held-out prompts"),
     "planted": ("experiments.commands.planted", "which method finds a change that was planted"),
+    "trajectory": ("experiments.commands.trajectory", "what carries RL's decision at which step of its run"),
     "traces": ("experiments.commands.traces", "what IN and RL write, into files that --traces reads"),
     "paths": ("experiments.commands.paths", "by which paths RL's components act on the decision"),
 }

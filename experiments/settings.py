@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -63,7 +64,7 @@ class ModelSettings(Options):
 
     Attributes:
         in_: IN, a folder or a repository id; the shipped one where neither IN nor RL is given.
-        rl: RL, or the folder of a PEFT adapter of IN.
+        rl: RL: a checkpoint, a step of a run as its trainer left it (FSDP or DCP shards), or a PEFT adapter of IN.
         base: the model IN was made from.
         seed: of everything random.
         out: folder for all that is written.
@@ -209,11 +210,15 @@ def require_sound(config: ModelSettings) -> None:
         FrankenlensError: says which, and what to give instead.
     """
     require_names(config)
-    if (config.in_ is None) != (config.rl is None):
+    if (config.in_ is None) != (not config.rl):
         raise FrankenlensError("--in and --rl go together: give both, or neither for the pair that ships.")
     for name in ("in_", "rl", "base"):
-        if (given := getattr(config, name)) is not None:
-            require_checkpoint(given, as_option(name))
+        given = getattr(config, name) or ()
+        for one in (
+            (given,) if isinstance(given, str) else given
+        ):  # of a run, several checkpoints or a pattern
+            if isinstance(given, str) or not has_magic(one):
+                require_checkpoint(one, as_option(name))
     _require_data(config)
     for name, most in _WHOLE.items():
         given = getattr(config, name, None)
@@ -295,10 +300,10 @@ def _require_data(config: ModelSettings) -> None:
 
 def checkpoints(config: ModelSettings) -> tuple[str, str, str | None]:
     """Base (None if it is not known), IN and RL, as (in, rl, base); the shipped triple where the settings name none."""
-    if config.in_ is None or config.rl is None:
+    if config.in_ is None or not config.rl:
         shipped = (str(embedded.path("in")), str(embedded.path("rl")))
         return *shipped, config.base or str(embedded.path("base"))
-    return config.in_, config.rl, config.base
+    return config.in_, config.rl if isinstance(config.rl, str) else config.rl[-1], config.base
 
 
 def load_pair(config: PairSettings) -> Pair:
@@ -316,7 +321,13 @@ def _opened(config: PairSettings, base: str | None) -> Pair:
     names = ("dtype", "device_map", "one_resident")
     loading: dict[str, Any] = {name: getattr(config, name) for name in names}
     prompts = {**prompt_settings(config), "accept": config.accept}
-    return Pair.from_pretrained(in_, rl, base, trace_format=config.trace_format, **prompts, **loading)
+    pair = Pair.from_pretrained(in_, rl, base, trace_format=config.trace_format, **prompts, **loading)
+    for name, taken in pair.borrowed.items():
+        print(
+            f"{name.upper()}'s folder has no {taken.replace(' of ', '; taken: those of ', 1)}",
+            file=sys.stderr,
+        )
+    return pair
 
 
 def prompt_settings(config: PairSettings) -> dict[str, Any]:

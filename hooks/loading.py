@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.utils.hub import cached_file
@@ -20,16 +21,12 @@ from transformers.utils.hub import cached_file
 from hooks.errors import FrankenlensError, one_line
 from hooks.extras import require_installed
 from hooks.processors import needs_own_code, own_code_message
-from hooks.stored.files import (
-    SHOWN,
-    Entry,
-    entries,
-    require_one_precision,
-    require_shape,
-    shards_of,
-    weight_files,
-)
+from hooks.stored.entry import DTYPES, Entry
+from hooks.stored.files import SHOWN, require_one_precision, require_shape, shards_of
+from hooks.stored.layouts import Layout, layout_of
 from hooks.stored.settings import require_sound_settings
+from hooks.stored.tensors import Stored
+from hooks.stored.wrapped import is_wrapped, unwrapped
 from hooks.whereabouts import not_found, require_checkpoint
 
 LARGER = 16
@@ -48,14 +45,20 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device_map: str | dict | None = None,
     trust_remote_code: bool = False,
+    settings: str | Path | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load an image-text-to-text model, or a causal language model, in evaluation mode.
 
+    Args:
+        path_or_id: a folder, in whatever layout a trainer left it (`hooks.stored.layouts`), or a repository.
+        settings: the folder or repository that config.json is taken from where a trainer's folder has none.
+        dtype, device_map, trust_remote_code, kwargs: as `from_pretrained` has them.
+
     Raises:
-        FrankenlensError: no such checkpoint, a pickle checkpoint, two sets of weights in one folder, quantized tensors
-            without a word of how (or the reverse), an unknown architecture, or weights that are missing or of another
-            shape.
+        FrankenlensError: no such checkpoint, a pickle that names code, two sets of weights in one folder, quantized
+            tensors without a word of how (or the reverse), an unknown architecture, or weights that are missing or of
+            another shape.
         MissingPackage: `device_map` without accelerate.
     """
     if device_map is not None:
@@ -63,21 +66,31 @@ def load_model(
     hub = {name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in kwargs}
     require_checkpoint(path_or_id)
     is_folder, stored = os.path.isdir(path_or_id), {}
+    source: Any = path_or_id
     if is_folder:
-        stored = _require_sound(Path(path_or_id) / hub.get("subfolder", ""), kwargs.get("variant"))
+        folder = Path(path_or_id) / hub.get("subfolder", "")
+        layout, stored = _require_sound(folder, kwargs.get("variant"), settings)
+        if not layout.is_plain or is_wrapped(stored):
+            source, hub = None, {}
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("subfolder", "variant")}
     else:
         _require_sound_repository(str(path_or_id), hub)
     auto: Any = AutoModelForImageTextToText
     try:
-        config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=trust_remote_code, **hub)
+        named = path_or_id if source is not None else layout.settings
+        config = AutoConfig.from_pretrained(named, trust_remote_code=trust_remote_code, **hub)
         auto = auto_class(config)
         if is_folder and not trust_remote_code:
             _require_modest(path_or_id, auto, config, stored)
-        loaded: Any = auto.from_pretrained(
-            path_or_id,
+        kind, more = auto, {"trust_remote_code": trust_remote_code}
+        if source is None:
+            kind, more = _streamed(auto, config, stored, layout)
+            dtype = _own_type(config, stored) if dtype == "auto" else dtype
+        loaded: Any = kind.from_pretrained(
+            source,
             dtype=dtype,
             device_map=device_map,
-            trust_remote_code=trust_remote_code,
+            **more,
             use_safetensors=True,
             output_loading_info=True,
             **{**kwargs, "ignore_mismatched_sizes": True},  # they are named below
@@ -90,9 +103,11 @@ def load_model(
         if message := not_found(path_or_id, error, hub):
             raise FrankenlensError(message) from error
         first = one_line(error)
-        kind = "image-text-to-text" if auto is AutoModelForImageTextToText else "causal language"
-        raise FrankenlensError(f"{path_or_id}: not loaded as a model of the kind {kind}: {first}") from error
+        said = "image-text-to-text" if auto is AutoModelForImageTextToText else "causal language"
+        raise FrankenlensError(f"{path_or_id}: not loaded as a model of the kind {said}: {first}") from error
     model, info = loaded
+    if source is None:
+        _name(model, path_or_id, layout)
     mismatched: list[Any] = sorted(info.get("mismatched_keys") or ())
     for name, stored, wanted in mismatched:
         require_shape(path_or_id, name, stored, wanted)
@@ -107,12 +122,56 @@ def load_model(
     return model.eval()
 
 
-def _require_sound(folder: Path, variant: str | None) -> dict[str, Entry]:
+def _require_sound(
+    folder: Path, variant: str | None, settings: str | Path | None = None
+) -> tuple[Layout, dict[str, Entry]]:
     """Refuse a checkpoint that would be read otherwise than it was meant, from the headers of its files."""
-    stored = {key: one for file in weight_files(folder, variant) for key, one in entries(file).items()}
-    require_sound_settings(folder, len(stored))
-    require_one_precision(folder, stored)
-    return stored
+    layout = layout_of(folder, variant, settings)
+    stored = layout.read()
+    require_sound_settings(layout.settings, len(stored))
+    if layout.is_plain:
+        require_one_precision(folder, stored)
+    return layout, stored
+
+
+class _Waiting:
+    """A tensor that transformers reads when it comes to it, one after the other, as it does with safetensors."""
+
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._stored.read()[index]
+
+    def get_shape(self) -> list[int]:
+        """Its shape, without reading it."""
+        return list(self._stored.shape)
+
+
+def _streamed(
+    auto: Any, config: Any, stored: Mapping[str, Entry], layout: Layout
+) -> tuple[type[PreTrainedModel], dict[str, Any]]:
+    """The model's class, and arguments of its `from_pretrained` that hand it a trainer's tensors by its names."""
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    own, _ = unwrapped(stored, model, layout.folder)
+    require_one_precision(layout.settings, own)
+    waiting = {key: _Waiting(one.stored) for key, one in own.items()}
+    return type(model), {"config": config, "state_dict": waiting}
+
+
+def _own_type(config: Any, stored: Mapping[str, Entry]) -> torch.dtype:
+    """What "auto" is: the configuration's type, as of a checkpoint in safetensors, or that of the first weight."""
+    kinds = (DTYPES.get(one.kind) for one in stored.values())
+    first = next((one for one in kinds if one is not None and one.is_floating_point), torch.float32)
+    return getattr(config, "dtype", None) or first
+
+
+def _name(model: PreTrainedModel, path: str | Path, layout: Layout) -> None:
+    """What `from_pretrained` takes from a folder beside weights: the name, and how it generates."""
+    model.name_or_path = model.config.name_or_path = str(path)
+    if os.path.isfile(layout.settings / "generation_config.json"):
+        model.generation_config = GenerationConfig.from_pretrained(layout.settings, local_files_only=True)
 
 
 def _require_sound_repository(name: str, hub: Mapping[str, Any]) -> None:

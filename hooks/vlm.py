@@ -48,6 +48,7 @@ from hooks.refusals import (
 from hooks.selfcheck import opening_inputs, self_check, undisturbed, zero_every_point
 from hooks.selfcheck_taken import holds
 from hooks.standing import Standing
+from hooks.stored.layouts import places
 from hooks.unopened import unopened_anatomy
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -183,9 +184,12 @@ class HookedVLM(Traceable):
         check: bool = True,
         processor: ProcessorMixin | PreTrainedTokenizerBase | Literal["auto"] | None = "auto",
         inputs: Mapping[str, Any] | None = None,
+        settings: str | Path | None = None,
         **kwargs: Any,
     ) -> "HookedVLM":
-        """Load model and processor from a folder or a repository id (safetensors only) and open it.
+        """Load model and processor from a folder or a repository id, and open it.
+
+        A folder holds safetensors, or shards as a trainer left them (`hooks.stored.layouts`).
 
         Args:
             path_or_id: folder of a checkpoint, or a repository id on the hub.
@@ -194,14 +198,18 @@ class HookedVLM(Traceable):
             trust_remote_code: run code that comes with the checkpoint.
             check, inputs: see the class.
             processor: "auto" loads that of the checkpoint, of a text-only one its tokenizer; None: there is none.
+            settings: folder or repository of the model that it was trained from: config.json, tokenizer and processor
+                are taken there where shards of a trainer have none beside them.
             kwargs: passed to `from_pretrained` of the class of transformers that has the model.
 
         Raises:
-            FrankenlensError: no such checkpoint, no safetensors, no processor, missing weights, unknown architecture.
+            FrankenlensError: no such checkpoint, no weights that are read, no processor, missing weights, unknown
+                architecture.
         """
         if isinstance(processor, str):
-            processor = load_processor(path_or_id, trust_remote_code=trust_remote_code)
-        model = load_model(path_or_id, dtype, device_map, trust_remote_code, **kwargs)
+            _, where = places(path_or_id, settings)
+            processor = load_processor(where, trust_remote_code=trust_remote_code)
+        model = load_model(path_or_id, dtype, device_map, trust_remote_code, settings, **kwargs)
         return cls(model, processor, inputs=inputs, check=check)
 
     @property

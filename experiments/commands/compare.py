@@ -114,9 +114,9 @@ def open_files(config: CompareConfig) -> Files:
         FrankenlensError: a checkpoint cannot be read, the checkpoints do not align, or an address names nothing.
     """
     in_, rl, base = checkpoints(config)
-    opened = {"in": Checkpoint(in_), "rl": Checkpoint(rl)}
+    opened = {"in": Checkpoint(in_), "rl": Checkpoint(rl, in_)}
     if base is not None:
-        opened["base"] = Checkpoint(base)
+        opened["base"] = Checkpoint(base, in_)
     align(*opened.values())
     _partition(opened["in"], config)
     owned(opened["in"], config.regions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 
+from experiments.triple.checkpoints import save
 from experiments.triple.clock import CpuClock
 from experiments.triple.replies import MAX_REPLY, read, suppressed
 from experiments.triple.resuming import train_from_last
@@ -153,6 +154,28 @@ class _Tick(TrainerCallback):
         self.clock.tick()
 
 
+class _Keep(TrainerCallback):
+    """Keeps the model after some of the steps, each as a folder `step-N`; what is there already stays."""
+
+    def __init__(self, folder: Path, numbers: Sequence[int]) -> None:
+        self.folder, self.numbers = folder, frozenset(numbers)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        place = self.folder / f"step-{state.global_step}"
+        if state.global_step not in self.numbers or place.exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        model = given["model"]
+        cached = model.config.use_cache
+        save(model, place)
+        model.config.use_cache = cached  # the trainer's own
+
+
+def kept_steps(steps: int, n: int) -> list[int]:
+    """`n` of so many steps, evenly spaced, the last among them."""
+    return sorted({round(steps * i / n) for i in range(1, n + 1)} - {0}) if n else []
+
+
 def train_rl(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -161,13 +184,18 @@ def train_rl(
     folder: Path,
     clock: CpuClock,
     trl: Mapping[str, Any] | None = None,
+    keep: tuple[Path, Sequence[int]] | None = None,
 ) -> list[dict[str, float]]:
     """Trains the model in place, from the last checkpoint in `folder` where there is one; `trl` as in `build_trainer`.
+
+    Args:
+        keep: a folder, and the numbers of the steps after which the model is kept there.
 
     Returns:
         TRL's log: one row per five steps.
     """
-    trainer = build_trainer(model, processor, settings, seed, folder, [_Tick(clock)], trl)
+    callbacks = [_Tick(clock), *([] if keep is None else [_Keep(*keep)])]
+    trainer = build_trainer(model, processor, settings, seed, folder, callbacks, trl)
     train_from_last(trainer, folder)
     model.eval()
     return trainer.state.log_history

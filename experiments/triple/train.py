@@ -23,7 +23,7 @@ from experiments.triple.mixes import mixes
 from experiments.triple.model import ModelSize, build_model, build_tokenizer
 from experiments.triple.packing import Packer
 from experiments.triple.plan import assumed, structure, work
-from experiments.triple.rl import RL, require_grpo, train_rl
+from experiments.triple.rl import RL, kept_steps, require_grpo, train_rl
 from experiments.triple.supervised import (
     Schedule,
     align_loss,
@@ -40,6 +40,8 @@ class TrainTriple:
 
     Attributes:
         out: folder for `base`, `in`, `rl-<seed>`, `control`, `results.json`, `table.md` and what is unfinished.
+        keep_steps: checkpoints of each RL run that are kept beside it, in `rl-<seed>-steps/step-N`, evenly spaced, the
+            last among them: a run for `frankenlens trajectory`.
         seeds: RL runs from the same IN, with seeds 0, 1, ...; `rl-0` is the one that ships.
         control: also go on with supervised training from IN, for the CPU time that `rl-0` took.
         seed: seed of initialisation and of the supervised data.
@@ -69,6 +71,7 @@ class TrainTriple:
     control_schedule: Schedule = field(default_factory=lambda: Schedule(2000, batch=20, lr=3e-4, warmup=10))
     rl: RL = field(default_factory=RL)
     n: int = 1000
+    keep_steps: int = 0
     threads: int = 2
 
 
@@ -76,11 +79,16 @@ def run(config: TrainTriple) -> dict[str, Any]:
     """Trains what is not there yet and measures all of it; returns what `results.json` holds.
 
     Raises:
-        FrankenlensError: if `seeds` is below 1, `out` holds a run with other settings, another run writes to it, or TRL
+        FrankenlensError: if `seeds` is below 1, more steps are to be kept than there are or a run that is finished
+            kept none, `out` holds a run with other settings, another run writes to it, or TRL
             is not installed.
     """
     if config.seeds < 1:
         raise FrankenlensError(f"seeds is {config.seeds}; at least one RL run is needed")
+    if not 0 <= config.keep_steps <= config.rl.steps:
+        raise FrankenlensError(
+            f"keep_steps is {config.keep_steps}; RL has {config.rl.steps} steps, so give 0 to that"
+        )
     require_grpo()
     torch.set_num_threads(config.threads)
     with locked(config.out):
@@ -91,6 +99,7 @@ def _trained(config: TrainTriple) -> dict[str, Any]:
     require_begun_alike(config.out / "settings.json", _settings(config))
     folders = {"base": _stage(config, "base", _make_base), "in": _stage(config, "in", _make_in)}
     for seed in range(config.seeds):
+        _require_steps(config, seed)
         folders[f"rl-{seed}"] = _stage(config, f"rl-{seed}", lambda *a, seed=seed: _make_rl(*a, seed=seed))
     if config.control:
         folders["control"] = _stage(config, "control", _make_control)
@@ -143,9 +152,27 @@ def _make_in(config: TrainTriple, folder: Path, clock: CpuClock) -> Model:
 
 def _make_rl(config: TrainTriple, folder: Path, clock: CpuClock, *, seed: int) -> Model:
     model, processor = checkpoints.load(config.out / "in")
-    log = train_rl(model, processor, config.rl, seed, folder, clock)
+    keep = (steps_folder(config, seed), kept_steps(config.rl.steps, config.keep_steps))
+    log = train_rl(model, processor, config.rl, seed, folder, clock, keep=keep)
     evaluate.write_json(log, folder / "log.json")
     return model
+
+
+def steps_folder(config: TrainTriple, seed: int) -> Path:
+    """Where the steps of an RL run are kept."""
+    return config.out / f"rl-{seed}-steps"
+
+
+def _require_steps(config: TrainTriple, seed: int) -> None:
+    """Refuse to keep steps of a run that is over."""
+    wanted = [f"step-{n}" for n in kept_steps(config.rl.steps, config.keep_steps)]
+    folder, there = config.out / f"rl-{seed}", steps_folder(config, seed)
+    missing = [name for name in wanted if not (there / name).exists()]
+    if folder.exists() and missing:
+        raise FrankenlensError(
+            f"{folder} is finished, and {there} lacks {', '.join(missing)}: to keep these, delete {folder} and "
+            f"{config.out / 'unfinished' / folder.name}, and train it again."
+        )
 
 
 def _make_control(config: TrainTriple, folder: Path, clock: CpuClock) -> Model:
@@ -160,10 +187,13 @@ def _make_control(config: TrainTriple, folder: Path, clock: CpuClock) -> Model:
     return model
 
 
+_NOT_OF_WEIGHTS = ("out", "seeds", "control", "n", "threads", "keep_steps")
+
+
 def _settings(config: TrainTriple) -> dict[str, Any]:
     """What decides the weights: everything but where, how many and how fast."""
     settings = asdict(config)
-    return {k: v for k, v in settings.items() if k not in ("out", "seeds", "control", "n", "threads")}
+    return {k: v for k, v in settings.items() if k not in _NOT_OF_WEIGHTS}
 
 
 def _cpu_seconds(out: Path) -> dict[str, float]:

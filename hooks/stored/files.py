@@ -6,50 +6,19 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from pathlib import Path
 
-import torch
 from safetensors import safe_open
 
 from hooks.errors import FrankenlensError, one_line, shown
+from hooks.stored.entry import DTYPES, Entry
+from hooks.stored.inside import require_inside
 from hooks.stored.settings import settings_of
 from hooks.whereabouts import require_folder
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Types of safetensors that a checkpoint without quantization holds; whole numbers in counters alone."""
 SHOWN = 5
 _QUANTIZED = re.compile(r"^(F[468](_.*)?|I8|U8|I4|U4)$")
 _PACKED = re.compile(r"\.(qweight|weight_packed)$")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file.
-
-    Attributes:
-        file, start, size: where its bytes lie.
-        shape: its shape.
-        kind: its type, as safetensors names it.
-    """
-
-    file: Path
-    start: int
-    size: int
-    shape: tuple[int, ...]
-    kind: str
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -125,7 +94,7 @@ def entries(file: Path) -> dict[str, Entry]:
     found = {}
     for key, about in header.items():
         first, last = about["data_offsets"]
-        found[key] = Entry(file, 8 + length + first, last - first, tuple(about["shape"]), about["dtype"])
+        found[key] = Entry(((file, 8 + length + first, last - first),), tuple(about["shape"]), about["dtype"])
     return found
 
 
@@ -192,29 +161,6 @@ def shards_of(index: Path) -> list[str]:
     names = list(named.values())
     require_inside(index, names)
     return sorted(set(names))
-
-
-def require_inside(file: Path, names: Sequence[Any], suffixes: Sequence[str] = (".safetensors",)) -> None:
-    """Refuse names of weights that are no safetensors, or lie elsewhere than in the folder of the file that names them.
-
-    A name that is a link is followed: a cache is made of them.
-
-    Raises:
-        FrankenlensError: quotes the first.
-    """
-    for name in names:
-        if not isinstance(name, str) or not name.endswith(tuple(suffixes)):
-            raise FrankenlensError(
-                f"{file} names {shown(name)} for weights; only safetensors are read: load it once in a place you "
-                "trust and call model.save_pretrained(folder)."
-            )
-        leaves = any(
-            kind(name).is_absolute() or ".." in kind(name).parts for kind in (PurePosixPath, PureWindowsPath)
-        )
-        if leaves or PureWindowsPath(name).drive or "\0" in name:
-            raise FrankenlensError(
-                f"{file} names {shown(name)}, which is outside of its folder; weights lie beside their index."
-            )
 
 
 def _instead(folder: Path) -> str:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,33 +18,35 @@ from hooks.anatomy import Anatomy
 from hooks.errors import FrankenlensError, one_line
 from hooks.loading import auto_class
 from hooks.processors import load_processor
-from hooks.stored.files import (
-    DTYPES,
-    SHOWN,
-    Entry,
-    entries,
-    require_one_precision,
-    require_shape,
-    weight_files,
-)
+from hooks.stored.entry import DTYPES, Entry
+from hooks.stored.files import SHOWN, require_one_precision, require_shape
 from hooks.stored.inventory import Inventory
+from hooks.stored.layouts import layout_of
 from hooks.stored.names import Names
 from hooks.stored.settings import require_sound_settings
+from hooks.stored.tensors import Reader, Stored, as_bytes
+from hooks.stored.wrapped import is_wrapped, unwrapped
 from hooks.unopened import unopened_anatomy
-from interp.comparison.stored import Reader, Stored
 
 PART = 1 << 20  # entries read at once: large enough for a disk's read-ahead, a few megabytes
 
 
 class Checkpoint:
-    """A folder of safetensors files, one or many shards, opened without loading a weight.
+    """A checkpoint in whatever layout it was left (`hooks.stored.layouts`), opened without loading a weight.
 
     Names are those of the transformers model: older names on disk (`visual.`, `model.layers.`) are renamed, and experts
     that lie apart joined, as transformers does at loading. The model itself is built on the meta device, without
     weights.
 
+    Args:
+        folder: where it is.
+        settings: folder or repository whose config.json and tokenizer are taken where the checkpoint has none, as the
+            shards of a trainer.
+
     Attributes:
         folder: where it is.
+        layout: how it lies there.
+        keys: name in the model to its names on disk, with their places among its parts and their shapes.
         tensors: name in the model's state dict to where it lies, in its order: weights and the buffers that are saved
             with them, such as the biases that balance experts; tied weights once.
         ties: name to the one it is tied to.
@@ -53,18 +54,22 @@ class Checkpoint:
         ignored: names on disk that are none of the model's, which transformers does not load either.
 
     Raises:
-        FrankenlensError: no such folder, no safetensors in it, two sets of them, a missing shard, missing weights,
-            quantized weights, or a layout that transformers converts in other ways.
+        FrankenlensError: no such folder, no checkpoint in it, two of them, a missing shard, a pickle that names code,
+            missing weights, quantized weights, or a layout that transformers converts in other ways.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, settings: Path | str | None = None) -> None:
         self.folder = Path(folder)
-        stored = {key: one for file in weight_files(self.folder) for key, one in entries(file).items()}
-        require_sound_settings(self.folder, len(stored))
-        require_one_precision(self.folder, stored)
+        self.layout = layout_of(self.folder, settings=settings)
+        stored = self.layout.read()
+        require_sound_settings(self.layout.settings, len(stored))
+        self.ignored: list[str] = []
+        if not self.layout.is_plain or is_wrapped(stored):
+            stored, self.ignored = unwrapped(stored, self.model, self.folder)
+        require_one_precision(self.layout.settings, stored)
         wanted: dict[str, Tensor] = self.model.state_dict()
         self.ties: dict[str, str] = {}
-        self.ignored: list[str] = []
+        self.keys: dict[str, list[tuple[tuple[int, ...], str, tuple[int, ...]]]] = {}
         found = self._found(stored, wanted)
         self.counters = {
             name: found.pop(name) for name in wanted if name in found and not _is_weight(wanted[name])
@@ -93,7 +98,9 @@ class Checkpoint:
                     f"{entry.file}: {key} is {entry.kind}; weights are compared in floating point (F64, F32, F16, "
                     "BF16), so save it unquantized."
                 )
-            piece = Stored(((entry.file, entry.start, entry.size),), entry.shape, DTYPES[entry.kind])
+            piece = entry.stored
+            parts = [] if order is None else self.keys.get(name, [])
+            self.keys[name] = sorted([*parts, (order or (), key, entry.shape)])
             if order is not None:
                 apart.setdefault(name, {})[order] = piece
             else:
@@ -120,7 +127,9 @@ class Checkpoint:
     def model(self) -> PreTrainedModel:
         """The model without weights, on the meta device."""
         try:
-            config = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(
+                self.layout.settings, local_files_only=True, trust_remote_code=False
+            )
             with torch.device("meta"):
                 return auto_class(config).from_config(config)
         except Exception as error:  # a configuration can make transformers raise anything
@@ -132,7 +141,7 @@ class Checkpoint:
     def anatomy(self) -> Anatomy:
         """Where the model's parts are."""
         try:
-            processor = load_processor(self.folder, local_files_only=True)
+            processor = load_processor(self.layout.processor, local_files_only=True)
         except (
             FrankenlensError
         ):  # weights alone: see `unopened_anatomy` for what is then known of a vision tower
@@ -146,7 +155,7 @@ class Checkpoint:
         with Reader(stored, ahead=True) as reader:
             for first in range(0, stored.entries, entries):
                 part = buffer[: min(entries, stored.entries - first)]
-                reader.read(first * size, _bytes(part))
+                reader.read(first * size, as_bytes(part))
                 yield part
 
     def blocks(self, name: str, entries: int = PART) -> Iterator[Shaped[Tensor, "long short"]]:
@@ -166,7 +175,7 @@ class Checkpoint:
             for first in range(0, columns, width):
                 n = min(width, columns - first)
                 part = buffer[: rows * n].view(rows, n)
-                view = _bytes(part)
+                view = as_bytes(part)
                 for row in range(rows):
                     reader.read((row * columns + first) * size, view[row * n * size : (row + 1) * n * size])
                 yield part.T
@@ -181,7 +190,7 @@ class Checkpoint:
             for run, first in zip(
                 found, np.linspace(0, stored.entries - length, runs).astype(int), strict=True
             ):
-                reader.read(int(first) * stored.dtype.itemsize, _bytes(run))
+                reader.read(int(first) * stored.dtype.itemsize, as_bytes(run))
         return found.flatten()
 
     def read(self, name: str) -> Shaped[Tensor, "..."]:
@@ -197,7 +206,7 @@ class Checkpoint:
             stored = self._stored(source)
             digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
             for part in self.parts(source):
-                digest.update(_bytes(part))
+                digest.update(as_bytes(part))
         return digest.hexdigest()
 
     def provenance(self) -> dict[str, str]:
@@ -256,8 +265,3 @@ class Checkpoint:
 
 def _is_weight(tensor: Tensor) -> bool:
     return tensor.is_floating_point()
-
-
-def _bytes(part: Shaped[Tensor, "..."]) -> memoryview:
-    flat: Any = part.view(-1).view(torch.uint8).numpy()
-    return memoryview(flat).cast("B")

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from hooks.errors import FrankenlensError
+from hooks.stored.tensors import Stored
 from interp.comparison.alignment import align
 from interp.comparison.checkpoint import Checkpoint
 from interp.comparison.controls import gaussian_spectrum, rounding
@@ -19,7 +20,7 @@ from interp.comparison.energy import Sums, energies
 from interp.comparison.held import difference, held
 from interp.comparison.names import Place, places
 from interp.comparison.singular_values import TOP, Spectrum, blockwise
-from interp.comparison.stored import Stored, counted_in
+from interp.comparison.stored import counted_in
 from interp.comparison.workers import READERS, in_threads
 from interp.updates import type_name
 
@@ -136,7 +137,11 @@ def spectra(table: pd.DataFrame) -> pd.DataFrame:
 def opened(in_: Source, rl: Source, base: Source | None) -> tuple[list[Checkpoint], tuple[str, ...]]:
     """The checkpoints in the order of training, and the stages between them."""
     given = [source for source in (base, in_, rl) if source is not None]
-    checkpoints = [one if isinstance(one, Checkpoint) else Checkpoint(one) for one in given]
+    lender = in_.folder if isinstance(in_, Checkpoint) else in_
+    checkpoints = [
+        one if isinstance(one, Checkpoint) else Checkpoint(one, None if one is in_ else lender)
+        for one in given
+    ]
     return checkpoints, ("rl",) if base is None else ("in", "rl")
 
 

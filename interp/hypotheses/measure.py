@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -14,6 +16,7 @@ from hooks.errors import nearest
 from interp.decision import DecisionSet
 from interp.hypotheses.claim import Claim, ClaimError, Family
 from interp.map.cells import Cell, Donor, edits_of, run_cells
+from interp.map.clean import CleanBatch, CleanRuns
 from interp.map.component_map import DIRECTIONS, batches_of
 from interp.map.components import BEFORE_THE_DECODER, Component, cached_names, components
 from interp.metrics import evaluate
@@ -110,6 +113,7 @@ def measure(
     batch_size: int = 32,
     seed: int = 0,
     progress: bool = True,
+    clean: CleanRuns | None = None,
 ) -> dict[str, Measured]:
     """Every claim that can be measured; each component is moved once, however many claims name it.
 
@@ -125,6 +129,7 @@ def measure(
         batch_size: prompts a forward.
         seed: of random directions and updates.
         progress: a bar.
+        clean: clean runs of one of the models, kept for its pairs with others on the same decisions.
     """
     wanted = [c for c in claims.values() if c.quantity == "accuracy" or decisions is not None]
     parts = moved_by_body(wanted)
@@ -132,7 +137,8 @@ def measure(
     total = len(parts["weights"]) + len(parts["accuracy"])
     with tqdm(desc="claims", unit="run", disable=not progress, delay=1, total=total) as bar:
         if parts["activation"] and decisions is not None:
-            _activations(pair, decisions, parts["activation"], len(examples), batch_size, seed, values, bar)
+            n = len(examples)
+            _activations(pair, decisions, parts["activation"], n, batch_size, seed, values, bar, clean)
         if parts["weights"] and decisions is not None:
             _weights(pair, decisions, parts["weights"], len(examples), batch_size, seed, values, bar)
         if parts["accuracy"]:
@@ -194,7 +200,15 @@ def _require(claim: Claim, addresses: Sequence[str], vlm: HookedVLM) -> None:
 
 
 def _activations(
-    pair, decisions: DecisionSet, wanted: Sequence[Moved], n, batch_size, seed, values, bar
+    pair,
+    decisions: DecisionSet,
+    wanted: Sequence[Moved],
+    n,
+    batch_size,
+    seed,
+    values,
+    bar,
+    clean: CleanRuns | None = None,
 ) -> None:
     models, prompts = {"in": pair.in_, "rl": pair.rl}, decisions.prompts
     sets = {moved: activation_components(pair.in_, moved[3]) for moved in wanted}
@@ -207,25 +221,30 @@ def _activations(
     bar.total += 2 * len(wanted) * len(batches)
     for rows in batches:
         metric = decisions.metric.select(rows)
-        ready, runs = {}, {}
-        for name, vlm in models.items():
+
+        def ran(vlm: HookedVLM, rows: Sequence[int] = rows, metric: Any = metric) -> CleanBatch:
             batch = collate([prompts[i] for i in rows]).to(vlm.device)
-            ready[name] = PatchBatch(batch, metric.reads(batch))
-            runs[name] = Donor(vlm, batch, names, metric)
+            return CleanBatch(PatchBatch(batch, metric.reads(batch)), Donor(vlm, batch, names, metric))
+
+        runs = {
+            name: clean.of(repr(rows), partial(ran, vlm)) if clean and clean.vlm is vlm else ran(vlm)
+            for name, vlm in models.items()
+        }
         for direction, (donor, recipient) in DIRECTIONS.items():
             chosen = [moved for moved in wanted if moved[2] == direction]
             keys, cells = [], []
             for moved in chosen:
                 for which in ("donor", "control"):
-                    ends = (runs[donor], runs[recipient], ready[recipient])
+                    ends = (runs[donor].donor, runs[recipient].donor, runs[recipient].ready)
                     cell = moved_cell(*ends, sets[moved], moved[1], which, seed)
                     if cell is not None:
                         keys.append(("decision", moved, which))
                         cells.append(cell)
             if cells:
-                found = run_cells(models[recipient], ready[recipient], metric, cells, bar)
-                for key, own in zip(keys, found, strict=True):
-                    values[key][example[rows]] = own
+                own = runs[recipient]
+                found = run_cells(models[recipient], own.ready, metric, cells, bar, own.stored)
+                for key, changes in zip(keys, found, strict=True):
+                    values[key][example[rows]] = changes
 
 
 def moved_cell(

@@ -15,10 +15,12 @@ from hooks import HookedVLM
 from hooks.batches import fitting, forward_bytes, logits_bytes
 from hooks.memory import point_bytes
 from interp.map.cells import KINDS, Donor, cells_of, run_cells
+from interp.map.clean import CleanBatch, CleanRuns
 from interp.map.components import Component, cached_names
 from interp.metrics import Metric
 from interp.prompts import Prompt, collate
 from interp.prompts.pairing import PatchBatch
+from interp.results.store import fingerprint
 from interp.sweep.batch import stored_bytes
 
 
@@ -30,6 +32,7 @@ class Batch:
         others: by model, the rows' partners (`interp.prompts.pairing.beside`); none where nothing is borrowed.
         partner: of each row, which of all prompts its partner is.
         seeds: of the random directions.
+        clean: clean runs of one of the models that other maps start from, too.
     """
 
     models: Mapping[str, HookedVLM]
@@ -43,6 +46,7 @@ class Batch:
     kinds: Sequence[str]
     seeds: Sequence[int]
     bar: tqdm
+    clean: CleanRuns | None = None
 
     @property
     def about(self) -> list[list[list[int]]]:
@@ -61,22 +65,37 @@ class Batch:
             for kind in KINDS
         }
         ends = np.full((2, shape[0], n), np.nan)
-        ready, donors = {}, {}
-        for name, vlm in self.models.items():
-            batch = collate(self.prompts[name]).to(vlm.device)
-            ready[name] = PatchBatch(batch, self.metric.reads(batch), self.partner.to(vlm.device))
-            names = cached_names(vlm, self.wanted)
-            others = collate(self.others[name]) if self.others[name] else None
-            donors[name] = Donor(vlm, batch, names, self.metric, others)
+        runs = {name: self._clean_runs(name) for name in self.models}
         for d, (donor, recipient) in enumerate(self.directions.values()):
-            ways = (donors[donor], donors[recipient], ready[recipient])
+            own = runs[recipient]
+            ways = (runs[donor].donor, own.donor, own.ready)
             cells = cells_of(*ways, self.wanted, self.roles, self.kinds, self.seeds)
-            changes = run_cells(self.models[recipient], ready[recipient], self.metric, cells, self.bar)
+            changes = run_cells(self.models[recipient], own.ready, self.metric, cells, self.bar, own.stored)
             for cell, values in zip(cells, changes, strict=True):
                 draw = (cell.draw,) if cell.kind == "random" else ()
                 found[cell.kind][(d, *draw, cell.component, cell.role)] = values
-            ends[0, d], ends[1, d] = donors[recipient].metric, donors[donor].metric
+            ends[0, d], ends[1, d] = own.donor.metric, runs[donor].donor.metric
         return {**found, "ends": ends}
+
+    def _clean_runs(self, name: str) -> CleanBatch:
+        vlm = self.models[name]
+        if self.clean is None or self.clean.vlm is not vlm:
+            return self._run_clean(name)
+        return self.clean.of(self._key(name), lambda: self._run_clean(name))
+
+    def _key(self, name: str) -> str:
+        ids = [[list(prompt.ids) for prompt in some[name]] for some in (self.prompts, self.others)]
+        wanted = [component.name for component in self.wanted]
+        return fingerprint(
+            name, ids, [prompt.example.id for prompt in self.prompts[name]], wanted, repr(self.metric)
+        )
+
+    def _run_clean(self, name: str) -> CleanBatch:
+        vlm = self.models[name]
+        batch = collate(self.prompts[name]).to(vlm.device)
+        ready = PatchBatch(batch, self.metric.reads(batch), self.partner.to(vlm.device))
+        others = collate(self.others[name]) if self.others[name] else None
+        return CleanBatch(ready, Donor(vlm, batch, cached_names(vlm, self.wanted), self.metric, others))
 
 
 def rows_at_once(

@@ -34,6 +34,7 @@ from interp.sweep.activations import activation_of
 from interp.sweep.batch import BatchSweep
 from interp.sweep.edits import Edit, Span
 from interp.sweep.places import of_vision
+from interp.sweep.stored import StoredRun
 
 
 class Donor:
@@ -59,6 +60,11 @@ class Donor:
                 self._others = run_with_cache_for_logits(vlm, inputs, kept, reading.columns[-1:])[1]
             self.metric = reading(logits)[0].double().cpu().numpy()
         self.vlm = vlm
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the activations that it keeps."""
+        return sum(kept.nbytes for cache in (self._cache, self._others) for kept in cache.values())
 
     def activation(
         self, hook: str, head: int | None, span: Span | None = None, other: bool = False
@@ -205,10 +211,19 @@ class _New:
 
 
 def run_cells(
-    vlm: HookedVLM, ready: PatchBatch, metric: Metric, cells: Sequence[Cell], bar: tqdm
+    vlm: HookedVLM,
+    ready: PatchBatch,
+    metric: Metric,
+    cells: Sequence[Cell],
+    bar: tqdm,
+    stored: dict[tuple[str, ...], StoredRun] | None = None,
 ) -> list[Float[np.ndarray, " batch"]]:
-    """metric(patched) - metric(clean) of each cell, NaN for the examples that it does not touch."""
-    sweep = BatchSweep(vlm, ready.batch, Reading([metric], ready.batch), [cell.edits for cell in cells])
+    """metric(patched) - metric(clean) of each cell, NaN for the examples that it does not touch.
+
+    `stored`: see `interp.sweep.batch.BatchSweep`.
+    """
+    reading, edits = Reading([metric], ready.batch), [cell.edits for cell in cells]
+    sweep = BatchSweep(vlm, ready.batch, reading, edits, stored=stored)
     found = [np.full(len(ready.batch), np.nan) for _ in cells]
     for number, values in sweep.run(range(len(cells))):
         rows = cells[number].rows.cpu().numpy()

@@ -18,6 +18,7 @@ from hooks import FrankenlensError, HookedVLM
 from hooks.batches import batched, in_parts
 from interp.map.batch import Batch, rows_at_once
 from interp.map.cells import KINDS
+from interp.map.clean import CleanRuns
 from interp.map.components import (
     BEFORE_THE_DECODER,
     POINTS,
@@ -59,6 +60,7 @@ def component_map(
     n_random: int = RANDOM,
     further: Sequence[str] = FURTHER,
     seed: int = 0,
+    clean: CleanRuns | None = None,
 ) -> xr.Dataset:
     """Patch every component of a pair at every role, on the prompts of `decisions`.
 
@@ -75,6 +77,7 @@ def component_map(
         n_random: random directions of every cell and example.
         further: which of the two further controls are run as well, of `FURTHER`; NaN where one is not.
         seed: of the random directions.
+        clean: clean runs of one of the two models, kept for maps of it against others on the same prompts.
 
     Returns:
         Variables effect [direction component role example] (patched - recipient, in the metric's units); controls, of
@@ -99,7 +102,7 @@ def component_map(
     models = {"in": pair.in_, "rl": pair.rl}
     ways = {d: DIRECTIONS[d] for d in directions}
     kinds = ("donor", "random", *further)
-    settings = {"kinds": kinds, "n_random": n_random, "seed": seed, "keep": keep}
+    settings = {"kinds": kinds, "n_random": n_random, "seed": seed, "keep": keep, "clean": clean}
     found = _map(models, prompts, decisions.metric, ways, points, roles, batch_size, progress, **settings)
     return with_looked_at(found, decisions.examples)
 
@@ -175,6 +178,7 @@ def _map(
     n_random: int = RANDOM,
     seed: int = 0,
     keep: Store | None = None,
+    clean: CleanRuns | None = None,
 ) -> xr.Dataset:
     """`kinds`: what is put in a cell's place; what is not asked for stays NaN."""
     if n_random < 1:
@@ -226,6 +230,7 @@ def _map(
                 kinds,
                 seeds,
                 bar,
+                clean,
             )
 
         def of(one: Batch) -> str:

@@ -18,6 +18,7 @@ from hooks.errors import FrankenlensError, nearest, one_line
 from hooks.extras import require_installed
 from hooks.processors import load_processor, tokenizer_of
 from hooks.resident import Turns
+from hooks.stored.layouts import borrowed, places
 from hooks.whereabouts import require_checkpoint
 from interp.pair.adapter import LOST, ROUNDING, is_adapter, merge_adapter, read_adapter
 from interp.pair.agreement import (
@@ -52,6 +53,7 @@ class Pair:
     Attributes:
         builder: makes prompts for all of them (with IN's processor).
         differences: by model, in what it is not alike to IN: spelled in two ways, or accepted.
+        borrowed: by model, which settings its folder lacked and whose were taken.
         turns: how IN and RL share one memory, where they do (`from_pretrained(one_resident=True)`).
 
     Raises:
@@ -71,6 +73,7 @@ class Pair:
         instruction: str = "",
     ) -> None:
         self.in_, self.rl, self.base = in_, rl, base
+        self.borrowed: dict[str, str] = {}
         self.turns: Turns | None = None
         others = {name: other for name, other in self.models.items() if name != "in"}
         self.differences: dict[str, list[Difference]] = {
@@ -101,14 +104,17 @@ class Pair:
         one_resident: bool = False,
         **kwargs: Any,
     ) -> Pair:
-        """Load the models; folders or repository ids, safetensors only.
+        """Load the models: folders or repository ids, safetensors or shards as trainers leave them.
+
+        Shards (`hooks.stored.layouts`) are opened with config.json and tokenizer from beside them, or with IN's.
 
         Arguments:
-            rl_path: a checkpoint, or the folder of a PEFT adapter, which is merged into a second copy of IN; the merged
-                model computes what the adapted one does, on the prompt that IN was opened with.
+            rl_path: a checkpoint, a step of a run (`global_step_100` of verl, say), or the folder of a PEFT adapter,
+                which is merged into a second copy of IN; the merged model computes what the adapted one does, on the
+                prompt that IN was opened with.
             one_resident: keep RL as the entries in which it differs from IN, in IN's memory (`hooks.resident`): the
                 same numbers in about half of the memory, where RL changed few of them. Whoever is in use is in memory,
-                and changing over costs time (`pair.turns`); RL is a folder of safetensors then.
+                and changing over takes time (`pair.turns`). RL is a folder then, and no adapter.
             dtype, device_map, kwargs: passed to `HookedVLM.from_pretrained` for every model.
             trace_format, template, system, accept, instruction: see the class.
 
@@ -123,34 +129,82 @@ class Pair:
         """
         for one in (in_path, rl_path, *([] if base is None else [base])):
             require_checkpoint(one)  # all of them before the first is loaded
-        tensors = None
-        if is_adapter(rl_path):
-            require_installed("an RL checkpoint that is a PEFT adapter", "peft")
-            if one_resident:
-                raise FrankenlensError(
-                    f"{rl_path} is an adapter, which changes every entry of its matrices: with it, one model in memory "
-                    "saves nothing. Merge it into a checkpoint, or open two models."
-                )
-            tensors = read_adapter(Path(rl_path))
-        loading = {"dtype": dtype, "device_map": device_map, **kwargs}
+        loading: dict[str, Any] = {"dtype": dtype, "device_map": device_map, **kwargs}
+        tensors = _adapter_of(rl_path, one_resident)
         in_ = HookedVLM.from_pretrained(in_path, **loading)
-        lost: list[Difference] = []
-        turns: Turns | None = None
+        prompts = {"trace_format": trace_format, "template": template, "system": system}
+        prompts |= {"accept": accept, "instruction": instruction, "one_resident": one_resident}
+        return cls._beside(in_, in_path, rl_path, base, tensors, loading, **prompts)
+
+    @classmethod
+    def beside(
+        cls,
+        in_: HookedVLM,
+        in_path: str | Path,
+        rl_path: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device_map: str | dict | None = None,
+        trace_format: TraceFormat | None = None,
+        template: str | None = None,
+        system: str | None = None,
+        accept: Sequence[str] = (),
+        instruction: str = "",
+        one_resident: bool = False,
+        **kwargs: Any,
+    ) -> Pair:
+        """A pair of an IN that is open already and a checkpoint that is loaded now, as several of one run are.
+
+        Arguments:
+            in_: IN, opened; it stays open when this fails.
+            in_path: where it was loaded from.
+            rl_path, dtype, device_map, trace_format, template, system, accept, instruction, one_resident, kwargs: as in
+                `from_pretrained`; how IN was loaded.
+
+        Raises:
+            FrankenlensError: RL cannot be loaded, or the two are no pair.
+            MissingPackage: RL is an adapter, and peft is not installed.
+        """
+        require_checkpoint(rl_path)
+        loading: dict[str, Any] = {"dtype": dtype, "device_map": device_map, **kwargs}
+        prompts = {"trace_format": trace_format, "template": template, "system": system}
+        prompts |= {"accept": accept, "instruction": instruction, "one_resident": one_resident}
+        tensors = _adapter_of(rl_path, one_resident)
+        return cls._beside(in_, in_path, rl_path, None, tensors, loading, **prompts)
+
+    @classmethod
+    def _beside(
+        cls,
+        in_: HookedVLM,
+        in_path: str | Path,
+        rl_path: str | Path,
+        base: str | Path | None,
+        tensors: Mapping[str, torch.Tensor] | None,
+        loading: dict[str, Any],
+        *,
+        template: str | None,
+        accept: Sequence[str],
+        one_resident: bool,
+        **prompts: Any,
+    ) -> Pair:
+        """RL, and Base, loaded beside IN; `tensors` are RL's where it is an adapter."""
+        loading, lost, turns = {"settings": in_path, **loading}, [], None
         if one_resident:
             opened = open_in_memory_of(in_, rl_path, **loading)
             rl, turns, lost = opened.vlm, opened.turns, opened.differences
         elif tensors is not None:
-            adapted = HookedVLM.from_pretrained(in_path, **{**loading, "check": False})
-            rl, lost = _with_adapter(
-                adapted, Path(rl_path), tensors, kwargs.get("check", True), not template, accept
-            )
+            own = HookedVLM.from_pretrained(in_path, **{**loading, "settings": None, "check": False})
+            check = loading.get("check", True)
+            rl, lost = _with_adapter(own, Path(rl_path), tensors, check, not template, accept)
         else:
             rl = _opened(in_, rl_path, "RL", loading, not template, accept)
         opened_base = None if base is None else _opened(in_, base, "Base", loading, not template, accept)
         names = [one for one in accept if one not in {loss.name for loss in lost}]
-        pair = cls(in_, rl, opened_base, trace_format, template, system, names, instruction)
+        pair = cls(in_, rl, opened_base, template=template, accept=names, **prompts)
         pair.differences["rl"] += lost
         pair.turns = turns
+        given = {"rl": rl_path} if base is None else {"rl": rl_path, "base": base}
+        pair.borrowed = {name: told for name, path in given.items() if (told := borrowed(path, in_path))}
         return pair
 
     @property
@@ -184,11 +238,12 @@ class Pair:
             "class": type(vlm.model).__name__,
             "dtype": str(vlm.model.dtype),
             "weights_sha256": weights_sha256(vlm.model),
+            **({"settings": self.borrowed[name]} if name in self.borrowed else {}),
             **{kind: lines for kind, enters in kinds.items() if (lines := _lines(unlike, enters))},
         }
 
     def close(self) -> None:
-        """Close every model; memory that two shared is IN's again."""
+        """Close every model; memory that two had is IN's again."""
         if self.turns is not None:
             self.turns.end()
         for vlm in self.models.values():
@@ -205,6 +260,19 @@ def weights_sha256(model: nn.Module) -> str:
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _adapter_of(path: str | Path, one_resident: bool) -> Mapping[str, torch.Tensor] | None:
+    """The tensors of a PEFT adapter; None of anything else."""
+    if not is_adapter(path):
+        return None
+    if one_resident:
+        raise FrankenlensError(
+            f"{path} is an adapter, which changes every entry of its matrices: with one model in memory, nothing would "
+            "be saved. Merge it into a checkpoint, or open two models."
+        )
+    require_installed("an RL checkpoint that is a PEFT adapter", "peft")
+    return read_adapter(Path(path))
 
 
 def _processor(vlm: HookedVLM, name: str) -> Any:
@@ -264,7 +332,8 @@ def _opened(
         return HookedVLM.from_pretrained(path, **loading)
     except FrankenlensError:
         try:
-            other = load_processor(path, trust_remote_code=bool(loading.get("trust_remote_code")))
+            _, words = places(path, loading.get("settings"))
+            other = load_processor(words, trust_remote_code=bool(loading.get("trust_remote_code")))
             differences = entering(processor_differences(_processor(in_, "IN"), other, templates), accept)
         except FrankenlensError:
             differences = []  # then the reason is the first one

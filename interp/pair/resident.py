@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
@@ -19,15 +19,13 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from hooks.processors import load_processor
+from hooks.stored.checkpoint import Checkpoint
 from hooks.resident import Change, Turns, as_bits, change, piece_size, pieces_of
 from interp.pair.agreement import Difference, entering, model_differences
 
-if TYPE_CHECKING:
-    from interp.comparison.checkpoint import Checkpoint
-
 SHOWN = 5  # differences that a refusal lists
 
-_OF_LOADING = ("dtype", "device_map", "check", "inputs", "processor")
+_OF_LOADING = ("dtype", "device_map", "check", "inputs", "processor", "settings")
 """How a model may be opened that has another in its memory: whatever else changes what is loaded."""
 
 
@@ -62,17 +60,15 @@ def open_in_memory_of(in_: HookedVLM, path: str | Path, **loading: Any) -> InMem
     if other := sorted(set(loading) - set(_OF_LOADING)):
         raise FrankenlensError(f"a pair with one model in memory is not opened with {', '.join(other)}.")
     _require_whole(in_.model)
-    from interp.comparison.checkpoint import Checkpoint
-
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, loading.get("settings"))
     with in_.exclusive("opening another model in its memory"):
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: Any = AutoConfig.from_pretrained(checkpoint.layout.settings, local_files_only=True)
         if loading.get("dtype", "auto") == "auto":
             _require_type(in_.model, config, checkpoint)
-        model, spelled = _second(in_, folder, config)
+        model, spelled = _second(in_, checkpoint, config)
         turns = Turns(in_.model, model, dict(_changes(in_.model, model, checkpoint)))
     processor = loading.get("processor", "auto")
-    own = load_processor(folder) if isinstance(processor, str) else processor
+    own = load_processor(checkpoint.layout.processor) if isinstance(processor, str) else processor
     rl = HookedVLM(model, own, inputs=loading.get("inputs"), check=loading.get("check", True))
     return InMemoryOf(rl, turns, spelled)
 
@@ -114,13 +110,13 @@ def _require_type(model: PreTrainedModel, config: Any, checkpoint: Checkpoint) -
         )
 
 
-def _second(in_: HookedVLM, folder: Path, config: Any) -> tuple[PreTrainedModel, list[Difference]]:
+def _second(in_: HookedVLM, checkpoint: Checkpoint, config: Any) -> tuple[PreTrainedModel, list[Difference]]:
     """A module like IN's, with parameters of its own that have IN's memory; and what its settings spell otherwise."""
     memo: dict[int, Any] = {
         id(one): nn.Parameter(one.data, requires_grad=one.requires_grad) for one in in_.model.parameters()
     }
     model: PreTrainedModel = copy.deepcopy(in_.model, memo)
-    own = model.config
+    own, folder = model.config, checkpoint.folder
     if type(config) is not type(own):
         raise FrankenlensError(
             f"IN and RL are no pair: IN is a {own.model_type}, and {folder} a {config.model_type}."
@@ -136,8 +132,9 @@ def _second(in_: HookedVLM, folder: Path, config: Any) -> tuple[PreTrainedModel,
         )
     model.config = own  # of which the modules have their parts
     model.name_or_path = own._name_or_path = str(folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if (checkpoint.layout.settings / "generation_config.json").is_file():
+        there = checkpoint.layout.settings
+        model.generation_config = GenerationConfig.from_pretrained(there, local_files_only=True)
     return model.eval(), differences
 
 

@@ -15,6 +15,7 @@ from hooks.errors import one_line
 from hooks.loading import auto_class
 from hooks.processors import load_processor
 from hooks.selfcheck import opening_inputs
+from hooks.stored.layouts import places
 from hooks.unopened import is_read_off
 from interp.metrics import LogitDifference
 from interp.metrics.reading import Reading
@@ -50,7 +51,8 @@ def weightless(path_or_id: str | Path, dtype: str | torch.dtype = "auto", on: st
         FrankenlensError: no configuration, or one whose parts are not found.
     """
     try:
-        config = AutoConfig.from_pretrained(path_or_id)
+        settings, words = places(path_or_id)
+        config = AutoConfig.from_pretrained(settings)
         kind = auto_class(config)
         own = getattr(config, "dtype", None) if dtype == "auto" else dtype
         own = getattr(torch, own) if isinstance(own, str) else own
@@ -62,7 +64,7 @@ def weightless(path_or_id: str | Path, dtype: str | torch.dtype = "auto", on: st
         raise FrankenlensError(
             f"{path_or_id}: no model is made of its configuration: {one_line(error)}"
         ) from error
-    return of_model(model, _processor(path_or_id), on)
+    return of_model(model, _processor(words), on)
 
 
 def of_model(model: Any, processor: Any = None, on: str = "cpu") -> Weightless:

@@ -47,6 +47,7 @@ class BatchSweep:
         names: Sequence[str] = (),
         max_memory: int | None = None,
         check: bool = True,
+        stored: dict[tuple[str, ...], StoredRun] | None = None,
     ) -> None:
         """Runs the batch clean and keeps what the interventions start from.
 
@@ -58,6 +59,8 @@ class BatchSweep:
             names: further activations of the clean run to keep, for `activation`.
             max_memory: bytes for what is stored and for what runs at once.
             check: compare the shortcuts with the clean run first.
+            stored: where clean runs of this model on this batch are kept, by what they keep: one is taken from there,
+                and put there where it is not.
 
         Raises:
             FrankenlensError: nothing is read, or the budget is too small for one row.
@@ -72,11 +75,7 @@ class BatchSweep:
         self._run: StoredRun | None = None
         if fast:
             try:
-                self._run = StoredRun(
-                    vlm, batch, reading.reads, [*names, *needed_names(fast, vlm)], self._storage()
-                )
-                if check:
-                    self._run.check()
+                self._run = self._stored([*names, *needed_names(fast, vlm)], check, stored)
             except Unsupported as reason:
                 self._run = None
                 warnings.warn(
@@ -86,6 +85,20 @@ class BatchSweep:
                 )
         self.shortcuts = "tokens and layers" if self._run is not None else "layers"
         self.clean = reading((self._clean_run() if self._run is None else self._run).logits)
+
+    def _stored(
+        self, names: Sequence[str], check: bool, kept: dict[tuple[str, ...], StoredRun] | None
+    ) -> StoredRun:
+        """The clean run, taken from where it is kept or made now."""
+        key = tuple(sorted(names))
+        if kept is not None and key in kept:
+            return kept[key]
+        run = StoredRun(self.vlm, self.batch, self._reading.reads, names, self._storage())
+        if check:
+            run.check()
+        if kept is not None:
+            kept[key] = run
+        return run
 
     def activation(self, name: str) -> Float[Tensor, "..."]:
         """An activation of the clean run that was asked for by name."""

@@ -28,13 +28,12 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Shaped
-from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks.errors import FrankenlensError, nearest, shown
 from hooks.extras import require_installed
-from hooks.stored.names import Names
+from hooks.stored.layouts import Layout
 from interp.comparison import Checkpoint, align
 from interp.results.files import is_occupied, publishing
 from interp.updates import Realized
@@ -260,7 +259,7 @@ def merge(
         progress: a bar.
 
     Raises:
-        FrankenlensError: before anything is written: the recipe does not fit, a folder is no safetensors checkpoint,
+        FrankenlensError: before anything is written: the recipe does not fit, a folder is no checkpoint that is read,
             checkpoints do not align, `out` is not empty, or mergekit is not installed. Or, before anything is left
             behind: the type of the tensors does not hold the update that the recipe makes (`interp.updates`).
     """
@@ -273,7 +272,8 @@ def merge(
         raise FrankenlensError(f'dtype={dtype!r}: give "float32", or nothing for the type of the models')
     if is_occupied(out):
         raise FrankenlensError(f"{out} is not empty; choose another folder for the merged checkpoint")
-    opened = [Checkpoint(folder) for folder in ([] if base is None else [base]) + list(models)]
+    first, *others = ([] if base is None else [base]) + list(models)
+    opened = [Checkpoint(first), *(Checkpoint(folder, first) for folder in others)]
     names = align(*opened)
     keys, types = _keys(opened[0]), set[torch.dtype]()
     collinear, held = 0, Realized()
@@ -300,7 +300,7 @@ def merge(
         for name in opened[0].counters:
             _save(writer, keys[name], opened[0].read(name))
         writer.finalize()
-        _copy_settings(opened[0].folder, staging)
+        _copy_settings(opened[0].layout, staging)
         if dtype is not None:
             _set_dtype(staging / "config.json", dtype)
         about = {**asdict(recipe), "models": [Path(m).name for m in models], "mergekit": version("mergekit")}
@@ -321,18 +321,11 @@ _OnDisk = tuple[tuple[int, ...], str, tuple[int, ...]]
 
 def _keys(checkpoint: Checkpoint) -> Mapping[str, list[_OnDisk]]:
     """Parameter to what it is on disk: one tensor, or several (experts) that follow one another."""
-    names = Names(checkpoint.model)
-    found: dict[str, list[_OnDisk]] = {}
-    everything = checkpoint.tensors | checkpoint.counters
-    for file in sorted({path for stored in everything.values() for path, *_ in stored.pieces}):
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
-                shape = tuple(opened.get_slice(key).get_shape())
-                name, order = names(key, shape)
-                parts = [] if order is None else found.get(name, [])
-                found[name] = [*parts, (order or (), key, shape)]
-                found.setdefault(checkpoint.ties.get(name, name), found[name])
-    return {name: sorted(parts) for name, parts in found.items()}
+    found = dict(checkpoint.keys)
+    for name, source in checkpoint.ties.items():  # whichever of two names it is stored under
+        if name in found:
+            found.setdefault(source, found[name])
+    return found
 
 
 def _save(writer: Any, parts: Sequence[_OnDisk], merged: Shaped[Tensor, "..."]) -> None:
@@ -358,8 +351,9 @@ def _set_dtype(file: Path, dtype: str) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_settings(source: Path, target: Path) -> None:
+def _copy_settings(layout: Layout, target: Path) -> None:
     """Everything but weights: configuration, tokenizer, processor, chat template."""
-    for path in source.iterdir():
+    folders = dict.fromkeys([layout.processor, layout.settings])
+    for path in [path for folder in folders for path in folder.iterdir()]:
         if path.is_file() and path.suffix in _SETTINGS and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)

@@ -25,12 +25,11 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooks.stored.files import DTYPES, entries
+from hooks.stored.files import entries
 from interp.comparison.checkpoint import Checkpoint
 from interp.comparison.directions import directions
 from interp.comparison.held import difference, held
 from interp.comparison.singular_values import TOP, Spectrum, blockwise
-from interp.comparison.stored import Stored
 from tests.interp.comparison import exact
 from tests.interp.comparison.comparison_size import peak
 
@@ -190,10 +189,7 @@ def opened(file: Path) -> Checkpoint:
     """A file as a checkpoint of no model, of which tensors alone are read."""
     found = object.__new__(Checkpoint)
     found.folder, found.ties, found.counters = file.parent, {}, {}
-    found.tensors = {
-        key: Stored(((one.file, one.start, one.size),), one.shape, DTYPES[one.kind])
-        for key, one in entries(file).items()
-    }
+    found.tensors = {key: one.stored for key, one in entries(file).items()}
     return found
 
 

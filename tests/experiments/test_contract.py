@@ -34,6 +34,7 @@ ASKING = {  # what each command needs to be small
     "planted": "--pairs 1 --kinds rl",
     "test": "",
     "suite": "--parts attention",
+    "trajectory": "--points mlp_out --decision first",
 }
 NO_PAIR = {"compare", "train-triple", "freeze"}
 """They ask no pair anything; `freeze` asks the pair of one's own data, where it trains."""

@@ -44,6 +44,7 @@ ARGS = {
     "knockout": [*FEW, "--width", "5", "--routes", "image -> question"],
     "lockstep": [*FEW, "--components", "blocks.3.mlp", "--n-random", "1"],
     "planted": [*FEW, "--kinds", "rl", "identical", "--methods", "compare", "--pairs", "2", "--nulls", "1"],
+    "trajectory": [*FEW, "--decision", "soft", "--points", "mlp_out"],
     "paths": [*FEW, "--decision", "soft", "--senders", "blocks.6.mlp"],
     "test": ["CLAIMS", *FEW],
 }

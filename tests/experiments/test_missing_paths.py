@@ -21,7 +21,7 @@ PAIRED = (
     "lens",
     "knockout",
 )
-PAIRED = (*PAIRED, "lockstep", "test", "planted", "paths")
+PAIRED = (*PAIRED, "lockstep", "test", "planted", "paths", "trajectory")
 ASKED = ("map", "suite", "metrics", "transfer", "attention", "lens", "knockout", "lockstep", "paths")
 
 
@@ -29,6 +29,7 @@ def rows() -> list[tuple[str, str, str]]:
     """Command, option, and what it wants."""
     found = [(command, option, "folder") for command in PAIRED for option in ("--in", "--rl", "--base")]
     found += [(command, "--data", "file") for command in ASKED]
+    found += [("trajectory", "--claims", "file")]
     found += [("localize", "--data", "file or folder"), ("suite", "--functions-data", "folder")]
     found += [(command, "--map", "file") for command in ("paths", "lockstep")]
     found += [("map", "--template", "file"), ("map", "--images", "folder"), ("freeze", "--trl", "file")]

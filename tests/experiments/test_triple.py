@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,31 @@ def test_the_whole_recipe_runs_and_a_second_run_only_measures(tmp_path: Path):
     assert all(file.stat().st_mtime_ns == time for file, time in written.items())
     with pytest.raises(FrankenlensError, match=r"other settings \(misses\)"):
         run(replace(config, misses=0.1))
+
+
+def test_steps_of_rl_are_kept_and_a_finished_run_keeps_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def of_length(completions, **_):  # the exact answer rewards no model as small as this
+        return [float(len(one[0]["content"])) for one in completions]
+
+    monkeypatch.setattr("experiments.triple.rl.exact_answer", of_length)
+    config = replace(tiny_config(tmp_path / "out"), control=False, keep_steps=2)
+    run(config)
+    steps = {path.name: path for path in (config.out / "rl-0-steps").iterdir()}
+    assert set(steps) == {"step-1", "step-2"}
+    first, last, final = (
+        load_file(folder / "model.safetensors")
+        for folder in (steps["step-1"], steps["step-2"], config.out / "rl-0")
+    )
+    assert all(torch.equal(last[name], final[name]) for name in final)
+    assert not all(torch.equal(first[name], final[name]) for name in final)
+    run(config)  # nothing is trained again
+    shutil.rmtree(steps["step-1"])
+    with pytest.raises(FrankenlensError, match="rl-0-steps lacks step-1"):
+        run(config)
+    with pytest.raises(FrankenlensError, match="keep_steps is 9; RL has 2 steps"):
+        run(replace(config, keep_steps=9))
 
 
 def test_rl_that_was_interrupted_goes_on_from_its_checkpoint(tmp_path: Path):
