@@ -145,6 +145,7 @@ class Turns:
             one.leave("second")
         self._versions = [one._version for _, one in self._shared]
         uses = exclusive_of(first)
+        self._uses, self._first = uses, weakref.ref(first)
         share(first, _Seat(uses, self, "first"))
         share(second, _Seat(uses, self, "second"))
 
@@ -201,6 +202,8 @@ class Turns:
         """The memory is the first model's from now on; the second is read through what differs."""
         self.to("first")
         self._ended = True
+        if (first := self._first()) is not None:
+            share(first, self._uses)
 
     def settle(self, uses: Exclusive) -> None:
         """Turn the memory to whoever is in use, the innermost; at rest to the first."""

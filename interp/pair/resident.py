@@ -18,9 +18,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from hooks import HookedVLM
 from hooks.errors import FrankenlensError
+from hooks.exclusive import exclusive_of
 from hooks.processors import load_processor
-from hooks.stored.checkpoint import Checkpoint
 from hooks.resident import Change, Turns, as_bits, change, piece_size, pieces_of
+from hooks.stored.checkpoint import Checkpoint
 from interp.pair.agreement import Difference, entering, model_differences
 
 SHOWN = 5  # differences that a refusal lists
@@ -60,6 +61,8 @@ def open_in_memory_of(in_: HookedVLM, path: str | Path, **loading: Any) -> InMem
     if other := sorted(set(loading) - set(_OF_LOADING)):
         raise FrankenlensError(f"a pair with one model in memory is not opened with {', '.join(other)}.")
     _require_whole(in_.model)
+    if exclusive_of(in_.model).shares_memory:
+        raise FrankenlensError("another model is open in IN's memory already: close that pair first.")
     checkpoint = Checkpoint(folder, loading.get("settings"))
     with in_.exclusive("opening another model in its memory"):
         config: Any = AutoConfig.from_pretrained(checkpoint.layout.settings, local_files_only=True)
@@ -132,9 +135,11 @@ def _second(in_: HookedVLM, checkpoint: Checkpoint, config: Any) -> tuple[PreTra
         )
     model.config = own  # of which the modules have their parts
     model.name_or_path = own._name_or_path = str(folder)
-    if (checkpoint.layout.settings / "generation_config.json").is_file():
-        there = checkpoint.layout.settings
+    there = checkpoint.layout.settings
+    if (there / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(there, local_files_only=True)
+    else:  # as transformers makes it
+        model.generation_config = GenerationConfig.from_model_config(config)
     return model.eval(), differences
 
 
