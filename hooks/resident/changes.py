@@ -87,23 +87,43 @@ def as_bits(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, " entry"]:
     return tensor.detach().view(-1).view(_BITS[tensor.element_size()])
 
 
-def change(one: Shaped[Tensor, " entry"], other: Shaped[Tensor, " entry"]) -> Change | None:
-    """What differs between two pieces, of whole numbers; None where nothing does.
-
-    It is kept in the smallest of three ways: with n entries of b bytes of which k differ, n/8 + kb (marks), k(4 + b)
-    (places) or nb bytes (everywhere).
+class Comparing:
+    """Compares pieces of one kind, in memory that it takes once: what is kept of them would else lie between what is
+    let go, and the C library would give neither back.
     """
-    bits = one ^ other
-    differs = bits != 0
-    n, k, size = len(bits), int(differs.sum()), bits.element_size()
-    if not k:
-        return None
-    marks, places = (n + 7) // 8, 4 * k
-    if min(marks, places) + k * size >= n * size:
-        return Everywhere(bits)
-    if places < marks:
-        return Here(bits[differs], None, differs.nonzero()[:, 0].to(torch.int32))
-    return Here(bits[differs], _packed(differs), None)
+
+    def __init__(self, like: Shaped[Tensor, " entry"]) -> None:
+        self._bits, self._differs = torch.empty_like(like), torch.empty_like(like, dtype=torch.bool)
+
+    def __call__(self, one: Shaped[Tensor, " entry"], other: Shaped[Tensor, " entry"]) -> Change | None:
+        """What differs between two pieces, of whole numbers, no longer than the first; None where nothing does.
+
+        It is kept in the smallest of three ways: with n entries of b bytes of which k differ, n/8 + kb (marks),
+        k(4 + b) (places) or nb bytes (everywhere).
+        """
+        n, size = len(one), one.element_size()
+        bits = torch.bitwise_xor(one, other, out=self._bits[:n])
+        differs = torch.ne(bits, 0, out=self._differs[:n])
+        k = int(torch.count_nonzero(differs))
+        if not k:
+            return None
+        marks, places = (n + 7) // 8, 4 * k
+        if min(marks, places) + k * size >= n * size:
+            return Everywhere(bits.clone())
+        if places < marks:
+            return Here(_chosen(bits, differs), None, differs.nonzero()[:, 0].to(torch.int32))
+        return Here(_chosen(bits, differs), _packed(differs), None)
+
+
+def change(one: Shaped[Tensor, " entry"], other: Shaped[Tensor, " entry"]) -> Change | None:
+    """What differs between two flat tensors of whole numbers; see `Comparing`."""
+    return Comparing(one)(one, other)
+
+
+def _chosen(bits: Shaped[Tensor, " entry"], differs: Bool[Tensor, " entry"]) -> Shaped[Tensor, " changed"]:
+    if bits.device.type != "cpu":
+        return bits[differs]
+    return torch.from_numpy(bits.numpy()[differs.numpy()])
 
 
 def _packed(differs: Bool[Tensor, " entry"]) -> UInt8[Tensor, " eighth"]:

@@ -20,7 +20,7 @@ from hooks import HookedVLM
 from hooks.errors import FrankenlensError
 from hooks.exclusive import exclusive_of
 from hooks.processors import load_processor
-from hooks.resident import Change, Turns, as_bits, change, piece_size, pieces_of
+from hooks.resident import Change, Comparing, Turns, as_bits, piece_size, pieces_of
 from hooks.stored.checkpoint import Checkpoint
 from interp.pair.agreement import Difference, entering, model_differences
 
@@ -164,8 +164,10 @@ def _changes(
 
 def _of_tensor(weight: nn.Parameter, checkpoint: Checkpoint, name: str) -> Iterator[Change | None]:
     theirs = checkpoint.parts(name, piece_size(weight.device))
-    for own, other in zip(pieces_of(as_bits(weight)), theirs, strict=True):
-        yield change(own, as_bits(other.to(weight.device, weight.dtype)))
+    pieces = list(pieces_of(as_bits(weight)))
+    compared = Comparing(as_bits(weight)[: piece_size(weight.device)])
+    for own, other in zip(pieces, theirs, strict=True):
+        yield compared(own, as_bits(other.to(weight.device, weight.dtype)))
 
 
 def _write(buffer: Tensor, checkpoint: Checkpoint, name: str) -> None:
