@@ -58,9 +58,9 @@ def open_in_memory_of(in_: HookedVLM, path: str | Path, **loading: Any) -> InMem
             IN's; IN is offloaded, quantized or spread in a way that has no memory of its own.
     """
     folder = _folder(path)
+    _require_whole(in_.model)
     if other := sorted(set(loading) - set(_OF_LOADING)):
         raise FrankenlensError(f"a pair with one model in memory is not opened with {', '.join(other)}.")
-    _require_whole(in_.model)
     if exclusive_of(in_.model).shares_memory:
         raise FrankenlensError("another model is open in IN's memory already: close that pair first.")
     checkpoint = Checkpoint(folder, loading.get("settings"))

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from torch import Tensor, nn
 
 from hooks import FrankenlensError, HookedVLM
 from hooks.resident import Away, as_bits
 from hooks.resident import changes as changes_module
+from hooks.spilled import Spill
+from hooks.swapped import swapped
 from interp.pair import Pair
 from interp.pair.pair import weights_sha256
 from interp.transfer import Graft, grafted
@@ -335,3 +339,37 @@ def test_pieces_are_no_matter(
     pair = Pair.from_pretrained(*folders, one_resident=True)
     assert pair.turns is not None and any(len(one.pieces) > 3 for one in pair.turns.tensors)
     assert same(pair, two, inputs)
+
+
+def test_shards_of_a_trainer_are_read_part_by_part(
+    folders: tuple[Path, Path], two: Pair, inputs: Any, tmp_path: Path
+) -> None:
+    """Of `torch.distributed.checkpoint`, with IN's settings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process is what is meant
+        torch.distributed.checkpoint.save(two.rl.model.state_dict(), checkpoint_id=tmp_path / "dcp")
+    pair = Pair.from_pretrained(folders[0], tmp_path / "dcp", one_resident=True, check=False)
+    assert same(pair, two, inputs)
+    with pytest.raises(FrankenlensError, match="another model is open in IN's memory"):
+        Pair.beside(pair.in_, folders[0], folders[1], one_resident=True)
+    pair.turns.end()  # type: ignore[union-attr]
+    again = Pair.beside(pair.in_, folders[0], folders[1], one_resident=True, check=False)
+    assert same(again, two, inputs)
+
+
+def test_weights_elsewhere_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    offload = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path)}
+    with pytest.raises(FrankenlensError, match="offloaded.*open two models"):
+        Pair.from_pretrained(*folders, one_resident=True, check=False, **offload)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(FrankenlensError, match="is an adapter.*Merge it"):
+        Pair.from_pretrained(folders[0], adapter, one_resident=True)
+
+
+def test_memory_that_holds_both_is_not_written_over(one: Pair) -> None:
+    """Where there is no room for a model's weights set aside, they would go into its own memory."""
+    refused = pytest.raises(FrankenlensError, match="holds the other one of its pair too")
+    with refused, swapped(one.in_.model, list, "a test", Spill(0, "a test")):
+        pass
