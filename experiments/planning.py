@@ -146,8 +146,11 @@ def _weights(own: Planned, bench: Bench, turned: Turning | None) -> dict[str, in
         return own.weights(bench, bench.config)
     base = checkpoints(bench.config)[2] if own.base else bench.config.base
     names = ["IN", "RL", *(["Base"] if base else [])]
-    found = dict.fromkeys(names, bench.runs().footprint.weights())
-    return found if turned is None else {**found, "RL": turned.changes}
+    whole = bench.runs().footprint.weights()
+    found = dict.fromkeys(names, whole)
+    if turned is None:
+        return found
+    return {**found, "RL": turned.changes + whole - turned.whole}  # its buffers are its own
 
 
 def assumed_by(command: Planable, bench: Bench) -> Iterator[str]:
