@@ -32,6 +32,8 @@ class PlanSettings:
         rate: such as 50TFLOP/s, of one device; by default a matrix product is timed, where `on` is at hand.
         devices: that the models are split over.
         workers: that the prompts are shared out over.
+        changed: share of the entries in which RL differs from IN (with --one-resident), 0 to 1; by default that of a
+            sample of both checkpoints where these are folders, else 0.2.
         device_memory: of one device, the models' own included, such as 24GiB: where more is needed, the plan says what
             to cut.
     """
@@ -46,6 +48,7 @@ class PlanSettings:
     rate: str | None = None
     devices: int = 1
     workers: int = 1
+    changed: float | None = None
     device_memory: str | None = None
 
 

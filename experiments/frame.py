@@ -236,6 +236,7 @@ OF_PLACE = (
     "max_memory",
     "traces",
     *OF_CLUSTER,
+    "one_resident",
 )
 """Settings that say where something is, or how much of it: the parts depend on what is there."""
 

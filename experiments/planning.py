@@ -21,6 +21,7 @@ from hooks.errors import FrankenlensError
 from hooks.memory import memory_limit, parse_bytes
 from interp.plan.machine import amount, measured_rate, parse_rate
 from interp.plan.plan import Plan
+from interp.plan.resident import TYPICAL, Turning, measured_share, turning
 from interp.plan.structure import weightless
 from interp.plan.work import Work
 from interp.results.whole import write_whole
@@ -108,12 +109,12 @@ def _planned_by(command: Planable) -> Planned:
 
 def _plan(name: str, command: Planable, bench: Bench) -> Plan:
     own, settings, runs = _planned_by(command), bench.settings, bench.runs()
-    works = list(works_of(command, bench))
+    works, turned = list(works_of(command, bench)), _turning(own, bench)
     rate = parse_rate(settings.rate) if settings.rate else measured_rate(bench.vlm.model.dtype, settings.on)
     return Plan(
         name,
         works,
-        _weights(own, bench),
+        _weights(own, bench, turned),
         rate,
         "stated" if settings.rate else "a matrix product on this machine; a whole model is slower",
         settings.devices,
@@ -121,15 +122,35 @@ def _plan(name: str, command: Planable, bench: Bench) -> Plan:
         settings.on == "cpu",
         list(_assumed(command, bench)),
         runs.arithmetic.uncounted,
+        turning=turned,
     )
 
 
-def _weights(own: Planned, bench: Bench) -> dict[str, int]:
+def _turning(own: Planned, bench: Bench) -> Turning | None:
+    """Of a pair with one model in memory; None of others."""
+    config, settings = bench.config, bench.settings
+    if own.weights is not None or not getattr(config, "one_resident", False):
+        return None
+    share, told = settings.changed, "as stated"
+    if share is None:
+        share, told = measured_share(*checkpoints(config)[:2], config.dtype), "on a sample of each tensor"
+    if share is None:
+        share, told = TYPICAL, "as RL often does in bfloat16 (state --changed)"
+    if not 0 <= share <= 1:
+        raise FrankenlensError(f"--changed is {share:g}; give a share of the entries, 0 to 1.")
+    return turning(bench.vlm.model, share, told, settings.on == "cpu")
+
+
+def _weights(own: Planned, bench: Bench, turned: Turning | None) -> dict[str, int]:
     if own.weights is not None:
         return own.weights(bench, bench.config)
     base = checkpoints(bench.config)[2] if own.base else bench.config.base
     names = ["IN", "RL", *(["Base"] if base else [])]
-    return dict.fromkeys(names, bench.runs().footprint.weights())
+    whole = bench.runs().footprint.weights()
+    found = dict.fromkeys(names, whole)
+    if turned is None:
+        return found
+    return {**found, "RL": turned.changes + whole - turned.whole}  # its buffers are its own
 
 
 def assumed_by(command: Planable, bench: Bench) -> Iterator[str]:

@@ -67,7 +67,13 @@ def _task() -> Any:
 
 
 class Exclusive:
-    """The uses of one model, the outermost first; all of one thread and of one task."""
+    """The uses of one model, the outermost first; all of one thread and of one task.
+
+    Attributes:
+        shares_memory: whether the model's weights lie in memory that holds another's too (`hooks.resident`).
+    """
+
+    shares_memory = False
 
     def __init__(self) -> None:
         self._holds: list[Hold] = []
@@ -77,6 +83,11 @@ class Exclusive:
     def renew(self) -> None:
         """In a process that was forked, nobody wakes those who wait."""
         self._changed = threading.Condition()
+
+    @property
+    def innermost(self) -> Hold | None:
+        """The use that was begun last; None where there is none."""
+        return self._holds[-1] if self._holds else None
 
     def take(self, hold: Hold) -> None:
         """Begin a use, when no other thread has one.
@@ -172,6 +183,11 @@ class _OfModels:
         with self._new:
             return self._of.setdefault(model, Exclusive())
 
+    def put(self, model: nn.Module, uses: Exclusive) -> None:
+        """Those of a model from now on."""
+        with self._new:
+            self._of[model] = uses
+
     def __reduce__(self) -> tuple:
         return _OfModels, ()
 
@@ -184,6 +200,11 @@ if hasattr(os, "register_at_fork"):
 def exclusive_of(model: nn.Module) -> Exclusive:
     """The uses of a model, whoever opened it how often."""
     return _MODELS.of(model)
+
+
+def share(model: nn.Module, uses: Exclusive) -> None:
+    """From now on, uses of a model are kept there: models that share memory are used one at a time."""
+    _MODELS.put(model, uses)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from torch.nn import functional
 from hooks.uninterrupted import Uninterrupted
 
 STEP, ROWS = 16, 128
-"""A layer's product goes to oneDNN if its rows are a multiple of the first, or at least the second, rounded up by an eighth
-at most: of every number of rows oneDNN keeps half a megabyte of code, and does not give all of it back."""
+"""A layer's product goes to oneDNN if its rows are a multiple of the first, or at least the second, then rounded up by
+an eighth at most: of every number of rows oneDNN keeps half a megabyte of code."""
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

@@ -15,11 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from hooks.errors import FrankenlensError
 from hooks.extras import require_installed
+from hooks.resident.away import here
 
 
 def own_parameter(module: nn.Module, name: str) -> Tensor | None:
     """A parameter of a module as it is when it runs, on the device where it does; None where it has none."""
-    own = module._parameters.get(name)
+    own = here(module._parameters.get(name))
     if own is None or not own.is_meta:
         return own
     if not hasattr(module, "_hf_hook"):

@@ -87,6 +87,11 @@ def swapped(
     """
     swap, uses, broken_off = _Swap(Hold(what)), exclusive_of(model), True
     try:
+        if spill is not None and uses.shares_memory:
+            raise FrankenlensError(
+                f"there is no memory for {what} beside the model, and the model's own holds the other one of its pair "
+                "too: free some, or open two models, whose memory can be written to."
+            )
         uses.take(swap.hold)
         with Uninterrupted():
             _OPEN.setdefault(model, []).append(swap)

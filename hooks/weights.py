@@ -12,6 +12,7 @@ from hooks.address import Address
 from hooks.anatomy import Anatomy, Block, Role, Site
 from hooks.anatomy.towers import is_linear
 from hooks.errors import FrankenlensError
+from hooks.resident.away import Away
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def require_unpacked(model: nn.Module, slices: Sequence[WeightSlice], what: str)
     own = dict(model.named_parameters(remove_duplicate=False))
     for piece in slices:
         value = own.get(piece.parameter)
-        if value is None:
+        if value is None or isinstance(value, Away):  # of a model that was packed, none is away
             continue
         plain = type(value) in (Tensor, nn.Parameter) and type(value.data) in (Tensor, nn.Parameter)
         if not plain or not value.is_floating_point() or value.element_size() == 1:

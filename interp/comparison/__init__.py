@@ -1,12 +1,12 @@
 """What training changed, straight from the checkpoints' files: energy, spectrum, sparsity, directions (2602.12395)."""
 
+from hooks.stored.checkpoint import Checkpoint
 from interp.comparison.adapted import Adapted, checkpoint_of
 from interp.comparison.adapter import Adapter
 from interp.comparison.adapter_table import adapter_by_address, adapter_table
 from interp.comparison.addresses import by_address, every_address
 from interp.comparison.aggregate import aggregate, layers, regions, trends, with_regions
 from interp.comparison.alignment import align
-from interp.comparison.checkpoint import Checkpoint
 from interp.comparison.controls import gaussian_spectrum
 from interp.comparison.findings import energy_finding, headline, relative_finding, spectra_finding
 from interp.comparison.singular_values import Spectrum, spectrum

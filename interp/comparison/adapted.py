@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from hooks.anatomy import Anatomy
 from hooks.errors import FrankenlensError
+from hooks.stored.checkpoint import PART, Checkpoint
 from interp.comparison.adapter import Adapter
-from interp.comparison.checkpoint import PART, Checkpoint
 from interp.pair.adapter import is_adapter
 
 Source = Checkpoint | Path | str

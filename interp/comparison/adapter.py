@@ -18,8 +18,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from hooks.errors import FrankenlensError, shown
+from hooks.stored.checkpoint import SHOWN, Checkpoint
 from hooks.stored.settings import settings_of
-from interp.comparison.checkpoint import SHOWN, Checkpoint
 from interp.comparison.low_rank import LowRank
 from interp.pair.adapter import GATHER, ROOT, Modules, read_adapter
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hooks.address import Address
 from hooks.errors import FrankenlensError
+from hooks.stored.checkpoint import Checkpoint
 from hooks.weights import WeightSlice
 from interp.comparison.adapted import Adapted, Source, checkpoint_of
 from interp.comparison.addresses import every_address, labels, owned
-from interp.comparison.checkpoint import Checkpoint
 from interp.comparison.low_rank import LowRank
 from interp.comparison.names import places
 from interp.comparison.table import chance

@@ -14,10 +14,10 @@ from jaxtyping import Float
 
 from hooks.address import Address
 from hooks.errors import FrankenlensError
+from hooks.stored.checkpoint import PART, Checkpoint
 from hooks.weights import WeightSlice, buffer_slices, n_units, part_paths, weight_slices, wholes
 from interp.comparison.adapted import Source
 from interp.comparison.aggregate import cosines
-from interp.comparison.checkpoint import PART, Checkpoint
 from interp.comparison.stored import counted_in
 from interp.comparison.table import chance, opened
 from interp.comparison.workers import READERS, in_threads

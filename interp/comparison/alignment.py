@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hooks.errors import FrankenlensError
-from interp.comparison.checkpoint import SHOWN, Checkpoint
+from hooks.stored.checkpoint import SHOWN, Checkpoint
 
 
 def align(*checkpoints: Checkpoint) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from interp.comparison.checkpoint import Checkpoint
+from hooks.stored.checkpoint import Checkpoint
 from interp.comparison.singular_values import Spectrum
 
 RUNS, LENGTH = 16, 1 << 13

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from interp.comparison.checkpoint import Checkpoint
+from hooks.stored.checkpoint import Checkpoint
 from interp.comparison.held import difference, held
 from interp.comparison.subspace import Leading, energy_outside, principal_angles
 

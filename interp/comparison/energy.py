@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hooks.errors import FrankenlensError
-from interp.comparison.checkpoint import Checkpoint
+from hooks.stored.checkpoint import Checkpoint
 from interp.comparison.stored import counted_in
 
 BLOCK = 1 << 16

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.comparison.checkpoint import Checkpoint
+from hooks.stored.checkpoint import Checkpoint
 from interp.comparison.passes import Blocks
 from interp.comparison.singular_values import is_small
 

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from hooks.errors import FrankenlensError
+from hooks.stored.checkpoint import Checkpoint
 from hooks.stored.tensors import Stored
 from interp.comparison.adapted import Adapted, Source, checkpoint_of
 from interp.comparison.alignment import align
-from interp.comparison.checkpoint import Checkpoint
 from interp.comparison.controls import gaussian_spectrum, rounding
 from interp.comparison.directions import directions
 from interp.comparison.energy import Sums, energies

@@ -144,8 +144,8 @@ class RandomUpdate:
     """
 
     def __init__(self, pair: Pair, seed: int) -> None:
-        self._ours, self._theirs = (dict(vlm.model.named_parameters()) for vlm in (pair.in_, pair.rl))
-        self._first = next(iter(self._ours))
+        self._models = pair.in_.model, pair.rl.model
+        self._first = next(name for name, _ in self._models[0].named_parameters())
         self._seed, self._generator = seed, torch.Generator()
         self.held = Realized()
 
@@ -154,8 +154,9 @@ class RandomUpdate:
             self._generator.manual_seed(self._seed)
             self.held = Realized()
         wide = wide_type(weight)
-        _require_there(name, self._theirs[name])
-        ours, theirs = (own[name].detach().to(weight.device, wide) for own in (self._ours, self._theirs))
+        own = [model.get_parameter(name).detach() for model in self._models]
+        _require_there(name, own[1])
+        ours, theirs = (one.to(weight.device, wide) for one in own)
         update = random_update(theirs - ours, weight.dtype, self._generator)
         new = as_large(weight, update, self._seed + zlib.crc32(name.encode()))
         self.held += Realized.of(weight, new, update, directed=False)

@@ -457,15 +457,16 @@ class _Run:
 @contextmanager
 def _differentiable(vlm: HookedVLM) -> Iterator[None]:
     """Gradients on, for activations only; parameters are frozen meanwhile, so none of them gains a `.grad`."""
-    flags = {parameter: parameter.requires_grad for parameter in vlm.model.parameters()}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+    with vlm.exclusive("gradients"):
+        flags = {parameter: parameter.requires_grad for parameter in vlm.model.parameters()}
+        try:
+            for parameter in flags:
+                parameter.requires_grad_(False)
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
 
 
 class _Moments:

@@ -95,7 +95,8 @@ class Batch:
         batch = collate(self.prompts[name]).to(vlm.device)
         ready = PatchBatch(batch, self.metric.reads(batch), self.partner.to(vlm.device))
         others = collate(self.others[name]) if self.others[name] else None
-        return CleanBatch(ready, Donor(vlm, batch, cached_names(vlm, self.wanted), self.metric, others))
+        with vlm.exclusive("clean runs"):
+            return CleanBatch(ready, Donor(vlm, batch, cached_names(vlm, self.wanted), self.metric, others))
 
 
 def rows_at_once(

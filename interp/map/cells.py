@@ -223,10 +223,11 @@ def run_cells(
     `stored`: see `interp.sweep.batch.BatchSweep`.
     """
     reading, edits = Reading([metric], ready.batch), [cell.edits for cell in cells]
-    sweep = BatchSweep(vlm, ready.batch, reading, edits, stored=stored)
     found = [np.full(len(ready.batch), np.nan) for _ in cells]
-    for number, values in sweep.run(range(len(cells))):
-        rows = cells[number].rows.cpu().numpy()
-        found[number][rows] = (values - sweep.clean)[0].double().cpu().numpy()[rows]
-        bar.update()
+    with vlm.exclusive("a map's cells"):  # one use, however many runs
+        sweep = BatchSweep(vlm, ready.batch, reading, edits, stored=stored)
+        for number, values in sweep.run(range(len(cells))):
+            rows = cells[number].rows.cpu().numpy()
+            found[number][rows] = (values - sweep.clean)[0].double().cpu().numpy()[rows]
+            bar.update()
     return found

@@ -178,8 +178,7 @@ def floor_of(
 
 def _noisy(recipient: torch.nn.Module, change: Change) -> Change:
     """The recipient's weights with noise, for a model that holds others."""
-    own = dict(recipient.named_parameters())
-    return lambda name, weight: change(name, own[name].detach().to(weight))
+    return lambda name, weight: change(name, recipient.get_parameter(name).detach().to(weight))
 
 
 def _spread(traces: Sequence[Prompt]) -> list[Prompt]:

@@ -17,6 +17,7 @@ from hooks import HookedVLM
 from hooks.errors import FrankenlensError, nearest, one_line
 from hooks.extras import require_installed
 from hooks.processors import load_processor, tokenizer_of
+from hooks.resident import Turns
 from hooks.stored.layouts import borrowed, places
 from hooks.whereabouts import require_checkpoint
 from interp.pair.adapter import LOST, ROUNDING, is_adapter, merge_adapter, read_adapter
@@ -28,6 +29,7 @@ from interp.pair.agreement import (
     template_differences,
     tokenizer_differences,
 )
+from interp.pair.resident import open_in_memory_of
 from interp.prompts import PromptBuilder
 from interp.prompts.roles import TraceFormat
 
@@ -52,6 +54,7 @@ class Pair:
         builder: makes prompts for all of them (with IN's processor).
         differences: by model, in what it is not alike to IN: spelled in two ways, or accepted.
         borrowed: by model, which settings its folder lacked and whose were taken.
+        turns: how IN and RL share one memory, where they do (`from_pretrained(one_resident=True)`).
 
     Raises:
         FrankenlensError: architecture, vocabulary, processor or chat template differ in what enters the forward pass
@@ -71,6 +74,7 @@ class Pair:
     ) -> None:
         self.in_, self.rl, self.base = in_, rl, base
         self.borrowed: dict[str, str] = {}
+        self.turns: Turns | None = None
         others = {name: other for name, other in self.models.items() if name != "in"}
         self.differences: dict[str, list[Difference]] = {
             name: _differences(in_, other, _SPOKEN[name], not template) for name, other in others.items()
@@ -97,6 +101,7 @@ class Pair:
         system: str | None = None,
         accept: Sequence[str] = (),
         instruction: str = "",
+        one_resident: bool = False,
         **kwargs: Any,
     ) -> Pair:
         """Load the models: folders or repository ids, safetensors or shards as trainers leave them.
@@ -107,6 +112,9 @@ class Pair:
             rl_path: a checkpoint, a step of a run (`global_step_100` of verl, say), or the folder of a PEFT adapter,
                 which is merged into a second copy of IN; the merged model computes what the adapted one does, on the
                 prompt that IN was opened with.
+            one_resident: keep RL as the entries in which it differs from IN, in IN's memory (`hooks.resident`): the
+                same numbers in about half of the memory, where RL changed few of them. Whoever is in use is in memory,
+                and changing over takes time (`pair.turns`). RL is a folder then, and no adapter.
             dtype, device_map, kwargs: passed to `HookedVLM.from_pretrained` for every model.
             trace_format, template, system, accept, instruction: see the class.
 
@@ -122,10 +130,10 @@ class Pair:
         for one in (in_path, rl_path, *([] if base is None else [base])):
             require_checkpoint(one)  # all of them before the first is loaded
         loading: dict[str, Any] = {"dtype": dtype, "device_map": device_map, **kwargs}
-        tensors = _adapter_of(rl_path)
+        tensors = _adapter_of(rl_path, one_resident)
         in_ = HookedVLM.from_pretrained(in_path, **loading)
         prompts = {"trace_format": trace_format, "template": template, "system": system}
-        prompts |= {"accept": accept, "instruction": instruction}
+        prompts |= {"accept": accept, "instruction": instruction, "one_resident": one_resident}
         return cls._beside(in_, in_path, rl_path, base, tensors, loading, **prompts)
 
     @classmethod
@@ -142,6 +150,7 @@ class Pair:
         system: str | None = None,
         accept: Sequence[str] = (),
         instruction: str = "",
+        one_resident: bool = False,
         **kwargs: Any,
     ) -> Pair:
         """A pair of an IN that is open already and a checkpoint that is loaded now, as several of one run are.
@@ -149,7 +158,7 @@ class Pair:
         Arguments:
             in_: IN, opened; it stays open when this fails.
             in_path: where it was loaded from.
-            rl_path, dtype, device_map, trace_format, template, system, accept, instruction, kwargs: as in
+            rl_path, dtype, device_map, trace_format, template, system, accept, instruction, one_resident, kwargs: as in
                 `from_pretrained`; how IN was loaded.
 
         Raises:
@@ -159,8 +168,9 @@ class Pair:
         require_checkpoint(rl_path)
         loading: dict[str, Any] = {"dtype": dtype, "device_map": device_map, **kwargs}
         prompts = {"trace_format": trace_format, "template": template, "system": system}
-        prompts |= {"accept": accept, "instruction": instruction}
-        return cls._beside(in_, in_path, rl_path, None, _adapter_of(rl_path), loading, **prompts)
+        prompts |= {"accept": accept, "instruction": instruction, "one_resident": one_resident}
+        tensors = _adapter_of(rl_path, one_resident)
+        return cls._beside(in_, in_path, rl_path, None, tensors, loading, **prompts)
 
     @classmethod
     def _beside(
@@ -174,20 +184,25 @@ class Pair:
         *,
         template: str | None,
         accept: Sequence[str],
+        one_resident: bool,
         **prompts: Any,
     ) -> Pair:
         """RL, and Base, loaded beside IN; `tensors` are RL's where it is an adapter."""
-        loading, lost = {"settings": in_path, **loading}, []
-        if tensors is not None:
-            opened = HookedVLM.from_pretrained(in_path, **{**loading, "settings": None, "check": False})
+        loading, lost, turns = {"settings": in_path, **loading}, [], None
+        if one_resident:
+            opened = open_in_memory_of(in_, rl_path, **loading)
+            rl, turns, lost = opened.vlm, opened.turns, opened.differences
+        elif tensors is not None:
+            own = HookedVLM.from_pretrained(in_path, **{**loading, "settings": None, "check": False})
             check = loading.get("check", True)
-            rl, lost = _with_adapter(opened, Path(rl_path), tensors, check, not template, accept)
+            rl, lost = _with_adapter(own, Path(rl_path), tensors, check, not template, accept)
         else:
             rl = _opened(in_, rl_path, "RL", loading, not template, accept)
         opened_base = None if base is None else _opened(in_, base, "Base", loading, not template, accept)
         names = [one for one in accept if one not in {loss.name for loss in lost}]
         pair = cls(in_, rl, opened_base, template=template, accept=names, **prompts)
         pair.differences["rl"] += lost
+        pair.turns = turns
         given = {"rl": rl_path} if base is None else {"rl": rl_path, "base": base}
         pair.borrowed = {name: told for name, path in given.items() if (told := borrowed(path, in_path))}
         return pair
@@ -228,7 +243,9 @@ class Pair:
         }
 
     def close(self) -> None:
-        """Close every model."""
+        """Close every model; memory that two had is IN's again."""
+        if self.turns is not None:
+            self.turns.end()
         for vlm in self.models.values():
             vlm.close()
 
@@ -245,10 +262,15 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _adapter_of(path: str | Path) -> Mapping[str, torch.Tensor] | None:
+def _adapter_of(path: str | Path, one_resident: bool) -> Mapping[str, torch.Tensor] | None:
     """The tensors of a PEFT adapter; None of anything else."""
     if not is_adapter(path):
         return None
+    if one_resident:
+        raise FrankenlensError(
+            f"{path} is an adapter, which changes every entry of its matrices: with one model in memory, nothing would "
+            "be saved. Merge it into a checkpoint, or open two models."
+        )
     require_installed("an RL checkpoint that is a PEFT adapter", "peft")
     return read_adapter(Path(path))
 

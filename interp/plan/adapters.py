@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from hooks.stored.checkpoint import PART
 from interp.comparison.adapter import is_target
-from interp.comparison.checkpoint import PART
 from interp.plan.work import Work
 
 _KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -25,7 +25,9 @@ def found_decisions(runs: Runs, asked: Workload, choice: str) -> list[Work]:
     steps = [asked.trace_tokens] * len(asked.prompts)
     texts = [runs.written(f"greedy text of {name}", asked.prompts, steps) for name in ("RL", "IN")]
     along = 2 if choice == "soft" else 1
-    works = [*texts, runs.read("both models along RL's text", asked.traces, of_trace, 2 * along)]
+    read = runs.read("both models along RL's text", asked.traces, of_trace, 2 * along)
+    read = replace(read, uses=read.used + 2 * along * len(asked.traces))  # the logits of each by itself
+    works = [*texts, read]
     if choice == "decisive":
         left = [len(whole) - len(cut) for whole, cut in zip(asked.traces, asked.cut, strict=True)]
         forced = runs.written("IN's own text after RL's token", asked.cut, left)

@@ -110,7 +110,8 @@ class MapPlan:
         held = {"activations of both models": 2 * donors * (1 + bool(others)), **sweep.held}
         runs = self._directions * (len(cells) + 1) + 2 + 2 * bool(others)
         disk = 2 * 8 * rows * self._directions * len(wanted) * len(roles) * (3 + self._n_random)
-        return Work("batch", runs, flops, held, disk)
+        # each model's clean runs are one use, and so are the cells of each direction
+        return Work("batch", runs, flops, held, disk, uses=2 + self._directions)
 
 
 def swept(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from interp.plan.machine import amount, duration
+from interp.plan.resident import Turning
 from interp.plan.work import Work
 
 
@@ -25,6 +26,8 @@ class Plan:
         on_host: whether the device is the host itself.
         assumed: what was taken for granted, in words.
         uncounted: what no number covers, in words.
+        cuts: what would make it fit, in words.
+        turning: of a pair with one model in memory; `weights` then hold what RL takes beyond IN.
     """
 
     command: str
@@ -38,6 +41,7 @@ class Plan:
     assumed: Sequence[str] = ()
     uncounted: Sequence[str] = ()
     cuts: Sequence[str] = field(default_factory=tuple)
+    turning: Turning | None = None
 
     @property
     def flops(self) -> int | float:
@@ -73,13 +77,19 @@ class Plan:
     @property
     def disk(self) -> int:
         """Bytes of the checkpoints that are read, and of the results."""
-        return sum(self.weights.values()) + sum(work.disk for work in self.works)
+        unread = 0 if self.turning is None else self.turning.whole - self.turning.changes
+        return sum(self.weights.values()) + unread + sum(work.disk for work in self.works)
 
     @property
     def seconds(self) -> float:
         """Of the slowest worker: its share of what grows with the prompts, and all of what does not."""
         shared = sum(work.flops for work in self.works if work.scales) / self.workers
         return (shared + sum(work.flops for work in self.works if not work.scales)) / self.rate
+
+    @property
+    def turns(self) -> int | float:
+        """How often one memory is turned to the other model, to and fro, at most: whenever one is taken into use."""
+        return 0 if self.turning is None else 2 * sum(work.used for work in self.works)
 
     def table(self) -> str:
         """The plan in lines of a terminal."""
@@ -93,7 +103,7 @@ class Plan:
         where = "the same" if self.on_host else _bytes(self.host)
         lines += [f"main memory: {where}; read from and left on disk: {_bytes(self.disk)}"]
         lines += [f"rate: {amount(self.rate, 'FLOP')}/s, {self.rate_is}; {duration(self.seconds)} in all"]
-        lines += self._spread()
+        lines += self._spread() + self._turned()
         lines += [f"assumed: {one}" for one in self.assumed]
         lines += [f"not counted: {one}" for one in self.uncounted]
         return "\n".join([*lines, *self.cuts])
@@ -114,12 +124,28 @@ class Plan:
             )
         return told
 
+    def _turned(self) -> list[str]:
+        own = self.turning
+        if own is None:
+            return []
+        each = f"{_bytes(own.moved)} read and written each time"
+        if own.seconds is not None:
+            each += (
+                f", {duration(own.seconds)} here; {duration(own.seconds * self.turns)} in all, beside that"
+            )
+        return [
+            f"one model in memory: RL differs in {own.share:.1%} of the entries, {own.share_is}; changed over at most "
+            f"{self.turns:,.0f} times: {each}"
+        ]
+
     def data(self) -> dict[str, Any]:
         """The plan as JSON."""
         names = ("command", "flops", "runs", "held", "peak", "host", "disk", "rate", "rate_is", "seconds")
         works = [{**vars(work), "held": dict(work.held)} for work in self.works]
         more = {"devices": self.devices, "workers": self.workers, "assumed": list(self.assumed)}
-        told = {"uncounted": list(self.uncounted), "cuts": list(self.cuts)}
+        told: dict[str, Any] = {"uncounted": list(self.uncounted), "cuts": list(self.cuts)}
+        if self.turning is not None:
+            told["turning"] = {**vars(self.turning), "moved": self.turning.moved, "turns": self.turns}
         return {name: getattr(self, name) for name in names} | {"works": works} | more | told
 
 

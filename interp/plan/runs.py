@@ -54,7 +54,7 @@ class Runs:
                 "logits that are read": self.footprint.logits(n),
                 "a forward pass": self.footprint.forward(n, width),
             }
-            found.append(Work(what, longest, flops, held))
+            found.append(Work(what, longest, flops, held, uses=1))
         return together(what, found)
 
     def read(self, what: str, prompts: Sequence[Prompt], reads: Reads, passes: int = 1) -> Work:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hooks import HookedVLM
-from interp.comparison.checkpoint import PART
+from hooks.stored.checkpoint import PART
 from interp.comparison.held import HELD
 from interp.comparison.search import GUARD
 from interp.comparison.singular_values import is_small

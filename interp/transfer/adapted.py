@@ -26,11 +26,11 @@ from hooks.loading import load_model
 from hooks.processors import load_processor
 from hooks.selfcheck import opening_inputs
 from hooks.selfcheck_writes import tolerance
+from hooks.stored.checkpoint import PART
 from hooks.stored.files import DTYPES, Entry, entries, weight_files
 from hooks.stored.names import Names
 from hooks.stored.tensors import Reader
 from interp.comparison import Adapted, Checkpoint
-from interp.comparison.checkpoint import PART
 from interp.pair.adapter import LOST, ROUNDING, adapted_logits, read_adapter, undisturbed_logits
 from interp.results.files import is_occupied, publishing
 from interp.transfer.merging import copy_settings, set_dtype

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hooks import Address, FrankenlensError, HookedVLM, WeightSlice, weight_slices
 from hooks.errors import shown
+from hooks.resident import here
 from hooks.swapped import like, swapped
 from hooks.weights import buffer_slices, require_unpacked, saved_buffers, wholes
 from interp import updates
@@ -229,14 +230,15 @@ def _values(
             by_tensor.setdefault(id(own[piece.parameter]), []).append((one, piece))
     for some in by_tensor.values():
         (first, piece), target = some[0], own[some[0][1].parameter]
-        source = theirs[piece.parameter]
+        sources = {part.parameter: here(theirs[part.parameter]) for _, part in some}
+        source = sources[piece.parameter]
         if len(some) == 1 and first.is_copy and piece.dim is None and _same_place(target, source):
             yield target, like(source)
             continue
         new = target.detach().clone()
         for one, piece in some:
             before = piece.of(target.detach())
-            after, found = new_weights(before, piece.of(theirs[piece.parameter]), one, _label(piece))
+            after, found = new_weights(before, piece.of(sources[piece.parameter]), one, _label(piece))
             piece.of(new).copy_(after)
             held.append(found)
         yield target, new

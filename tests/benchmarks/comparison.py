@@ -25,8 +25,8 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hooks.stored.checkpoint import Checkpoint
 from hooks.stored.files import entries
-from interp.comparison.checkpoint import Checkpoint
 from interp.comparison.directions import directions
 from interp.comparison.held import difference, held
 from interp.comparison.singular_values import TOP, Spectrum, blockwise

@@ -46,11 +46,14 @@ def shipped_models_are_shared(
         *,
         dtype: Any = "auto",
         device_map: Any = None,
+        one_resident: bool = False,
         **how: Any,
     ) -> Pair:
         paths = {"in": in_path, "rl": rl_path} | ({} if base is None else {"base": base})
-        if dtype != "auto" or device_map is not None or not all(_is_shipped(p) for p in paths.values()):
-            return own(in_path, rl_path, base, dtype=dtype, device_map=device_map, **how)
+        loaded = {"dtype": dtype, "device_map": device_map, "one_resident": one_resident}
+        as_ever = dtype == "auto" and device_map is None and not one_resident
+        if not as_ever or not all(_is_shipped(p) for p in paths.values()):
+            return own(in_path, rl_path, base, **loaded, **how)
         lent.update((slot, str(path)) for slot, path in paths.items())
         models = {slot: _model(slot, path) for slot, path in paths.items()}
         return Pair(models["in"], models["rl"], models.get("base"), **how)
