@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from experiments.bench import Bench, Planned
 from experiments.commands import attention, compare, localize, metrics, transfer
 from experiments.frame import Command, steps
+from experiments.on_ray import OF_CLUSTER
 from experiments.options import Only, default
 from experiments.planning import assumed_by, bench_of, works_of
 from experiments.settings import IMAGE, ModelSettings, NoImages, PairSettings, load_triple, require_sound
@@ -183,6 +184,7 @@ def settings_of(config: SuiteConfig, part: str) -> Any:
     """A part's settings: its own defaults; models, data, n, partition and paper mode of the suite, where given."""
     kind: type[ModelSettings] = PARTS[part].settings
     shared = {*PairSettings().options, *OF_DATA, "paper"} - PAPERS_OWN
+    shared -= {*OF_CLUSTER}.difference(config.given)
     shared |= {*PAPERS_OWN, "n", "partition"} & config.given
     values = {one.name: getattr(config, one.name) for one in fields(kind) if one.name in shared}
     if part == "localize":
