@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooks import FrankenlensError, HookedVLM
-from hooks.batches import budget, fitting, forward_bytes, in_parts, item_bytes
+from hooks.batches import budget, fitting, forward_bytes, in_parts, item_bytes, require_batch_size
 from hooks.engine import HookContext
 from hooks.memory import NOT_WORTH_ASKING, limit
 from hooks.uninterrupted import registered
@@ -97,7 +97,11 @@ def groups(tokens: Tokens, vlm: HookedVLM, n_kept: int, batch_size: int) -> list
         vlm: whose memory counts.
         n_kept: streams of each token, of all models that are read together.
         batch_size: prompts a forward.
+
+    Raises:
+        FrankenlensError: `batch_size` is below 1.
     """
+    require_batch_size(batch_size)
     most = BATCHES * batch_size
     each = torch.bincount(tokens.row, minlength=len(tokens.prompts)) * n_kept * vlm.d_model * item_bytes(vlm)
     total = int(each.sum())

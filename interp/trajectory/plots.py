@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from hooks.errors import FrankenlensError
 from interp.results.palette import CONTROL, IN, MIXED, RL, SERIES
-from interp.results.picture import Picture
+from interp.results.picture import Picture, nothing
 from interp.trajectory.heads import head_survival, top_heads
 
 LINES = 6
@@ -33,6 +33,8 @@ def plot_trajectory(data: xr.Dataset, k: int | None = None, direction: str | Non
         data: what `over_steps` returns.
         k, direction: as of `interp.trajectory.heads.top_heads`.
     """
+    if not data.sizes.get("step") or not data.sizes.get("component"):
+        return nothing("No checkpoint of the run was measured, so there are no steps to draw.")
     direction = str(data["direction"].to_numpy()[0]) if direction is None else direction
     try:
         top = top_heads(data, k, direction)

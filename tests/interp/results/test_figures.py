@@ -279,7 +279,23 @@ def imaged() -> Made:
     return (lens, prompt()), {}
 
 
+def over_the_steps() -> Made:
+    names = [f"blocks.{layer}.attn.head.{head}" for layer in range(4) for head in range(3)]
+    names += [f"blocks.{layer}.mlp" for layer in range(4)]
+    steps, roles, rng = [10, 20, 40], ["image", "decision", "all"], np.random.default_rng(0)
+    axes = {"direction": ["rl_to_in"], "step": steps, "component": names, "role": roles}
+    share = xr.DataArray(rng.normal(0, 0.3, [len(one) for one in axes.values()]), axes)
+    addresses = ["projector", *(f"blocks.{layer}" for layer in range(4))]
+    norms = xr.DataArray(rng.random((5, 3)), {"address": addresses, "step": steps})
+    values = {"share": share, "share_low": share - 0.1, "share_high": share + 0.1, "effect": share}
+    values |= {"margin": share - 0.2, "beyond": share > 0.2, "relative_norm": norms}
+    values |= {"accuracy": xr.DataArray([0.4, 0.6, 0.7], {"step": steps})}
+    data = xr.Dataset(values).assign_coords(point=("component", ["head"] * 12 + ["mlp_out"] * 4))
+    return (data.assign_attrs(reference=40, in_accuracy=0.3, refused=False),), {}
+
+
 MAKERS: Mapping[str, Callable[[], Made]] = {
+    "trajectory.plot_trajectory": over_the_steps,
     "fine_grained.plot_metrics": metrics,
     "results.plot_transfer": transferred,
     "localization.plot_swaps": swaps,
