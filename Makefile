@@ -14,7 +14,7 @@ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'
 endef
 
-.PHONY: demo test test-slow fuzz kills calibration check architectures benchmarks gpu notebooks figures planted-marks
+.PHONY: demo test test-slow fuzz kills clusters calibration check architectures benchmarks gpu notebooks figures planted-marks
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -47,6 +47,10 @@ fuzz: $(INSTALLED)  ## 2,000 inputs of every kind that a user can give, and all 
 kills: $(INSTALLED)  ## long commands killed at 20 moments and run again, and interrupted at 20; all on a full disk
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s tests/experiments/test_kills.py \
 	    tests/experiments/test_interrupted.py tests/experiments/test_disk_full.py
+
+# Alone: a worker that loads nnsight, because a test beside these has, cannot import the type checker of the tests.
+clusters: $(INSTALLED)  ## Ray's workers against one process: all commands, killed workers, two hosts
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/interp/cluster tests/experiments/test_on_ray.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

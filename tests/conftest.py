@@ -16,7 +16,6 @@ torch.set_num_threads(1)
 matplotlib.use("Agg")
 
 HEAVIEST = (
-    "interp/cluster/test_cluster.py",
     "test_notebooks.py",
     "test_readme.py",
     "planted/test_planted_claims.py",

@@ -86,6 +86,7 @@ def both(cluster: Cluster) -> tuple[dict[str, Any], dict[str, Any]]:
 NAMES = ("decisions", "map", "2x2", "sweep", "knockout", "lens", "metrics", "transfer", "lockstep")
 
 
+@pytest.mark.slow  # in a process of its own (make clusters): beside nnsight, Ray's workers cannot import beartype
 @pytest.mark.parametrize("name", NAMES)
 def test_two_workers_find_what_one_process_finds(name: str, both: tuple[dict, dict]) -> None:
     here, there = both
@@ -134,6 +135,7 @@ def _times(log: Path) -> Counter[int]:
     return Counter(map(int, log.read_text().split()))
 
 
+@pytest.mark.slow  # as above
 def test_a_killed_worker_costs_the_part_that_it_was_at(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
