@@ -226,8 +226,9 @@ def _activations(
             batch = collate([prompts[i] for i in rows]).to(vlm.device)
             return CleanBatch(PatchBatch(batch, metric.reads(batch)), Donor(vlm, batch, names, metric))
 
+        asked = [prompts[row] for row in rows], [], names, metric
         runs = {
-            name: clean.of(repr(rows), partial(ran, vlm)) if clean and clean.vlm is vlm else ran(vlm)
+            name: clean.of(*asked, partial(ran, vlm)) if clean and clean.vlm is vlm else ran(vlm)
             for name, vlm in models.items()
         }
         for direction, (donor, recipient) in DIRECTIONS.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from interp.map.components import Component, cached_names
 from interp.metrics import Metric
 from interp.prompts import Prompt, collate
 from interp.prompts.pairing import PatchBatch
-from interp.results.store import fingerprint
 from interp.sweep.batch import stored_bytes
 
 
@@ -81,14 +81,9 @@ class Batch:
         vlm = self.models[name]
         if self.clean is None or self.clean.vlm is not vlm:
             return self._run_clean(name)
-        return self.clean.of(self._key(name), lambda: self._run_clean(name))
-
-    def _key(self, name: str) -> str:
-        ids = [[list(prompt.ids) for prompt in some[name]] for some in (self.prompts, self.others)]
-        wanted = [component.name for component in self.wanted]
-        return fingerprint(
-            name, ids, [prompt.example.id for prompt in self.prompts[name]], wanted, repr(self.metric)
-        )
+        names = cached_names(vlm, self.wanted)
+        make = partial(self._run_clean, name)
+        return self.clean.of(self.prompts[name], self.others[name], names, self.metric, make)
 
     def _run_clean(self, name: str) -> CleanBatch:
         vlm = self.models[name]

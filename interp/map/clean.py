@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hooks import HookedVLM
 from hooks.batches import budget
 from interp.map.cells import Donor
+from interp.metrics import Metric
+from interp.prompts import Prompt
 from interp.prompts.pairing import PatchBatch
+from interp.questions.examples import fingerprint as content
+from interp.results.digest import digest
+from interp.results.store import fingerprint
 from interp.sweep.batch import stored_bytes
 from interp.sweep.stored import StoredRun
 
@@ -54,8 +59,25 @@ class CleanRuns:
         self._kept: dict[str, CleanBatch] = {}
         self._seen: set[str] = set()
 
-    def of(self, key: str, make: Callable[[], CleanBatch]) -> CleanBatch:
-        """The runs on one batch, made where they are not kept."""
+    def of(
+        self,
+        prompts: Sequence[Prompt],
+        others: Sequence[Prompt],
+        names: Sequence[str],
+        metric: Metric,
+        make: Callable[[], CleanBatch],
+    ) -> CleanBatch:
+        """The runs on one batch, made where they are not kept.
+
+        Args:
+            prompts: of the batch.
+            others: those that it borrows from.
+            names: activations that are kept.
+            metric: of these prompts.
+            make: runs the model.
+        """
+        asked = [[(list(one.ids), content(one.example)) for one in some] for some in (prompts, others)]
+        key = fingerprint(asked, list(names), digest(metric))
         if key in self._kept:
             return self._kept[key]
         made = make()

@@ -107,11 +107,12 @@ def path_effects(
                 recipient, run.rows.batch, Reading([select], run.rows.batch), [(cell.edit,) for cell in cells]
             )
             clean = sweep.clean[0].double()
-            for at, values in sweep.run(range(len(cells))):
-                cell = cells[at]
-                change = (values[0].double() - clean).masked_fill(~cell.rows.to(clean.device), torch.nan)
-                found[cell.variable][cell.index, rows] = change.cpu().numpy()
-                bar.update()
+            with recipient.exclusive("paths"):  # one use, however many runs
+                for at, values in sweep.run(range(len(cells))):
+                    cell = cells[at]
+                    change = (values[0].double() - clean).masked_fill(~cell.rows.to(clean.device), torch.nan)
+                    found[cell.variable][cell.index, rows] = change.cpu().numpy()
+                    bar.update()
             ends[0, rows], ends[1, rows] = clean.cpu().numpy(), run.donor.metric
 
         for part in parts:

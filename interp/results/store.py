@@ -22,8 +22,10 @@ from urllib.parse import quote
 
 import numpy as np
 from jaxtyping import Shaped
+from torch import Tensor
 
 from hooks.errors import FrankenlensError
+from interp.results.digest import digest
 from interp.results.lock import locked, making
 from interp.results.whole import read_sealed, sealed, unsealed, write_whole
 
@@ -215,8 +217,12 @@ def under(keep: Store | None, name: str) -> Store | None:
 
 
 def fingerprint(*values: Any) -> str:
-    """Of plain data, for `Store.part`."""
-    return sha256(json.dumps(values, default=str).encode()).hexdigest()
+    """Of plain data and arrays, for `Store.part`."""
+    return sha256(json.dumps(values, default=_as_data).encode()).hexdigest()
+
+
+def _as_data(value: Any) -> Any:
+    return digest(value) if isinstance(value, (Tensor, np.ndarray)) else str(value)
 
 
 def as_read(value: Any) -> Any:

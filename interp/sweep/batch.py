@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 
 import torch
@@ -108,10 +108,10 @@ class BatchSweep:
         """Numbers of the interventions in the order they are best run: by first token, then by layer."""
         return sorted(range(len(self.interventions)), key=lambda n: (*self._key(n), n))
 
-    def run(self, numbers: Sequence[int]) -> Generator[tuple[int, Float[Tensor, "metric batch"]], None, None]:
+    def run(self, numbers: Sequence[int]) -> Iterator[tuple[int, Float[Tensor, "metric batch"]]]:
         """The metrics under each of these interventions, in the order they become known.
 
-        While it goes on it holds the model: whoever may leave before its end closes it (`contextlib.closing`).
+        Between two of them nothing is held: not the model, no mode of PyTorch.
         """
         unchanged, longer, groups = self.grouped(numbers)
         for number in unchanged:
@@ -121,16 +121,12 @@ class BatchSweep:
             logits = whole.rerun([edit.hook() for edit in self.interventions[number]])
             # unembedding fewer tokens may round differently: what changes nothing is the clean run
             yield number, self.clean if logits.equal(whole.logits) else self._reading(logits)
-        if not groups:
-            return
-        assert self._run is not None
-        with segments_on(self.vlm, self._run.attentions):
-            for span, lanes in groups:
-                size = self._lanes_at_once(span)
-                if self._max_memory is None:  # a plan does not ask what is free here and now
-                    size = lanes_fitting(self.vlm, size, self.lane_bytes(span), self._held)
-                for _, found in in_parts(lanes, size, partial(self._of_lanes, span)):
-                    yield from found
+        for span, lanes in groups:
+            size = self._lanes_at_once(span)
+            if self._max_memory is None:  # a plan does not ask what is free here and now
+                size = lanes_fitting(self.vlm, size, self.lane_bytes(span), self._held)
+            for _, found in in_parts(lanes, size, partial(self._of_lanes, span)):
+                yield from found
 
     @torch.no_grad()
     def _of_lanes(
@@ -138,10 +134,11 @@ class BatchSweep:
     ) -> list[tuple[int, Float[Tensor, "metric batch"]]]:
         """The metrics under interventions that all begin in the first column of a span, at once."""
         assert self._run is not None
-        return [
-            (number, self.clean if logits is None else self._of_reached(number, logits))
-            for number, logits in run_lanes(self._run, lanes, span)
-        ]
+        with segments_on(self.vlm, self._run.attentions):
+            return [
+                (number, self.clean if logits is None else self._of_reached(number, logits))
+                for number, logits in run_lanes(self._run, lanes, span)
+            ]
 
     def grouped(
         self, numbers: Sequence[int]

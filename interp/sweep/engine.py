@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -26,6 +26,7 @@ from interp.metrics.logits import sparing_logits
 from interp.metrics.reading import Reading
 from interp.prompts import Prompt, collate
 from interp.prompts.pairing import beside, image_shapes, partners
+from interp.results.digest import digest
 from interp.results.store import Store, alone_with, fingerprint
 from interp.sweep.activations import activation_of, kept_for
 from interp.sweep.batch import BatchSweep
@@ -231,8 +232,8 @@ class _Part:
     def _values(self, chosen: list[int], bar: tqdm) -> np.ndarray:
         place = {number: i for i, number in enumerate(chosen)}
         values = np.full((self.n_metrics, len(chosen), len(self.batch)), np.nan)
-        with closing(self.sweep.run(chosen)) as in_turn:
-            for number, found in in_turn:
+        with self.recipient.exclusive("a sweep"):  # one use, however many runs
+            for number, found in self.sweep.run(chosen):
                 touched = self.bound[number].rows.cpu().numpy()
                 values[:, place[number], touched] = found.double().cpu().numpy()[:, touched]
                 bar.update()
@@ -431,7 +432,7 @@ def _about(
                 i.kind,
                 i.index,
                 where_label(i.where),
-                _digest(i.value),
+                digest(i.value),
                 i.source and where_label(i.source),
             ]
             for i in interventions
@@ -439,28 +440,11 @@ def _about(
         "metrics": {
             name: [
                 type(m).__name__,
-                _digest({f.name: getattr(m, f.name) for f in fields(m)} if is_dataclass(m) else vars(m)),
+                digest({f.name: getattr(m, f.name) for f in fields(m)} if is_dataclass(m) else vars(m)),
             ]
             for name, m in metrics.items()
         },
     }
-
-
-def _digest(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        whole = value.detach().cpu().contiguous().double().numpy().tobytes()
-        return [sha256(whole).hexdigest(), list(value.shape), str(value.dtype)]
-    if isinstance(value, np.ndarray):
-        return [
-            sha256(np.ascontiguousarray(value).tobytes()).hexdigest(),
-            list(value.shape),
-            str(value.dtype),
-        ]
-    if isinstance(value, (tuple, list)):
-        return [_digest(part) for part in value]
-    if isinstance(value, Mapping):
-        return [[repr(name), _digest(part)] for name, part in value.items()]
-    return value if value is None or isinstance(value, (int, float, str, bool)) else repr(value)
 
 
 def _dataset(

@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import xarray as xr
 
 from hooks.errors import FrankenlensError
+from interp.metrics import LogitDifference
 from interp.results import files, load_dataset, provenance, publishing, save_dataset
+from interp.results.digest import digest
 from interp.results.lock import locked
-from interp.results.store import Store, part
+from interp.results.store import Store, fingerprint, part
 from interp.results.whole import read_record, write_record
 
 Damage = Callable[[Path, random.Random], None]
@@ -434,3 +437,15 @@ def test_a_full_disk_is_one_error_and_leaves_what_was_there(
             Store(out / "further" / "store", {"a" * 4000: 1}).save("x", [1])
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert store.load("x") == [1]
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array], ids=["tensor", "array"])
+def test_numbers_that_print_alike_are_told_apart(kind: Any) -> None:
+    near, long = kind([0.123456, 1.0]), kind([0.0] * 3000)
+    for one, other in ((near, kind([0.123459, 1.0])), (long, kind([0.0] * 1500 + [1.0] + [0.0] * 1499))):
+        assert repr(one) == repr(other) or kind is np.array
+        assert fingerprint(one) != fingerprint(other) and digest(one) != digest(other)
+        assert fingerprint([one]) == fingerprint([kind(one.tolist())])
+    assert digest(LogitDifference(torch.tensor([1]), torch.tensor([2]))) != digest(
+        LogitDifference(torch.tensor([1]), torch.tensor([3]))
+    )
